@@ -1,0 +1,53 @@
+# make test   install, then format, lint, type and unit tests
+# make book   install, then run every chapter and build the site
+# Both set up .venv with PYTHON (3.10 or later) on the first call and install nothing on the next.
+# ARGS goes to pytest (make test) or to the book's build script (make book ARGS=00_quickstart).
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := medbudget tests benchmarks book notebooks
+
+# glibc gives large blocks back to the kernel and pays for them again; keeping them makes training
+# on a CPU several times faster. It has to be set before Python starts.
+export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+export MALLOC_TOP_PAD_ ?= 1073741824
+
+.PHONY: help test book format clean constraints
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("medbudget needs \
+	Python 3.10 or later, $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 …" % v[:2])'
+	@$(PYTHON) -m venv $(VENV) || { echo "No virtual environment could be made: on Debian and \
+	Ubuntu, install python3-venv first."; exit 1; }
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[book,dev]"
+	@touch $@
+
+# One thread for each test process: there are as many processes as cores.
+test: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 $(ARGS)
+
+book: $(STAMP)
+	$(BIN)/python book/build.py $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+constraints:
+	$(PYTHON) -m venv --clear _build/fresh
+	_build/fresh/bin/python -m pip install --editable ".[book,dev]"
+	_build/fresh/bin/python book/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean:
+	rm -rf $(VENV) _build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,214 @@
+"""Frechet distance: speed and error beside the usual ways, and the coverage of three intervals.
+
+    python benchmarks/metrics.py [speed] [coverage] [--quick] [--out results/metrics.json]
+
+Everything that is compared runs in this one process, on the same features. The memory figure is
+the peak of a fresh process that runs all of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.linalg import sqrtm
+
+from medbudget.artifacts import write_json
+from medbudget.metrics import (
+    bootstrap_distances,
+    frechet_distance,
+    frechet_interval,
+    permutation_test,
+)
+
+HERE = Path(__file__).resolve().parent
+N, D = 1000, 2048
+Z = 1.959963984540054
+
+
+def make_features(n: int, d: int, seed: int, *, scale: float = 1.0, shift: float = 0.0) -> Any:
+    """Normal features with a slowly falling spectrum, mixed so that no axis is special."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)) * np.arange(1, d + 1) ** -0.5 * 10
+    mix = np.linalg.qr(np.random.default_rng(99).normal(size=(d, d)))[0]
+    return (x @ mix) * scale + shift
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    value = function()
+    return value, time.perf_counter() - start
+
+
+def by_sqrtm(x: Any, y: Any) -> float:
+    """The way of pytorch-fid: covariances, their product, its matrix square root."""
+    c1, c2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    gap = x.mean(0) - y.mean(0)
+    root = np.trace(sqrtm(c1 @ c2)).real
+    return float(gap @ gap + np.trace(c1) + np.trace(c2) - 2 * root)
+
+
+def by_torchmetrics(x: Any, y: Any) -> float:
+    """The formula of torchmetrics, called in its own code in float64."""
+    import torch
+    from torchmetrics.image.fid import _compute_fid
+
+    def moments(a: Any) -> tuple[Any, Any]:
+        t = torch.from_numpy(a)
+        return t.mean(0), torch.cov(t.T)
+
+    (m1, c1), (m2, c2) = moments(x), moments(y)
+    return float(_compute_fid(m1, c1, m2, c2))
+
+
+def known_pair() -> tuple[Any, Any, float]:
+    """Two sets whose distance is known: the second is the first, scaled, shifted, reordered."""
+    x = make_features(N, D, 0)
+    y = (1.3 * x + 0.05)[::-1].copy()
+    trace = float(((x - x.mean(0)) ** 2).sum() / (N - 1))
+    gap = x.mean(0) - y.mean(0)
+    return x, y, float(gap @ gap) + 0.3**2 * trace
+
+
+def speed(quick: bool) -> dict[str, Any]:
+    x, y = make_features(N, D, 0), make_features(N, D, 1, scale=1.1, shift=0.05)
+    kx, ky, truth = known_pair()
+    frechet_distance(x[:50], y[:50])  # first calls load libraries
+    ways: dict[str, Callable[[Any, Any], float]] = {"medbudget": frechet_distance}
+    if not quick:
+        ways |= {"torchmetrics": by_torchmetrics, "scipy sqrtm": by_sqrtm}
+    rows = {}
+    for name, way in ways.items():
+        repeats = 3 if name == "medbudget" else 1
+        results = [timed(lambda way=way: way(x, y)) for _ in range(repeats)]
+        error = abs(way(kx, ky) - truth) / truth
+        rows[name] = {
+            "seconds": min(s for _, s in results),
+            "value": results[0][0],
+            "relative_error_on_a_known_pair": error,
+        }
+    ours = rows["medbudget"]["seconds"]
+    for row in rows.values():
+        row["ratio"] = row["seconds"] / ours
+    _, interval = timed(lambda: frechet_interval(x, y))
+    count = 20 if quick else 1000
+    _, bootstrap = timed(lambda: bootstrap_distances(x, y, repeats=count))
+    other = make_features(N, D, 2, scale=1.1)
+    _, permutations = timed(lambda: permutation_test(y, other, x, repeats=count))
+    command = [sys.executable, __file__, "memory"]
+    # the project's MALLOC settings trade memory for speed; the figure is for the system's defaults
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
+    imports, peak = map(float, done.stdout.split())
+    return {
+        "n": N,
+        "d": D,
+        "distance": rows,
+        "interval_seconds": interval,
+        f"bootstrap_{count}_seconds": bootstrap,
+        f"permutations_{count}_seconds": permutations,
+        "peak_memory_mb": {"after_imports": round(imports), "peak": round(peak)},
+    }
+
+
+def memory() -> None:
+    """Print the peak resident memory in MB, after the imports and after running all of ours."""
+    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    x, y = make_features(N, D, 0), make_features(N, D, 1)
+    frechet_interval(x, y)
+    bootstrap_distances(x, y, repeats=4)
+    permutation_test(x, y, make_features(N, D, 2), repeats=4)
+    print(imports, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+SPECTRA = {"slow": -0.5, "fast": -1.5}
+GAPS = {"same": (1.0, 0.0), "different": (1.3, 0.1)}
+
+
+def coverage(quick: bool) -> dict[str, Any]:
+    """How often do 95 % intervals contain E[FD_n]? Normal features, n = 100, d = 200."""
+    n, d = 100, 200
+    trials, repeats = (20, 50) if quick else (300, 200)
+    out: dict[str, Any] = {"n": n, "d": d, "trials": trials, "bootstrap_repeats": repeats}
+    for spectrum, power in SPECTRA.items():
+        for gap, (scale, shift) in GAPS.items():
+            root = np.arange(1, d + 1) ** power
+
+            def draw(i: int, root: Any = root, scale: float = scale, shift: float = shift) -> Any:
+                rng = np.random.default_rng([i, 7])
+                x = rng.normal(size=(n, d)) * root
+                return x, (rng.normal(size=(n, d)) * scale + shift) * root
+
+            expected = float(np.mean([frechet_distance(*draw(i)) for i in range(1000, 3000)]))
+            hits = {"influence": 0, "bootstrap": 0, "paper": 0}
+            own = 0
+            widths: dict[str, list[float]] = {name: [] for name in hits}
+            for i in range(trials):
+                x, y = draw(i)
+                estimate = frechet_interval(x, y)
+                sample = bootstrap_distances(x, y, repeats=repeats, seed=i)
+                half = Z * sample.std(ddof=1)
+                low, high = np.quantile(sample, [0.025, 0.975])
+                intervals = {
+                    "influence": estimate.interval,
+                    "bootstrap": (estimate.value - half, estimate.value + half),
+                    "paper": (low, high),
+                }
+                own += int(low <= estimate.value <= high)
+                for name, (a, b) in intervals.items():
+                    hits[name] += int(a <= expected <= b)
+                    widths[name].append(b - a)
+            out[f"{spectrum}, {gap}"] = {
+                "expected_distance": expected,
+                **{
+                    name: {"coverage": hits[name] / trials, "width": float(np.mean(widths[name]))}
+                    for name in hits
+                },
+                "paper_contains_its_own_estimate": own / trials,
+            }
+            print(f"{spectrum}, {gap}:", out[f"{spectrum}, {gap}"], flush=True)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=["speed", "coverage"])
+    parser.add_argument("--quick", action="store_true", help="few repeats; no other libraries")
+    parser.add_argument("--out", type=Path, help="JSON to write or to update")
+    args = parser.parse_args()
+    if args.parts == ["memory"]:
+        memory()
+        return
+    warnings.filterwarnings("ignore")
+    out = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    out["date"] = datetime.date.today().isoformat()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    out["machine"] = {
+        "cores": cores,
+        "processor": platform.machine(),
+        "load_at_start": round(os.getloadavg()[0], 1),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+    for part in args.parts:
+        out[part] = {"speed": speed, "coverage": coverage}[part](args.quick)
+        print(json.dumps({part: out[part]}, indent=1), flush=True)
+        if args.out:
+            write_json(args.out, out)
+
+
+if __name__ == "__main__":
+    main()

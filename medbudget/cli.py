@@ -1,0 +1,333 @@
+"""Command line: a thin face over the library's functions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Textual Inversion for medical images on a budget. Not for clinical use.",
+)
+embedding_app = typer.Typer(no_args_is_help=True, help="Look into embedding files, convert them.")
+app.add_typer(embedding_app, name="embedding")
+
+BaseOption = Annotated[str, typer.Option(help="tiny, sd2, or a folder in diffusers' layout")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu or cuda; default: cuda if there is one")
+]
+SeedOption = Annotated[int, typer.Option(help="the same seed gives the same result")]
+
+
+def _square(base: Any, images: Path) -> Any:
+    from medbudget import load_images
+
+    return load_images(images, size=base.size)
+
+
+@app.command()
+def doctor() -> None:
+    """Tell versions, device, memory, what is reachable and what fits this machine."""
+    import torch
+
+    from medbudget.base import TINY, BaseError, load_base
+
+    problems: list[str] = []
+    names = ("medbudget", "torch", "torchvision", "diffusers", "transformers", "timm", "numpy")
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    for name in names:
+        try:
+            print(f"  {name} {version(name)}")
+        except PackageNotFoundError:
+            problems.append(f"{name} is not installed: pip install {name}")
+    if torch.cuda.is_available():
+        free, total = (value / 2**30 for value in torch.cuda.mem_get_info())
+        print(f"GPU {torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GiB free")
+        if free >= 8:
+            print("  fits: --base sd2, batch 1 and up, and --base tiny")
+        else:
+            problems.append(
+                f"{free:.1f} GiB of GPU memory are free; --base sd2 wants 8: close other programs, "
+                "or use --base tiny"
+            )
+    else:
+        print("GPU none: everything runs on the CPU; --base tiny is made for that")
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        print(
+            f"CPU {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.1f} GiB memory"
+        )
+    print(f"disk {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
+    try:
+        tiny = load_base("tiny", device="cpu")
+        print(f"base tiny: ready, hash {tiny.hash}, {tiny.size} px; batch 8 fits 2 GiB of memory")
+    except BaseError as error:
+        problems.append(f"base tiny in {TINY}: {error}")
+    local = os.environ.get("MEDBUDGET_SD2")
+    if local and not Path(local).is_dir():
+        problems.append(f"MEDBUDGET_SD2 names {local}, which is not a folder: correct or unset it")
+    elif local:
+        print(f"base sd2: from MEDBUDGET_SD2, {local}")
+    else:
+        print("base sd2: not set up; it is fetched (5 GB) at first use, or set MEDBUDGET_SD2")
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        problems.append(
+            "training on this CPU is several times faster with the three MALLOC_ variables of the "
+            "Makefile in the environment: export them before you start"
+        )
+    for problem in problems:
+        print(f"! {problem}")
+    if not problems:
+        print("no problems found")
+
+
+@app.command()
+def phantoms(
+    out: Annotated[Path, typer.Argument(help="folder to write PNG files to")],
+    kind: Annotated[str, typer.Option(help="prostate, chest or histology")] = "prostate",
+    label: Annotated[
+        list[str] | None, typer.Option(help="e.g. healthy; several for combined chest diseases")
+    ] = None,
+    n: Annotated[int, typer.Option(help="number of images")] = 100,
+    size: Annotated[int, typer.Option(help="pixels")] = 64,
+    seed: SeedOption = 0,
+    split: Annotated[str, typer.Option(help="train, val or test: they never overlap")] = "train",
+) -> None:
+    """Draw procedural stand-ins for medical images (phantoms)."""
+    from medbudget import make_phantoms, save_images
+    from medbudget.data.phantoms import KINDS
+
+    labels = tuple(label) if label else (KINDS[kind][0],) if kind in KINDS else ("",)
+    made = make_phantoms(kind, labels, n, size=size, seed=seed, split=split)
+    save_images(made.images, out)
+    print(f"wrote {n} {kind} phantoms ({made.labels[0]}, {split}) to {out}")
+
+
+@app.command()
+def invert(
+    images: Annotated[Path, typer.Argument(help="folder of images of one class")],
+    token: Annotated[str, typer.Option(help='the new word, e.g. "<mine>"')],
+    out: Annotated[Path, typer.Option(help="x.safetensors, x.pt (A1111) or x.bin (diffusers)")],
+    base: BaseOption = "tiny",
+    preset: Annotated[
+        str | None, typer.Option(help="tiny, colab or paper; default: the base's")
+    ] = None,
+    n_vectors: Annotated[int | None, typer.Option(help="rows, 1 to 74; paper: 64")] = None,
+    steps: Annotated[int | None, typer.Option(help="paper: 50000")] = None,
+    lr: Annotated[float | None, typer.Option(help="paper: 0.005")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="paper: 1")] = None,
+    init: Annotated[str | None, typer.Option(help='"*" (A1111), mean, or any text')] = None,
+    latents: Annotated[str | None, typer.Option(help="once (A1111), mean or resample")] = None,
+    seed: SeedOption = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="save there; go on from it")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="steps")] = None,
+    preview_every: Annotated[int | None, typer.Option(help="steps between preview images")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="write TensorBoard events there")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Train an embedding on a folder of images (Textual Inversion)."""
+    from medbudget import InversionSettings, load_base
+    from medbudget import invert as run
+    from medbudget.artifacts import check_writable
+    from medbudget.embeddings import check_token
+
+    check_token(token)
+    if out.suffix not in (".safetensors", ".pt", ".bin"):
+        raise ValueError(f"--out {out}: allowed endings are .safetensors, .pt, .bin")
+    check_writable(out)
+    loaded = load_base(base, device=device)
+    settings = InversionSettings.preset(
+        preset or loaded.preset,
+        n_vectors=n_vectors,
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        init=init,
+        latents=latents,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    pictures = _square(loaded, images)
+    print(
+        f"{len(pictures)} images, {settings.steps} steps of {settings.batch_size} on {loaded.device}"
+    )
+    callback, close = _observer(loaded, token, out, preview_every, log_dir)
+    try:
+        made = run(
+            loaded,
+            pictures,
+            token=token,
+            settings=settings,
+            checkpoint=checkpoint,
+            callback=callback,
+            data=f"{len(pictures)} images of folder {images.name}",
+        )
+    finally:
+        close()
+    made.save(out)
+    print(f"wrote {out} ({out.stat().st_size / 1024:.0f} kB): {token}, {len(made.vectors)} vectors")
+
+
+def _observer(
+    base: Any, token: str, out: Path, preview_every: int | None, log_dir: Path | None
+) -> tuple[Callable[[dict[str, Any]], None] | None, Callable[[], None]]:
+    """Return the callback for previews and TensorBoard, and what closes it."""
+    from medbudget import Embedding, sample, save_images
+
+    writer: Any = None
+    if log_dir is not None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--log-dir needs TensorBoard: pip install tensorboard") from None
+        writer = SummaryWriter(log_dir)
+    if writer is None and not preview_every:
+        return None, lambda: None
+
+    def callback(state: dict[str, Any]) -> None:
+        if writer is not None:
+            for name in ("loss", "lr", "grad_norm"):
+                writer.add_scalar(name, state[name], state["step"])
+        if preview_every and state["step"] % preview_every == 0:
+            now = Embedding(state["vectors"].clone(), token)
+            base.vae.to(base.device)
+            images = sample(base, token, embeddings=[now], n=4)
+            names = [f"step{state['step']:06d}_{i}" for i in range(len(images))]
+            save_images(images, out.with_name(f"{out.stem}_previews"), names=names)
+
+    return callback, writer.close if writer is not None else lambda: None
+
+
+@app.command()
+def sample(
+    prompt: Annotated[str, typer.Argument(help='e.g. "<mine>" or "<a>:0.5 AND <b>:0.5"')],
+    out: Annotated[Path, typer.Option(help="folder for the PNG files")],
+    embeddings: Annotated[list[Path] | None, typer.Option(help="embedding files, one each")] = None,
+    n: Annotated[int, typer.Option(help="number of images")] = 16,
+    steps: Annotated[int | None, typer.Option(help="default 25 on tiny, else 100")] = None,
+    cfg_scale: Annotated[float, typer.Option(help="classifier-free guidance; paper: 2")] = 2.0,
+    negative_prompt: Annotated[str, typer.Option(help="what to guide away from")] = "",
+    seed: SeedOption = 0,
+    base: BaseOption = "tiny",
+    device: DeviceOption = None,
+) -> None:
+    """Generate images from a prompt."""
+    from medbudget import Embedding, load_base, save_images
+    from medbudget import sample as run
+    from medbudget.artifacts import check_writable
+
+    check_writable(out / "00000.png")
+    files = [Embedding.load(path) for path in embeddings or []]
+    images = run(
+        load_base(base, device=device),
+        prompt,
+        embeddings=files,
+        negative_prompt=negative_prompt,
+        n=n,
+        steps=steps,
+        cfg_scale=cfg_scale,
+        seed=seed,
+    )
+    save_images(images, out)
+    print(f"wrote {n} synthetic images to {out}")
+
+
+@app.command()
+def evaluate(
+    real: Annotated[Path, typer.Argument(help="folder of real images")],
+    synthetic: Annotated[Path, typer.Argument(help="folder of generated images")],
+    features: Annotated[list[str] | None, typer.Option(help="extractors; default offline")] = None,
+    size: Annotated[int | None, typer.Option(help="pixels; default: that of the synthetic")] = None,
+    out: Annotated[Path | None, typer.Option(help="also write the scores as JSON")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Score generated images against real ones, beside the real-versus-real floor."""
+    from medbudget import evaluate as run
+    from medbudget import load_images
+    from medbudget.metrics import to_json
+
+    made = load_images(synthetic, size=size)
+    originals = load_images(real, size=size or made.shape[2])
+    extra: dict[str, Any] = {"features": features} if features else {}
+    scores = run(originals, made, seed=seed, progress=True, **extra)
+    for score in scores:
+        print(score)
+    if out is not None:
+        to_json(scores, out)
+
+
+@app.command()
+def describe(
+    images: Annotated[Path, typer.Argument(help="a folder, or one image")],
+    base: BaseOption = "tiny",
+) -> None:
+    """Write the visual words of an image (or the mean of a folder): a prompt, or an --init."""
+    from medbudget import describe as run
+    from medbudget import load_base
+
+    loaded = load_base(base)
+    print(run(loaded, _square(loaded, images)))
+
+
+@embedding_app.command("show")
+def embedding_show(
+    file: Annotated[Path, typer.Argument()],
+    base: Annotated[str | None, typer.Option(help="check that it fits this base")] = None,
+) -> None:
+    """Print token, shape, steps, norms and base of an embedding file."""
+    from medbudget import Embedding, load_base
+
+    e = Embedding.load(file)
+    norms = e.vectors.norm(dim=1)
+    print(f"token   {e.token}")
+    print(f"shape   {tuple(e.vectors.shape)} (vectors, width)")
+    print(f"step    {e.step}")
+    print(f"norms   mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}")
+    print(f"base    {e.base or 'unknown'} (hash {e.base_hash or 'unknown'})")
+    print(f"data    {e.data or 'unknown'}")
+    print(f"file    {file.stat().st_size / 1024:.0f} kB")
+    if base is not None:
+        loaded = load_base(base)
+        e.check_fits(loaded.width, loaded.name)
+        if e.base_hash != loaded.hash:
+            print(
+                f"! made on a base with hash {e.base_hash or 'unknown'}, {base} here has "
+                f"{loaded.hash}: images will differ from those it was trained for"
+            )
+        else:
+            print(f"fits    base {base}: same hash")
+
+
+@embedding_app.command("convert")
+def embedding_convert(
+    file: Annotated[Path, typer.Argument()],
+    out: Annotated[Path, typer.Argument(help="*.safetensors, *.pt (A1111) or *.bin (diffusers)")],
+    token: Annotated[str | None, typer.Option(help="give it another token")] = None,
+) -> None:
+    """Write an embedding in another program's format."""
+    from medbudget import Embedding
+
+    Embedding.load(file, token=token).save(out)
+    print(f"wrote {out}")
+
+
+def main() -> None:
+    """Run the command line; expected errors become one message and exit code 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

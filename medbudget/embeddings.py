@@ -1,0 +1,282 @@
+"""Embedding: the vectors that Textual Inversion found, their token and where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from medbudget.artifacts import atomic_path, check_writable
+
+MAX_VECTORS = 74
+_TOKEN = re.compile(r"<[^<>\s/\\]+>")
+MAX_BYTES = 64 * 2**20
+
+
+class EmbeddingError(ValueError):
+    """An embedding, or an embedding file, that cannot be used."""
+
+
+def check_token(token: str) -> str:
+    """Return `token` if it is ``<name>`` without spaces or path separators, else raise."""
+    if not _TOKEN.fullmatch(token):
+        bare = re.sub(r"[<>\s/\\]+", "-", token).strip("-") or "name"
+        raise EmbeddingError(
+            f"token {token!r} is not of the form <name> (angle brackets, no spaces or slashes); "
+            f"write <{bare}>"
+        )
+    return token
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Vectors for one token.
+
+    Attributes
+    ----------
+    vectors : torch.Tensor
+        ``(n, d) float32``, 1 <= n <= 74; d is the text encoder's width (96 tiny, 768 SD 1, 1024 SD 2).
+    token : str
+        ``<name>``, what a prompt writes to use the vectors.
+    step : int
+        Training steps done.
+    base, base_hash : str
+        Name and hash of the base it was trained on ("" where the file does not tell).
+    data : str
+        A note on the training images.
+    record : dict
+        Settings, seed, library version and the loss history, as JSON values.
+
+    Raises
+    ------
+    EmbeddingError
+        Wrong shape, no or too many vectors, NaN or infinity, all-zero rows, a token not in <>.
+    """
+
+    vectors: torch.Tensor
+    token: str
+    step: int = 0
+    base: str = ""
+    base_hash: str = ""
+    data: str = ""
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_token(self.token)
+        v = self.vectors
+        if not isinstance(v, torch.Tensor) or v.ndim != 2 or 0 in v.shape:
+            shape = tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__
+            raise EmbeddingError(f"vectors must have shape (n, d) with n, d >= 1, got {shape}")
+        if len(v) > MAX_VECTORS:
+            raise EmbeddingError(
+                f"{len(v)} vectors do not fit a prompt of 77 positions; at most {MAX_VECTORS} do"
+            )
+        if not v.is_floating_point() or not torch.isfinite(v).all():
+            raise EmbeddingError(
+                "the vectors hold NaN, infinity or integers: the training that made them diverged; "
+                "train again with a lower learning rate"
+            )
+        if (v == 0).all(1).any():
+            rows = (v == 0).all(1).nonzero().flatten().tolist()
+            raise EmbeddingError(f"vectors {rows[:5]} are all zero: they were never trained")
+        object.__setattr__(self, "vectors", v.detach().to("cpu", torch.float32).contiguous())
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """Recorded training curves, e.g. ``{"step": […], "loss": […]}``."""
+        return self.record.get("history", {})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, token: str | None = None) -> Embedding:
+        """Read safetensors (ours, diffusers', A1111's), A1111 ``.pt`` or diffusers ``.bin``.
+
+        Nothing in the file is executed: pickles are read with ``weights_only=True``.
+
+        Parameters
+        ----------
+        token : str, optional
+            Use this token in place of the file's own.
+
+        Raises
+        ------
+        FileNotFoundError
+        EmbeddingError
+            Not an embedding, truncated, or with code in it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no embedding file {path}")
+        if path.stat().st_size > MAX_BYTES:
+            raise EmbeddingError(
+                f"{path} has {path.stat().st_size / 2**20:.0f} MiB; an embedding has under 1: "
+                "this looks like a checkpoint of a whole model"
+            )
+        if path.suffix == ".safetensors":
+            tensors, meta = _read_safetensors(path)
+        elif path.suffix in (".pt", ".bin", ".pth"):
+            tensors, meta = _read_pickle(path), {}
+        else:
+            raise EmbeddingError(
+                f"{path.name}: unknown ending {path.suffix!r}; allowed are .safetensors, .pt, .bin"
+            )
+        try:
+            return _from_tensors(tensors, meta, path, token)
+        except EmbeddingError as error:
+            raise EmbeddingError(f"{path.name}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``.safetensors`` (vectors and provenance), A1111 ``.pt`` or diffusers ``.bin``.
+
+        Written atomically. Only safetensors keeps the whole provenance.
+        """
+        path = check_writable(path)
+        writers = {
+            ".safetensors": _write_safetensors,
+            ".pt": _write_a1111,
+            ".bin": _write_diffusers,
+        }
+        if path.suffix not in writers:
+            raise EmbeddingError(
+                f"cannot write {path.name}: allowed endings are {', '.join(writers)}"
+            )
+        with atomic_path(path) as temporary:
+            writers[path.suffix](self, temporary)
+        return path
+
+    def renamed(self, token: str) -> Embedding:
+        """Return the same vectors under another token."""
+        return replace(self, token=token)
+
+    def check_fits(self, width: int, base: str) -> None:
+        """Raise `EmbeddingError` if the vectors' width is not the base's."""
+        if self.vectors.shape[1] != width:
+            kinds = {96: "tiny", 768: "SD 1.x", 1024: "SD 2.x"}
+            made = kinds.get(self.vectors.shape[1], "another base")
+            fits = kinds.get(width, f"{width}-wide")
+            raise EmbeddingError(
+                f"embedding {self.token} has width {self.vectors.shape[1]}, which does not fit base "
+                f"{base} ({width}): it was made for {made}; load a {fits} embedding or another base"
+            )
+
+
+def _write_safetensors(e: Embedding, path: Path) -> None:
+    meta = {
+        "format": "medbudget",
+        "token": e.token,
+        "step": str(e.step),
+        "base": e.base,
+        "base_hash": e.base_hash,
+        "data": e.data,
+        "record": json.dumps(e.record, ensure_ascii=False),
+    }
+    # diffusers' load_textual_inversion takes the one key of the file as the token
+    save_file({e.token: e.vectors}, path, metadata=meta)
+
+
+def _write_a1111(e: Embedding, path: Path) -> None:
+    content = {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": e.vectors},
+        "name": e.token.strip("<>"),
+        "step": e.step,
+        "sd_checkpoint": e.base_hash,
+        "sd_checkpoint_name": e.base,
+    }
+    torch.save(content, path)
+
+
+def _write_diffusers(e: Embedding, path: Path) -> None:
+    torch.save({e.token: e.vectors}, path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise EmbeddingError(
+            f"{path.name} is not a whole safetensors file ({error}); fetch or train it again"
+        ) from None
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            total = sum(info.file_size for info in archive.infolist())
+        if total > 4 * MAX_BYTES or total > 100 * path.stat().st_size + 2**20:
+            raise EmbeddingError(
+                f"{path.name} unpacks to {total} bytes: refused as an archive bomb"
+            )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = str(error)
+        if "Unsupported" in text or ("weights_only" in text.lower() and "GLOBAL" in text):
+            found = re.search(r"GLOBAL ([\w.]+)", text)
+            named = f" (it asks for {found[1]})" if found else ""
+            raise EmbeddingError(
+                f"{path.name} holds more than tensors{named}; code in a file is never run: "
+                "get the embedding as .safetensors"
+            ) from None
+        raise EmbeddingError(
+            f"{path.name} is truncated or not a PyTorch file; fetch or train it again"
+        ) from None
+    if not isinstance(content, Mapping):
+        raise EmbeddingError(f"{path.name} holds a {type(content).__name__}, not an embedding")
+    return dict(content)
+
+
+def _from_tensors(
+    content: dict[str, Any], meta: Mapping[str, str], path: Path, token: str | None
+) -> Embedding:
+    base, base_hash, step = meta.get("base", ""), meta.get("base_hash", ""), 0
+    if "string_to_param" in content:  # A1111
+        params = content["string_to_param"]
+        if not isinstance(params, Mapping) or len(params) != 1:
+            raise EmbeddingError("an A1111 embedding must hold exactly one token")
+        vectors = next(iter(params.values()))
+        name = str(content.get("name") or path.stem)
+        base = str(content.get("sd_checkpoint_name") or "")
+        base_hash = str(content.get("sd_checkpoint") or "")
+        step = int(content.get("step") or 0)
+    elif "emb_params" in content:  # A1111's safetensors layout
+        vectors, name = content["emb_params"], path.stem
+    elif len(content) == 1:  # ours, and diffusers' learned_embeds
+        name, vectors = next(iter(content.items()))
+    else:
+        raise EmbeddingError(
+            f"found the keys {sorted(map(str, content))[:5]}; an embedding holds one token's tensor "
+            "(ours, diffusers), `emb_params` or `string_to_param` (A1111)"
+        )
+    if not isinstance(vectors, torch.Tensor):
+        raise EmbeddingError(f"the vectors are a {type(vectors).__name__}, not a tensor")
+    if vectors.ndim == 1:
+        vectors = vectors[None]
+    if token is None:
+        bare = re.sub(r"[<>\s/\\]+", "-", name).strip("-")
+        token = name if _TOKEN.fullmatch(name) else f"<{bare}>"
+    record: dict[str, Any] = {}
+    if meta.get("format") == "medbudget":
+        try:
+            record, step = json.loads(meta.get("record", "{}")), int(meta.get("step", 0))
+        except ValueError:
+            raise EmbeddingError("its metadata is damaged; fetch or train it again") from None
+    return Embedding(
+        vectors=vectors.detach().float(),
+        token=token,
+        step=step,
+        base=base,
+        base_hash=base_hash,
+        data=meta.get("data", ""),
+        record=record,
+    )

@@ -1,0 +1,426 @@
+"""Textual Inversion: find token vectors that make a frozen base generate given images.
+
+Gal et al. 2022 (arXiv 2208.01618) as AUTOMATIC1111's web UI did it for the paper (section 3.2):
+all weights frozen, latents cached, AdamW on the ``n x d`` vectors and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from medbudget import __version__
+from medbudget.artifacts import atomic_path, check_writable, hash_tensors
+from medbudget.base import Base
+from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
+from medbudget.images import check_images
+from medbudget.progress import tqdm
+
+LATENT_POLICIES = ("once", "mean", "resample")
+SCHEDULES = ("constant", "linear")
+LOSSES = ("plain", "min_snr")
+
+
+class InversionError(RuntimeError):
+    """Training that cannot go on; the message explains."""
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    """Settings of `invert`; make one with `InversionSettings.preset`.
+
+    Attributes
+    ----------
+    n_vectors : int
+        1 to 74 rows.
+    steps, batch_size : int
+        Optimizer steps, and images in each.
+    lr : float
+        Learning rate of AdamW (no weight decay).
+    schedule : str
+        ``constant`` (the paper) or ``linear`` (falls to zero at the last step).
+    loss : str
+        ``plain`` epsilon MSE (the paper), or ``min_snr`` (`min_snr_weights`).
+    init : str
+        Text whose token embeddings are spread over the rows (default ``*``, as A1111), or
+        ``mean``: the mean token embedding plus noise of the table's spread / 10.
+    latents : str
+        ``once``: one posterior sample per image, frozen (A1111's default); ``mean``: the posterior
+        mean; ``resample``: a new posterior sample at each access.
+    checkpoint_every : int
+        Steps between checkpoints, where `invert` is given a path for them.
+    """
+
+    n_vectors: int = 64
+    steps: int = 50_000
+    lr: float = 0.005
+    batch_size: int = 1
+    schedule: str = "constant"
+    loss: str = "plain"
+    init: str = "*"
+    latents: str = "once"
+    seed: int = 0
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_vectors <= MAX_VECTORS:
+            raise ValueError(
+                f"n_vectors must be 1 to {MAX_VECTORS} (a prompt has 77 positions and A1111 breaks "
+                f"it up from 75 on), got {self.n_vectors}"
+            )
+        for name in ("steps", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be a positive number such as 0.005, got {self.lr}")
+        choices = (("schedule", SCHEDULES), ("loss", LOSSES), ("latents", LATENT_POLICIES))
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> InversionSettings:
+        """Return the settings called ``tiny``, ``colab`` or ``paper``, with overrides.
+
+        Overrides that are None are ignored, so that command-line options can be passed through.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; allowed are {', '.join(PRESETS)}")
+        known = {f.name for f in fields(cls)}
+        unknown = set(overrides) - known
+        if unknown:
+            raise TypeError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
+        return replace(PRESETS[name], **{k: v for k, v in overrides.items() if v is not None})
+
+
+PRESETS = {
+    "tiny": InversionSettings(steps=1000, lr=0.01, batch_size=8, schedule="linear"),
+    "colab": InversionSettings(steps=5000, batch_size=1),
+    "paper": InversionSettings(),
+}
+
+
+def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Loss weights over timesteps that raise high noise: min(1 + SNR, 5)/SNR, at most 40, mean 1.
+
+    After Hang et al. 2023 (arXiv 2303.09556); epsilon loss alone hardly sees the layout.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weight = ((1 + snr).clamp(max=5) / snr).clamp(max=40)
+    return weight / weight.mean()
+
+
+def compute_loss(
+    base: Base,
+    vectors: torch.Tensor,
+    latents: torch.Tensor,
+    t: torch.Tensor,
+    noise: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the epsilon-prediction MSE, ``||eps - eps_theta(z_t, t, c(v))||^2`` (TI, equation 2).
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        ``(n, d)``; the prompt is these rows and nothing else.
+    latents, noise : torch.Tensor
+        ``(B, c, h, w) float32``, scaled latents and unit noise.
+    t : torch.Tensor
+        ``(B,)`` integer timesteps 0..999.
+    weights : torch.Tensor, optional
+        ``(1000,)`` weight of each timestep.
+    """
+    alpha = base.alphas_cumprod.to(latents.device)[t].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    context = base.text(vectors).expand(len(latents), -1, -1)
+    predicted = base.predict_noise(noisy, t, context)
+    if weights is None:
+        return F.mse_loss(predicted, noise)
+    error = ((predicted - noise) ** 2).mean((1, 2, 3))
+    return (error * weights.to(error.device)[t]).mean()
+
+
+def make_init(base: Base, settings: InversionSettings) -> torch.Tensor:
+    """Return the starting vectors ``(n, d) float32`` for ``settings.init``."""
+    n = settings.n_vectors
+    if settings.init == "mean":
+        table = base.text_encoder.get_input_embeddings().weight.detach().float().cpu()
+        generator = torch.Generator().manual_seed(settings.seed)
+        noise = torch.randn(n, table.shape[1], generator=generator)
+        return table.mean(0) + 0.1 * table.std(0) * noise
+    rows = base.token_rows(settings.init)
+    # A1111 spreads the text's tokens over the vectors
+    return rows[[int(i) * len(rows) // n for i in range(n)]].clone()
+
+
+def _draw(settings: InversionSettings, step: int, n_images: int, shape: tuple[int, ...]):
+    """Images, timesteps and noises of one step: a function of seed and step alone.
+
+    That makes a resumed run equal to one that was never stopped. Images come in a new random order
+    each epoch, as in A1111.
+    """
+    batch = settings.batch_size
+    order: list[int] = []
+    first = step * batch
+    while len(order) < batch:
+        epoch, start = divmod(first + len(order), n_images)
+        shuffle = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+        order += torch.randperm(n_images, generator=shuffle)[start:].tolist()[: batch - len(order)]
+    generator = torch.Generator().manual_seed((settings.seed + 1) * 15_485_863 + step)
+    t = torch.randint(0, 1000, (batch,), generator=generator)
+    noise = torch.randn((batch, *shape), generator=generator)
+    posterior = torch.randn((batch, *shape), generator=generator)
+    return torch.tensor(order), t, noise, posterior
+
+
+def invert(
+    base: Base,
+    images: torch.Tensor,
+    *,
+    token: str,
+    settings: InversionSettings | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    init_vectors: torch.Tensor | None = None,
+    data: str = "",
+) -> Embedding:
+    """Train an embedding for `token` on images, everything else frozen (paper, section 3.2).
+
+    Parameters
+    ----------
+    base : Base
+    images : torch.Tensor
+        ``(N, 3, H, W) uint8``, square, of the base's size or another multiple of its grid.
+    token : str
+        ``<name>``.
+    settings : InversionSettings, optional
+        Default: the preset of the base.
+    checkpoint : path, optional
+        Saved there every ``settings.checkpoint_every`` steps and at Ctrl-C. If it exists, the run
+        goes on from it and ends with the same vectors as an undisturbed one. Removed by nobody.
+    callback : callable, optional
+        Called after every step with ``{"step", "steps", "loss", "lr", "grad_norm", "vectors"}``.
+    init_vectors : torch.Tensor, optional
+        Rows ``(n, d)`` to start from, in place of ``settings.init``.
+    data : str
+        A note on the images, kept in the file.
+
+    Returns
+    -------
+    Embedding
+        Vectors with provenance and the loss history.
+
+    Raises
+    ------
+    InversionError
+        Loss or gradient not finite, or vectors that do not move.
+    ValueError
+        Images, token, settings or checkpoint that do not fit.
+    """
+    check_images(images)
+    check_token(token)
+    base.check_token(token)
+    settings = settings or InversionSettings.preset(base.preset)
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(
+            f"images must be square, got {tuple(images.shape[2:])} (H, W); load them with size=…"
+        )
+    base.latent_shape(images.shape[2])
+    if init_vectors is None:
+        start = make_init(base, settings)
+    else:
+        start = Embedding(init_vectors, token).vectors.clone()
+        start_width = Embedding(start, token)
+        start_width.check_fits(base.width, base.name)
+        settings = replace(settings, n_vectors=len(start))
+    if checkpoint is not None:
+        checkpoint = check_writable(checkpoint)
+    for module in (base.vae, base.unet, base.text_encoder):
+        module.requires_grad_(False)
+
+    device = base.device
+    mean, std = base.encode_posterior(images)
+    if settings.latents == "once":
+        generator = torch.Generator().manual_seed(settings.seed)
+        mean = mean + std * torch.randn(mean.shape, generator=generator).to(device)
+    vectors = start.clone().to(device).requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        [vectors], lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0
+    )
+    identity: dict[str, Any] = {
+        "settings": {k: v for k, v in asdict(settings).items() if k != "checkpoint_every"},
+        "base": base.hash,
+        "images": hash_tensors({"images": images}),
+        "start": hash_tensors({"start": start}),
+    }
+    if settings.schedule == "constant":
+        identity["settings"].pop("steps")  # a longer run may go on from a shorter one
+    losses: list[float] = []
+    if checkpoint is not None and Path(checkpoint).exists():
+        losses = _resume(Path(checkpoint), identity, vectors, optimizer)
+    weights = min_snr_weights(base.alphas_cumprod) if settings.loss == "min_snr" else None
+    scale = 2.0**16 if base.dtype == torch.float16 else 1.0
+    seconds = time.monotonic()
+    done = len(losses)
+    bar = tqdm(total=settings.steps, initial=done, desc=f"invert {token}", unit="step")
+    with base.vae_offloaded() if device.type == "cuda" else nullcontext():
+        try:
+            while len(losses) < settings.steps:
+                step = len(losses)
+                pick, t, noise, posterior = _draw(settings, step, len(images), mean.shape[1:])
+                latents = mean[pick]
+                if settings.latents == "resample":
+                    latents = latents + std[pick] * posterior.to(device)
+                rate = settings.lr
+                if settings.schedule == "linear":
+                    rate *= 1 - step / settings.steps
+                loss, norm, scale = _step(
+                    base, vectors, optimizer, latents, t, noise, weights, rate, scale, step
+                )
+                losses.append(loss)
+                bar.update()
+                if step % 50 == 0:
+                    bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
+                if checkpoint is not None and len(losses) % settings.checkpoint_every == 0:
+                    _save(Path(checkpoint), identity, vectors, optimizer, losses)
+                if callback is not None:
+                    callback(
+                        {
+                            "step": step + 1,
+                            "steps": settings.steps,
+                            "loss": loss,
+                            "lr": rate,
+                            "grad_norm": norm,
+                            "vectors": vectors.detach(),
+                        }
+                    )
+                if step + 1 == done + 100 and torch.equal(vectors.detach().cpu(), start):
+                    raise InversionError(
+                        "after 100 steps the vectors have not moved at all: the gradient is zero; "
+                        "use dtype float32, or a higher learning rate"
+                    )
+        except KeyboardInterrupt:
+            if checkpoint is not None:
+                _save(Path(checkpoint), identity, vectors, optimizer, losses)
+                bar.write(
+                    f"stopped at step {len(losses)}; the same command goes on from {checkpoint}"
+                )
+            raise
+        finally:
+            bar.close()
+    if checkpoint is not None:
+        _save(Path(checkpoint), identity, vectors, optimizer, losses)
+    return Embedding(
+        vectors=vectors.detach(),
+        token=token,
+        step=len(losses),
+        base=base.name if base.name in ("tiny", "sd2") else Path(base.name).name,
+        base_hash=base.hash,
+        data=data or f"{len(images)} images of {images.shape[2]} px",
+        record={
+            "settings": asdict(settings),
+            "images": len(images),
+            "images_hash": identity["images"],
+            "medbudget": __version__,
+            "device": device.type,
+            "seconds": round(time.monotonic() - seconds, 1),
+            "history": _history(losses),
+        },
+    )
+
+
+def _step(base, vectors, optimizer, latents, t, noise, weights, rate, scale, step):
+    """One optimizer step; in float16 the loss scale is halved until the gradient is finite."""
+    while True:
+        loss = compute_loss(
+            base, vectors, latents, t.to(base.device), noise.to(base.device), weights
+        )
+        if not torch.isfinite(loss):
+            raise InversionError(
+                f"the loss became {loss.item()} at step {step + 1}: this happens with a too high "
+                "learning rate or in float16; lower lr, or use bfloat16 or float32. The last "
+                "checkpoint is untouched"
+            )
+        (gradient,) = torch.autograd.grad(loss * scale, vectors)
+        gradient = gradient / scale
+        norm = gradient.norm()
+        if torch.isfinite(norm):
+            break
+        if scale <= 1:
+            raise InversionError(
+                f"the gradient became {norm.item()} at step {step + 1} though the loss is finite; "
+                "use float32, or a lower learning rate. The last checkpoint is untouched"
+            )
+        scale /= 2
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    vectors.grad = gradient
+    optimizer.step()
+    return float(loss.detach()), float(norm), scale
+
+
+def _history(losses: list[float], points: int = 200) -> dict[str, list[float]]:
+    """Thin a loss curve to block means, so that a file stays small."""
+    block = max(1, math.ceil(len(losses) / points))
+    ends = range(block, len(losses) + block, block)
+    means = [losses[end - block : end] for end in ends]
+    return {
+        "step": [min(end, len(losses)) for end in ends],
+        "loss": [round(sum(part) / len(part), 5) for part in means if part],
+    }
+
+
+def _save(path: Path, identity: dict, vectors, optimizer, losses: list[float]) -> None:
+    with atomic_path(path) as temporary:
+        torch.save(
+            {
+                "identity": identity,
+                "vectors": vectors.detach().cpu(),
+                "optimizer": optimizer.state_dict(),
+                "losses": losses,
+            },
+            temporary,
+        )
+
+
+def _resume(path: Path, identity: dict, vectors, optimizer) -> list[float]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found, losses = state["identity"], state["losses"]
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no readable checkpoint ({type(error).__name__}); remove it to start anew"
+        ) from None
+    if found != identity:
+        differs = [key for key in identity if found.get(key) != identity[key]]
+        if "settings" in differs:
+            differs.remove("settings")
+            old, new = found.get("settings", {}), identity["settings"]
+            differs += [
+                f"{key} ({old.get(key)} there, {new.get(key)} now)"
+                for key in sorted({*old, *new})
+                if old.get(key) != new.get(key)
+            ]
+        raise ValueError(
+            f"checkpoint {path} belongs to another run: {', '.join(differs)} differ; name another "
+            "checkpoint, or remove this one to start anew"
+        )
+    with torch.no_grad():
+        vectors.copy_(state["vectors"])
+    optimizer.load_state_dict(state["optimizer"])
+    return list(losses)
+
+
+__all__ = ["PRESETS", "InversionError", "InversionSettings", "compute_loss", "invert"]

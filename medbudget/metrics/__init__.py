@@ -1,0 +1,64 @@
+"""How good, how certain, how copied: metrics for small sets of images."""
+
+from medbudget.metrics.auc import (
+    auc,
+    bootstrap_auc,
+    delong,
+    delong_difference,
+    membership_inference,
+)
+from medbudget.metrics.evaluation import evaluate, frechet_score
+from medbudget.metrics.extractors import WeightsError
+from medbudget.metrics.features import (
+    Extractor,
+    extractor_names,
+    features,
+    load_extractor,
+    normalize_images,
+)
+from medbudget.metrics.frechet import (
+    Estimate,
+    bootstrap_distances,
+    frechet_distance,
+    frechet_interval,
+)
+from medbudget.metrics.kernel import kernel_distance, precision_recall
+from medbudget.metrics.neighbours import (
+    Memorisation,
+    feature_neighbours,
+    memorisation,
+    pixel_neighbours,
+)
+from medbudget.metrics.permutation import PermutationTest, permutation_test
+from medbudget.metrics.scores import Score, to_json, to_table
+
+__all__ = [
+    "Estimate",
+    "Extractor",
+    "Memorisation",
+    "PermutationTest",
+    "Score",
+    "WeightsError",
+    "auc",
+    "bootstrap_auc",
+    "bootstrap_distances",
+    "delong",
+    "delong_difference",
+    "evaluate",
+    "extractor_names",
+    "feature_neighbours",
+    "features",
+    "frechet_distance",
+    "frechet_interval",
+    "frechet_score",
+    "kernel_distance",
+    "load_extractor",
+    "membership_inference",
+    "memorisation",
+    "normalize_images",
+    "permutation_test",
+    "pixel_neighbours",
+    "precision_recall",
+    "to_json",
+    "to_table",
+]

@@ -1,0 +1,172 @@
+"""Area under the ROC curve with intervals: DeLong, and a two-level stratified bootstrap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import norm, rankdata
+
+from medbudget.metrics.frechet import Z95, Array, Estimate
+from medbudget.metrics.scores import Score
+
+
+def _check(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[npt.NDArray[np.bool_], Array]:
+    label, score = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if label.ndim != 1 or score.ndim not in (1, 2) or score.shape[-1] != len(label):
+        raise ValueError(
+            f"labels must be (n,) and scores (n,) or (runs, n), got {label.shape} and {score.shape}"
+        )
+    if not np.isin(label, [0, 1]).all():
+        raise ValueError(f"labels must be 0 or 1, got {np.unique(label)[:5]}")
+    if not np.isfinite(score).all():
+        raise ValueError("scores contain NaN or infinite values")
+    positive = label.astype(bool)
+    if positive.sum() < 2 or (~positive).sum() < 2:
+        raise ValueError(
+            f"{int(positive.sum())} positive and {int((~positive).sum())} negative cases: "
+            "at least 2 of each are needed"
+        )
+    return positive, score
+
+
+def _placements(positive: npt.NDArray[np.bool_], score: Array) -> tuple[Array, Array]:
+    """Share of negatives below each positive, and of positives above each negative (ties 1/2)."""
+    pos, neg = score[positive], score[~positive]
+    ranks = rankdata(score)
+    v10 = (ranks[positive] - rankdata(pos)) / len(neg)
+    v01 = 1 - (ranks[~positive] - rankdata(neg)) / len(pos)
+    return v10, v01
+
+
+def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+    """Return the area under the ROC curve; of ``(runs, n)`` scores, the mean over runs.
+
+    Ties count one half (Mann-Whitney).
+    """
+    positive, score = _check(labels, scores)
+    return float(np.mean([_placements(positive, s)[0].mean() for s in np.atleast_2d(score)]))
+
+
+def delong(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
+    """Return the AUC of ``(n,)`` scores with DeLong's standard error and 95 % interval.
+
+    The interval is cut at 0 and 1. At an AUC of exactly 0 or 1 the standard error is 0, which
+    only says that the method has failed.
+    """
+    positive, score = _check(labels, scores)
+    if score.ndim != 1:
+        raise ValueError("delong takes the scores of one run, (n,); use bootstrap_auc for several")
+    v10, v01 = _placements(positive, score)
+    value = float(v10.mean())
+    se = float(np.sqrt(v10.var(ddof=1) / len(v10) + v01.var(ddof=1) / len(v01)))
+    return Estimate(value, se, (max(0.0, value - Z95 * se), min(1.0, value + Z95 * se)), "DeLong")
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A difference with its two-sided p-value against 0."""
+
+    p_value: float
+
+
+def delong_difference(
+    labels: npt.ArrayLike, scores_a: npt.ArrayLike, scores_b: npt.ArrayLike
+) -> Difference:
+    """Return AUC(a) - AUC(b) on the same cases, with DeLong's paired test."""
+    positive, a = _check(labels, scores_a)
+    _, b = _check(labels, scores_b)
+    if a.ndim != 1 or b.ndim != 1:
+        raise ValueError("delong_difference takes scores of one run each, (n,)")
+    (a10, a01), (b10, b01) = _placements(positive, a), _placements(positive, b)
+    value = float(a10.mean() - b10.mean())
+    variance = (a10 - b10).var(ddof=1) / len(a10) + (a01 - b01).var(ddof=1) / len(a01)
+    se = float(np.sqrt(variance))
+    p = float(2 * norm.sf(abs(value) / se)) if se > 0 else float(value == 0)
+    return Difference(value, se, (value - Z95 * se, value + Z95 * se), "DeLong", p)
+
+
+def bootstrap_auc(
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    other: npt.ArrayLike | None = None,
+    *,
+    repeats: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Return the AUC, or a difference of AUCs, with a stratified percentile bootstrap.
+
+    Two levels: cases are resampled within each class and, with ``(runs, n)`` scores, training
+    runs too; the AUC is the mean over runs. With `other`, cases are drawn jointly for both
+    (paired), runs independently.
+
+    Returns
+    -------
+    Estimate
+        The standard error is the bootstrap's standard deviation.
+    """
+    positive, first = _check(labels, scores)
+    if repeats < 2:
+        raise ValueError(f"repeats must be at least 2, got {repeats}")
+    sets = [np.atleast_2d(first)]
+    if other is not None:
+        sets.append(np.atleast_2d(_check(labels, other)[1]))
+    rng = np.random.default_rng(seed)
+    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
+    # bins of equal scores, per set and run, so that a resampled AUC is two counts and a cumsum
+    bins = [[np.unique(run, return_inverse=True)[1] for run in runs] for runs in sets]
+
+    def weighted_auc(index: npt.NDArray[np.intp], w_pos: Array, w_neg: Array) -> float:
+        size = int(index.max()) + 1
+        pos = np.bincount(index[positive], w_pos, size)
+        neg = np.bincount(index[~positive], w_neg, size)
+        return float(pos @ (np.cumsum(neg) - neg / 2)) / (n_pos * n_neg)
+
+    draws = np.empty(repeats)
+    for i in range(repeats):
+        w_pos = np.bincount(rng.integers(n_pos, size=n_pos), minlength=n_pos).astype(float)
+        w_neg = np.bincount(rng.integers(n_neg, size=n_neg), minlength=n_neg).astype(float)
+        values = []
+        for runs in bins:
+            chosen = rng.integers(len(runs), size=len(runs))
+            count = np.bincount(chosen, minlength=len(runs))
+            values.append(
+                sum(c * weighted_auc(runs[r], w_pos, w_neg) for r, c in enumerate(count) if c)
+                / len(runs)
+            )
+        draws[i] = values[0] - (values[1] if len(values) > 1 else 0.0)
+    value = auc(labels, scores) - (auc(labels, other) if other is not None else 0.0)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(
+        value, float(draws.std(ddof=1)), (float(low), float(high)), "stratified bootstrap"
+    )
+
+
+def membership_inference(member_losses: npt.ArrayLike, other_losses: npt.ArrayLike) -> Score:
+    """Return how well a model's loss tells its training cases from others: an AUC with interval.
+
+    The attack of Yeom et al. (2018): a case with a low loss is called a member. 0.5 means that
+    this attack learns nothing (a stronger one may).
+
+    Parameters
+    ----------
+    member_losses, other_losses : array_like
+        One loss per image ``(n,)``, or ``(n, draws)`` over several draws of noise and time, of
+        which the mean is taken. Use the same draws for both.
+    """
+    sets = []
+    for name, losses in (("member_losses", member_losses), ("other_losses", other_losses)):
+        values = np.asarray(losses, dtype=np.float64)
+        if values.ndim not in (1, 2) or values.size == 0:
+            raise ValueError(f"{name} must be (n,) or (n, draws), got {values.shape}")
+        sets.append(values if values.ndim == 1 else values.mean(1))
+    labels = np.repeat([1, 0], [len(s) for s in sets])
+    estimate = delong(labels, -np.concatenate(sets))
+    return Score(
+        name="Membership AUC (loss)",
+        value=estimate.value,
+        interval=estimate.interval,
+        n=(len(sets[0]), len(sets[1])),
+        note="members vs others; 0.5: the loss tells nothing; DeLong interval",
+    )

@@ -1,0 +1,239 @@
+r"""Frechet distance between two sets of features, exactly, with its uncertainty.
+
+.. math:: FD = |m_x - m_y|^2 + tr C_x + tr C_y - 2 tr (C_x C_y)^{1/2}
+
+The trace of the root is the nuclear norm of :math:`M = X_c Y_c^T / \sqrt{(n_x-1)(n_y-1)}`, which
+needs no matrix root and no d x d covariance. Centred features with n > d are first reduced to their
+d x d triangular factors, so the decomposition is of size min(n, d). All in float64: in float32 the
+result is wrong by 0.2 to 7 %.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import qr, svd, svdvals
+from threadpoolctl import threadpool_limits
+
+Array = npt.NDArray[np.float64]
+Features = npt.ArrayLike
+
+Z95 = 1.959963984540054
+
+
+def check_features(x: Features, name: str = "features") -> Array:
+    """Return ``(n, d)`` features as float64, n >= 2, finite, else raise `ValueError`."""
+    array = np.asarray(x, dtype=np.float64)
+    if array.ndim != 2 or array.shape[1] < 1:
+        raise ValueError(f"{name} must have shape (n, d), got {array.shape}")
+    if len(array) < 2:
+        raise ValueError(f"{name} has {len(array)} row(s); a covariance needs at least 2")
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array).all(axis=1)).sum())
+        raise ValueError(f"{name} has NaN or infinite values in {bad} of {len(array)} rows")
+    return array
+
+
+def check_pair(x: Features, y: Features) -> tuple[Array, Array]:
+    """Check two sets of features and that their widths agree."""
+    x, y = check_features(x, "x"), check_features(y, "y")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[1]} features and y has {y.shape[1]}; "
+            "both must come from the same extractor"
+        )
+    return x, y
+
+
+def _factor(centred: Array, *, with_q: bool = False) -> tuple[Array | None, Array]:
+    """Reduce centred features with n > d to the triangular factor; leave others alone."""
+    n, d = centred.shape
+    if n <= d:
+        return None, centred
+    if with_q:
+        q, r = qr(centred, mode="economic", check_finite=False)
+        return np.asarray(q, np.float64), np.asarray(r, np.float64)
+    (r,) = qr(centred, mode="r", check_finite=False)
+    return None, np.asarray(r[:d], np.float64)
+
+
+def frechet_distance(x: Features, y: Features) -> float:
+    """Return the Frechet distance (squared 2-Wasserstein of the fitted normals) of two sets.
+
+    Parameters
+    ----------
+    x, y : array_like
+        ``(n, d)`` and ``(m, d)`` features; n, m >= 2, smaller or larger than d.
+
+    Returns
+    -------
+    float
+        At least 0. Its expectation falls with n: compare values at the same n only.
+
+    Raises
+    ------
+    ValueError
+        Wrong shapes, fewer than two rows, NaN or infinite values.
+    """
+    x, y = check_pair(x, y)
+    mean = x.mean(0) - y.mean(0)
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    scale = np.sqrt((len(x) - 1.0) * (len(y) - 1.0))
+    _, rx = _factor(xc)
+    _, ry = _factor(yc)
+    root = svdvals(rx @ ry.T, check_finite=False).sum() / scale
+    traces = (xc**2).sum() / (len(x) - 1) + (yc**2).sum() / (len(y) - 1)
+    return max(0.0, float(mean @ mean + traces - 2 * root))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its standard error and interval."""
+
+    value: float
+    se: float
+    interval: tuple[float, float]
+    method: str
+
+
+def frechet_interval(
+    x: Features,
+    y: Features,
+    *,
+    method: str = "influence",
+    repeats: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+) -> Estimate:
+    r"""Return the Frechet distance with a 95 % interval.
+
+    The interval is for E[FD_n], the distance that new sets of this size would give on average;
+    it says nothing about infinite n.
+
+    Parameters
+    ----------
+    x, y : array_like
+        ``(n, d)`` and ``(m, d)`` features.
+    method : {"influence", "bootstrap", "paper"}
+        "influence": estimate ± 1.96 SE from one decomposition, no resampling. With
+        :math:`M = U S V^T` as in the module's text, image i moves the distance by
+        :math:`\psi_i = 2 (m_x - m_y) (x_i - m_x) + |x_i - m_x|^2 - n_x (U S U^T)_{ii}`, and
+        :math:`SE^2 = var(\psi_x) / n_x + var(\psi_y) / n_y`.
+        "bootstrap": estimate ± 1.96 standard deviations of `repeats` resampled distances.
+        "paper": the 2.5 and 97.5 percentiles of the resampled distances, as Appendix A of
+        de Wilde et al. (2024) reads. Resampling repeats images, so resampled sets are narrower
+        and further apart than the real ones: the percentiles lie too high and may not even
+        contain the estimate. It warns.
+    repeats, seed, workers
+        For the two bootstraps: number of resamples, random seed, threads (default: all cores).
+        The result does not depend on `workers`.
+    """
+    x, y = check_pair(x, y)
+    if method == "influence":
+        return _influence_interval(x, y)
+    if method not in ("bootstrap", "paper"):
+        raise ValueError(
+            f"method={method!r} is unknown; allowed are 'influence', 'bootstrap', 'paper'"
+        )
+    value = frechet_distance(x, y)
+    draws = bootstrap_distances(x, y, repeats=repeats, seed=seed, workers=workers)
+    se = float(draws.std(ddof=1))
+    if method == "bootstrap":
+        return Estimate(value, se, (max(0.0, value - Z95 * se), value + Z95 * se), method)
+    warnings.warn(
+        "method='paper' is the percentile bootstrap: for a Frechet distance it is biased upward "
+        "and covers far less than 95 %; use method='influence'",
+        stacklevel=2,
+    )
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(value, se, (float(low), float(high)), method)
+
+
+def _influence_interval(x: Array, y: Array) -> Estimate:
+    mean = x.mean(0) - y.mean(0)
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    nx, ny = len(x), len(y)
+    qx, rx = _factor(xc, with_q=True)
+    qy, ry = _factor(yc, with_q=True)
+    u, s, vt = svd(
+        rx @ ry.T / np.sqrt((nx - 1.0) * (ny - 1.0)), full_matrices=False, check_finite=False
+    )
+    u = u if qx is None else qx @ u
+    v = vt.T if qy is None else qy @ vt.T
+    traces = (xc**2).sum() / (nx - 1) + (yc**2).sum() / (ny - 1)
+    value = max(0.0, float(mean @ mean + traces - 2 * s.sum()))
+    psi_x = 2 * xc @ mean + (xc**2).sum(1) - nx * (u**2 @ s)
+    psi_y = -2 * yc @ mean + (yc**2).sum(1) - ny * (v**2 @ s)
+    se = float(np.sqrt(psi_x.var(ddof=1) / nx + psi_y.var(ddof=1) / ny))
+    return Estimate(value, se, (max(0.0, value - Z95 * se), value + Z95 * se), "influence")
+
+
+def map_threads(
+    function: Callable[[int], float], items: Iterable[int], workers: int | None
+) -> list[float]:
+    """Map over threads that use one BLAS thread each (decompositions release Python's lock)."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    with threadpool_limits(1), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        return list(pool.map(function, items))
+
+
+def root_trace(m: Array) -> float:
+    """Return the nuclear norm by the symmetric eigenvalues of the smaller of M M^T and M^T M.
+
+    Twice as fast as singular values; absolute error about 1e-8 of the largest one for each
+    singular value near zero. For resampling, where that is far below the noise.
+    """
+    gram = m @ m.T if len(m) <= m.shape[1] else m.T @ m
+    return float(np.sqrt(np.linalg.eigvalsh(gram).clip(min=0)).sum())
+
+
+def bootstrap_distances(
+    x: Features, y: Features, *, repeats: int = 1000, seed: int = 0, workers: int | None = None
+) -> Array:
+    """Return `repeats` Frechet distances of sets resampled with replacement.
+
+    A resampled covariance needs only the rows that were drawn, each scaled by the root of how
+    often: 63 % of n, from one precomputed Gram matrix.
+    """
+    x, y = check_pair(x, y)
+    if repeats < 2:
+        raise ValueError(f"repeats must be at least 2, got {repeats}")
+    nx, ny = len(x), len(y)
+    gap = x.mean(0) - y.mean(0)
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    x2, y2 = (xc**2).sum(1), (yc**2).sum(1)
+    wide = x.shape[1] > 0.6 * min(nx, ny)
+    gram = xc @ yc.T if wide else np.empty((0, 0))
+    scale = np.sqrt((nx - 1.0) * (ny - 1.0))
+    seeds = np.random.SeedSequence(seed).spawn(repeats)
+
+    def one(i: int) -> float:
+        rng = np.random.default_rng(seeds[i])
+        w = np.bincount(rng.integers(nx, size=nx), minlength=nx)
+        v = np.bincount(rng.integers(ny, size=ny), minlength=ny)
+        dx, dy = w @ xc / nx, v @ yc / ny
+        ix, iy = np.flatnonzero(w), np.flatnonzero(v)
+        wx, vy = np.sqrt(w[ix])[:, None], np.sqrt(v[iy])[:, None]
+        if wide:
+            m = gram[np.ix_(ix, iy)]
+            m -= (gram[ix] @ (v / ny))[:, None]
+            m -= (w / nx) @ gram[:, iy]
+            m += dx @ dy
+            m *= wx / scale
+            m *= vy.T
+        else:
+            rx = _factor(wx * (xc[ix] - dx))[1]
+            ry = _factor(vy * (yc[iy] - dy))[1]
+            m = rx @ ry.T / scale
+        mean = gap + dx - dy
+        traces = (w @ x2 - nx * dx @ dx) / (nx - 1) + (v @ y2 - ny * dy @ dy) / (ny - 1)
+        return max(0.0, float(mean @ mean + traces - 2 * root_trace(m)))
+
+    return np.array(map_threads(one, range(repeats), workers))

@@ -1,0 +1,295 @@
+"""Memorisation: is a synthetic image nearer to a training image than it has a right to be?
+
+The right is measured, not assumed: held-out real images, which no generator can have copied, have
+a nearest training image too. Distances are those of the image, its mirror image and, in pixels,
+its small shifts: a mirrored copy is a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from scipy.stats import norm, rankdata, tiecorrect
+
+from medbudget.images import check_images
+from medbudget.metrics.features import Extractor, load_extractor
+from medbudget.metrics.features import features as compute_features
+from medbudget.metrics.frechet import Z95, Array
+from medbudget.metrics.kernel import squared_distances
+from medbudget.metrics.scores import Score
+
+Index = npt.NDArray[np.intp]
+
+
+def _unit(windows: torch.Tensor) -> torch.Tensor:
+    """Flatten, subtract each image's mean, scale to norm 1 (constant images to 0)."""
+    flat = windows.flatten(1)
+    flat = flat - flat.mean(1, keepdim=True)
+    return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def pixel_neighbours(
+    images: torch.Tensor,
+    train: torch.Tensor,
+    *,
+    size: int = 32,
+    shift: int = 2,
+    flips: bool = True,
+) -> tuple[Array, Index]:
+    """Return the nearest training image by normalised correlation, over flips and shifts.
+
+    Both sets are reduced to `size` pixels by area pooling, which removes grain. The centre of
+    every training image is correlated with the windows of the other image at all shifts.
+
+    Parameters
+    ----------
+    images, train : torch.Tensor
+        ``(N, 3, H, W) uint8`` and ``(M, 3, H', W') uint8``.
+    size, shift : int
+        Pixels of the reduced image and of the largest shift in it (2 of 32: 6 % of the width).
+    flips : bool
+        Also compare left-right mirror images.
+
+    Returns
+    -------
+    distance : (N,) float64
+        1 - correlation: 0 for a copy (of any brightness and contrast), 1 for no likeness.
+    index : (N,) int
+        The nearest training image.
+    """
+    check_images(images)
+    check_images(train, name="train")
+    if not 0 <= 2 * shift < size:
+        raise ValueError(f"shift must be from 0 to {(size - 1) // 2} for size {size}, got {shift}")
+    inner = size - 2 * shift
+    small_train = F.adaptive_avg_pool2d(train.float(), size)
+    targets = _unit(small_train[..., shift : shift + inner, shift : shift + inner])
+    best = torch.full((len(images),), -2.0)
+    index = torch.zeros(len(images), dtype=torch.long)
+    small = F.adaptive_avg_pool2d(images.float(), size)
+    for flipped in (False, True) if flips else (False,):
+        view = small.flip(-1) if flipped else small
+        for row in range(2 * shift + 1):
+            for column in range(2 * shift + 1):
+                window = view[..., row : row + inner, column : column + inner]
+                value, where = (_unit(window) @ targets.T).max(1)
+                better = value > best
+                best[better], index[better] = value[better], where[better]
+    return (1 - best).double().clamp(min=0).numpy(), index.numpy()
+
+
+def feature_neighbours(
+    images: torch.Tensor,
+    train: torch.Tensor,
+    extractor: str | Extractor,
+    *,
+    flips: bool = True,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    cache: bool = True,
+    progress: bool = False,
+) -> tuple[Array, Index]:
+    """Return the nearest training image by Euclidean distance of features, over flips.
+
+    Returns
+    -------
+    distance : (N,) float64
+    index : (N,) int
+    """
+    if isinstance(extractor, str):
+        extractor = load_extractor(extractor, device=device)
+    options: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "progress": progress}
+
+    def get(batch: torch.Tensor) -> Array:
+        return compute_features(batch, extractor, **options).astype(np.float64)
+
+    targets = get(train)
+    table = squared_distances(get(images), targets)
+    if flips:
+        table = np.minimum(table, squared_distances(get(images.flip(-1)), targets))
+    index = table.argmin(1)
+    return np.sqrt(table[np.arange(len(table)), index]), index
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Nearest training neighbours of synthetic images, calibrated on held-out real ones.
+
+    Attributes
+    ----------
+    space : str
+        "pixels" or an extractor's title.
+    distance, index : (N,) arrays
+        Of every synthetic image to its nearest training image, and which one that is.
+    heldout_distance : (H,) array
+        Of the held-out real images.
+    p_value : (N,) array
+        (1 + held-out images at least as near) / (1 + H).
+    level : float
+        Images with a p-value at or below it are flagged.
+    note : str
+    """
+
+    space: str
+    distance: Array
+    index: Index
+    heldout_distance: Array
+    p_value: Array
+    level: float
+    note: str = ""
+    extractor: Extractor | None = field(default=None, repr=False)
+
+    @property
+    def flagged(self) -> npt.NDArray[np.bool_]:
+        """Which synthetic images are nearer to training than the held-out ones' level allows."""
+        return self.p_value <= self.level
+
+    @property
+    def share(self) -> float:
+        """Share of flagged images; without any copying, about `level`."""
+        return float(self.flagged.mean())
+
+    @property
+    def c_t(self) -> float:
+        """z of a rank test that synthetic images are nearer to training than held-out ones.
+
+        As C_T of Meehan et al. (2020) with a single cell: well below 0, copying; well above 0,
+        synthetic images lie further from the training images than real ones do.
+        """
+        n, m = len(self.distance), len(self.heldout_distance)
+        both = np.concatenate([self.distance, self.heldout_distance])
+        rank = rankdata(both)
+        u = rank[:n].sum() - n * (n + 1) / 2
+        sd = np.sqrt(tiecorrect(rank) * n * m * (n + m + 1) / 12)
+        return float((u - n * m / 2) / sd) if sd > 0 else 0.0
+
+    def worst(self, k: int = 8) -> list[tuple[int, int]]:
+        """Return the `k` pairs (synthetic, training) to look at, most suspicious first."""
+        return [(int(i), int(self.index[i])) for i in np.argsort(self.distance)[:k]]
+
+    def scores(self) -> list[Score]:
+        """Return the share of flagged images (Wilson interval) and C_T as scores."""
+        n, h = len(self.distance), len(self.heldout_distance)
+        low, high = wilson(int(self.flagged.sum()), n)
+        common: dict[str, Any] = {
+            "n": n,
+            "extractor": self.space,
+            "extractor_hash": self.extractor.hash if self.extractor else "",
+            "resize": self.extractor.resize_rule if self.extractor else "area pooling",
+        }
+        calibrated = f"calibrated on {h} held-out real images"
+        note = "; ".join(part for part in (calibrated, self.note) if part)
+        z = self.c_t
+        return [
+            Score(
+                name=f"Copied share ({self.space})",
+                value=self.share,
+                interval=(low, high),
+                note=f"at the {self.level:.2g} level; {note}",
+                **common,
+            ),
+            Score(
+                name=f"C_T ({self.space})",
+                value=z,
+                interval=None,
+                note=f"z; below 0: nearer to training; p = {norm.cdf(z):.2g} for copying; {note}",
+                **common,
+            ),
+        ]
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a proportion."""
+    p, z2 = successes / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (
+        float(centre - half) if successes > 0 else 0.0,
+        float(centre + half) if successes < n else 1.0,
+    )
+
+
+def not_in(images: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+    """Return a mask of the images whose bytes do not occur in `train`."""
+    known = {image.numpy().tobytes() for image in train.cpu().contiguous()}
+    rows = images.cpu().contiguous()
+    return torch.tensor([row.numpy().tobytes() not in known for row in rows], dtype=torch.bool)
+
+
+def memorisation(
+    synthetic: torch.Tensor,
+    train: torch.Tensor,
+    heldout: torch.Tensor,
+    *,
+    space: str | Extractor = "pixels",
+    level: float = 0.01,
+    flips: bool = True,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    cache: bool = True,
+    progress: bool = False,
+) -> Memorisation:
+    """Compare synthetic images with the training images, calibrated on held-out real images.
+
+    Parameters
+    ----------
+    synthetic, train, heldout : torch.Tensor
+        ``(N, 3, H, W) uint8``. `heldout`: real images, best of other patients, that were not
+        trained on; images that are in `train` byte for byte are left out and counted in the note.
+    space : "pixels", or an extractor's name, or an Extractor
+        Normalised correlation (flips and small shifts), or feature distance (flips).
+    level : float
+        Flag images that are nearer to training than this share of the held-out images. With fewer
+        than 1 / level - 1 held-out images it is raised to what they can show, and the note says so.
+
+    Raises
+    ------
+    ValueError
+        No held-out image is left, or a level outside (0, 1).
+    """
+    for name, images in (("synthetic", synthetic), ("train", train), ("heldout", heldout)):
+        check_images(images, name=name)
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level}")
+    fresh = not_in(heldout, train)
+    notes = []
+    if not fresh.all():
+        notes.append(f"{int((~fresh).sum())} real images that are training images left out")
+    heldout = heldout[fresh]
+    if len(heldout) == 0:
+        raise ValueError(
+            "every held-out image is also a training image; memorisation needs real images that "
+            "were not trained on"
+        )
+    if 1 / (len(heldout) + 1) > level:
+        notes.append(f"level raised from {level:g}: only {len(heldout)} held-out images")
+        level = 1 / (len(heldout) + 1)
+    extractor = None
+    if space == "pixels":
+        title = "pixels"
+        near, far = (
+            pixel_neighbours(images, train, flips=flips) for images in (synthetic, heldout)
+        )
+    else:
+        extractor = load_extractor(space, device=device) if isinstance(space, str) else space
+        title = extractor.title
+        near, far = (
+            feature_neighbours(
+                images,
+                train,
+                extractor,
+                flips=flips,
+                batch_size=batch_size,
+                cache=cache,
+                progress=progress,
+            )
+            for images in (synthetic, heldout)
+        )
+    ordered = np.sort(far[0])
+    p = (1 + np.searchsorted(ordered, near[0], side="right")) / (1 + len(ordered))
+    return Memorisation(title, near[0], near[1], far[0], p, level, "; ".join(notes), extractor)

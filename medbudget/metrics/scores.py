@@ -1,0 +1,106 @@
+"""`Score`: a number that is never bare, and tables of scores."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from medbudget.artifacts import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def format_number(value: float) -> str:
+    """Four significant digits, and at most one decimal from 100 on."""
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measured number with what is needed to compare it with another one.
+
+    Attributes
+    ----------
+    name : str
+        As printed, e.g. "FD (EfficientNet-Lite0)".
+    value : float
+    interval : (float, float) or None
+        95 % unless the note says otherwise; `None` where no interval is defined.
+    n : int or (int, int)
+        Images in each set, or (real, synthetic) where they differ.
+    extractor, extractor_hash, resize : str
+        See `medbudget.metrics.Extractor`.
+    normalisation : str
+        "none" or "paper".
+    note : str
+        How the interval was made, and caveats.
+    """
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+    n: int | tuple[int, int]
+    extractor: str = ""
+    extractor_hash: str = ""
+    resize: str = ""
+    normalisation: str = "none"
+    note: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.name} {format_number(self.value)}"]
+        if self.interval is not None:
+            parts[0] += f" [{', '.join(map(format_number, self.interval))}]"
+        parts.append(
+            f"n = {self.n}" if isinstance(self.n, int) else f"n = {self.n[0]} vs {self.n[1]}"
+        )
+        if self.extractor:
+            parts.append(f"{self.extractor} {self.extractor_hash}, {self.resize}")
+        if self.normalisation != "none":
+            parts.append(f"normalisation: {self.normalisation}")
+        if self.note:
+            parts.append(self.note)
+        return ", ".join(parts[:2]) + "".join(f"; {part}" for part in parts[2:])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        fields = asdict(self)
+        for key in ("interval", "n"):
+            if isinstance(fields[key], tuple):
+                fields[key] = list(fields[key])
+        return fields
+
+
+def to_table(scores: Sequence[Score]) -> pd.DataFrame:
+    """Return one row per score: value, interval, n, extractor, resize, normalisation, note."""
+    import pandas as pd
+
+    rows = []
+    for score in scores:
+        low, high = score.interval or (float("nan"), float("nan"))
+        rows.append(
+            {
+                "score": score.name,
+                "value": score.value,
+                "low": low,
+                "high": high,
+                "n": score.n if isinstance(score.n, int) else f"{score.n[0]} vs {score.n[1]}",
+                "extractor": f"{score.extractor} {score.extractor_hash}".strip(),
+                "resize": score.resize,
+                "normalisation": score.normalisation,
+                "note": score.note,
+            }
+        )
+    columns = list(rows[0]) if rows else ["score", "value", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def to_json(scores: Sequence[Score], path: str | os.PathLike[str] | None = None) -> str:
+    """Return the scores as a JSON list, and write it to `path` (atomically) if one is given."""
+    text = json.dumps([score.to_dict() for score in scores], indent=1, ensure_ascii=False) + "\n"
+    if path is not None:
+        write_text(path, text)
+    return text

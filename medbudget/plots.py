@@ -1,0 +1,296 @@
+"""Figures: everything decorative, so that notebooks show only ideas. Computes nothing.
+
+Pixels are shown as they are: nearest neighbour, a whole number of screen pixels each, and the fixed
+gray window 0..255, on an opaque white face. A `note` names what the figure was made with.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import torch
+from cycler import cycler
+from matplotlib.figure import Figure
+
+from medbudget.images import check_images
+
+if TYPE_CHECKING:
+    from medbudget.metrics.scores import Score
+
+# Okabe and Ito 2008: told apart with all common kinds of colour blindness
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GRAY = "#595959"  # 7:1 on white
+DPI = 128
+CELL, GAP, MARGIN = 128, 4, 6  # figure pixels: target edge of an image, between and around them
+
+STYLE: dict[str, Any] = {
+    "figure.facecolor": "white",
+    "figure.dpi": DPI,
+    "savefig.facecolor": "white",
+    "savefig.dpi": DPI,
+    "savefig.transparent": False,
+    "axes.facecolor": "white",
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "image.cmap": "gray",
+    "image.interpolation": "nearest",
+    "svg.hashsalt": "medbudget",
+}
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for this session; in a notebook also keep figures uncropped.
+
+    IPython crops figures to their ink by default, which shifts images off whole screen pixels.
+    """
+    mpl.rcParams.update(STYLE)  # type: ignore[arg-type]
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    if hasattr(get_ipython(), "kernel"):
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("png", bbox_inches=None, facecolor="white")
+
+
+def show_images(
+    images: torch.Tensor,
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int = 8,
+    title: str | None = None,
+    note: str | None = None,
+) -> Figure:
+    """Show images in reading order.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        ``(N, 3, H, W) uint8``.
+    titles : sequence of str, optional
+        One short line above each image.
+    columns : int
+        Images in a row, at least 1.
+    title, note : str, optional
+        Above and below the whole; the note says what the images are, e.g. "synthetic; tiny base".
+
+    Raises
+    ------
+    TypeError, ValueError
+        What `images` are not (`check_images`), or a number of titles that does not fit.
+    """
+    check_images(images)
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"{len(titles)} titles for {len(images)} images; give one for each")
+    rows = [(None, part) for part in images.split(columns)]
+    return _draw(rows, titles=titles, title=title, note=note)
+
+
+def show_rows(
+    rows: Mapping[str, torch.Tensor],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int = 8,
+    title: str | None = None,
+    note: str | None = None,
+) -> Figure:
+    """Show one labelled row of images for each entry, as in the paper's Figure 5.
+
+    Parameters
+    ----------
+    rows : mapping of str to torch.Tensor
+        Label to ``(N, 3, H, W) uint8``; at most `columns` images of each are shown.
+    titles : sequence of str, optional
+        One above each column.
+    columns, title, note
+        See `show_images`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        No rows, rows of different image sizes, or what `check_images` refuses.
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    if not rows:
+        raise ValueError("no rows to show; pass a mapping of label to images")
+    cut = [(label, check_images(part, name=label)[:columns]) for label, part in rows.items()]
+    sizes = {tuple(part.shape[2:]) for _, part in cut}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the rows have images of different sizes {sorted(sizes)}; resize them to one"
+        )
+    widest = max(len(part) for _, part in cut)
+    if titles is not None and len(titles) != widest:
+        raise ValueError(f"{len(titles)} titles for {widest} columns; give one for each")
+    return _draw(cut, titles=titles, title=title, note=note)
+
+
+def _draw(
+    rows: Sequence[tuple[str | None, torch.Tensor]],
+    *,
+    titles: Sequence[str] | None,
+    title: str | None,
+    note: str | None,
+) -> Figure:
+    """Place every image at whole figure pixels; text gets margins sized to it."""
+    height, width = rows[0][1].shape[2:]
+    zoom = max(1, round(CELL / max(height, width)))
+    shrink = min(1.0, 2 * CELL / max(height, width))  # large images are shown smaller
+    cell_w, cell_h = round(width * zoom * shrink), round(height * zoom * shrink)
+    line = round(DPI / 72 * mpl.rcParams["font.size"] * 1.45)
+    labels = [textwrap.wrap(label, 16) if label else [] for label, _ in rows]
+    left = max((len(text) for lines in labels for text in lines), default=0) * line // 2
+    left += MARGIN + (2 * GAP if left else 0)
+    across = max(len(part) for _, part in rows)
+    total_w = max(left + across * (cell_w + GAP) - GAP, 3 * CELL) + MARGIN
+    title_lines = _wrap(title, total_w, line * 1.25)
+    note_lines = _wrap(note, total_w, line * 0.95)
+    each_row = titles is not None and rows[0][0] is None
+    above = line if each_row else 0
+    head = line if titles is not None and not each_row else 0
+    top = MARGIN + len(title_lines) * round(1.1 * line) + (GAP if title_lines else 0)
+    body = head + len(rows) * (cell_h + GAP + above) - GAP
+    total_h = top + body + MARGIN + (len(note_lines) * line + 2 * GAP if note_lines else 0)
+
+    figure = Figure(figsize=(total_w / DPI, total_h / DPI), dpi=DPI, facecolor="white")
+
+    def write(x: float, y: float, text: str, **kwargs: Any) -> None:
+        figure.text(x / total_w, 1 - y / total_h, text, **{"va": "top", **kwargs})
+
+    for i, text in enumerate(title_lines):
+        write(
+            MARGIN,
+            MARGIN + i * round(1.1 * line),
+            text,
+            weight="bold",
+            size=mpl.rcParams["font.size"] * 1.1,
+        )
+    y, index = top + head, 0
+    for r, (_, part) in enumerate(rows):
+        y += above
+        if labels[r]:
+            write(left - 2 * GAP, y + cell_h / 2, "\n".join(labels[r]), ha="right", va="center")
+        for c, image in enumerate(part):
+            x = left + c * (cell_w + GAP)
+            box = (x / total_w, 1 - (y + cell_h) / total_h, cell_w / total_w, cell_h / total_h)
+            axes = figure.add_axes(box)
+            axes.imshow(
+                image.permute(1, 2, 0).cpu().numpy(),
+                interpolation="nearest" if shrink == 1 else "antialiased",
+                vmin=0,
+                vmax=255,
+                aspect="auto",
+            )
+            axes.set_axis_off()
+            if titles is not None and (each_row or r == 0):
+                caption = titles[index if each_row else c]
+                write(x + cell_w / 2, y - GAP / 2, caption, ha="center", va="bottom")
+            index += 1
+        y += cell_h + GAP
+    for i, text in enumerate(note_lines):
+        write(MARGIN, y + GAP + i * line, text, color=GRAY, size=mpl.rcParams["font.size"] * 0.9)
+    return figure
+
+
+def _wrap(text: str | None, pixels: float, line: float) -> list[str]:
+    """Break text to a width; a letter is about 0.38 lines wide."""
+    return textwrap.wrap(text, max(20, int(pixels / (0.38 * line)))) if text else []
+
+
+def plot_loss(
+    history: Mapping[str, Any], *, title: str | None = None, note: str | None = None
+) -> Figure:
+    """Plot a loss curve, or several.
+
+    Parameters
+    ----------
+    history : mapping
+        ``{"step": […], "loss": […]}`` as in `Embedding.history`, or label to such a mapping.
+    """
+    curves = {"": history} if "loss" in history else history
+    figure, axes = _axes(title, note, height=2.6)
+    for label, curve in curves.items():
+        steps = curve.get("step", range(1, len(curve["loss"]) + 1))
+        axes.plot(steps, curve["loss"], label=label, linewidth=1.5)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (noise MSE)")
+    if any(curves):
+        axes.legend()
+    return figure
+
+
+def plot_scores(
+    scores: Mapping[str, Score], *, title: str | None = None, note: str | None = None
+) -> Figure:
+    """Plot scores of one kind with their intervals, one line each, from the top.
+
+    Parameters
+    ----------
+    scores : mapping of str to Score
+        Label to score. All must come from the same extractor, resize rule and normalisation:
+        others cannot be compared.
+
+    Raises
+    ------
+    ValueError
+        No scores, or scores of different kinds.
+    """
+    if not scores:
+        raise ValueError("no scores to plot; pass a mapping of label to Score")
+    kinds = {
+        (s.extractor or s.name, s.extractor_hash, s.resize, s.normalisation)
+        for s in scores.values()
+    }
+    if len(kinds) > 1:
+        raise ValueError(
+            f"these scores cannot be compared: {sorted(kinds)}; plot one kind at a time"
+        )
+    figure, axes = _axes(title, note, height=0.9 + 0.4 * len(scores))
+    for place, score in enumerate(scores.values()):
+        low, high = score.interval or (score.value, score.value)
+        colour = PALETTE[place % len(PALETTE)]
+        axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot([score.value], [place], "o", color=colour)
+        interval = f" ({low:.3g} to {high:.3g})" if score.interval else ""
+        axes.annotate(
+            f"{score.value:.3g}{interval}",
+            (high, place),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=GRAY,
+        )
+    first = next(iter(scores.values()))
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    axes.set_ylim(len(scores) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.35)
+    axes.set_xlabel(f"{first.name}, n = {first.n}" + ("" if title else "; lower is closer"))
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _axes(title: str | None, note: str | None, *, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7, height), dpi=DPI, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    if title:
+        axes.set_title(title)
+    if note:
+        figure.supxlabel(note, x=0.01, ha="left", color=GRAY, size=9)
+    return figure, axes

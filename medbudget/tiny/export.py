@@ -1,0 +1,96 @@
+"""Write the trained base into the package, in diffusers' layout, as float16 safetensors."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from medbudget.artifacts import write_json
+from medbudget.tiny import model, words
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def make_vocabulary(numbers: np.ndarray, count: int, seed: int = 0) -> torch.Tensor:
+    """Return `count` k-means centroids ``(count, 6)`` of visual words' numbers."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    rng = np.random.default_rng(seed)
+    chosen = numbers[rng.permutation(len(numbers))[: 40 * count]].astype(np.float32)
+    means = MiniBatchKMeans(count, batch_size=4096, n_init=1, max_iter=20, random_state=seed)
+    return torch.from_numpy(means.fit(chosen).cluster_centers_.astype(np.float32))
+
+
+def export(work: Path) -> None:
+    """Write VAE, U-Net, text encoder (visual words filled in), tokenizer and training record."""
+    scale = json.loads((work / "scale.json").read_text())["scaling_factor"]
+    vae_state = torch.load(work / "vae.ckpt", map_location="cpu", weights_only=True)
+    state = torch.load(work / "unet.ckpt", map_location="cpu", weights_only=True)
+    vae, unet, maps = model.build_vae(), model.build_unet(), model.WordMap()
+    tokenizer = model.build_tokenizer()
+    text = model.build_text_encoder(len(tokenizer))
+    vae.load_state_dict(vae_state["ema"]["vae"])
+    vae.register_to_config(scaling_factor=scale)
+    for name, net in (("unet", unet), ("text", text), ("map", maps)):
+        net.load_state_dict(state["ema"][name])
+    vocabulary = work / "words.safetensors"
+    if not vocabulary.exists():
+        numbers = np.load(work / "numbers.npy", mmap_mode="r")
+        sentences = numbers[::8]
+        save_file(
+            {
+                "grain": make_vocabulary(sentences[:, 0], model.N_GRAINS),
+                "cells": make_vocabulary(sentences[:, 1:].reshape(-1, 6), model.N_CELLS),
+            },
+            vocabulary,
+        )
+    centroids = load_file(vocabulary)
+    with torch.no_grad():
+        table = text.embeddings.token_embedding.weight
+        first = tokenizer.convert_tokens_to_ids("g0000")
+        table[first : first + model.N_GRAINS] = maps.grain_map(centroids["grain"])
+        first = tokenizer.convert_tokens_to_ids("v0000")
+        table[first : first + model.N_CELLS] = maps.cell_map(centroids["cells"])
+    WEIGHTS.mkdir(exist_ok=True)
+    for name, net in (("vae", vae), ("unet", unet), ("text_encoder", text)):
+        net.half().save_pretrained(WEIGHTS / name, safe_serialization=True)
+    tokenizer.save_pretrained(WEIGHTS / "tokenizer")
+    model.build_scheduler().save_pretrained(WEIGHTS / "scheduler")
+    half = {key: value.half() for key, value in centroids.items()}
+    save_file(half, WEIGHTS / "words.safetensors")
+    write_json(
+        WEIGHTS / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "vae": ["diffusers", "AutoencoderKL"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+            "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"],
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+        },
+    )
+    record = {
+        "words": {"n": words.N_WORDS, "grids": list(words.GRIDS)},
+        "vae": {"steps": vae_state["step"], "seconds": round(vae_state["seconds"])},
+        "unet": {"steps": state["step"], "seconds": round(state["seconds"])},
+        "curves": {name: _curve(work / f"{name}.csv") for name in ("vae", "unet")},
+    }
+    write_json(WEIGHTS / "training.json", record)
+    total = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file())
+    print(f"exported {total / 2**20:.1f} MiB to {WEIGHTS}")
+
+
+def _curve(path: Path, points: int = 60) -> dict[str, list[float]]:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows = rows[:: max(1, len(rows) // points)]
+    return {key: [float(row[key]) for row in rows] for key in rows[0]}

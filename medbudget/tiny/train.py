@@ -1,0 +1,332 @@
+"""Pretrain the embedded base: ``python -m medbudget.tiny.train STAGE --work DIR``.
+
+Stages, in order: ``corpus`` (draws the images), ``vae``, ``latents`` (encodes the corpus),
+``unet`` (U-Net and text encoder together), ``export`` (fp16 weights into the package).
+``vae`` and ``unet`` resume from their checkpoint; a larger ``--steps`` prolongs them: the learning
+rate is constant and falls to zero over the last ``--decay`` steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from medbudget.artifacts import atomic_path
+from medbudget.inversion import min_snr_weights
+from medbudget.progress import tqdm
+from medbudget.tiny import corpus, model, words
+
+
+def draw_corpus(work: Path, *, concepts: int, images: int, seed: int, workers: int) -> None:
+    """Draw the corpus into ``images.npy`` (n, 3, 64, 64) uint8 and ``captions.json``."""
+    size = (concepts * images, 3, corpus.SIZE, corpus.SIZE)
+    captions = []
+    with atomic_path(work / "images.npy") as temporary:
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=size)
+        with ProcessPoolExecutor(workers) as pool:
+            draw = partial(corpus.make_concept, seed, images=images)
+            drawn = pool.map(draw, range(concepts), chunksize=64)
+            for i, (batch, caption) in enumerate(tqdm(drawn, total=concepts, desc="corpus")):
+                array[i * images : (i + 1) * images] = batch.transpose(0, 3, 1, 2)
+                captions.append(caption)
+        array.flush()
+        del array
+    (work / "captions.json").write_text(json.dumps(captions))
+
+
+def make_optimizer(modules: list[torch.nn.Module], lr: float) -> torch.optim.Optimizer:
+    """Muon for weight matrices and convolutions, AdamW for the rest (timm's implementation)."""
+    from timm.optim import Muon
+
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
+    outer = ("conv_in", "conv_out", "quant_conv", "embedding", "map")
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            inner = parameter.ndim >= 2 and not any(part in name for part in outer)
+            (matrices if inner else rest).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "use_fallback": True}]
+    return Muon(
+        groups,
+        lr=lr,
+        adjust_lr_fn="match_rms_adamw",
+        conv_mode="flatten",
+        nesterov=True,
+        fallback_lr_scale=0.5,
+    )
+
+
+class Run:
+    """Step counter, learning rate, EMA, checkpoint and log of one training stage."""
+
+    def __init__(self, work: Path, name: str, nets: dict[str, Any], args) -> None:
+        self.path, self.log = work / f"{name}.ckpt", work / f"{name}.csv"
+        self.nets, self.args, self.step, self.seconds = nets, args, 0, 0.0
+        self.ema: dict[str, Any] = {
+            key: copy.deepcopy(net).requires_grad_(False) for key, net in nets.items()
+        }
+        self.optimizer = make_optimizer(list(nets.values()), args.lr)
+        if self.path.exists():
+            state = torch.load(self.path, map_location=args.device, weights_only=True)
+            for key in nets:
+                nets[key].load_state_dict(state["nets"][key])
+                self.ema[key].load_state_dict(state["ema"][key])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            print(f"resumed {name} at step {self.step}", flush=True)
+        self.started = time.time()
+
+    def save(self) -> None:
+        now = time.time()
+        self.seconds, self.started = self.seconds + now - self.started, now
+        state = {
+            "nets": {key: net.state_dict() for key, net in self.nets.items()},
+            "ema": {key: net.state_dict() for key, net in self.ema.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        with atomic_path(self.path) as temporary:
+            torch.save(state, temporary)
+
+    def advance(self, loss: torch.Tensor) -> None:
+        """One optimizer step and one of the EMA."""
+        warm = min(1.0, (self.step + 1) / 100)
+        rate = (
+            self.args.lr
+            * warm
+            * min(1.0, max(0.01, (self.args.steps - self.step) / self.args.decay))
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for net in self.nets.values():
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(self.args.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for key, net in self.nets.items():
+                averaged: list[torch.Tensor] = list(self.ema[key].parameters())
+                torch._foreach_lerp_(averaged, [p.detach() for p in net.parameters()], 1 - keep)
+
+    def record(self, **values: float) -> None:
+        new = not self.log.exists()
+        with open(self.log, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", *values])
+            writer.writerow([self.step, *(f"{value:.5f}" for value in values.values())])
+
+
+def to_float(images: np.ndarray, device: str) -> torch.Tensor:
+    return torch.from_numpy(images).to(device).float() / 127.5 - 1
+
+
+def train_vae(work: Path, args) -> None:
+    """L1 + half gradient L1 + 1e-4 KL, channels permuted."""
+    torch.manual_seed(args.seed)
+    images = np.load(work / "images.npy", mmap_mode="r")
+    held = len(images) // 100
+    vae = model.build_vae().to(args.device)
+    run = Run(work, "vae", {"vae": vae}, args)
+    rng = np.random.default_rng([args.seed, run.step])
+    bar = tqdm(total=args.steps, initial=run.step, desc="vae", mininterval=30)
+    while run.step < args.steps:
+        pick = np.sort(rng.integers(held, len(images), args.batch))
+        x = to_float(images[pick][:, rng.permutation(3)], args.device)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample.float()
+        l1 = (x - y).abs().mean()
+        edges = sum((torch.diff(x, dim=d) - torch.diff(y, dim=d)).abs().mean() for d in (2, 3))
+        kl = posterior.kl().mean() / x[0].numel()
+        loss = l1 + 0.5 * edges + 1e-4 * kl
+        run.advance(loss)
+        bar.update()
+        if run.step % 50 == 0:
+            run.record(l1=l1.item(), edges=float(edges), kl=kl.item())
+        if run.step % args.save_every == 0 or run.step == args.steps:
+            run.save()
+            test = to_float(np.array(images[:held:4][:128]), args.device)
+            with torch.no_grad():
+                out = run.ema["vae"].decode(run.ema["vae"].encode(test).latent_dist.mode()).sample
+            mse = ((out.clamp(-1, 1) - test) ** 2).mean((1, 2, 3)) / 4
+            print(
+                f"step {run.step} {(-10 * mse.log10()).mean():.2f} dB, {run.seconds:.0f} s",
+                flush=True,
+            )
+
+
+def encode_corpus(work: Path, args) -> None:
+    """Encode the corpus: ``latents.npy`` (n, 2, c, 16, 16) float16, mean and spread; numbers."""
+    images = np.load(work / "images.npy", mmap_mode="r")
+    vae = model.build_vae().to(args.device)
+    state = torch.load(work / "vae.ckpt", map_location=args.device, weights_only=True)
+    vae.load_state_dict(state["ema"]["vae"])
+    latents = np.empty((len(images), 2, model.LATENTS, 16, 16), np.float16)
+    numbers = np.empty((len(images), words.N_WORDS, 6), np.float16)
+    with torch.inference_mode():
+        for i in tqdm(range(0, len(images), 256), desc="latents", mininterval=30):
+            batch = np.array(images[i : i + 256])
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                posterior = vae.encode(to_float(batch, args.device)).latent_dist
+            latents[i : i + 256] = (
+                torch.stack([posterior.mean, posterior.std], 1).float().cpu().numpy()
+            )
+            numbers[i : i + 256] = words.compute_numbers(torch.from_numpy(batch)).numpy()
+    scale = 1 / latents[::16, 0].astype(np.float32).std()
+    for name, array in (("latents", latents), ("numbers", numbers)):
+        with atomic_path(work / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+    (work / "scale.json").write_text(json.dumps({"scaling_factor": float(scale)}))
+    print(f"scaling factor {scale:.5f}", flush=True)
+
+
+def train_unet(work: Path, args) -> None:
+    """Epsilon loss with raised weights at high noise; visual, plain and empty sentences."""
+    torch.manual_seed(args.seed)
+    latents = np.load(work / "latents.npy", mmap_mode="r")
+    numbers = torch.from_numpy(np.load(work / "numbers.npy")).float()
+    captions = json.loads((work / "captions.json").read_text())
+    scale = json.loads((work / "scale.json").read_text())["scaling_factor"]
+    device, per = args.device, len(latents) // len(captions)
+    tokenizer = model.build_tokenizer()
+    plain = torch.tensor(
+        tokenizer(captions, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    )
+    unet = model.build_unet().to(device)
+    if device == "cpu":
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())
+    text = model.build_text_encoder(len(tokenizer)).to(device)
+    maps = model.WordMap().to(device)
+    run = Run(work, "unet", {"unet": unet, "text": text, "map": maps}, args)
+    alphas = model.build_scheduler().alphas_cumprod.to(device)
+    weights = min_snr_weights(alphas)
+    rng = np.random.default_rng([args.seed, run.step])
+    held = per * (len(captions) // 100)
+    bar = tqdm(total=args.steps, initial=run.step, desc="unet", mininterval=30)
+    sums: dict[str, list[float]] = {}
+    while run.step < args.steps:
+        pick = np.sort(rng.integers(held, len(latents), args.batch))
+        sibling = pick // per * per + rng.integers(0, per, args.batch)
+        source = np.where(rng.random(args.batch) < 0.7, sibling, pick)
+        kind = rng.choice(3, args.batch, p=[0.65, 0.25, 0.10])
+        context = embed_sentences(
+            text,
+            maps,
+            tokenizer,
+            numbers[source].to(device),
+            plain[pick // per].to(device),
+            kind,
+            rng,
+        )
+        stored = torch.from_numpy(np.array(latents[pick])).to(device).float()
+        z = (stored[:, 0] + stored[:, 1] * torch.randn_like(stored[:, 1])) * scale
+        t = torch.randint(0, 1000, (args.batch,), device=device)
+        noise = torch.randn_like(z)
+        a = alphas[t].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * z + (1 - a).sqrt() * noise
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+            predicted = unet(noisy, t, encoder_hidden_states=context).sample.float()
+        error = ((predicted - noise) ** 2).mean((1, 2, 3))
+        run.advance((error * weights[t]).mean())
+        bar.update()
+        with torch.no_grad():
+            image_error = error * ((1 - a) / a).flatten()
+            high = (t > 600).cpu().numpy()
+            for name, part in (("words", kind == 0), ("plain", kind == 1), ("empty", kind == 2)):
+                chosen = torch.from_numpy(high & part).to(device)
+                sums.setdefault(name, []).extend(image_error[chosen].tolist())
+            sums.setdefault("loss", []).extend(error.tolist())
+        if run.step % 100 == 0:
+            run.record(
+                **{name: float(np.mean(sums[name])) for name in ("loss", "words", "plain", "empty")}
+            )
+            sums = {}
+        if run.step % args.save_every == 0 or run.step == args.steps:
+            run.save()
+            print(
+                f"step {run.step} ({run.step * args.batch} images), {run.seconds:.0f} s", flush=True
+            )
+
+
+def embed_sentences(text, maps, tokenizer, numbers, plain, kind, rng) -> torch.Tensor:
+    """Return text states (B, 77, 96): visual sentences cut, dropped and jittered; plain; empty."""
+    n, device = len(kind), numbers.device
+    numbers = numbers + 0.05 * torch.randn_like(numbers)
+    ids = torch.full((n, 77), tokenizer.pad_token_id, device=device)
+    ids[:, 0], ids[:, 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+    blank = tokenizer.convert_tokens_to_ids(model.BLANK)
+    keep = np.zeros((n, 77), bool)
+    for i in range(n):
+        if kind[i] == 0:
+            length = 64 if rng.random() < 0.5 else int(rng.integers(1, 65))
+            dropped = rng.random(length) < rng.choice([0.0, 0.1, 0.5])
+            ids[i, 1 : 1 + length], ids[i, 1 + length] = blank, tokenizer.eos_token_id
+            keep[i, 1 : 1 + min(length, words.N_WORDS)] = ~dropped[: words.N_WORDS]
+    is_plain = torch.from_numpy(kind == 1).to(device)
+    ids = torch.where(is_plain[:, None], plain, ids)
+    rows = text.embeddings.token_embedding(ids)
+    mapped = F.pad(maps(numbers), (0, 0, 1, 76 - words.N_WORDS))
+    rows = torch.where(torch.from_numpy(keep).to(device)[..., None], mapped, rows)
+    with model.replaced_rows(text, rows):
+        return text(ids).last_hidden_state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("stage", choices=("corpus", "vae", "latents", "unet", "export"))
+    parser.add_argument("--work", type=Path, required=True, help="folder of corpus and checkpoints")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="corpus: processes")
+    parser.add_argument("--concepts", type=int, default=16000, help="corpus: number of concepts")
+    parser.add_argument("--images", type=int, default=4, help="corpus: images of a concept")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--decay", type=int, default=1000, help="last steps with falling rate")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--save-every", type=int, default=250)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.stage == "corpus":
+        draw_corpus(
+            args.work,
+            concepts=args.concepts,
+            images=args.images,
+            seed=args.seed,
+            workers=args.workers,
+        )
+    elif args.stage == "vae":
+        train_vae(args.work, args)
+    elif args.stage == "latents":
+        encode_corpus(args.work, args)
+    elif args.stage == "unet":
+        train_unet(args.work, args)
+    else:
+        from medbudget.tiny.export import export
+
+        export(args.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Visual words: a vocabulary that says what is where, from coarse to fine.
+
+A sentence of 60 words describes an image: one word for its grain, then one for every cell of a
+1x1, a 3x3 and a 7x7 grid in reading order. A word stands for six numbers: for a cell its mean
+colour and its spread (standard deviation) per channel; for the grain the spread of the detail
+under 3 pixels and of that between 3 and 7 pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+GRIDS = (1, 3, 7)
+N_WORDS = 1 + sum(grid * grid for grid in GRIDS)
+
+
+def compute_numbers(images: torch.Tensor) -> torch.Tensor:
+    """Return the six numbers of every visual word of images, ``(N, 60, 6) float32``, about [-1, 1].
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        ``(N, 3, H, W) uint8``; other sizes than 64 x 64 are area-averaged to 64 x 64 first.
+    """
+    x = images.float() / 255
+    if x.shape[-2:] != (64, 64):
+        x = F.interpolate(x, size=(64, 64), mode="area")
+    fine = x - _box(x, 3)
+    middle = _box(x, 3) - _box(x, 7)
+    grain = torch.cat([fine.std((2, 3)), middle.std((2, 3))], 1) * 8 - 1
+    words = [grain[:, None]]
+    for grid in GRIDS:
+        mean = F.adaptive_avg_pool2d(x, grid)
+        square = F.adaptive_avg_pool2d(x * x, grid)
+        spread = (square - mean * mean).clamp_min(0).sqrt()
+        words.append(torch.cat([mean * 2 - 1, spread * 6 - 1], 1).flatten(2).transpose(1, 2))
+    return torch.cat(words, 1)
+
+
+def _box(x: torch.Tensor, width: int) -> torch.Tensor:
+    pad = width // 2
+    return F.avg_pool2d(F.pad(x, (pad,) * 4, mode="reflect"), width, stride=1)
+
+
+def nearest_words(numbers: torch.Tensor, grain: torch.Tensor, cells: torch.Tensor) -> str:
+    """Return the sentence of the centroids nearest to `numbers`.
+
+    Parameters
+    ----------
+    numbers : torch.Tensor
+        ``(60, 6)``, see `compute_numbers`.
+    grain, cells : torch.Tensor
+        Centroids ``(n_grain, 6)`` and ``(n_cells, 6)``; the i-th is called ``g000i`` or ``v000i``.
+    """
+    first = int(torch.cdist(numbers[:1], grain).argmin())
+    rest = torch.cdist(numbers[1:], cells).argmin(1).tolist()
+    return " ".join([f"g{first:04d}", *(f"v{i:04d}" for i in rest)])

@@ -1,0 +1,41 @@
+"""What the tests share: the embedded base, a folder of real images, a cache of their own."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    os.environ["MEDBUDGET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    from medbudget import load_base
+
+    return load_base("tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    default = Path(__file__).parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("MEDBUDGET_REAL_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real images in {folder}; set MEDBUDGET_REAL_DATA to their folder")
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, with its reason, what this machine cannot run."""
+    network = "set MEDBUDGET_NETWORK=1 to run tests that need the internet"
+    for item in items:
+        if item.get_closest_marker("network") and not os.environ.get("MEDBUDGET_NETWORK"):
+            item.add_marker(pytest.mark.skip(reason=network))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

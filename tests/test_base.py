@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from medbudget import describe, load_base, make_phantoms
+from medbudget.base import TINY, BaseError
+
+IMAGES = make_phantoms("chest", "healthy", 18).images
+
+
+def test_tiny_is_small_and_has_the_shape_of_stable_diffusion(tiny):
+    total = sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file())
+    assert total < 30 * 2**20
+    assert sum(p.numel() for p in tiny.unet.parameters()) < 8e6
+    assert (tiny.size, tiny.factor, tiny.width, tiny.preset) == (64, 4, 96, "tiny")
+    # Stable Diffusion's schedule: sigma at the last step, known from k-diffusion, is 14.6146
+    a = tiny.alphas_cumprod[-1]
+    assert abs(float(((1 - a) / a) ** 0.5) - 14.6146) < 1e-3
+
+
+def test_hash_is_the_same_in_every_dtype(tiny):
+    for dtype in (torch.float16, torch.bfloat16):
+        base = load_base("tiny", device="cpu", dtype=dtype)
+        assert base.hash == tiny.hash and next(base.unet.parameters()).dtype == dtype
+
+
+def test_autoencoder_returns_what_it_was_given(tiny):
+    back = tiny.decode(tiny.encode(IMAGES))
+    mse = ((back.float() - IMAGES.float()) ** 2).mean((1, 2, 3))
+    psnr = 10 * (255**2 / mse).log10()
+    assert psnr.mean() > 24
+    assert torch.equal(tiny.decode(tiny.encode(IMAGES[:16])), back[:16])
+    mean, std = tiny.encode_posterior(IMAGES[:2])
+    drawn = tiny.encode(IMAGES[:2], generator=torch.Generator().manual_seed(0))
+    assert 0.3 < float(((drawn - mean) / std).std()) < 3
+
+
+def test_visual_words_know_places(tiny):
+    image = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    image[0, 0, :, 32:] = 255
+    image[1, 2, 32:] = 255
+    first, second = (describe(tiny, image[i : i + 1]).split() for i in range(2))
+    assert len(first) == 60 and first[0][0] == "g" and first[1][0] == "v"
+    # third row of the 3x3 grid, left column: black in the one, blue in the other
+    numbers = tiny.words["cells"].float()
+    left = numbers[int(first[2 + 6][1:])]
+    below = numbers[int(second[2 + 6][1:])]
+    assert left[:3].max() < -0.7
+    assert below[2] > 0.7 and below[:2].max() < -0.7
+    with torch.no_grad():
+        assert tiny.text(describe(tiny, image)).shape == (1, 77, 96)
+
+
+def test_an_unknown_base_lists_the_allowed_ones(tmp_path):
+    with pytest.raises(BaseError, match=r"'tiny'.*'sd2'.*folder"):
+        load_base("sd3")
+    with pytest.raises(BaseError, match="lacks vae, unet"):
+        load_base(tmp_path)
+    (tmp_path / "x.ckpt").touch()
+    with pytest.raises(BaseError, match="single file"):
+        load_base(tmp_path / "x.ckpt")
+
+
+def test_sd2_without_weights_names_the_ways_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("MEDBUDGET_SD2", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(BaseError, match=r"MEDBUDGET_SD2.*--base tiny"):
+        load_base("sd2")
+    monkeypatch.setenv("MEDBUDGET_SD2", str(tmp_path / "none"))
+    with pytest.raises(BaseError, match="not a folder"):
+        load_base("sd2")
+
+
+def test_v_prediction_is_refused(tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(TINY, tmp_path / "b")
+    config = tmp_path / "b/scheduler/scheduler_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "prediction_type": "v_prediction"}))
+    with pytest.raises(BaseError, match="epsilon"):
+        load_base(tmp_path / "b")
+
+
+def test_cuda_without_a_gpu_is_an_error():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(BaseError, match="no CUDA device"):
+        load_base("tiny", device="cuda")

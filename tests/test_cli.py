@@ -1,0 +1,136 @@
+"""The command line, as a user types it: results, and what it says to wrong input."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medbudget import cli
+from medbudget.tiny.trained import FOLDER, SHIPPED, load_trained
+
+
+@pytest.fixture
+def medbudget(capsys, monkeypatch):
+    """Run a command line; return (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["medbudget", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+FAST = ("--steps", 4, "--batch-size", 2, "--n-vectors", 4)
+
+
+def test_the_main_job(medbudget, tmp_path):
+    real, out, made = tmp_path / "real", tmp_path / "x.safetensors", tmp_path / "made"
+    assert medbudget("phantoms", real, "--kind", "prostate", "--label", "tumour", "--n", 8)[0] == 0
+    assert len(list(real.iterdir())) == 8
+    options = ("--preview-every", 4, "--log-dir", tmp_path / "log")
+    code, said, _ = medbudget("invert", real, "--token", "<x>", "--out", out, *FAST, *options)
+    assert code == 0 and "4 vectors" in said
+    assert len(list((tmp_path / "x_previews").glob("step000004_*.png"))) == 4
+    assert list((tmp_path / "log").glob("events*"))
+    code, _, _ = medbudget(
+        "sample", "<x>", "--embeddings", out, "--out", made, "--n", 4, "--steps", 2
+    )
+    assert code == 0 and len(list(made.glob("*.png"))) == 4
+    code, said, _ = medbudget("evaluate", real, made, "--out", tmp_path / "s.json")
+    assert code == 0 and "FD (EfficientNet-Lite0)" in said and "n lowered" not in said
+    names = [score["name"] for score in json.loads((tmp_path / "s.json").read_text())]
+    assert "Layout distance" in names and "Layout distance, real vs real" in names
+    code, said, _ = medbudget("embedding", "show", out, "--base", "tiny")
+    assert code == 0 and "(4, 96)" in said and "same hash" in said
+    assert medbudget("embedding", "convert", out, tmp_path / "x.pt")[0] == 0
+    code, said, _ = medbudget("embedding", "show", tmp_path / "x.pt")
+    assert "(4, 96)" in said and "step    4" in said
+
+
+def test_describe_and_doctor(medbudget, tmp_path):
+    medbudget("phantoms", tmp_path / "r", "--kind", "chest", "--n", 2)
+    code, said, _ = medbudget("describe", tmp_path / "r")
+    assert code == 0 and len(said.split()) == 60
+    code, said, _ = medbudget("doctor")
+    assert code == 0 and "base tiny: ready" in said and "torch" in said
+
+
+def make_folder(path, **files):
+    path.mkdir()
+    for name, array in files.items():
+        Image.fromarray(array).save(path / f"{name}.png")
+    return path
+
+
+def test_wrong_input_is_one_message_and_nothing_is_written(medbudget, tmp_path):
+    good = make_folder(tmp_path / "good", a=np.zeros((64, 64), np.uint8))
+    deep = make_folder(tmp_path / "deep", a=np.full((64, 64), 999, np.uint16))
+    empty = make_folder(tmp_path / "empty")
+    out = tmp_path / "x.safetensors"
+    cases = [
+        ((empty, "--token", "<x>", "--out", out), "no images in"),
+        ((deep, "--token", "<x>", "--out", out), "16-bit"),
+        ((tmp_path / "none", "--token", "<x>", "--out", out), "no such folder"),
+        ((good, "--token", "x", "--out", out), "write <x>"),
+        ((good, "--token", "<|pad|>", "--out", out), "vocabulary"),
+        ((good, "--token", "<x>", "--out", out, "--base", "sd9"), "unknown base"),
+        ((good, "--token", "<x>", "--out", tmp_path / "x.txt"), "allowed endings"),
+        ((good, "--token", "<x>", "--out", out, "--preset", "big"), "tiny, colab, paper"),
+        ((good, "--token", "<x>", "--out", out, "--n-vectors", 75), "1 to 74"),
+        ((good, "--token", "<x>", "--out", good / "a.png" / "x.pt"), "cannot write"),
+    ]
+    for arguments, message in cases:
+        code, _, said = medbudget("invert", *arguments, *(() if "75" in str(arguments) else FAST))
+        assert code == 1 and message in said and "Traceback" not in said, (arguments, said)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "empty", "good"]
+    code, _, said = medbudget("sample", "<y>", "--out", tmp_path / "made")
+    assert code == 1 and "unknown token <y>" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_folder_without_permission(medbudget, tmp_path):
+    tmp_path.chmod(0o500)
+    code, _, said = medbudget("sample", "red", "--out", tmp_path / "made")
+    assert code == 1 and "cannot write" in said
+
+
+def test_one_image_is_enough(medbudget, tmp_path):
+    good = make_folder(tmp_path / "good", a=np.zeros((50, 64), np.uint8))
+    code, said, _ = medbudget("invert", good, "--token", "<x>", "--out", tmp_path / "x.pt", *FAST)
+    assert code == 0 and "1 images" in said
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["normal", "pneumonia"])
+def test_the_main_job_on_real_x_rays(medbudget, real_data, tmp_path, label):
+    files = sorted((real_data / "chest_xray" / label).iterdir())[:12]
+    (tmp_path / "real").mkdir()
+    for file in files:
+        (tmp_path / "real" / file.name).symlink_to(file)
+    out, made = tmp_path / "x.safetensors", tmp_path / "made"
+    token = f"<{label}>"
+    assert medbudget("invert", tmp_path / "real", "--token", token, "--out", out, *FAST)[0] == 0
+    sampling = ("--embeddings", out, "--out", made, "--n", 6, "--steps", 3)
+    assert medbudget("sample", token, *sampling)[0] == 0
+    code, said, _ = medbudget("evaluate", tmp_path / "real", made)
+    assert code == 0 and "real vs real" in said
+
+
+@pytest.mark.parametrize(("kind", "label"), SHIPPED)
+def test_shipped_embeddings_belong_to_the_shipped_base(tiny, kind, label):
+    embedding = load_trained(kind, label, tiny)
+    assert embedding.vectors.shape == (64, 96)
+    assert embedding.record["images"] == 100 and embedding.history["loss"]
+
+
+def test_nothing_else_is_shipped():
+    assert sorted(p.stem for p in FOLDER.glob("*")) == sorted(f"{k}_{v}" for k, v in SHIPPED)

@@ -1,0 +1,149 @@
+import io
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from medbudget import Embedding
+from medbudget.embeddings import EmbeddingError
+
+VECTORS = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+
+
+def make(**kwargs):
+    record = {"settings": {"lr": 0.005}, "history": {"step": [1], "loss": [0.5]}}
+    fields = {"step": 7, "base": "sd2", "base_hash": "0123", "data": "ten", "record": record}
+    return Embedding(VECTORS, "<x>", **{**fields, **kwargs})
+
+
+def test_safetensors_keeps_everything_under_one_megabyte(tmp_path):
+    path = make().save(tmp_path / "x.safetensors")
+    back = Embedding.load(path)
+    assert torch.equal(back.vectors, VECTORS)
+    assert (back.token, back.step, back.base, back.base_hash, back.data, back.record) == (
+        "<x>", 7, "sd2", "0123", "ten", make().record,
+    )  # fmt: skip
+    assert path.stat().st_size < 2**20
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin"])
+def test_other_formats_keep_the_vectors(tmp_path, ending):
+    back = Embedding.load(make().save(tmp_path / f"x{ending}"))
+    assert torch.equal(back.vectors, VECTORS) and back.token == "<x>"
+
+
+def test_a1111_layout_is_what_a1111_reads(tmp_path):
+    content = torch.load(make().save(tmp_path / "x.pt"), weights_only=True)
+    assert content["string_to_token"] == {"*": 265}
+    assert torch.equal(content["string_to_param"]["*"], VECTORS)
+    assert (content["name"], content["step"]) == ("x", 7)
+
+
+def test_a1111_safetensors_take_their_token_from_the_file_name(tmp_path):
+    save_file({"emb_params": VECTORS}, tmp_path / "my words.safetensors")
+    assert Embedding.load(tmp_path / "my words.safetensors").token == "<my-words>"
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", ["chexpert_healthy", "prostate_neg"])
+def test_the_authors_files(real_data, tmp_path, name):
+    e = Embedding.load(real_data / "embeddings" / f"{name}.pt")
+    assert e.vectors.shape == (64, 1024) and e.base_hash == "09dd2ae4"
+    assert e.step == (100_000 if name == "prostate_neg" else e.step) and e.step >= 49_999
+    # facts: mean row norm about 52 after 100k steps, 37 after 50k
+    expected = 52 if name == "prostate_neg" else 37
+    assert abs(e.vectors.norm(dim=1).mean() - expected) < 5
+    again = Embedding.load(e.save(tmp_path / "again.pt"))
+    assert torch.equal(again.vectors, e.vectors) and again.step == e.step
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_diffusers_reads_our_files(tiny, tmp_path, ending):
+    from diffusers import StableDiffusionPipeline
+
+    from medbudget.base import TINY
+
+    vectors = torch.randn(3, 96)
+    path = Embedding(vectors, "<mine>").save(tmp_path / f"mine{ending}")
+    pipe = StableDiffusionPipeline.from_pretrained(
+        TINY, safety_checker=None, torch_dtype=torch.float32
+    )
+    pipe.load_textual_inversion(path)
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt("<mine>", pipe.tokenizer))["input_ids"]
+    rows = pipe.text_encoder.get_input_embeddings().weight[ids[1:-1]].float()
+    assert torch.equal(rows, vectors)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "problem"),
+    [
+        (torch.full((2, 4), float("nan")), "NaN"),
+        (torch.zeros(2, 4), "all zero"),
+        (torch.ones(75, 4), "at most 74"),
+        (torch.ones(4), r"shape \(n, d\)"),
+        (torch.ones(0, 4), r"shape \(n, d\)"),
+        (torch.ones(1, 4, dtype=torch.long), "integers"),
+    ],
+)
+def test_broken_vectors_are_refused(vectors, problem):
+    with pytest.raises(EmbeddingError, match=problem):
+        Embedding(vectors, "<x>")
+
+
+@pytest.mark.parametrize("token", ["x", "<a b>", "<a/b>", "<>", "<../x>", ""])
+def test_tokens_have_brackets_and_no_path_in_them(token):
+    with pytest.raises(EmbeddingError, match="angle brackets"):
+        Embedding(torch.ones(1, 4), token)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"string_to_param": {"*": Bomb()}}, tmp_path / "bomb.pt")
+    with pytest.raises(EmbeddingError, match="never run"):
+        Embedding.load(tmp_path / "bomb.pt")
+    (tmp_path / "plain.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(EmbeddingError):
+        Embedding.load(tmp_path / "plain.bin")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_a_truncated_file_is_refused(tmp_path, ending):
+    path = make().save(tmp_path / f"x{ending}")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(EmbeddingError, match="again"):
+        Embedding.load(path)
+
+
+def test_an_archive_bomb_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"0" * 50_000_000)
+    (tmp_path / "x.pt").write_bytes(buffer.getvalue())
+    with pytest.raises(EmbeddingError, match="bomb"):
+        Embedding.load(tmp_path / "x.pt")
+
+
+def test_several_tensors_or_an_unknown_ending_are_no_embedding(tmp_path):
+    save_file({"a": VECTORS, "b": VECTORS.clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(EmbeddingError, match="one token"):
+        Embedding.load(tmp_path / "model.safetensors")
+    (tmp_path / "x.ckpt").touch()
+    with pytest.raises(EmbeddingError, match=r"\.safetensors, \.pt, \.bin"):
+        Embedding.load(tmp_path / "x.ckpt")
+    with pytest.raises(EmbeddingError, match="allowed endings"):
+        make().save(tmp_path / "y.txt")
+    with pytest.raises(FileNotFoundError):
+        Embedding.load(tmp_path / "none.pt")
+
+
+def test_width_mismatch_names_both_models():
+    with pytest.raises(EmbeddingError, match=r"width 1024.*tiny \(96\).*SD 2\.x.*tiny embedding"):
+        make().check_fits(96, "tiny")

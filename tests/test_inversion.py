@@ -1,0 +1,275 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from medbudget import Embedding, InversionSettings, invert, make_phantoms
+from medbudget.base import hash_weights
+from medbudget.inversion import PRESETS, InversionError, _draw, make_init, min_snr_weights
+
+IMAGES = make_phantoms("prostate", "tumour", 6).images
+FEW = InversionSettings(n_vectors=4, steps=6, lr=0.01, batch_size=2, checkpoint_every=2)
+
+
+def run(tiny, settings=FEW, **kwargs):
+    return invert(tiny, IMAGES, token="<x>", settings=settings, **kwargs)
+
+
+def test_paper_preset_is_the_papers():
+    paper = PRESETS["paper"]
+    assert (paper.lr, paper.steps, paper.batch_size, paper.n_vectors) == (0.005, 50_000, 1, 64)
+    assert (paper.schedule, paper.loss, paper.init, paper.latents) == (
+        "constant", "plain", "*", "once",
+    )  # fmt: skip
+    assert InversionSettings.preset("paper", steps=5, lr=None).steps == 5
+    with pytest.raises(ValueError, match="tiny, colab, paper"):
+        InversionSettings.preset("huge")
+    with pytest.raises(TypeError, match="unknown settings"):
+        InversionSettings.preset("tiny", stepz=1)
+
+
+def test_only_the_vectors_are_trained(tiny):
+    modules = (tiny.vae, tiny.unet, tiny.text_encoder)
+    assert hash_weights(*modules) == tiny.hash
+    e = run(tiny)
+    assert hash_weights(*modules) == tiny.hash
+    for module in modules:
+        assert all(p.grad is None and not p.requires_grad for p in module.parameters())
+    assert e.vectors.shape == (4, 96) and e.step == 6 and e.base_hash == tiny.hash
+    assert not torch.equal(e.vectors, make_init(tiny, FEW))
+
+
+def test_one_step_is_adamws_first(tiny):
+    # Adam's first step moves every coordinate by lr * g / (|g| + eps), whatever the gradient
+    start = make_init(tiny, FEW)
+    moved = run(tiny, replace(FEW, steps=1)).vectors - start
+    gradient = []
+
+    def keep(state):
+        gradient.append(state["grad_norm"])
+
+    run(tiny, replace(FEW, steps=1), callback=keep)
+    assert gradient[0] > 0
+    assert moved.abs().max() <= 0.01 * 1.0001 and moved.abs().median() > 0.0099
+
+
+def test_the_loss_equals_its_equation(tiny):
+    from medbudget.inversion import compute_loss
+
+    torch.manual_seed(0)
+    z, noise = torch.randn(2, 3, 8, 16, 16)
+    t, vectors = torch.tensor([10, 500, 990]), torch.randn(4, 96)
+    weights = min_snr_weights(tiny.alphas_cumprod)
+    errors = []
+    context = tiny.text(vectors)
+    for i in range(3):
+        a = tiny.alphas_cumprod[t[i]]
+        noisy = a.sqrt() * z[i] + (1 - a).sqrt() * noise[i]
+        eps = tiny.unet(noisy[None], t[i], encoder_hidden_states=context).sample
+        errors.append(((eps - noise[i]) ** 2).mean())
+    plain = compute_loss(tiny, vectors, z, t, noise)
+    torch.testing.assert_close(plain, torch.stack(errors).mean(), rtol=1e-4, atol=1e-6)
+    weighted = compute_loss(tiny, vectors, z, t, noise, weights)
+    torch.testing.assert_close(
+        weighted, (torch.stack(errors) * weights[t]).mean(), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_min_snr_weights_rise_with_the_noise(tiny):
+    w = min_snr_weights(tiny.alphas_cumprod)
+    assert abs(float(w.mean()) - 1) < 1e-5
+    assert (w.diff() >= -1e-5).all() and w[-1] > 5 * w[100]
+
+
+def test_training_lowers_the_loss_on_its_images(tiny):
+    from medbudget.inversion import compute_loss
+
+    e = run(tiny, replace(FEW, steps=40, lr=0.05))
+    z = tiny.encode(IMAGES)
+    t = torch.full((6,), 700)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        before = compute_loss(tiny, make_init(tiny, FEW), z, t, noise)
+        after = compute_loss(tiny, e.vectors, z, t, noise)
+    assert after < before
+
+
+def test_the_vectors_stand_between_bos_and_eos(tiny):
+    vectors = torch.randn(3, 96)
+    seen = {}
+    table = tiny.text_encoder.get_input_embeddings()
+    handle = tiny.text_encoder.embeddings.register_forward_hook(
+        lambda m, i, o: seen.update(rows=o.detach())
+    )
+    tiny.text(vectors)
+    handle.remove()
+    rows = seen["rows"][0] - tiny.text_encoder.embeddings.position_embedding.weight
+    tok = tiny.tokenizer
+    torch.testing.assert_close(rows[0], table.weight[tok.bos_token_id])
+    torch.testing.assert_close(rows[1:4], vectors)
+    torch.testing.assert_close(rows[4], table.weight[tok.eos_token_id])
+    assert torch.allclose(rows[5:], table.weight[tok.pad_token_id], atol=1e-6)
+
+
+def test_prompt_with_the_token_equals_the_bare_vectors(tiny):
+    vectors = torch.randn(64, 96)
+    with torch.no_grad():
+        bare = tiny.text(vectors)
+        prompt = tiny.text("<x>", embeddings=[Embedding(vectors, "<x>")])
+    assert torch.equal(bare, prompt)
+
+
+def test_every_image_is_seen_once_an_epoch():
+    settings = replace(FEW, batch_size=2)
+    epoch = [int(i) for step in range(3) for i in _draw(settings, step, 6, (1, 2, 2))[0]]
+    assert sorted(epoch) == list(range(6))
+    later = [int(i) for step in range(3, 6) for i in _draw(settings, step, 6, (1, 2, 2))[0]]
+    assert sorted(later) == list(range(6)) and later != epoch
+    one = _draw(replace(FEW, batch_size=5), 0, 2, (1, 2, 2))[0]
+    assert len(one) == 5
+
+
+def test_init(tiny):
+    star = make_init(tiny, FEW)
+    assert all(torch.equal(row, tiny.token_rows("*")[0]) for row in star)
+    two = make_init(tiny, replace(FEW, init="red box"))
+    red, box = tiny.token_rows("red box")
+    assert torch.equal(two, torch.stack([red, red, box, box]))
+    mean = make_init(tiny, replace(FEW, init="mean"))
+    assert (mean.std(0) > 0).all()
+    given = torch.randn(2, 96)
+    e = run(tiny, replace(FEW, steps=1), init_vectors=given)
+    assert len(e.vectors) == 2 and (e.vectors - given).abs().max() < 0.011
+
+
+def test_latent_policies_differ(tiny):
+    found = [
+        run(tiny, replace(FEW, steps=3, latents=p)).vectors for p in ("once", "mean", "resample")
+    ]
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert torch.equal(found[0], run(tiny, replace(FEW, steps=3)).vectors)
+
+
+def test_interrupted_and_resumed_gives_the_same_bytes(tiny, tmp_path):
+    whole = run(tiny)
+
+    def stop(state):
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "run.ckpt"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, checkpoint=path, callback=stop)
+    steps = []
+    resumed = run(tiny, checkpoint=path, callback=lambda s: steps.append(s["step"]))
+    assert steps == [4, 5, 6]
+    assert torch.equal(resumed.vectors, whole.vectors) and resumed.history == whole.history
+    assert [p.name for p in tmp_path.iterdir()] == ["run.ckpt"]
+
+
+KILLED = """
+import os, sys, torch
+torch.set_num_threads(1)
+from medbudget import InversionSettings, invert, load_base, make_phantoms
+settings = InversionSettings(n_vectors=4, steps=30, lr=0.01, batch_size=2, checkpoint_every=2)
+def tell(state):
+    print(state["step"], flush=True)
+e = invert(load_base("tiny", device="cpu"), make_phantoms("prostate", "tumour", 6).images,
+           token="<x>", settings=settings, checkpoint=sys.argv[1], callback=tell)
+e.save(sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_killed_with_signal_9_and_resumed_gives_the_same_bytes(tmp_path):
+    def start(name):
+        command = [sys.executable, "-c", KILLED, tmp_path / f"{name}.ckpt", tmp_path / f"{name}.pt"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+
+    whole = start("whole")
+    whole.communicate(timeout=300)
+    killed = start("killed")
+    for line in killed.stdout:
+        if int(line) >= 11:
+            time.sleep(0.05)
+            killed.send_signal(signal.SIGKILL)
+            break
+    killed.wait()
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed.pt").exists()
+    resumed = start("killed")
+    lines, _ = resumed.communicate(timeout=300)
+    assert 10 <= int(lines.split()[0]) <= 30
+    a, b = (Embedding.load(tmp_path / f"{name}.pt").vectors for name in ("whole", "killed"))
+    assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
+    path = tmp_path / "run.ckpt"
+    run(tiny, replace(FEW, steps=2), checkpoint=path)
+    stored = path.read_bytes()
+    with pytest.raises(ValueError, match=r"lr \(0\.01 there, 0\.02 now\)"):
+        run(tiny, replace(FEW, steps=2, lr=0.02), checkpoint=path)
+    with pytest.raises(ValueError, match="images differ"):
+        invert(tiny, IMAGES[:3], token="<x>", settings=replace(FEW, steps=2), checkpoint=path)
+    assert path.read_bytes() == stored
+    assert run(tiny, replace(FEW, steps=4), checkpoint=path).step == 4  # prolonged
+    path.write_bytes(stored[:100])
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        run(tiny, checkpoint=path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "run.ckpt"
+    predict, calls = type(tiny).predict_noise, []
+
+    def broken(self, x, t, context):
+        calls.append(1)
+        out = predict(self, x, t, context)
+        return out * float("nan") if len(calls) == 4 else out
+
+    monkeypatch.setattr(type(tiny), "predict_noise", broken)
+    with pytest.raises(InversionError, match="nan at step 4"):
+        run(tiny, checkpoint=path)
+    assert len(torch.load(path, weights_only=True)["losses"]) == 2
+
+
+def test_vectors_that_never_move_are_an_error_and_moving_ones_are_not(tiny, monkeypatch):
+    long = replace(FEW, steps=101, batch_size=1)
+    assert run(tiny, long).step == 101
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    with pytest.raises(InversionError, match="not moved"):
+        run(tiny, long)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"n_vectors": 75}, "1 to 74"),
+        ({"n_vectors": 0}, "1 to 74"),
+        ({"steps": 0}, "steps"),
+        ({"lr": -1.0}, "lr"),
+        ({"latents": "never"}, "once, mean, resample"),
+        ({"loss": "l1"}, "plain, min_snr"),
+    ],
+)
+def test_wrong_settings(change, problem):
+    with pytest.raises(ValueError, match=problem):
+        replace(FEW, **change)
+
+
+def test_wrong_images_and_tokens(tiny):
+    with pytest.raises(ValueError, match="angle brackets"):
+        invert(tiny, IMAGES, token="x", settings=FEW)
+    with pytest.raises(ValueError, match="vocabulary"):
+        invert(tiny, IMAGES, token="<|startoftext|>", settings=FEW)
+    with pytest.raises(ValueError, match="square"):
+        invert(tiny, IMAGES[:, :, :32], token="<x>", settings=FEW)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        invert(tiny, IMAGES[:, :, :40, :40], token="<x>", settings=FEW)
+    one = invert(tiny, IMAGES[:1], token="<x>", settings=replace(FEW, steps=1))
+    assert one.data == "1 images of 64 px"

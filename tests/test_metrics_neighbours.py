@@ -1,0 +1,159 @@
+"""Memorisation: planted copies are found, honest generators are left alone."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medbudget.metrics import feature_neighbours, memorisation, pixel_neighbours
+from medbudget.metrics.neighbours import not_in, wilson
+
+REAL = Path(os.environ.get("MEDBUDGET_REAL_DATA", "../shared/data")) / "chest_xray" / "normal"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDBUDGET_CACHE", str(tmp_path / "cache"))
+
+
+def scenes(n, *, seed, size=64):
+    """Smooth random fields around a common mean image, like registered anatomy."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(99))
+    field = common + 0.8 * torch.randn(n, 3, 6, 6, generator=generator)
+    smooth = torch.nn.functional.interpolate(field, size=(size, size), mode="bicubic")
+    grain = 0.1 * torch.randn(n, 3, size, size, generator=generator)
+    return ((smooth + grain) * 40 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def with_noise(images, sd, seed):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return (images.float() + sd * noise).clamp(0, 255).to(torch.uint8)
+
+
+def planted(train, fresh, seed=5):
+    """190 fresh images and 10 noisy copies: 4 plain, 3 mirrored, 3 shifted and darker."""
+    copies = with_noise(train[:10], 15, seed)
+    copies[4:7] = copies[4:7].flip(-1)
+    edge = train.shape[-1]
+    move = max(1, round(edge * 0.04))
+    copies[7:] = (torch.roll(copies[7:].float(), move, dims=-1) * 0.7).to(torch.uint8)
+    return torch.cat([fresh, copies])
+
+
+def test_nearest_neighbour_of_a_changed_copy():
+    train = scenes(20, seed=0)
+    copy = train[[7]]
+    for image in (
+        copy,
+        copy.flip(-1),
+        torch.roll(copy, (2, -4), dims=(2, 3)),
+        copy // 2 + 20,
+        with_noise(copy, 20, 0),
+        torch.nn.functional.interpolate(copy.float(), 96).to(torch.uint8),
+    ):
+        distance, index = pixel_neighbours(image, train)
+        assert index[0] == 7 and distance[0] < 0.1
+    assert pixel_neighbours(copy.flip(-1), train, flips=False)[0][0] > 0.3
+    other, _ = pixel_neighbours(scenes(10, seed=1), train)
+    assert other.min() > 0.1
+
+
+def test_correlation_by_hand():
+    # halves: left dark and right bright against top dark and bottom bright are uncorrelated
+    left = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    left[..., 16:] = 200
+    top = left.transpose(2, 3).contiguous()
+    distance, _ = pixel_neighbours(left, top, shift=0, flips=False)
+    assert distance[0] == pytest.approx(1, abs=1e-6)
+    inverse, _ = pixel_neighbours(left, 200 - left, shift=0, flips=False)
+    assert inverse[0] == pytest.approx(2, abs=1e-5)
+    mirrored, _ = pixel_neighbours(left, 200 - left, shift=0)
+    assert mirrored[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_feature_neighbours_see_mirror_images():
+    train = scenes(12, seed=0)
+    distance, index = feature_neighbours(train[[3, 5]].flip(-1), train, "layout")
+    assert index.tolist() == [3, 5] and distance.max() < 1e-3
+    plain, _ = feature_neighbours(train[[3, 5]].flip(-1), train, "layout", flips=False)
+    assert plain.min() > 0.5
+
+
+@pytest.mark.parametrize("space", ["pixels", "layout"])
+def test_ten_planted_copies_of_two_hundred_are_found(space):
+    train, heldout = scenes(100, seed=0), scenes(200, seed=1)
+    images = planted(train, scenes(190, seed=2))
+    found = memorisation(images, train, heldout, space=space, level=0.01)
+    if space == "pixels":
+        assert found.flagged[190:].all()
+    else:  # features do not undo shifts and darkening: the plain and mirrored copies
+        assert found.flagged[190:197].all()
+    assert found.flagged[:190].sum() <= 6
+    pairs = found.worst(10 if space == "pixels" else 7)
+    assert {i for i, _ in pairs} <= set(range(190, 200))
+    assert all(i - 190 == j for i, j in pairs)
+
+
+def test_an_honest_generator_is_near_the_level():
+    found = memorisation(scenes(300, seed=2), scenes(100, seed=0), scenes(300, seed=1))
+    assert found.share < 0.03
+    assert abs(found.c_t) < 3
+    assert found.scores()[0].interval[0] <= 0.01
+
+
+def test_c_t_has_the_stated_sign():
+    train, heldout = scenes(60, seed=0), scenes(120, seed=1)
+    copying = memorisation(with_noise(train, 15, 3), train, heldout)
+    assert copying.c_t < -5 and copying.share > 0.95
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (60, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    assert memorisation(noise, train, heldout).c_t > 5
+
+
+def test_c_t_is_the_rank_test_of_scipy():
+    from scipy.stats import mannwhitneyu, norm
+
+    found = memorisation(scenes(40, seed=2), scenes(30, seed=0), scenes(50, seed=1))
+    p = mannwhitneyu(
+        found.distance, found.heldout_distance, alternative="less", use_continuity=False,
+        method="asymptotic",
+    ).pvalue  # fmt: skip
+    assert found.c_t == pytest.approx(norm.ppf(p), abs=1e-9)
+
+
+def test_too_few_held_out_images_raise_the_level_and_say_so():
+    found = memorisation(scenes(10, seed=2), scenes(10, seed=0), scenes(19, seed=1))
+    assert found.level == pytest.approx(0.05) and "only 19 held-out images" in found.note
+    assert "level raised from 0.01" in str(found.scores()[0])
+
+
+def test_training_images_are_no_held_out_images():
+    train = scenes(10, seed=0)
+    assert (
+        not_in(torch.cat([train[:2], scenes(3, seed=1)]), train).tolist()
+        == [False] * 2 + [True] * 3
+    )
+    with pytest.raises(ValueError, match="also a training image"):
+        memorisation(scenes(5, seed=2), train, train[:4])
+
+
+def test_wilson_by_hand():
+    # the paper's reader study, 36 of 50 (facts.md 9): 58.3 to 82.5 %
+    assert wilson(36, 50) == pytest.approx((0.583, 0.825), abs=5e-4)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images at {REAL}")
+def test_planted_copies_of_real_x_rays():
+    from medbudget.images import load_images
+
+    images = load_images(REAL)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+    train, heldout, fresh = images[order[:60]], images[order[60:180]], images[order[180:300]]
+    found = memorisation(planted(train, fresh), train, heldout)
+    assert found.flagged[120:].all()
+    assert found.flagged[:120].sum() <= 6

@@ -1,0 +1,233 @@
+"""Every chapter has the anatomy that the book promises, runs, and teaches what the library does."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+nbformat = pytest.importorskip("nbformat", reason="needs the `book` extra")
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PLOTS = re.compile(r"\b(show_images|show_rows|plot_\w+)\(")
+FENCE = re.compile(r"^(`{3,}|:{3,}).*?^\1\s*$", re.DOTALL | re.MULTILINE)
+DROPDOWN = re.compile(r"^:{3,}\{dropdown\}.*?^:{3,}\s*$", re.DOTALL | re.MULTILINE)
+MAX_LINES = {"equation": 15, "imports": 20}
+
+# small enough for a test; every chapter has its own part of these
+FEW = {"steps": 2, "hand_steps": 1, "n_cases": 8, "n_images": 6, "sampling_steps": 2}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "path" in metafunc.fixturenames:
+        metafunc.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def cells(path: Path, kind: str) -> list[Any]:
+    return [cell for cell in read(path).cells if cell.cell_type == kind]
+
+
+def tags(cell: Any) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def prose(path: Path) -> str:
+    return "\n\n".join(cell.source for cell in cells(path, "markdown"))
+
+
+def solutions(path: Path) -> list[str]:
+    _, exercises = prose(path).split("## Exercises")
+    found = []
+    for dropdown in DROPDOWN.findall(exercises):
+        found += re.findall(r"^```python\n(.*?)^```", dropdown, flags=re.DOTALL | re.MULTILINE)
+    return found
+
+
+def equation(name: str) -> Any:
+    """Return a function that a chapter defines in a cell tagged `equation`."""
+    for path in NOTEBOOKS:
+        for cell in cells(path, "code"):
+            if "equation" in tags(cell) and f"def {name}(" in cell.source:
+                namespace: dict[str, Any] = {"torch": torch}
+                exec(compile(cell.source, f"{path.stem}:{cell.id}", "exec"), namespace)  # noqa: S102
+                return namespace[name]
+    raise LookupError(f"no chapter defines {name} in a cell tagged `equation`")
+
+
+def test_is_valid_and_has_no_outputs(path: Path) -> None:
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    for cell in cells(path, "code"):
+        assert cell.outputs == [] and cell.execution_count is None
+        assert cell.source.strip(), "an empty code cell"
+
+
+def test_name_is_two_digits_and_snake_case(path: Path) -> None:
+    assert re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem)
+
+
+def test_opens_with_the_only_title_a_claim_and_a_table(path: Path) -> None:
+    titles = re.findall(r"^# .+", FENCE.sub("", prose(path)), flags=re.MULTILINE)
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown"
+    assert len(titles) == 1 and first.source.startswith(titles[0])
+    table = first.source.lower()
+    assert "|---" in table
+    for row in ("paper", "cpu", "gpu", "download", "licence"):
+        assert re.search(rf"^\| *[^|]*{row}", table, flags=re.MULTILINE), f"no row on {row}"
+
+
+def test_says_what_the_reader_will_do_in_three_bullets(path: Path) -> None:
+    second = read(path).cells[1]
+    assert second.cell_type == "markdown" and "You will" in second.source
+    assert len(re.findall(r"^- ", second.source, flags=re.MULTILINE)) == 3
+
+
+def test_sets_up_colab_only_on_colab(path: Path) -> None:
+    (setup,) = [c for c in cells(path, "code") if "google.colab" in c.source]
+    assert cells(path, "code")[0] is not None and cells(path, "code")[0].id == setup.id
+    assert "hide-input" in tags(setup)
+    lines = setup.source.splitlines()
+    guard = next(i for i, line in enumerate(lines) if "google.colab" in line)
+    assert all(i > guard for i, line in enumerate(lines) if "pip" in line)
+    assert "torch.__version__" in setup.source and "base.device" not in setup.source
+
+
+def test_parameters_are_typed_literals_with_comments(path: Path) -> None:
+    (cell,) = [c for c in cells(path, "code") if "parameters" in tags(c)]
+    lines = cell.source.splitlines()
+    names = []
+    for node in ast.parse(cell.source).body:
+        assert isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        assert isinstance(ast.literal_eval(node.value), bool | int | float | str)
+        assert "  # " in lines[node.lineno - 1], f"no comment: {lines[node.lineno - 1]}"
+        names.append(node.targets[0].id)
+    assert "preset" in names and "seed" in names
+    later = "\n".join(c.source for c in cells(path, "code") if c.id != cell.id)
+    for name in names:
+        assert re.search(rf"\b{name}\b", later), f"parameter {name} is not used"
+
+
+def test_code_cells_are_short_and_parse(path: Path) -> None:
+    for cell in cells(path, "code"):
+        if "hide-input" in tags(cell):
+            continue
+        limit = next((MAX_LINES[tag] for tag in tags(cell) if tag in MAX_LINES), 12)
+        assert len(cell.source.splitlines()) <= limit, cell.source
+        ast.parse(cell.source)
+
+
+def test_prose_stands_before_every_code_cell(path: Path) -> None:
+    previous = None
+    for cell in read(path).cells:
+        if cell.cell_type == "code" and previous is not None and previous.cell_type == "code":
+            special = {"hide-input", "parameters", "imports"}
+            assert special & {*tags(cell), *tags(previous)}, cell.source
+        previous = cell
+
+
+def test_every_figure_has_alt_text_that_says_something(path: Path) -> None:
+    for cell in cells(path, "code"):
+        if PLOTS.search(cell.source):
+            alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(alt) >= 40, f"no alt text: {cell.source}"
+            assert len(PLOTS.findall(cell.source)) == 1, "one figure a cell"
+
+
+def test_has_no_machine_paths(path: Path) -> None:
+    text = "\n".join(cell.source for cell in read(path).cells)
+    assert not re.search(r"(?<![\w.<])/(home|root|work|tmp|usr|opt|mnt|Users|content)/", text)
+    assert not re.search(r"[A-Z]:\\", text)
+
+
+def test_warns(path: Path) -> None:
+    assert re.search(r"^(`{3,}|:{3,})\{warning\}", prose(path), flags=re.MULTILINE)
+    assert "not for clinical use" in prose(path).lower()
+
+
+def test_has_exercises_with_solutions_that_parse(path: Path) -> None:
+    found = solutions(path)
+    assert 2 <= len(found) <= 3
+    assert prose(path).count("{dropdown} Solution") == len(found)
+    for solution in found:
+        ast.parse(solution)
+
+
+def test_closes_with_the_papers_number_beside_this_runs(path: Path) -> None:
+    last = prose(path).split("## We did")
+    assert len(last) == 2
+    assert "paper" in last[1] and "{cite" in last[1]
+
+
+def test_setup_is_the_same_in_every_chapter() -> None:
+    assert len({cells(path, "code")[0].source for path in NOTEBOOKS}) == 1
+
+
+@pytest.mark.slow
+def test_chapter_and_solutions_run_in_small_and_in_silence(path: Path, tmp_path: Path) -> None:
+    code = []
+    for cell in cells(path, "code"):
+        code.append(cell.source)
+        if "parameters" in tags(cell):
+            names = re.findall(r"^(\w+) =", cell.source, flags=re.MULTILINE)
+            code += [f"{name} = {value}" for name, value in FEW.items() if name in names]
+    code += solutions(path)
+    script = tmp_path / f"{path.stem}.py"
+    script.write_text("\n\n".join(code), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script.name],
+        cwd=tmp_path,
+        env={**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "a chapter that writes to stderr fails the book's build"
+    assert list(tmp_path.iterdir()) == [script], "a chapter left files behind"
+
+
+def test_training_step_is_the_librarys(tiny) -> None:
+    from medbudget import InversionSettings, invert, make_phantoms
+    from medbudget.inversion import _draw, make_init
+
+    training_step = equation("training_step")
+    settings = InversionSettings(n_vectors=4, steps=4, lr=0.01, batch_size=3, latents="mean")
+    images = make_phantoms("chest", "cardiomegaly", 6).images
+    taken = []
+    theirs = invert(
+        tiny, images, token="<x>", settings=settings, callback=lambda s: taken.append(s["loss"])
+    )
+    z = tiny.encode(images)
+    vectors = make_init(tiny, settings).requires_grad_(True)
+    optimizer = torch.optim.AdamW([vectors], lr=0.01, weight_decay=0)
+    for step, loss in enumerate(taken):
+        pick, t, noise, _ = _draw(settings, step, len(images), z.shape[1:])
+        ours = training_step(tiny, vectors, optimizer, z[pick], t, noise)
+        assert ours == pytest.approx(loss, rel=1e-5)
+    assert not torch.equal(vectors, make_init(tiny, settings))
+    torch.testing.assert_close(vectors.detach(), theirs.vectors, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, 4.5])
+def test_guidance_is_the_librarys(scale: float) -> None:
+    from medbudget import sampling
+
+    guide = equation("guide")
+    d_u, d_c = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(guide(d_u, d_c, scale), sampling.guide(d_u, [d_c], [1.0], scale))
+    assert guide(torch.tensor(1.0), torch.tensor(3.0), 2.0) == 5

@@ -1,0 +1,123 @@
+"""Figures show pixels as they are, carry their note, and refuse what cannot be compared."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medbudget import plots
+
+
+def render(figure: plots.Figure) -> np.ndarray:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi)
+    return np.asarray(Image.open(buffer).convert("RGBA"))
+
+
+def texts(figure: plots.Figure) -> str:
+    found = [t.get_text() for t in figure.texts]
+    for axes in figure.axes:
+        found += [axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()]
+        found += [t.get_text() for t in axes.texts]
+        found += [t.get_text() for t in axes.get_yticklabels()]
+    return "\n".join(found)
+
+
+def test_every_pixel_becomes_a_block_of_its_own_value() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    picture = render(plots.show_images(images, columns=2))
+    zoom = plots.CELL // 64
+    expected = images[0].permute(1, 2, 0).numpy().repeat(zoom, 0).repeat(zoom, 1)
+    top = slice(plots.MARGIN, plots.MARGIN + plots.CELL)
+    assert (picture[top, top, :3] == expected).all()
+    start = plots.MARGIN + plots.CELL + plots.GAP
+    second = picture[top, start : start + plots.CELL, :3]
+    assert (second == images[1].permute(1, 2, 0).numpy().repeat(zoom, 0).repeat(zoom, 1)).all()
+    assert (picture[..., 3] == 255).all()
+
+
+def test_the_gray_window_is_fixed() -> None:
+    dim = torch.full((1, 3, 64, 64), 100, dtype=torch.uint8)
+    dim[..., :32] = 110
+    picture = render(plots.show_images(dim))
+    inside = slice(plots.MARGIN, plots.MARGIN + plots.CELL)
+    assert set(np.unique(picture[inside, inside, :3])) == {100, 110}
+
+
+def test_large_images_are_shown_smaller() -> None:
+    images = torch.zeros((2, 3, 512, 512), dtype=torch.uint8)
+    assert render(plots.show_images(images)).shape[1] < 600
+
+
+def test_rows_are_labelled_and_cut_to_the_columns() -> None:
+    images = torch.zeros((5, 3, 64, 64), dtype=torch.uint8)
+    figure = plots.show_rows(
+        {"real": images, "synthetic": images[:2]}, columns=3, title="Both", note="tiny base"
+    )
+    assert len(figure.axes) == 3 + 2
+    assert all(word in texts(figure) for word in ("real", "synthetic", "Both", "tiny base"))
+
+
+@pytest.mark.parametrize("call", [plots.show_images, lambda x: plots.show_rows({"a": x})])
+def test_other_than_uint8_images_are_refused(call) -> None:
+    with pytest.raises(TypeError, match=r"torch\.uint8"):
+        call(torch.zeros(1, 3, 8, 8))
+
+
+def test_wrong_numbers_are_refused() -> None:
+    images = torch.zeros((2, 3, 8, 8), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="3 titles for 2 images"):
+        plots.show_images(images, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
+        plots.show_images(images, columns=0)
+    with pytest.raises(ValueError, match="different sizes"):
+        plots.show_rows({"a": images, "b": torch.zeros((1, 3, 9, 9), dtype=torch.uint8)})
+    with pytest.raises(ValueError, match="no rows"):
+        plots.show_rows({})
+
+
+def test_loss_curves_pass_through_unchanged() -> None:
+    figure = plots.plot_loss({"one": {"step": [5, 10], "loss": [0.5, 0.25]}, "two": {"loss": [1]}})
+    lines = figure.axes[0].lines
+    assert [list(line.get_ydata()) for line in lines] == [[0.5, 0.25], [1]]
+    assert list(lines[0].get_xdata()) == [5, 10]
+    assert [line.get_label() for line in lines] == ["one", "two"]
+
+
+def score(value: float, interval=None, name: str = "FD (EfficientNet-Lite0)"):
+    scores = pytest.importorskip("medbudget.metrics.scores", reason="the metrics have not landed")
+    return scores.Score(name=name, value=value, interval=interval, n=100)
+
+
+def test_scores_show_value_and_interval() -> None:
+    figure = plots.plot_scores({"TI": score(480, (450, 510)), "floor": score(37)}, note="phantoms")
+    assert "480 (450 to 510)" in texts(figure)
+    assert "phantoms" in str(figure._supxlabel)
+    first = figure.axes[0].lines[0]
+    assert list(first.get_xdata()) == [450, 510]
+
+
+def test_scores_of_different_kinds_are_not_plotted_together() -> None:
+    with pytest.raises(ValueError, match="cannot be compared"):
+        plots.plot_scores({"a": score(1), "b": score(1, name="FID")})
+
+
+def test_the_palette_stays_apart_for_colour_blind_readers() -> None:
+    # Machado 2009, deuteranopia: full strength, linear RGB
+    deutan = np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    )
+    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in plots.PALETTE])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    for seen in (linear, linear @ deutan.T):
+        distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
+        assert distance[np.triu_indices(len(rgb), 1)].min() > 0.08

@@ -1,0 +1,134 @@
+"""The promises of README, Makefile and metadata agree with each other."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import medbudget
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
+
+
+def test_every_make_command_in_prose_is_a_target() -> None:
+    prose = README + "".join(p.read_text() for p in (ROOT / "book").glob("*.md"))
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", prose, flags=re.MULTILINE))
+    assert {"book", "test"} <= named <= make_targets()
+
+
+def test_ci_runs_the_two_commands_of_the_readme() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line.split(" <")[0] for line in lines if line.startswith("make")] == [
+        "make test",
+        "make book",
+    ]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_version_stands_in_one_place() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == medbudget.__version__
+    assert 'dynamic = ["version"]' in PYPROJECT
+    assert not re.search(r'^version\s*=\s*"', PYPROJECT, flags=re.MULTILINE)
+
+
+def test_citation_is_complete_and_cites_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    paper = citation["preferred-citation"]
+    assert paper["title"].startswith("Medical diffusion on a budget")
+    assert [a["family-names"] for a in paper["authors"]] == [
+        "Wilde",
+        "Saha",
+        "Rooij",
+        "Huisman",
+        "Litjens",
+    ]
+    assert paper["year"] == 2024
+
+
+def test_conda_environment_installs_what_make_installs() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    command = re.search(r"pip install (.*)", MAKEFILE)
+    assert command is not None
+    assert " ".join(pip) == command[1].replace('"', "")
+    (python,) = [d for d in environment["dependencies"] if str(d).startswith("python=")]
+    floor = re.search(r'requires-python = ">=3\.(\d+)"', PYPROJECT)
+    assert floor is not None
+    assert int(python.split(".")[1]) >= int(floor[1])
+
+
+def test_extras_of_the_install_command_exist() -> None:
+    command = re.search(r'--editable "\.\[([a-z,]+)\]"', MAKEFILE)
+    assert command is not None
+    for extra in command[1].split(","):
+        assert re.search(rf"^{extra} = \[", PYPROJECT, flags=re.MULTILINE), extra
+
+
+def test_constraints_pin_every_dependency_and_name_no_place() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"index-url|find-links|file:|://|@", text)
+    lines = [Requirement(s) for s in text.splitlines() if not s.startswith("#")]
+    pinned = {re.sub(r"[-_.]+", "-", r.name).lower(): r for r in lines}
+    project = tomllib.loads(PYPROJECT)["project"]
+    extras = project["optional-dependencies"]
+    for line in project["dependencies"] + extras["book"] + extras["dev"]:
+        wanted = Requirement(line)
+        pin = pinned[re.sub(r"[-_.]+", "-", wanted.name).lower()]
+        (spec,) = pin.specifier
+        assert spec.operator == "=="
+        assert wanted.specifier.contains(Version(spec.version), prereleases=True), line
+        assert pin.marker is not None
+        assert not pin.marker.evaluate({"python_version": "3.10"})
+        assert pin.marker.evaluate({"python_version": "3.12"})
+
+
+def test_makefile_refuses_an_old_python(tmp_path: Path) -> None:
+    old = tmp_path / "old-python"
+    old.write_text(
+        f'#!/bin/sh\nshift\nexec {sys.executable} -c "import sys; sys.version_info = (3, 8); $1"\n'
+    )
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "book", f"PYTHON={old}", f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "Python 3.10 or later" in done.stderr
+    assert "3.8" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_every_chapter_and_page_of_the_contents_exists() -> None:
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    files = [contents["root"]]
+    files += [chapter["file"] for part in contents["parts"] for chapter in part["chapters"]]
+    for file in files:
+        assert any((ROOT / f"{file}{end}").is_file() for end in (".md", ".ipynb")), file
+    chapters = {f"notebooks/{p.stem}" for p in (ROOT / "notebooks").glob("*.ipynb")}
+    assert chapters == {file for file in files if file.startswith("notebooks/")}
+
+
+def test_links_of_the_readme_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,61 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medbudget.prompts import PromptError, format_prompt, parse_prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", [("", 1.0)]),
+        ("a photo", [("a photo", 1.0)]),
+        ("<a>:0.25 AND <b>:0.75", [("<a>", 0.25), ("<b>", 0.75)]),
+        ("<a> :.5AND", [("<a>", 0.5)]),
+        ("<a>\nAND <b> : -1e-1", [("<a>", 1.0), ("<b>", -0.1)]),
+        ("0.25*<a> AND .75 * <b>", [("<a>", 0.25), ("<b>", 0.75)]),
+        ("sand AND band and hand", [("sand", 1.0), ("band and hand", 1.0)]),
+    ],
+)
+def test_grammar(text, parts):
+    if text.endswith("AND") and not text.endswith(" AND"):
+        with pytest.raises(PromptError, match="finite number"):
+            parse_prompt(text)
+    else:
+        assert parse_prompt(text) == parts
+
+
+@pytest.mark.parametrize(
+    ("text", "caret", "problem"),
+    [
+        ("a AND b:x", 8, "finite number"),
+        ("a:nan", 2, "finite number"),
+        ("a:1e999", 2, "finite number"),
+        ("a AND ", 2, "one side of AND"),
+        (":0.5", 0, "no text"),
+    ],
+)
+def test_errors_mark_the_place(text, caret, problem):
+    with pytest.raises(PromptError, match=problem) as raised:
+        parse_prompt(text)
+    assert raised.value.args[0].splitlines()[-1].index("^") == caret + 2
+
+
+@given(st.text())
+def test_any_string_parses_or_raises_a_prompt_error(text):
+    try:
+        parts = parse_prompt(text)
+    except PromptError:
+        return
+    assert parts and all(math.isfinite(weight) for _, weight in parts)
+
+
+_words = st.from_regex(r"[a-z<>]+( [a-z<>]+)?", fullmatch=True)
+_weights = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(st.tuples(_words, _weights), min_size=1, max_size=5))
+def test_format_round_trips(parts):
+    assert parse_prompt(format_prompt(parts)) == parts

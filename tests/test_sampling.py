@@ -1,0 +1,170 @@
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from medbudget import Embedding, sample
+from medbudget.sampling import ancestral_step, guide, make_sigmas
+
+VECTORS = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
+MINE = Embedding(VECTORS, "<mine>")
+OTHER = Embedding(1 - 3 * VECTORS, "<other>")
+
+
+# k-diffusion imports a CLIP package for its evaluation scripts that new setuptools break
+sys.modules.setdefault("clip", types.ModuleType("clip"))
+
+
+def gray_levels(a, b):
+    return int((a.int() - b.int()).abs().max())
+
+
+def test_sigmas_equal_k_diffusions_discrete_schedule(tiny):
+    sampling = pytest.importorskip("k_diffusion.external")
+    trained = ((1 - tiny.alphas_cumprod) / tiny.alphas_cumprod) ** 0.5
+    schedule = sampling.DiscreteSchedule(trained, quantize=False)
+    sigmas, t = make_sigmas(tiny.alphas_cumprod, 25)
+    torch.testing.assert_close(sigmas, schedule.get_sigmas(25), rtol=1e-5, atol=0)
+    torch.testing.assert_close(schedule.sigma_to_t(sigmas[:-1]), t, rtol=0, atol=0.02)
+    assert t[0] == 999 and t[-1] == 0 and sigmas[-1] == 0
+
+
+def test_ancestral_steps_equal_k_diffusions(tiny):
+    k = pytest.importorskip("k_diffusion.sampling")
+    sigmas, _ = make_sigmas(tiny.alphas_cumprod, 10)
+    x = torch.randn(2, 8, 4, 4) * sigmas[0]
+    noises = [torch.randn_like(x) for _ in range(10)]
+
+    def model(x, sigma, **_):
+        return torch.tanh(x) / (1 + sigma.view(-1, 1, 1, 1))
+
+    queue = iter(noises)
+    expected = k.sample_euler_ancestral(
+        model, x, sigmas, noise_sampler=lambda *_: next(queue), disable=True
+    )
+    for i in range(10):
+        denoised = model(x, sigmas[i].expand(2))
+        x = ancestral_step(x, denoised, float(sigmas[i]), float(sigmas[i + 1]), noises[i])
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_identities():
+    u, a, b = torch.randn(3, 2, 8, 4, 4).double()
+    torch.testing.assert_close(guide(u, [a], [1.0], 2.0), u + 2 * (a - u))
+    torch.testing.assert_close(guide(u, [a, a], [0.5, 0.5], 3.0), guide(u, [a], [1.0], 3.0))
+    mixed = 0.25 * a + 0.75 * b
+    torch.testing.assert_close(guide(u, [a, b], [0.25, 0.75], 2.0), guide(u, [mixed], [1.0], 2.0))
+    torch.testing.assert_close(guide(u, [a, b], [0.2, 0.9], 2.0), guide(u, [b, a], [0.9, 0.2], 2.0))
+    torch.testing.assert_close(guide(None, [a], [1.0], 1.0), a)
+    # the paper's three diseases at .5 with scale 3: total guidance 4.5
+    torch.testing.assert_close(guide(u, [a] * 3, [0.5] * 3, 3.0), u + 4.5 * (a - u))
+
+
+def test_images_do_not_depend_on_their_batch(tiny):
+    images = sample(tiny, "<mine>", embeddings=[MINE], n=5, steps=4, seed=3)
+    again = sample(tiny, "<mine>", embeddings=[MINE], n=5, steps=4, seed=3)
+    assert torch.equal(images, again)
+    pairs = sample(tiny, "<mine>", embeddings=[MINE], n=5, steps=4, seed=3, batch_size=2)
+    assert gray_levels(images, pairs) <= 1
+    alone = sample(tiny, "<mine>", embeddings=[MINE], n=1, steps=4, seed=6)
+    assert gray_levels(images[3:4], alone) <= 1
+    assert gray_levels(images[0], images[1]) > 20
+    assert images.shape == (5, 3, 64, 64) and images.dtype == torch.uint8
+
+
+def test_composition_identities_on_the_base(tiny):
+    options = {"embeddings": [MINE, OTHER], "n": 2, "steps": 4}
+    one = sample(tiny, "<mine>", **options)
+    assert gray_levels(sample(tiny, "<mine>:0.5 AND <mine>:0.5", **options), one) <= 1
+    assert gray_levels(sample(tiny, "<mine> AND <other>:0", **options), one) <= 1
+    ab = sample(tiny, "<mine>:0.3 AND <other>:0.7", **options)
+    ba = sample(tiny, "<other>:0.7 AND <mine>:0.3", **options)
+    assert gray_levels(ab, ba) <= 1 and gray_levels(ab, one) > 5
+
+
+def test_unconditional_pass_is_skipped_only_at_zero_weight(tiny, monkeypatch):
+    sizes = []
+    predict = type(tiny).predict_noise
+
+    def count(self, x, t, context):
+        sizes.append(len(x))
+        return predict(self, x, t, context)
+
+    monkeypatch.setattr(type(tiny), "predict_noise", count)
+    for scale in (1.0, 2.0, 0.0):
+        sample(tiny, "<mine>", embeddings=[MINE], n=3, steps=1, cfg_scale=scale)
+    assert sizes == [3, 6, 3]
+
+
+def test_scale_zero_is_the_unconditional_image(tiny):
+    zero = sample(tiny, "<mine>", embeddings=[MINE], n=1, steps=3, cfg_scale=0)
+    assert torch.equal(zero, sample(tiny, "", n=1, steps=3, cfg_scale=1))
+
+
+def test_diffusers_pipeline_agrees(tiny):
+    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+
+    from medbudget.base import TINY
+    from medbudget.sampling import _draw_noise
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        TINY, safety_checker=None, torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="linspace"
+    )
+    steps, seeds, prompt = 8, (5, 6), "large black ellipse left"
+    start = _draw_noise([torch.Generator().manual_seed(s) for s in seeds], (8, 16, 16))
+    # diffusers draws the ancestral noise from the same per-image streams, after the start
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    for g in generators:
+        torch.randn((8, 16, 16), generator=g)
+    out = pipe(
+        [prompt] * 2, num_inference_steps=steps, guidance_scale=2.0, generator=generators,
+        latents=start, output_type="pt",
+    ).images  # fmt: skip
+    theirs = (out * 255).round().byte()
+    ours = sample(tiny, prompt, n=2, steps=steps, seed=5)
+    difference = (ours.int() - theirs.int()).abs().float()
+    # sigmas differ by up to 8.5e-5 (linear against log-linear interpolation), and the last step
+    assert difference.mean() < 1.0 and difference.max() <= 12
+
+
+def test_callback_sees_every_step_of_every_block(tiny):
+    seen = []
+    sample(tiny, "", n=3, steps=2, batch_size=2, callback=lambda s: seen.append(s))
+    assert [(s["first"], s["step"]) for s in seen] == [(0, 1), (0, 2), (2, 1), (2, 2)]
+    assert seen[0]["sigma"] > seen[1]["sigma"] and len(seen[2]["denoised"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "problem"),
+    [
+        ("<none>", {}, "loaded are: <mine>"),
+        ("<mine>", {"n": 0}, "n must be at least 1"),
+        ("<mine>", {"steps": 0}, "steps must be"),
+        ("<mine>", {"cfg_scale": math.nan}, "finite"),
+        ("<mine>", {"size": 65}, "multiple of 16"),
+        ("<mine> " * 10, {}, "80 positions, but 75 fit"),
+    ],
+)
+def test_wrong_input(tiny, prompt, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        sample(tiny, prompt, embeddings=[MINE], **options)
+
+
+def test_an_unknown_plain_word_is_a_warning(tiny):
+    with pytest.warns(UserWarning, match="does not know xylophone"):
+        sample(tiny, "red xylophone", n=1, steps=1)
+
+
+def test_other_sizes_and_other_widths(tiny):
+    assert sample(tiny, "", n=1, steps=1, size=96).shape == (1, 3, 96, 96)
+    wide = Embedding(torch.ones(1, 768), "<sd1>")
+    with pytest.raises(ValueError, match=r"width 768.*SD 1\.x"):
+        sample(tiny, "<sd1>", embeddings=[wide], n=1, steps=1)
+    with pytest.raises(ValueError, match="two embeddings"):
+        sample(tiny, "<mine>", embeddings=[MINE, MINE], n=1, steps=1)
