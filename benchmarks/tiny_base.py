@@ -1,0 +1,338 @@
+"""Claim: on the embedded base, Textual Inversion shows the paper's effects; the bars of its card.
+
+    python benchmarks/tiny_base.py [BAR …] [--n 200] [--seeds 3] [--real FOLDER] [--out FILE]
+
+Bars: `autoencoder`, `inversion` (the shipped embeddings against prompts), `trends` (vectors, cases,
+guidance, sampling steps), `disease` (generated diseased against healthy), `axis` (weighted AND),
+`xrays` (real chest X-rays that nobody here drew; needs --real). Each bar's rows replace its rows in
+the file, so that bars can be run one by one. Distances are Frechet distances of EfficientNet-Lite0
+features ("FD") and of 8 x 8 thumbnails ("layout"), always beside the real-versus-real floor of the
+same n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medbudget import (
+    InversionSettings,
+    describe,
+    invert,
+    load_base,
+    load_images,
+    make_phantoms,
+    sample,
+)
+from medbudget.artifacts import write_json
+from medbudget.base import Base
+from medbudget.images import find_images
+from medbudget.metrics import auc, frechet_distance, precision_recall
+from medbudget.metrics.features import features
+from medbudget.tiny.trained import CASES, SHIPPED, load_trained
+
+Row = dict[str, Any]
+NETWORK, LAYOUT = "efficientnet-lite0", "layout"
+
+# Twenty honest prompts for each kind of image: every ground with every set of objects.
+GROUNDS = {
+    "prostate": ("grainy red orange field ground", "faint red ground",
+                 "grainy red orange coarse field mirrored ground", "smooth brown red gradient ground"),
+    "chest": ("grainy silver ground", "faint gray silver coarse field mirrored ground",
+              "smooth gray ground", "grainy silver white gradient ground"),
+    "histology": ("grainy pink purple fine cells ground", "noisy pink purple fine field ground",
+                  "faint pink ground", "grainy purple pink coarse cells ground"),
+}  # fmt: skip
+OBJECTS = {
+    "prostate": ("", "medium yellow ellipse top large olive ellipse center",
+                 "medium yellow ellipse top large olive ellipse center medium black ellipse bottom",
+                 "pair medium red ellipse left large olive ellipse center black ellipse bottom",
+                 "medium yellow ellipse top large olive ellipse center small blue ellipse center"),
+    "chest": ("", "pair large charcoal ellipse left", "pair large charcoal ellipse left white bar center",
+              "pair large charcoal ellipse left white bar center medium silver ellipse bottom",
+              "pair huge black shaded ellipse left white bar center silver box bottom"),
+    "histology": ("", "many small purple ellipse", "huge pink spotted ellipse center",
+                  "large purple spotted blob center", "medium purple blob center pink ring center"),
+}  # fmt: skip
+
+
+def list_prompts(kind: str) -> list[str]:
+    """Return the twenty prompts of a kind."""
+    return [f"{g} {o}".strip() for g in GROUNDS[kind] for o in OBJECTS[kind]]
+
+
+def distances(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+    """Return both Frechet distances of two sets of images."""
+    return {
+        name: frechet_distance(features(a, extractor), features(b, extractor))
+        for name, extractor in (("FD", NETWORK), ("layout", LAYOUT))
+    }
+
+
+def draw(base: Base, prompt: str, n: int, embeddings: Any = (), **options: Any) -> torch.Tensor:
+    """Sample `n` images at the paper's guidance of 2, 25 steps, unless told otherwise."""
+    return sample(base, prompt, embeddings=list(embeddings), n=n, **options)
+
+
+def real_xrays(folder: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield label and images of each class, in the order of their file names."""
+    if folder is not None:
+        for label in ("normal", "pneumonia"):
+            yield label, load_images(find_images(folder / label), size=64)
+
+
+def best_prompt(base: Base, kind: str, real: torch.Tensor, n: int) -> tuple[str, torch.Tensor]:
+    """Return the prompt whose images have the lowest FD at n = 40, and `n` images of it."""
+    small = min(n, 40)
+    reference = features(real[:small], NETWORK)
+    found = {
+        prompt: frechet_distance(features(draw(base, prompt, small), NETWORK), reference)
+        for prompt in list_prompts(kind)
+    }
+    prompt = min(found, key=lambda key: found[key])
+    return prompt, draw(base, prompt, n)
+
+
+def run_autoencoder(base: Base, args: argparse.Namespace) -> Iterator[Row]:
+    """Bar 1: reconstructions of held-out phantoms and real X-rays."""
+    sets = {
+        f"{kind} {label}": tuple(
+            make_phantoms(kind, label, args.n, split=split).images for split in ("val", "test")
+        )
+        for kind, label in SHIPPED
+    }
+    for label, images in real_xrays(args.real):
+        sets[f"X-rays {label}"] = (images[: args.n // 2 * 2 : 2], images[1 : args.n // 2 * 2 : 2])
+    for name, (a, b) in sets.items():
+        b = b[: len(a)]
+        made = torch.cat([base.decode(base.encode(part)) for part in a.split(50)])
+        error = ((a.float() - made.float()) ** 2).mean((1, 2, 3))
+        psnr = float((10 * torch.log10(255**2 / error)).mean())
+        floor, far = distances(a, b), distances(made, b)
+        need = 27 if name.startswith("X") else 30
+        yield {"name": f"{name}: PSNR, dB", "value": psnr, "bar": f">= {need}", "met": psnr >= need}
+        yield ratio(f"{name}: FD of reconstructions", far["FD"], floor["FD"], 3)
+
+
+def ratio(name: str, value: float, of: float, limit: float) -> Row:
+    """Return a row: a value, and how it stands to another."""
+    return {
+        "name": name, "value": value, "beside": of, "ratio": value / of,
+        "bar": f"<= {limit:g} x {of:.3g}", "met": value <= limit * of,
+    }  # fmt: skip
+
+
+def below(name: str, value: float, of: float) -> Row:
+    """Return a row: a value that should lie under another."""
+    return {"name": name, "value": value, "beside": of, "bar": f"< {of:.3g}", "met": value < of}
+
+
+def run_inversion(base: Base, args: argparse.Namespace) -> Iterator[Row]:
+    """Bar 2: the shipped embeddings, the best of twenty plain prompts, the described mean."""
+    for kind, label in SHIPPED:
+        name = f"{kind} {label}"
+        embedding = load_trained(kind, label, base)
+        a, b = (make_phantoms(kind, label, args.n, split=s).images for s in ("val", "test"))
+        floor = distances(a, b)
+        made = draw(base, embedding.token, args.n, [embedding])
+        ti = distances(made, b)
+        prompt, plain = best_prompt(base, kind, a, args.n)
+        words = distances(plain, b)
+        cases = make_phantoms(kind, label, CASES).images
+        said = distances(draw(base, describe(base, cases), args.n), b)
+        precision, recall = precision_recall(features(b, NETWORK), features(made, NETWORK))
+        yield ratio(f"{name}: FD of TI against the floor", ti["FD"], floor["FD"], 4)
+        yield ratio(f"{name}: FD of TI against plain words", ti["FD"], words["FD"], 0.5)
+        yield below(f"{name}: FD of TI under the described mean's", ti["FD"], said["FD"])
+        yield ratio(f"{name}: layout of TI against the floor", ti["layout"], floor["layout"], 4)
+        yield below(f"{name}: layout of TI under plain words'", ti["layout"], words["layout"])
+        yield below(f"{name}: layout of TI under described's", ti["layout"], said["layout"])
+        yield at_least(f"{name}: precision", precision, 0.5)
+        yield at_least(f"{name}: recall", recall, 0.3)
+        print(f"  best plain prompt: {prompt}", flush=True)
+
+
+def at_least(name: str, value: float, limit: float) -> Row:
+    """Return a row: a value that should reach a limit."""
+    return {"name": name, "value": value, "bar": f">= {limit:g}", "met": value >= limit}
+
+
+def run_trends(base: Base, args: argparse.Namespace) -> Iterator[Row]:
+    """Bar 3: vectors, cases, guidance and sampling steps; mean and 95 % interval over seeds."""
+    real = make_phantoms("prostate", "tumour", args.n, split="test").images
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(args.seeds):
+        images = make_phantoms("prostate", "tumour", CASES, seed=seed).images
+        for name, n_vectors, cases in (("64 vectors", 64, CASES), ("8 vectors", 8, CASES),
+                                       ("1 vector", 1, CASES), ("5 cases", 64, 5)):  # fmt: skip
+            settings = InversionSettings.preset(
+                "tiny", n_vectors=n_vectors, seed=seed, steps=args.steps
+            )
+            word = invert(base, images[:cases], token="<x>", settings=settings)
+            first = {"embeddings": [word], "seed": 10_000 * seed}
+            found.setdefault(name, []).append(distances(draw(base, "<x>", args.n, **first), real))
+            if name == "64 vectors":
+                for other, change in (("CFG 5", {"cfg_scale": 5.0}), ("10 steps", {"steps": 10})):
+                    made = draw(base, "<x>", args.n, **first, **change)
+                    found.setdefault(other, []).append(distances(made, real))
+    pairs = (("64 vectors", "8 vectors"), ("8 vectors", "1 vector"), ("64 vectors", "5 cases"),
+             ("64 vectors", "CFG 5"), ("64 vectors", "10 steps"))  # fmt: skip
+    for kind in ("FD", "layout"):
+        for name, values in found.items():
+            mean, half = interval([v[kind] for v in values])
+            yield {"name": f"{kind}, {name}", "value": mean, "half_width": half}
+        for better, worse in pairs:
+            gaps = [w[kind] - b[kind] for b, w in zip(found[better], found[worse])]
+            mean, half = interval(gaps)
+            yield {
+                "name": f"{kind}: {worse} minus {better}", "value": mean, "half_width": half,
+                "bar": "> 0, with its interval", "met": mean - half > 0,
+            }  # fmt: skip
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return mean and half width of the 95 % t interval (nan for one value)."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return float(np.mean(values)), float("nan")
+    se = np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(t.ppf(0.975, len(values) - 1) * se)
+
+
+DISEASES = (("prostate", "healthy", "tumour"), ("chest", "healthy", "cardiomegaly"),
+            ("chest", "healthy", "pleural_effusion"), ("chest", "healthy", "pneumonia"),
+            ("histology", "normal", "metastasis"))  # fmt: skip
+
+
+def run_disease(base: Base, args: argparse.Namespace) -> Iterator[Row]:
+    """Bar 4: the disease score tells generated diseased from generated healthy."""
+    from medbudget.metrics.disease import disease_score
+
+    for kind, healthy, label in DISEASES:
+        scores = []
+        for name in (healthy, label):
+            word = load_trained(kind, name, base)
+            images = draw(base, word.token, args.n, [word])
+            scores.append(np.asarray(disease_score(images, kind, label)))
+        truth = np.repeat([0, 1], args.n)
+        yield at_least(f"{kind} {label}: AUC", auc(truth, np.concatenate(scores)), 0.9)
+
+
+def run_axis(base: Base, args: argparse.Namespace) -> Iterator[Row]:
+    """Bar 5: healthy AND diseased, weights 0 to 1: the mean score must rise at each step."""
+    from medbudget.metrics.disease import disease_score
+
+    for kind, healthy, label in DISEASES:
+        words = [load_trained(kind, name, base) for name in (healthy, label)]
+        means = []
+        for weight in (0, 0.25, 0.5, 0.75, 1):
+            prompt = f"{words[0].token}:{1 - weight} AND {words[1].token}:{weight}"
+            images = draw(base, prompt, args.n // 2, words)
+            means.append(float(np.mean(np.asarray(disease_score(images, kind, label)))))
+        steps = np.diff(means)
+        yield {
+            "name": f"{kind} {label}: smallest step of the mean score", "value": float(steps.min()),
+            "means": means, "bar": "> 0", "met": bool((steps > 0).all()),
+        }  # fmt: skip
+
+
+def run_xrays(base: Base, args: argparse.Namespace) -> Iterator[Row]:
+    """Bar 6: 100 real X-rays of each class to learn from, 200 others to compare with."""
+    if args.real is None:
+        raise SystemExit("the bar `xrays` needs --real FOLDER, with folders normal and pneumonia")
+    made, held = {}, {}
+    for label, images in real_xrays(args.real):
+        train, held[label] = images[:100], images[100:300]
+        settings = InversionSettings.preset("tiny", steps=args.steps)
+        word = invert(base, train, token=f"<{label}>", settings=settings)
+        made[label] = draw(base, word.token, args.n, [word])
+        half = len(held[label]) // 2
+        floor = distances(held[label][:half], held[label][half:])
+        ti = distances(made[label], held[label])
+        prompt, plain = best_prompt(base, "chest", held[label], args.n)
+        words, said = distances(plain, held[label]), distances(
+            draw(base, describe(base, train), args.n), held[label]
+        )  # fmt: skip
+        print(f"  {label}: floor {floor} at n = {half}; best plain prompt: {prompt}", flush=True)
+        yield ratio(f"{label}: FD of TI against plain words", ti["FD"], words["FD"], 0.5)
+        yield below(f"{label}: FD of TI under the described mean's", ti["FD"], said["FD"])
+        yield ratio(
+            f"{label}: layout of TI against plain words", ti["layout"], words["layout"], 0.1
+        )
+        yield below(f"{label}: layout of TI under described's", ti["layout"], said["layout"])
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegressionCV(cv=5, max_iter=2000))
+    x = [features(made[label], NETWORK) for label in made]
+    model.fit(np.concatenate(x), np.repeat([0, 1], [len(part) for part in x]))
+    y = [features(held[label], NETWORK) for label in made]
+    truth = np.repeat([0, 1], [len(part) for part in y])
+    value = auc(truth, model.decision_function(np.concatenate(y)))
+    yield at_least("classifier on generated, real held-out patients: AUC", value, 0.75)
+
+
+BARS: dict[str, Callable[[Base, argparse.Namespace], Iterator[Row]]] = {
+    "autoencoder": run_autoencoder,
+    "inversion": run_inversion,
+    "trends": run_trends,
+    "disease": run_disease,
+    "axis": run_axis,
+    "xrays": run_xrays,
+}
+
+
+def main() -> None:
+    """Print every bar's rows and write them where --out says."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("bars", nargs="*", metavar="BAR", help=f"of {', '.join(BARS)}; all")
+    parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="TI steps where it trains; default the preset's")
+    parser.add_argument("--real", type=Path, help="folder with normal/ and pneumonia/")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    unknown = sorted(set(args.bars) - set(BARS))
+    if unknown:
+        parser.error(f"unknown bar {', '.join(unknown)}; allowed are {', '.join(BARS)}")
+    base = load_base("tiny")
+    record: dict[str, Any] = {}
+    if args.out and args.out.exists():
+        record = json.loads(args.out.read_text())
+        if record.get("base_hash") != base.hash:
+            print(f"{args.out} is of base {record.get('base_hash')}: its rows are dropped")
+            record = {}
+    for name in args.bars or list(BARS):
+        rows = []
+        print(f"{name}", flush=True)
+        for row in BARS[name](base, args):
+            rows.append(row)
+            met = {True: "met", False: "NOT met"}.get(row.get("met"), "")
+            print(
+                f"  {row['name']:<58}{row['value']:>9.3g}  {row.get('bar', ''):<18}{met}",
+                flush=True,
+            )
+        if args.out:
+            values = record.get("values", {}) | {name: rows}
+            seeds = f" --seeds {args.seeds}" if name == "trends" else ""
+            record = {
+                "date": date.today().isoformat(),
+                "command": f"python benchmarks/tiny_base.py --n {args.n}{seeds}",
+                "base_hash": base.hash,
+                "device": f"{base.device.type}, {torch.get_num_threads()} threads",
+                "values": values,
+            }
+            write_json(args.out, record)
+
+
+if __name__ == "__main__":
+    main()
