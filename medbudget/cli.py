@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 embedding_app = typer.Typer(no_args_is_help=True, help="Look into embedding files, convert them.")
 app.add_typer(embedding_app, name="embedding")
+study_app = typer.Typer(no_args_is_help=True, help="The paper's tables and figures as studies.")
+app.add_typer(study_app, name="study")
 
 BaseOption = Annotated[str, typer.Option(help="tiny, sd2, or a folder in diffusers' layout")]
 DeviceOption = Annotated[
@@ -319,6 +321,135 @@ def embedding_convert(
 
     Embedding.load(file, token=token).save(out)
     print(f"wrote {out}")
+
+
+StoreOption = Annotated[Path, typer.Option(help="folder of results; shared by all machines")]
+PresetOption = Annotated[str, typer.Option(help="tiny, colab or paper")]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="ROLE=FOLDER of real images, for the roles train, reference and floor "
+        "(tiny without --data: phantoms)"
+    ),
+]
+
+
+def _plan_study(name: str, preset: str, store: Path, data: list[str] | None) -> tuple[Any, Any]:
+    from medbudget import load_base
+    from medbudget.studies import PRESETS, Store, make_study
+
+    sources = {}
+    for item in data or []:
+        role, equals, folder = item.partition("=")
+        if role not in ("train", "reference", "floor") or not equals:
+            raise ValueError(
+                f"--data {item!r} is not ROLE=FOLDER with a role of train, reference, floor"
+            )
+        sources[role] = Path(folder)
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; allowed are {', '.join(PRESETS)}")
+    base = load_base(PRESETS[preset].base)
+    study = make_study(name, preset, base_hash=base.hash, sources=sources)
+    return study, Store(store, sources)
+
+
+def _print_plan(study: Any, store: Any) -> None:
+    from medbudget.studies import plan
+
+    found = plan(study.tasks, store)
+    print(f"{study.name}, preset {study.preset}, base {study.settings.base} {study.base_hash}")
+    print(f"{'tasks':<12}{'done':>6}{'of':>6}   estimated time of the rest")
+    for kind, total in found.total.items():
+        seconds = found.seconds[kind]
+        left = "unknown until one is done" if seconds is None else f"{seconds / 3600:.2f} h"
+        print(f"{kind:<12}{found.done[kind]:>6}{total:>6}   {left}")
+    known = [s for s in found.seconds.values() if s is not None]
+    if len(known) == len(found.seconds):
+        print(f"in all {sum(known) / 3600:.2f} h on one worker")
+    if found.bytes is not None:
+        print(f"{found.bytes / 2**20:.1f} MiB of disk")
+
+
+def _run_study(
+    name: str, store: Path, preset: str, data: list[str] | None, engine: str,
+    address: str | None, shard: str, dry_run: bool,
+) -> None:  # fmt: skip
+    from medbudget.studies import run, write_report
+
+    study, results = _plan_study(name, preset, store, data)
+    if dry_run:
+        _print_plan(study, results)
+        return
+    made = run(study.tasks, results, engine=engine, address=address, shard=shard)
+    print(f"made {made} results in {store}")
+    if shard == "1/1":
+        print(f"report: {write_report(study, results, store / f'{name}-{preset}')}")
+    else:
+        print(f"when all shards are done: medbudget study report {name} --store {store}")
+
+
+def _add_study(name: str, doc: str) -> None:
+    def command(
+        store: StoreOption = Path("studies"),
+        preset: PresetOption = "tiny",
+        data: DataOption = None,
+        engine: Annotated[str, typer.Option(help="local, or ray")] = "local",
+        address: Annotated[str | None, typer.Option(help="of a Ray cluster")] = None,
+        shard: Annotated[str, typer.Option(help="i/k: the i-th of k shares of the tasks")] = "1/1",
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan only")] = False,
+    ) -> None:
+        _run_study(name, store, preset, data, engine, address, shard, dry_run)
+
+    command.__doc__ = doc
+    study_app.command(name)(command)
+
+
+_add_study("table1", "Table 1: sampling steps, guidance, vectors and cases.")
+_add_study("figure5", "Figure 5: the same seeds on every line of Table 1.")
+
+
+@study_app.command("status")
+def study_status(
+    name: str,
+    store: StoreOption = Path("studies"),
+    preset: PresetOption = "tiny",
+    data: DataOption = None,
+) -> None:
+    """Print what is done, what is missing and how long that will take."""
+    _print_plan(*_plan_study(name, preset, store, data))
+
+
+@study_app.command("report")
+def study_report(
+    name: str,
+    store: StoreOption = Path("studies"),
+    preset: PresetOption = "tiny",
+    data: DataOption = None,
+) -> None:
+    """Write the report of what is done: Markdown, HTML, figure."""
+    from medbudget.studies import write_report
+
+    study, results = _plan_study(name, preset, store, data)
+    print(f"report: {write_report(study, results, store / f'{name}-{preset}')}")
+
+
+@study_app.command("clean")
+def study_clean(
+    name: str,
+    store: StoreOption = Path("studies"),
+    preset: PresetOption = "tiny",
+    data: DataOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="delete; else only say what")] = False,
+) -> None:
+    """Delete results in the store that this study does not use, and abandoned scratch files."""
+    from medbudget.studies import clean
+
+    study, results = _plan_study(name, preset, store, data)
+    found = clean(study.tasks, results, delete=yes)
+    size = sum(found.values()) / 2**20
+    print(f"{'deleted' if yes else 'would delete'} {len(found)} files, {size:.1f} MiB")
+    if found and not yes:
+        print("add --yes to delete them")
 
 
 def main() -> None:

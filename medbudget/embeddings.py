@@ -22,6 +22,9 @@ _TOKEN = re.compile(r"<[^<>\s/\\]+>")
 MAX_BYTES = 64 * 2**20
 
 
+META = "medbudget"
+
+
 class EmbeddingError(ValueError):
     """An embedding, or an embedding file, that cannot be used."""
 
@@ -169,17 +172,17 @@ class Embedding:
 
 
 def _write_safetensors(e: Embedding, path: Path) -> None:
-    meta = {
-        "format": "medbudget",
+    about = {
         "token": e.token,
-        "step": str(e.step),
+        "step": e.step,
         "base": e.base,
         "base_hash": e.base_hash,
         "data": e.data,
-        "record": json.dumps(e.record, ensure_ascii=False),
+        "record": e.record,
     }
-    # diffusers' load_textual_inversion takes the one key of the file as the token
-    save_file({e.token: e.vectors}, path, metadata=meta)
+    # One metadata key: safetensors writes several in random order, and equal embeddings should be
+    # equal files. diffusers' load_textual_inversion takes the one tensor's key as the token.
+    save_file({e.token: e.vectors}, path, metadata={META: json.dumps(about, ensure_ascii=False)})
 
 
 def _write_a1111(e: Embedding, path: Path) -> None:
@@ -239,7 +242,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 def _from_tensors(
     content: dict[str, Any], meta: Mapping[str, str], path: Path, token: str | None
 ) -> Embedding:
-    base, base_hash, step = meta.get("base", ""), meta.get("base_hash", ""), 0
+    about = _read_about(meta)
+    base, base_hash = str(about.get("base", "")), str(about.get("base_hash", ""))
+    step = int(about.get("step", 0))
     if "string_to_param" in content:  # A1111
         params = content["string_to_param"]
         if not isinstance(params, Mapping) or len(params) != 1:
@@ -265,18 +270,24 @@ def _from_tensors(
     if token is None:
         bare = re.sub(r"[<>\s/\\]+", "-", name).strip("-")
         token = name if _TOKEN.fullmatch(name) else f"<{bare}>"
-    record: dict[str, Any] = {}
-    if meta.get("format") == "medbudget":
-        try:
-            record, step = json.loads(meta.get("record", "{}")), int(meta.get("step", 0))
-        except ValueError:
-            raise EmbeddingError("its metadata is damaged; fetch or train it again") from None
     return Embedding(
         vectors=vectors.detach().float(),
         token=token,
         step=step,
         base=base,
         base_hash=base_hash,
-        data=meta.get("data", ""),
-        record=record,
+        data=str(about.get("data", "")),
+        record=about.get("record", {}),
     )
+
+
+def _read_about(meta: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `_write_safetensors` wrote beside the vectors; empty for other programs' files."""
+    try:
+        about = json.loads(meta.get(META, "{}"))
+        if isinstance(about, dict) and isinstance(about.get("record", {}), dict):
+            int(about.get("step", 0))
+            return about
+    except (TypeError, ValueError):
+        pass
+    raise EmbeddingError("its metadata is damaged; fetch or train it again")

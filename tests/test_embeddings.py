@@ -147,3 +147,9 @@ def test_several_tensors_or_an_unknown_ending_are_no_embedding(tmp_path):
 def test_width_mismatch_names_both_models():
     with pytest.raises(EmbeddingError, match=r"width 1024.*tiny \(96\).*SD 2\.x.*tiny embedding"):
         make().check_fits(96, "tiny")
+
+
+def test_equal_embeddings_are_equal_files(tmp_path):
+    e = Embedding(torch.ones(2, 3), "<x>", step=3, base="tiny", base_hash="ab", record={"a": 1})
+    files = [e.save(tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)]
+    assert len(set(files)) == 1

@@ -1,0 +1,252 @@
+"""The paper's tables and figures as data: which settings, which tasks, which numbers beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from medbudget.artifacts import hash_tensors
+from medbudget.inversion import InversionSettings
+from medbudget.studies.tasks import BLOCK, Task, read_source
+
+# de Wilde et al. 2024, Table 1: FID, MFID (T2W, healthy prostate, 1000 real and 1000 generated).
+TABLE1 = {
+    ("sampling steps", 25): (118, 4.04), ("sampling steps", 50): (106, 3.38),
+    ("sampling steps", 75): (101, 3.11), ("sampling steps", 100): (99, 2.87),
+    ("CFG scale", 1): (85, 4.50), ("CFG scale", 2): (99, 2.87),
+    ("CFG scale", 3): (146, 4.51), ("CFG scale", 5): (173, 61.4),
+    ("vectors", 8): (100, 2.92), ("vectors", 16): (110, 3.22),
+    ("vectors", 32): (149, 2.86), ("vectors", 64): (99, 2.87),
+    ("cases", 5): (158, 2.55), ("cases", 10): (106, 3.25),
+    ("cases", 50): (96, 3.41), ("cases", 100): (99, 2.87),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a preset fixes.
+
+    Attributes
+    ----------
+    base : str
+        See `load_base`.
+    inversion : str
+        Preset of `InversionSettings`.
+    n : int
+        Images generated and compared with as many real ones.
+    steps : int
+        Sampling steps of the final configuration.
+    grid : mapping
+        The values tried, one setting at a time.
+    extractors : tuple of str
+        Distances, the first is the one that comparisons test.
+    phantom : tuple of str or None
+        Kind and label of phantoms; None needs folders of real images.
+    overrides : mapping
+        Changes to the preset of `InversionSettings`.
+    """
+
+    base: str
+    inversion: str
+    n: int
+    steps: int
+    size: int
+    grid: Mapping[str, tuple[float, ...]]
+    extractors: tuple[str, ...]
+    phantom: tuple[str, str] | None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    cfg_scale: float = 2.0
+    vectors: int = 64
+    cases: int = 100
+
+
+PAPER_GRID = {
+    "sampling steps": (25, 50, 75, 100),
+    "CFG scale": (1, 2, 3, 5),
+    "vectors": (8, 16, 32, 64),
+    "cases": (5, 10, 50, 100),
+}
+PRESETS = {
+    "tiny": StudySettings(
+        base="tiny", inversion="tiny", n=96, steps=25, size=64,
+        grid=PAPER_GRID | {"sampling steps": (10, 25, 50, 100)},
+        extractors=("efficientnet-lite0", "layout"), phantom=("prostate", "healthy"),
+    ),
+    "colab": StudySettings(
+        base="sd2", inversion="colab", n=200, steps=50, size=512, grid=PAPER_GRID,
+        extractors=("inception", "efficientnet-lite0"), phantom=None,
+    ),
+    "paper": StudySettings(
+        base="sd2", inversion="paper", n=1000, steps=100, size=512, grid=PAPER_GRID,
+        extractors=("inception", "radimagenet"), phantom=None,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: one setting changed from the final configuration.
+
+    Attributes
+    ----------
+    group, value : str, float
+        Which setting, and what it is here.
+    images : tuple of Task
+        Blocks of 16 generated images, the first from the study's first seed.
+    score : Task
+    compare : Task or None
+        Permutation test against the final configuration; None for that itself.
+    paper : tuple or None
+        The paper's numbers for this line.
+    """
+
+    group: str
+    value: float
+    images: tuple[Task, ...]
+    score: Task
+    compare: Task | None
+    paper: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named list of rows and the real-versus-real floor beside them.
+
+    Attributes
+    ----------
+    tasks : tuple of Task
+        The results that the report needs, without what they are made from.
+    """
+
+    name: str
+    preset: str
+    settings: StudySettings
+    rows: tuple[Row, ...]
+    floor: Task | None
+    base_hash: str
+    tasks: tuple[Task, ...]
+
+
+def make_cases(s: StudySettings, sources: Mapping[str, Path], role: str, n: int, size: int) -> Task:
+    """Return the task of real images for a role: ``train``, ``reference`` or ``floor``."""
+    if s.phantom is not None and not sources:
+        kind, label = s.phantom
+        split = {"train": "train", "reference": "test", "floor": "val"}[role]
+        found = {"source": "phantoms", "kind": kind, "label": label, "split": split, "seed": 0}
+    else:
+        found = {"source": role, "hash": hash_tensors({"images": read_source(sources, role, size)})}
+    return Task("images", found | {"n": n, "size": size})
+
+
+def make_embedding(s: StudySettings, base_hash: str, train: Task, vectors: int, cases: int) -> Task:
+    """Return the task that trains the word of a row."""
+    inversion = InversionSettings.preset(
+        s.inversion, **(dict(s.overrides) | {"n_vectors": vectors})
+    )
+    settings = {
+        "base": s.base, "base_hash": base_hash, "token": "<class>", "cases": cases,
+        "inversion": asdict(inversion),
+    }  # fmt: skip
+    return Task("embedding", settings, (train,))
+
+
+def make_blocks(
+    s: StudySettings, base_hash: str, words: tuple[Task, ...], prompt: str, *, n: int,
+    steps: int, cfg_scale: float, seed: int = 0,
+) -> tuple[Task, ...]:  # fmt: skip
+    """Return the tasks of `n` images in blocks of 16, the last one filled up."""
+    settings = {
+        "base": s.base, "base_hash": base_hash, "prompt": prompt, "steps": steps,
+        "cfg_scale": float(cfg_scale), "size": s.size, "seed": seed,
+    }  # fmt: skip
+    blocks = range(-(-n // BLOCK))
+    return tuple(Task("block", settings | {"block": i}, words) for i in blocks)
+
+
+def make_table1(
+    name: str, preset: str, s: StudySettings, base_hash: str, sources: Mapping[str, Path]
+) -> Study:
+    """Table 1: steps, guidance, vectors and cases, one at a time from the final configuration."""
+    train = make_cases(s, sources, "train", s.cases, s.size)
+    real = make_cases(s, sources, "reference", s.n, s.size)
+    final = {
+        "sampling steps": s.steps, "CFG scale": s.cfg_scale, "vectors": s.vectors,
+        "cases": s.cases,
+    }  # fmt: skip
+
+    def images(chosen: Mapping[str, float]) -> tuple[Task, ...]:
+        vectors, cases = int(chosen["vectors"]), int(chosen["cases"])
+        word = make_embedding(s, base_hash, train, vectors, cases)
+        return make_blocks(
+            s, base_hash, (word,), "<class>", n=s.n, steps=int(chosen["sampling steps"]),
+            cfg_scale=chosen["CFG scale"],
+        )  # fmt: skip
+
+    def score(made: tuple[Task, ...], other: Task) -> Task:
+        sets = [[len(made), s.n], [1, s.n]]
+        return Task("score", {"sets": sets, "extractors": list(s.extractors)}, (*made, other))
+
+    best = images(final)
+    rows = []
+    for group, values in s.grid.items():
+        for value in values:
+            made = images(final | {group: value})
+            compare = None
+            if value != final[group]:
+                sets = [[len(made), s.n], [len(best), s.n], [1, s.n]]
+                settings = {
+                    "sets": sets, "extractor": s.extractors[0], "paired": True, "repeats": 1000
+                }  # fmt: skip
+                compare = Task("compare", settings, (*made, *best, real))
+            paper = TABLE1.get((group, int(value)))
+            rows.append(Row(group, value, made, score(made, real), compare, paper))
+    floor = None
+    if (s.phantom and not sources) or "floor" in sources:
+        floor = score((make_cases(s, sources, "floor", s.n, s.size),), real)
+    wanted = [floor, *(task for row in rows for task in (row.images[0], row.score, row.compare))]
+    tasks = tuple(task for task in wanted if task)
+    return Study(name, preset, s, tuple(rows), floor, base_hash, tasks)
+
+
+def make_figure5(
+    name: str, preset: str, s: StudySettings, base_hash: str, sources: Mapping[str, Path]
+) -> Study:
+    """Figure 5: the same seeds on every line of Table 1, without the scores."""
+    study = make_table1(name, preset, s, base_hash, sources)
+    real = study.rows[0].score.inputs[-1]
+    return replace(study, tasks=(real, *(row.images[0] for row in study.rows)))
+
+
+STUDIES = {"table1": make_table1, "figure5": make_figure5}
+
+
+def make_study(
+    name: str, preset: str, *, base_hash: str, sources: Mapping[str, Path] | None = None,
+    settings: StudySettings | None = None,
+) -> Study:  # fmt: skip
+    """Plan a study.
+
+    Parameters
+    ----------
+    name : {"table1", "figure5"}
+    preset : {"tiny", "colab", "paper"}
+    base_hash : str
+        `Base.hash` of the base that the preset names.
+    sources : mapping of str to path, optional
+        Folders ``train``, ``reference`` and, for the floor, ``floor``; needed where the preset
+        has no phantoms.
+    settings : StudySettings, optional
+        In place of the preset's.
+
+    Raises
+    ------
+    ValueError
+        Unknown study or preset, or images that are needed and not given.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; allowed are {', '.join(PRESETS)}")
+    return STUDIES[name](name, preset, settings or PRESETS[preset], base_hash, sources or {})

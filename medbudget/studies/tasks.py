@@ -1,0 +1,357 @@
+"""A study's tasks: pure functions of settings and inputs, their results named by a hash of both.
+
+Whoever needs a result calls `ensure`. It is there, or it is made under a claim (a lock file that
+its owner keeps fresh), written to a temporary name and renamed. So a study can be killed anywhere,
+run again, or run by many processes on one shared folder, and nothing is made twice but what was in
+flight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from medbudget.artifacts import atomic_path, hash_settings, hash_tensors, write_json, write_text
+from medbudget.base import Base, load_base
+from medbudget.data.phantoms import make_phantoms
+from medbudget.embeddings import Embedding
+from medbudget.images import load_images
+from medbudget.inversion import InversionSettings, invert
+from medbudget.metrics import permutation_test
+from medbudget.metrics.evaluation import frechet_score
+from medbudget.metrics.features import features, load_extractor
+from medbudget.sampling import sample
+
+BLOCK = 16
+STALE = 60.0  # seconds after which a claim that nobody keeps fresh may be taken over
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One result of a study.
+
+    Attributes
+    ----------
+    kind : str
+        One of `KINDS`: what is computed.
+    settings : mapping
+        JSON types; all that the result depends on beside its inputs.
+    inputs : tuple of Task
+        Results that it is computed from.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    inputs: tuple[Task, ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """Name of the result: 12 hex digits of kind, settings and the inputs' keys."""
+        return hash_settings(
+            {
+                "kind": self.kind,
+                "settings": dict(self.settings),
+                "inputs": [task.key for task in self.inputs],
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder of a study's results.
+
+    Attributes
+    ----------
+    folder : Path
+        ``folder/KIND/KEY.EXT`` holds a result and ``KEY.about.json`` what made it and how long
+        that took.
+    sources : mapping of str to path
+        Folders of images, by the name that tasks of kind ``images`` call them.
+    """
+
+    folder: Path
+    sources: Mapping[str, Path] = field(default_factory=dict)
+
+    def path(self, task: Task) -> Path:
+        """Return where a task's result is, or will be."""
+        return self.folder / task.kind / f"{task.key}{KINDS[task.kind].suffix}"
+
+    def has(self, task: Task) -> bool:
+        """Tell whether the result is there."""
+        return self.path(task).exists()
+
+    def seconds(self, task: Task) -> float | None:
+        """Return how long the result took to make, if it is there."""
+        about = self.path(task).with_suffix(".about.json")
+        if not (self.has(task) and about.exists()):
+            return None
+        value: float = json.loads(about.read_text())["seconds"]
+        return value
+
+
+# ------------------------------------------------------------------------------- what tasks do
+
+
+@lru_cache(maxsize=1)
+def _base(name: str) -> Base:
+    return load_base(name)
+
+
+def get_base(settings: Mapping[str, Any]) -> Base:
+    """Return the base that a task names, checked against the hash it was planned with."""
+    base = _base(settings["base"])
+    if base.hash != settings["base_hash"]:
+        raise ValueError(
+            f"base {settings['base']} has hash {base.hash} here, the study was planned with "
+            f"{settings['base_hash']}: use the same weights on every machine, or plan anew"
+        )
+    return base
+
+
+def read_images(store: Store, tasks: Sequence[Task]) -> torch.Tensor:
+    """Return the images ``(N, 3, H, W) uint8`` of tasks of kind ``images`` and ``block``."""
+    return torch.cat([load_file(store.path(task))["images"] for task in tasks])
+
+
+def _run_images(task: Task, store: Store, path: Path, scratch: Path) -> None:
+    s = task.settings
+    if s["source"] == "phantoms":
+        images = make_phantoms(
+            s["kind"], s["label"], s["n"], size=s["size"], seed=s["seed"], split=s["split"]
+        ).images
+    else:
+        images = read_source(store.sources, s["source"], s["size"])
+        if hash_tensors({"images": images}) != s["hash"]:
+            raise ValueError(
+                f"the images of {store.sources[s['source']]} are not those that the study was "
+                "planned with: restore them, or plan anew"
+            )
+        images = images[: s["n"]]
+    save_file({"images": images.contiguous()}, path)
+
+
+def read_source(sources: Mapping[str, Path], name: str, size: int) -> torch.Tensor:
+    """Return the images of a named folder.
+
+    Raises
+    ------
+    ValueError
+        No folder was given under this name.
+    """
+    if name not in sources:
+        have = ", ".join(sources) or "none"
+        raise ValueError(f"no folder of images {name!r} was given (given: {have}); use --data")
+    return load_images(sources[name], size=size)
+
+
+def _run_embedding(task: Task, store: Store, path: Path, scratch: Path) -> None:
+    s = task.settings
+    cases = read_images(store, task.inputs)[: s["cases"]]
+    settings = InversionSettings(**s["inversion"])
+    embedding = invert(
+        get_base(s), cases, token=s["token"], settings=settings,
+        checkpoint=scratch.with_suffix(".ckpt"), data=f"{s['cases']} cases of a study",
+    )  # fmt: skip
+    record = {key: value for key, value in embedding.record.items() if key != "seconds"}
+    replace(embedding, record=record).save(path)
+
+
+def _run_block(task: Task, store: Store, path: Path, scratch: Path) -> None:
+    s = task.settings
+    words = [Embedding.load(store.path(t)) for t in task.inputs]
+    images = sample(
+        get_base(s), s["prompt"], embeddings=words, n=BLOCK, steps=s["steps"],
+        cfg_scale=s["cfg_scale"], seed=s["seed"] + BLOCK * s["block"], batch_size=BLOCK,
+        size=s["size"],
+    )  # fmt: skip
+    save_file({"images": images}, path)
+
+
+def _split(task: Task, store: Store) -> list[torch.Tensor]:
+    """Return the sets of images that a task's settings ``sets`` cut its inputs into."""
+    found, first = [], 0
+    for count, n in task.settings["sets"]:
+        found.append(read_images(store, task.inputs[first : first + count])[:n])
+        first += count
+    return found
+
+
+def _run_score(task: Task, store: Store, path: Path, scratch: Path) -> None:
+    made, real = _split(task, store)
+    scores: dict[str, Any] = {}
+    for name in task.settings["extractors"]:
+        extractor = load_extractor(name)
+        x, y = features(real, extractor), features(made, extractor)
+        scores[extractor.distance_name] = frechet_score(x, y, extractor).to_dict()
+    write_json(path, scores)
+
+
+def _run_compare(task: Task, store: Store, path: Path, scratch: Path) -> None:
+    a, b, real = (features(x, task.settings["extractor"]) for x in _split(task, store))
+    test = permutation_test(
+        a, b, real, paired=task.settings["paired"], repeats=task.settings["repeats"], seed=0
+    )
+    write_json(path, {"difference": test.difference, "p_value": test.p_value})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of task runs and which file it makes."""
+
+    run: Callable[[Task, Store, Path, Path], None]
+    suffix: str
+    heavy: bool = False
+
+
+KINDS = {
+    "images": Kind(_run_images, ".safetensors"),
+    "embedding": Kind(_run_embedding, ".safetensors", heavy=True),
+    "block": Kind(_run_block, ".safetensors", heavy=True),
+    "score": Kind(_run_score, ".json"),
+    "compare": Kind(_run_compare, ".json"),
+}
+
+
+def in_order(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks and all that they need, inputs first, each key once."""
+    found: dict[str, Task] = {}
+
+    def visit(task: Task) -> None:
+        if task.key not in found:
+            for needed in task.inputs:
+                visit(needed)
+            found[task.key] = task
+
+    for task in tasks:
+        visit(task)
+    return list(found.values())
+
+
+# --------------------------------------------------------------------------------- making them
+
+
+def ensure(task: Task, store: Store, *, wait: float = 1.0) -> int:
+    """Make a result and whatever it needs, unless they are there; return how many this call made.
+
+    Where another process has claimed it, wait until it is done, or until its claim goes stale.
+    """
+    path = store.path(task)
+    made = 0
+    while not path.exists():
+        made += sum(ensure(needed, store, wait=wait) for needed in task.inputs)
+        with _claim(path) as mine:
+            if mine and not path.exists():
+                _make(task, store, path)
+                return made + 1
+        if not mine:
+            time.sleep(wait)
+    _drop_stale(path.with_suffix(".claim"))  # of one who died between renaming and letting go
+    return made
+
+
+def _make(task: Task, store: Store, path: Path) -> None:
+    scratch = store.folder / "scratch" / task.key
+    scratch.parent.mkdir(exist_ok=True)
+    for left in path.parent.glob(f".{path.stem}*.tmp*"):  # by one who died; the claim is ours
+        left.unlink(missing_ok=True)
+    start = time.monotonic()
+    with atomic_path(path) as temporary:
+        named = temporary.with_suffix(path.suffix)  # Embedding.save goes by the ending
+        try:
+            KINDS[task.kind].run(task, store, named, scratch)
+            os.replace(named, temporary)
+        finally:
+            named.unlink(missing_ok=True)
+        write_json(
+            path.with_suffix(".about.json"),
+            {
+                "kind": task.kind,
+                "settings": dict(task.settings),
+                "inputs": [t.key for t in task.inputs],
+                "seconds": round(time.monotonic() - start, 2),
+            },
+        )
+    scratch.with_suffix(".ckpt").unlink(missing_ok=True)
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Claim a result: yields whether this process has it now, and keeps the claim fresh."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_suffix(".claim")
+    me = {"host": socket.gethostname(), "pid": os.getpid()}
+    _drop_stale(lock)
+    try:
+        with open(lock, "x") as file:
+            json.dump(me, file)
+    except FileExistsError:
+        yield False
+        return
+    done = threading.Event()
+
+    def keep() -> None:
+        while not done.wait(STALE / 6):
+            with suppress(OSError):
+                os.utime(lock)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield True
+    finally:
+        done.set()
+        thread.join()
+        lock.unlink(missing_ok=True)
+
+
+def _drop_stale(lock: Path) -> None:
+    if _is_stale(lock):
+        with suppress(FileNotFoundError):
+            gone = lock.with_name(f".{lock.name}.{os.getpid()}.tmp")
+            os.replace(lock, gone)
+            gone.unlink()
+
+
+def _is_stale(lock: Path) -> bool:
+    """Tell whether a claim's owner is dead: a process of this machine that is gone, or silence."""
+    try:
+        if time.time() - lock.stat().st_mtime > STALE:
+            return True
+        owner = json.loads(lock.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    if owner.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def check_shared(folder: Path) -> str:
+    """Write a random word into the store, for `see_shared` on another machine to find."""
+    word = os.urandom(8).hex()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "shared.txt", word)
+    return word
+
+
+def see_shared(folder: Path, word: str) -> bool:
+    """Tell whether this machine sees the word that `check_shared` wrote."""
+    file = folder / "shared.txt"
+    return file.exists() and file.read_text() == word

@@ -1,0 +1,292 @@
+"""Studies: what depends on what, nothing lost and nothing twice, on every engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from medbudget.studies import PRESETS, Store, Task, clean, make_study, plan, run, write_report
+from medbudget.studies.engines import parse_shard
+from medbudget.studies.report import read_floor, read_table
+from medbudget.studies.tables import StudySettings
+from medbudget.studies.tasks import ensure, in_order
+
+SMALL = StudySettings(
+    base="tiny", inversion="tiny", n=20, steps=2, size=64,
+    grid={"sampling steps": (2, 3), "CFG scale": (1, 2), "vectors": (4, 64), "cases": (3, 100)},
+    extractors=("layout",), phantom=("prostate", "healthy"), overrides={"steps": 2, "batch_size": 1},
+)  # fmt: skip
+
+
+def small(base_hash: str, **changes):
+    return make_study("table1", "tiny", base_hash=base_hash, settings=replace(SMALL, **changes))
+
+
+def counts(tasks) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for task in in_order(tasks):
+        found[task.kind] = found.get(task.kind, 0) + 1
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of every result, without what tells how long it took."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for kind in ("images", "embedding", "block", "score", "compare")
+        for p in sorted((folder / kind).iterdir())
+        if not p.name.endswith(".about.json")
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("study"))
+    study = small(tiny.hash)
+    assert run(study.tasks, store) == len(in_order(study.tasks))
+    return study, store
+
+
+def test_the_tiny_table1_trains_each_word_once():
+    study = make_study("table1", "tiny", base_hash="0" * 12)
+    # The final configuration and 3 others a setting: 13 sets of 96 images in 6 blocks; 7 words.
+    assert counts(study.tasks) == {
+        "images": 3, "embedding": 7, "block": 13 * 6, "score": 14, "compare": 12,
+    }  # fmt: skip
+    assert len(study.rows) == 16
+    assert next(r.paper for r in study.rows if r.group == "cases") == (158, 2.55)
+
+
+def test_figure5_needs_the_first_block_of_each_line_and_no_score():
+    study = make_study("figure5", "tiny", base_hash="0" * 12)
+    assert counts(study.tasks) == {"images": 2, "embedding": 7, "block": 13}
+
+
+def test_images_are_shared_between_small_and_large_n():
+    few, many = (
+        {
+            t.key
+            for t in in_order(make_study("table1", "tiny", base_hash="0", settings=s).tasks)
+            if t.kind == "block"
+        }
+        for s in (replace(PRESETS["tiny"], n=100), replace(PRESETS["tiny"], n=1000))
+    )
+    assert few < many and len(many) == 13 * 63
+
+
+def test_a_changed_setting_recomputes_what_depends_on_it(tiny, finished):
+    _, store = finished
+    other = small(tiny.hash, grid=SMALL.grid | {"CFG scale": (2, 7)})
+    # One new line: two blocks of 16, a score, a comparison.
+    missing = plan(other.tasks, store)
+    lacking = {k: missing.total[k] - missing.done[k] for k in missing.total}
+    assert lacking == {"images": 0, "embedding": 0, "block": 2, "score": 1, "compare": 1}
+    longer = small(tiny.hash, overrides={"steps": 3, "batch_size": 1})
+    missing = plan(longer.tasks, store)
+    assert missing.done["images"] == 3 and missing.done["embedding"] == 0
+    assert missing.seconds["embedding"] is None  # no measured speed of these to go by
+    again = plan(other.tasks, store).seconds
+    assert again["block"] is not None and again["block"] > 0 and again["embedding"] == 0
+
+
+def test_a_second_run_makes_nothing_and_reports_the_same_bytes(finished, tmp_path):
+    study, store = finished
+    before = contents(store.folder)
+    first = write_report(study, store, tmp_path / "a")
+    assert run(study.tasks, store) == 0
+    assert contents(store.folder) == before
+    second = write_report(study, store, tmp_path / "b")
+    for name in ("report.md", "report.html", "figure.png"):
+        assert (first.parent / name).read_bytes() == (second.parent / name).read_bytes()
+    assert not list(store.folder.rglob("*.tmp")) and not list(store.folder.rglob("*.claim"))
+    assert not list((store.folder / "scratch").iterdir())
+
+
+def test_the_report_shows_ours_the_papers_and_what_is_missing(tiny, finished, tmp_path):
+    study, store = finished
+    table = read_table(study, store)
+    line = table[(table.setting == "CFG scale") & (table.value == 1)].iloc[0]
+    assert line["paper FID"] == 85 and 0 < line["p"] <= 1
+    assert line["Layout distance, low"] < line["Layout distance"] < line["Layout distance, high"]
+    floor = read_floor(study, store)["Layout distance"][0]
+    assert floor < table["Layout distance"].min()  # two steps of training are no competitor
+    text = (write_report(study, store, tmp_path / "done").parent / "report.md").read_text()
+    assert "missing" not in text and "tiny base" in text and "phantoms" in text
+    empty = Store(tmp_path / "empty")
+    page = write_report(study, empty, tmp_path / "none")
+    assert "results are still missing" in page.read_text() and "missing" in page.read_text()
+
+
+def test_two_shares_side_by_side_make_everything_once(tiny, finished, tmp_path):
+    study, store = finished
+    script = (
+        "import sys; from test_studies import small; from medbudget.studies import *;"
+        "from pathlib import Path; import torch; torch.set_num_threads(1);"
+        "print(run(small(sys.argv[1]).tasks, Store(Path(sys.argv[2])), shard=sys.argv[3]))"
+    )
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", script, tiny.hash, tmp_path / "shared"]
+    shares = [
+        subprocess.Popen([*command, f"{i}/2"], cwd=here, stdout=subprocess.PIPE, text=True)
+        for i in (1, 2)
+    ]
+    made = [int(share.communicate(timeout=300)[0].strip().splitlines()[-1]) for share in shares]
+    # A share also makes what its own tasks need, but never what the other one has made.
+    assert sum(made) == len(in_order(study.tasks)) and min(made) > 0
+    assert contents(tmp_path / "shared") == contents(store.folder)
+
+
+def test_killed_and_started_again_gives_the_same_bytes(tiny, finished, tmp_path):
+    study, store = finished
+    script = (
+        "import sys; from test_studies import small; from medbudget.studies import *;"
+        "from pathlib import Path; import torch; torch.set_num_threads(1);"
+        "run(small(sys.argv[1]).tasks, Store(Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", script, tiny.hash, tmp_path / "killed"]
+    work = subprocess.Popen(command, cwd=Path(__file__).parent)
+    blocks = tmp_path / "killed" / "block"
+    deadline = time.monotonic() + 240
+    while not (blocks.is_dir() and len(list(blocks.glob("*.safetensors"))) >= 3):
+        assert work.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(work.pid, signal.SIGKILL)
+    work.wait()
+    rest = Store(tmp_path / "killed")
+    made = run(study.tasks, rest)
+    assert 0 < made < len(in_order(study.tasks))
+    assert contents(rest.folder) == contents(store.folder)
+    left = {p for pattern in ("*.claim", "*.tmp*", "*.ckpt") for p in rest.folder.rglob(pattern)}
+    assert not left
+
+
+def test_claims_of_the_living_are_respected_and_of_the_dead_taken_over(tmp_path):
+    task = Task("images", {"source": "phantoms", "kind": "prostate", "label": "healthy",
+                           "split": "train", "seed": 0, "n": 1, "size": 64})  # fmt: skip
+    store = Store(tmp_path)
+    claim = store.path(task).with_suffix(".claim")
+    claim.parent.mkdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = os.uname().nodename
+    claim.write_text(json.dumps({"host": host, "pid": gone.pid}))
+    assert ensure(task, store, wait=0.01)  # its owner is dead: at once
+    assert not claim.exists()
+
+    store.path(task).unlink()
+    claim.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    old = time.time() - 3600
+    os.utime(claim, (old, old))
+    assert ensure(task, store, wait=0.01)  # silent for an hour
+    store.path(task).unlink()
+    claim.write_text(json.dumps({"host": host, "pid": os.getpid()}))
+    import threading
+
+    done = threading.Thread(target=ensure, args=(task, store), kwargs={"wait": 0.01}, daemon=True)
+    done.start()
+    done.join(0.3)
+    assert done.is_alive() and not store.has(task)  # its owner lives: wait
+    claim.unlink()
+    done.join(10)
+    assert store.has(task)
+
+
+def test_unused_results_are_found_and_only_deleted_on_request(tiny, finished, tmp_path):
+    import shutil
+
+    study, store = finished
+    copy = Store(tmp_path / "copy")
+    shutil.copytree(store.folder, copy.folder)
+    assert clean(study.tasks, copy) == {}
+    fewer = small(tiny.hash, grid={"CFG scale": (1, 2)})
+    found = clean(fewer.tasks, copy)
+    kinds = {path.parent.name for path in found}
+    assert {"block", "embedding", "score", "compare"} == kinds and all(p.exists() for p in found)
+    clean(fewer.tasks, copy, delete=True)
+    assert not any(p.exists() for p in found)
+    assert run(fewer.tasks, copy) == 0
+
+
+def test_another_base_than_planned_is_refused(tmp_path):
+    study = small("f" * 12)
+    with pytest.raises(ValueError, match="planned with ffffffffffff"):
+        run(study.tasks, Store(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "-1/2", "1/0", ""])
+def test_bad_shards_are_refused(text):
+    with pytest.raises(ValueError, match="i/k"):
+        parse_shard(text)
+
+
+def test_unknown_names_list_what_is_allowed(tmp_path):
+    with pytest.raises(ValueError, match="table1"):
+        make_study("table9", "tiny", base_hash="0")
+    with pytest.raises(ValueError, match="colab"):
+        make_study("table1", "small", base_hash="0")
+    with pytest.raises(ValueError, match="--data"):
+        make_study("table1", "paper", base_hash="0")
+    with pytest.raises(ValueError, match="local, ray"):
+        run([], Store(tmp_path), engine="slurm")
+
+
+def test_folders_of_real_images_replace_phantoms_and_are_checked(tiny, tmp_path):
+    from medbudget import make_phantoms, save_images
+
+    sources = {}
+    for role, split in (("train", "train"), ("reference", "test")):
+        save_images(make_phantoms("chest", "healthy", 20, split=split).images, tmp_path / role)
+        sources[role] = tmp_path / role
+    settings = replace(SMALL, cases=20, grid={"CFG scale": (1, 2)})
+    study = make_study(
+        "table1", "tiny", base_hash=tiny.hash, sources=sources, settings=settings
+    )  # fmt: skip
+    assert study.floor is None
+    store = Store(tmp_path / "store", sources)
+    assert run(study.tasks, store) == len(in_order(study.tasks))
+    next(iter(sources["train"].glob("*.png"))).unlink()
+    with pytest.raises(ValueError, match="not those that the study was planned with"):
+        run(study.tasks, Store(tmp_path / "other", sources))
+
+
+@pytest.mark.slow
+def test_ray_loses_a_node_and_still_makes_every_result_once(tiny, finished, tmp_path):
+    ray = pytest.importorskip("ray", reason="needs the extra ray: pip install 'medbudget[ray]'")
+    from ray.cluster_utils import Cluster
+
+    study, store = finished
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    root = str(Path(__file__).parents[1])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
+    second = cluster.add_node(num_cpus=1, num_gpus=1)
+    try:
+        ray.init(
+            address=cluster.address,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
+        )
+        target = Store(tmp_path / "ray")
+        import threading
+
+        def remove() -> None:
+            blocks = target.folder / "block"
+            while not (blocks.is_dir() and len(list(blocks.glob("*.safetensors"))) >= 2):
+                time.sleep(0.05)
+            cluster.remove_node(second)
+
+        thread = threading.Thread(target=remove, daemon=True)
+        thread.start()
+        run(study.tasks, target, engine="ray", gpus=1)
+        thread.join(60)
+        assert contents(target.folder) == contents(store.folder)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
