@@ -1,31 +1,29 @@
 """Frechet distance: speed and error beside the usual ways, and the coverage of three intervals.
 
-    python benchmarks/metrics.py [speed] [coverage] [--quick] [--out results/metrics.json]
+    python benchmarks/metrics.py [speed] [coverage] [--quick] [--record]
 
 Everything that is compared runs in this one process, on the same features. The memory figure is
-the peak of a fresh process that runs all of ours.
+the peak of a fresh process that runs all of ours. `--record` writes results/metrics_speed.json and
+results/metrics_coverage.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.linalg import sqrtm
 
-from medbudget.artifacts import write_json
+from medbudget.artifacts import write_result
 from medbudget.metrics import (
     bootstrap_distances,
     frechet_distance,
@@ -33,7 +31,6 @@ from medbudget.metrics import (
     permutation_test,
 )
 
-HERE = Path(__file__).resolve().parent
 N, D = 1000, 2048
 Z = 1.959963984540054
 
@@ -115,6 +112,7 @@ def speed(quick: bool) -> dict[str, Any]:
     return {
         "n": N,
         "d": D,
+        "numpy": np.__version__,
         "distance": rows,
         "interval_seconds": interval,
         f"bootstrap_{count}_seconds": bootstrap,
@@ -186,28 +184,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["speed", "coverage"])
     parser.add_argument("--quick", action="store_true", help="few repeats; no other libraries")
-    parser.add_argument("--out", type=Path, help="JSON to write or to update")
+    parser.add_argument("--record", action="store_true", help="write into results/")
     args = parser.parse_args()
     if args.parts == ["memory"]:
         memory()
         return
+    known = {"speed": speed, "coverage": coverage}
+    if unknown := set(args.parts) - set(known):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; allowed are speed, coverage")
+    if args.record and args.quick:
+        parser.error("--quick is too few repeats to record")
     warnings.filterwarnings("ignore")
-    out = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    out["date"] = datetime.date.today().isoformat()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    out["machine"] = {
-        "cores": cores,
-        "processor": platform.machine(),
-        "load_at_start": round(os.getloadavg()[0], 1),
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
     for part in args.parts:
-        out[part] = {"speed": speed, "coverage": coverage}[part](args.quick)
-        print(json.dumps({part: out[part]}, indent=1), flush=True)
-        if args.out:
-            write_json(args.out, out)
+        values = known[part](args.quick)
+        print(json.dumps({part: values}, indent=1), flush=True)
+        if args.record:
+            command = f"python benchmarks/metrics.py {part} --record"
+            print(f"wrote {write_result(f'metrics_{part}', values, command=command)}")
 
 
 if __name__ == "__main__":

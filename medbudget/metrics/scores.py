@@ -98,6 +98,32 @@ def to_table(scores: Sequence[Score]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def format_table(scores: Sequence[Score]) -> str:
+    """Return the scores as text: a table of values, then once each extractor and note."""
+    head = ("score", "value", "95 % interval", "n")
+    rows = [head]
+    about: dict[str, list[str]] = {}
+    for score in scores:
+        interval = " to ".join(map(format_number, score.interval)) if score.interval else ""
+        n = str(score.n) if isinstance(score.n, int) else f"{score.n[0]} vs {score.n[1]}"
+        rows.append((score.name, format_number(score.value), interval, n))
+        if score.extractor:
+            parts = (f"{score.extractor} {score.extractor_hash}".strip(), score.resize)
+            normalised = f"normalisation {score.normalisation}"
+            about.setdefault(", ".join((*(p for p in parts if p), normalised)), [])
+    for score in scores:
+        for part in filter(None, score.note.split("; ")):
+            about.setdefault(part, []).append(score.name)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in rows
+    ]
+    lines += [
+        f"- {part}{': ' + ', '.join(names) if names else ''}" for part, names in about.items()
+    ]
+    return "\n".join(lines)
+
+
 def to_json(scores: Sequence[Score], path: str | os.PathLike[str] | None = None) -> str:
     """Return the scores as a JSON list, and write it to `path` (atomically) if one is given."""
     text = json.dumps([score.to_dict() for score in scores], indent=1, ensure_ascii=False) + "\n"
