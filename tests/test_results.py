@@ -73,3 +73,36 @@ def test_every_recorded_result_is_whole_fresh_and_can_be_repeated(path, tiny):
     assert words[0] == "python"
     script = ROOT / words[1] if words[1] != "-m" else ROOT / f"{words[2].replace('.', '/')}.py"
     assert script.is_file(), record["command"]
+
+
+def test_the_documentation_quotes_the_recorded_coverage():
+    from medbudget.metrics import frechet_interval
+
+    rows = {}
+    for line in (frechet_interval.__doc__ or "").splitlines():
+        if found := re.fullmatch(r"\s*((?:slow|fast), \w+) +(\d+) % +(\d+) % +(\d+) %", line):
+            rows[found[1]] = [int(found[i]) for i in (2, 3, 4)]
+    recorded = load_result("metrics_coverage")
+    cases = [case for case, row in recorded.items() if isinstance(row, dict)]
+    assert sorted(rows) == sorted(cases) and len(rows) == 4
+    for case, quoted in rows.items():
+        for way, percent in zip(("influence", "bootstrap", "paper"), quoted):
+            assert abs(100 * recorded[case][way]["coverage"] - percent) <= 0.5, (case, way)
+
+
+def test_recorded_coverage_has_the_directions_that_are_taught():
+    recorded = load_result("metrics_coverage")
+    for case, row in recorded.items():
+        if not isinstance(row, dict):
+            continue
+        assert row["influence"]["coverage"] > 0.85 and row["bootstrap"]["coverage"] > 0.9, case
+        if case.startswith("slow"):
+            assert row["paper"]["coverage"] == row["paper_contains_its_own_estimate"] == 0
+
+
+def test_recorded_distances_fall_with_n():
+    recorded = load_result("fd_by_n")
+    for extractor in ("efficientnet-lite0", "layout"):
+        floor = recorded[extractor]["floor"]
+        assert floor["y"] == sorted(floor["y"], reverse=True)
+        assert all(a <= v <= b for a, v, b in zip(floor["low"], floor["y"], floor["high"]))
