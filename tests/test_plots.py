@@ -127,7 +127,8 @@ def test_histograms_are_shares_over_common_bins() -> None:
     (axes,) = figure.axes
     first, second = axes.containers
     assert [bar.get_height() for bar in first if bar.get_height()] == [0.5, 0.5]
-    assert first[0].get_x() == second[0].get_x() == 0 and second[-1].get_height() == 1
+    assert first[0].get_x() == second[0].get_x() == pytest.approx(0)
+    assert second[-1].get_height() == 1
     assert list(axes.lines[0].get_xdata()) == [0.25, 0.25]
     with pytest.raises(ValueError, match="no values"):
         plots.plot_histograms({"a": []}, xlabel="x")
