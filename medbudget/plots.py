@@ -281,7 +281,10 @@ def plot_scores(
     axes.set_ylim(len(scores) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.margins(x=0.35)
-    axes.set_xlabel(f"{first.name}, n = {first.n}" + ("" if title else "; lower is closer"))
+    n = " vs ".join(map(str, first.n)) if isinstance(first.n, tuple) else str(first.n)
+    same = len({str(s.n) for s in scores.values()}) == 1
+    lower = "" if title else "; lower is closer"
+    axes.set_xlabel(first.name + (f", n = {n}" if same else "") + lower)
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -375,7 +378,7 @@ def plot_histograms(
     axes.set_xlabel(xlabel)
     axes.set_ylabel("share")
     axes.grid(axis="x", visible=False)
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=3)
     return figure
 
 
