@@ -115,7 +115,7 @@ def test_evaluate_prints_a_table_and_writes_what_it_is_asked_for(medbudget, tmp_
     code, said, err = medbudget(*command, *options, "--out", out, "--pairs", pairs)
     assert code == 0, err
     lines = said.splitlines()
-    assert lines[0].split() == ["score", "value", "95", "%", "interval", "n"]
+    assert lines[0].split() == ["score", "value", "95", "%", "interval", "n", "notes"]
     names = [score["name"] for score in json.loads(out.read_text())]
     assert names == [
         "Layout distance",

@@ -99,28 +99,28 @@ def to_table(scores: Sequence[Score]) -> pd.DataFrame:
 
 
 def format_table(scores: Sequence[Score]) -> str:
-    """Return the scores as text: a table of values, then once each extractor and note."""
-    head = ("score", "value", "95 % interval", "n")
-    rows = [head]
-    about: dict[str, list[str]] = {}
+    """Return the scores as text: a table of values, below it the extractors and numbered notes."""
+    rows = [("score", "value", "95 % interval", "n", "notes")]
+    notes: dict[str, int] = {}
+    extractors: dict[str, None] = {}
     for score in scores:
         interval = " to ".join(map(format_number, score.interval)) if score.interval else ""
         n = str(score.n) if isinstance(score.n, int) else f"{score.n[0]} vs {score.n[1]}"
-        rows.append((score.name, format_number(score.value), interval, n))
+        parts = [notes.setdefault(p, len(notes) + 1) for p in score.note.split("; ") if p]
+        marks = ", ".join(map(str, parts))
+        rows.append((score.name, format_number(score.value), interval, n, marks))
         if score.extractor:
-            parts = (f"{score.extractor} {score.extractor_hash}".strip(), score.resize)
+            about = (f"{score.extractor} {score.extractor_hash}".strip(), score.resize)
             normalised = f"normalisation {score.normalisation}"
-            about.setdefault(", ".join((*(p for p in parts if p), normalised)), [])
-    for score in scores:
-        for part in filter(None, score.note.split("; ")):
-            about.setdefault(part, []).append(score.name)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in rows
-    ]
-    lines += [
-        f"- {part}{': ' + ', '.join(names) if names else ''}" for part, names in about.items()
-    ]
+            extractors[", ".join((*filter(None, about), normalised))] = None
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [f"{text:<{width}}" for text, width in zip(row, widths)]
+        cells[1] = f"{row[1]:>{widths[1]}}"
+        lines.append("  ".join(cells).rstrip())
+    lines += [f"features: {about}" for about in extractors]
+    lines += [f"{number}: {part}" for part, number in notes.items()]
     return "\n".join(lines)
 
 
