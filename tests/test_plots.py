@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -100,6 +101,13 @@ def test_scores_show_value_and_interval() -> None:
     assert "phantoms" in str(figure._supxlabel)
     first = figure.axes[0].lines[0]
     assert list(first.get_xdata()) == [450, 510]
+
+
+def test_the_axis_names_n_only_if_all_scores_share_it() -> None:
+    few = dataclasses.replace(score(2), n=(5, 40))
+    assert "n = 100" in texts(plots.plot_scores({"a": score(1), "b": score(2)}))
+    assert "n = 5 vs 40" in texts(plots.plot_scores({"a": few}))
+    assert "n =" not in texts(plots.plot_scores({"a": score(1), "b": few}))
 
 
 def test_scores_of_different_kinds_are_not_plotted_together() -> None:
