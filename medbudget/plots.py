@@ -332,7 +332,7 @@ def plot_curves(
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if any(curves):
-        axes.legend()
+        figure.legend(loc="outside upper right", ncols=3)
     return figure
 
 
