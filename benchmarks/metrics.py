@@ -1,18 +1,17 @@
 """Frechet distance: speed and error beside the usual ways, and the coverage of three intervals.
 
-    python benchmarks/metrics.py [speed] [coverage] [--quick] [--out results/metrics.json]
+    python benchmarks/metrics.py [speed] [coverage] [--quick] [--count 1000] [--record]
 
 Everything that is compared runs in this one process, on the same features. The memory figure is
-the peak of a fresh process that runs all of ours.
+the peak of a fresh process that runs all of ours. `--record` writes results/metrics_speed.json and
+results/metrics_coverage.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import sqrtm
 
-from medbudget.artifacts import write_json
+from medbudget.artifacts import write_result
 from medbudget.metrics import (
     bootstrap_distances,
     frechet_distance,
@@ -33,7 +32,6 @@ from medbudget.metrics import (
     permutation_test,
 )
 
-HERE = Path(__file__).resolve().parent
 N, D = 1000, 2048
 Z = 1.959963984540054
 
@@ -46,10 +44,11 @@ def make_features(n: int, d: int, seed: int, *, scale: float = 1.0, shift: float
     return (x @ mix) * scale + shift
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
+def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """Return the value, wall-clock seconds, and processor seconds of all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
     value = function()
-    return value, time.perf_counter() - start
+    return value, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def by_sqrtm(x: Any, y: Any) -> float:
@@ -82,31 +81,29 @@ def known_pair() -> tuple[Any, Any, float]:
     return x, y, float(gap @ gap) + 0.3**2 * trace
 
 
-def speed(quick: bool) -> dict[str, Any]:
-    x, y = make_features(N, D, 0), make_features(N, D, 1, scale=1.1, shift=0.05)
-    kx, ky, truth = known_pair()
+def speed(quick: bool, count: int) -> dict[str, Any]:
+    """Time everything once; on a busy machine compare the processor seconds."""
+    x, y, truth = known_pair()
     frechet_distance(x[:50], y[:50])  # first calls load libraries
     ways: dict[str, Callable[[Any, Any], float]] = {"medbudget": frechet_distance}
     if not quick:
         ways |= {"torchmetrics": by_torchmetrics, "scipy sqrtm": by_sqrtm}
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, way in ways.items():
-        repeats = 3 if name == "medbudget" else 1
-        results = [timed(lambda way=way: way(x, y)) for _ in range(repeats)]
-        error = abs(way(kx, ky) - truth) / truth
-        rows[name] = {
-            "seconds": min(s for _, s in results),
-            "value": results[0][0],
-            "relative_error_on_a_known_pair": error,
-        }
+        results = [timed(lambda way=way: way(x, y)) for _ in range(3 if name == "medbudget" else 1)]
+        value, seconds = min(results, key=lambda result: result[1]["cpu"])
+        rows[name] = {"seconds": seconds, "relative_error": abs(value - truth) / truth}
+        print(name, rows[name], flush=True)
     ours = rows["medbudget"]["seconds"]
     for row in rows.values():
-        row["ratio"] = row["seconds"] / ours
-    _, interval = timed(lambda: frechet_interval(x, y))
-    count = 20 if quick else 1000
-    _, bootstrap = timed(lambda: bootstrap_distances(x, y, repeats=count))
+        row["ratio"] = {kind: row["seconds"][kind] / ours[kind] for kind in ours}
     other = make_features(N, D, 2, scale=1.1)
-    _, permutations = timed(lambda: permutation_test(y, other, x, repeats=count))
+    work: dict[str, Callable[[], Any]] = {
+        "interval": lambda: frechet_interval(x, other),
+        "bootstrap": lambda: bootstrap_distances(x, other, repeats=count),
+        "permutations": lambda: permutation_test(y, other, x, repeats=count),
+    }
+    seconds = {name: timed(run)[1] for name, run in work.items()}
     command = [sys.executable, __file__, "memory"]
     # the project's MALLOC settings trade memory for speed; the figure is for the system's defaults
     plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
@@ -115,32 +112,43 @@ def speed(quick: bool) -> dict[str, Any]:
     return {
         "n": N,
         "d": D,
+        "numpy": np.__version__,
         "distance": rows,
-        "interval_seconds": interval,
-        f"bootstrap_{count}_seconds": bootstrap,
-        f"permutations_{count}_seconds": permutations,
+        "interval_seconds": seconds["interval"],
+        "replicates": count,
+        "bootstrap_seconds": seconds["bootstrap"],
+        "permutations_seconds": seconds["permutations"],
         "peak_memory_mb": {"after_imports": round(imports), "peak": round(peak)},
     }
 
 
+def peak_memory() -> float:
+    """Return this process's peak resident memory in MB (`getrusage` inherits the parent's)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def memory() -> None:
     """Print the peak resident memory in MB, after the imports and after running all of ours."""
-    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    imports = peak_memory()
     x, y = make_features(N, D, 0), make_features(N, D, 1)
     frechet_interval(x, y)
     bootstrap_distances(x, y, repeats=4)
     permutation_test(x, y, make_features(N, D, 2), repeats=4)
-    print(imports, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(imports, peak_memory())
 
 
 SPECTRA = {"slow": -0.5, "fast": -1.5}
 GAPS = {"same": (1.0, 0.0), "different": (1.3, 0.1)}
 
 
-def coverage(quick: bool) -> dict[str, Any]:
+def coverage(quick: bool, _count: int) -> dict[str, Any]:
     """How often do 95 % intervals contain E[FD_n]? Normal features, n = 100, d = 200."""
     n, d = 100, 200
-    trials, repeats = (20, 50) if quick else (300, 200)
+    trials, repeats = (20, 50) if quick else (200, 100)
     out: dict[str, Any] = {"n": n, "d": d, "trials": trials, "bootstrap_repeats": repeats}
     for spectrum, power in SPECTRA.items():
         for gap, (scale, shift) in GAPS.items():
@@ -151,7 +159,7 @@ def coverage(quick: bool) -> dict[str, Any]:
                 x = rng.normal(size=(n, d)) * root
                 return x, (rng.normal(size=(n, d)) * scale + shift) * root
 
-            expected = float(np.mean([frechet_distance(*draw(i)) for i in range(1000, 3000)]))
+            expected = float(np.mean([frechet_distance(*draw(i)) for i in range(1000, 2000)]))
             hits = {"influence": 0, "bootstrap": 0, "paper": 0}
             own = 0
             widths: dict[str, list[float]] = {name: [] for name in hits}
@@ -186,28 +194,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["speed", "coverage"])
     parser.add_argument("--quick", action="store_true", help="few repeats; no other libraries")
-    parser.add_argument("--out", type=Path, help="JSON to write or to update")
+    parser.add_argument("--count", type=int, default=1000, help="replicates that are timed")
+    parser.add_argument("--record", action="store_true", help="write into results/")
     args = parser.parse_args()
     if args.parts == ["memory"]:
         memory()
         return
+    known = {"speed": speed, "coverage": coverage}
+    if unknown := set(args.parts) - set(known):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; allowed are speed, coverage")
+    if args.record and args.quick:
+        parser.error("--quick is too few repeats to record")
     warnings.filterwarnings("ignore")
-    out = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    out["date"] = datetime.date.today().isoformat()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    out["machine"] = {
-        "cores": cores,
-        "processor": platform.machine(),
-        "load_at_start": round(os.getloadavg()[0], 1),
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
     for part in args.parts:
-        out[part] = {"speed": speed, "coverage": coverage}[part](args.quick)
-        print(json.dumps({part: out[part]}, indent=1), flush=True)
-        if args.out:
-            write_json(args.out, out)
+        values = known[part](args.quick, 20 if args.quick else args.count)
+        print(json.dumps({part: values}, indent=1), flush=True)
+        if args.record:
+            count = f" --count {args.count}" if part == "speed" else ""
+            command = f"python benchmarks/metrics.py {part}{count} --record"
+            print(f"wrote {write_result(f'metrics_{part}', values, command=command)}")
 
 
 if __name__ == "__main__":

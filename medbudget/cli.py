@@ -248,24 +248,91 @@ def sample(
 def evaluate(
     real: Annotated[Path, typer.Argument(help="folder of real images")],
     synthetic: Annotated[Path, typer.Argument(help="folder of generated images")],
-    features: Annotated[list[str] | None, typer.Option(help="extractors; default offline")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="folder of training images: adds memorisation")
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="extractor, or NAME=WEIGHTS; may be repeated; default efficientnet-lite0"
+        ),
+    ] = None,
+    permutation: Annotated[
+        Path | None, typer.Option(help="folder of another generator's images: adds a test")
+    ] = None,
+    paired: Annotated[
+        bool, typer.Option(help="files of both generators were made from the same seeds, in order")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="permutations")] = 1000,
+    normalize: Annotated[str, typer.Option(help="none, or paper: each image z-scored")] = "none",
+    interval: Annotated[str, typer.Option(help="influence, bootstrap or paper")] = "influence",
+    floor: Annotated[bool, typer.Option(help="real versus real beside every distance")] = True,
     size: Annotated[int | None, typer.Option(help="pixels; default: that of the synthetic")] = None,
     out: Annotated[Path | None, typer.Option(help="also write the scores as JSON")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="PNG of the 8 images nearest to --train, beside theirs")
+    ] = None,
     seed: SeedOption = 0,
+    device: DeviceOption = None,
 ) -> None:
     """Score generated images against real ones, beside the real-versus-real floor."""
     from medbudget import evaluate as run
     from medbudget import load_images
-    from medbudget.metrics import to_json
+    from medbudget.artifacts import check_writable
+    from medbudget.metrics import format_table, to_json
 
+    if pairs is not None and train is None:
+        raise ValueError("--pairs shows training images: name their folder with --train")
+    if paired and permutation is None:
+        raise ValueError("--paired is about --permutation: name the other generator's folder")
+    for path in (out, pairs):
+        if path is not None:
+            check_writable(path)
     made = load_images(synthetic, size=size)
-    originals = load_images(real, size=size or made.shape[2])
-    extra: dict[str, Any] = {"features": features} if features else {}
-    scores = run(originals, made, seed=seed, progress=True, **extra)
-    for score in scores:
-        print(score)
+
+    def load(folder: Path | None) -> Any:
+        return None if folder is None else load_images(folder, size=size or made.shape[2])
+
+    learned = load(train)
+    scores = run(
+        load(real),
+        made,
+        features=features or "efficientnet-lite0",
+        train=learned,
+        permutation=load(permutation),
+        paired=paired,
+        normalize=normalize,
+        interval=interval,
+        floor=floor,
+        repeats=repeats,
+        seed=seed,
+        device=device,
+        progress=True,
+    )
+    print(format_table(scores))
     if out is not None:
         to_json(scores, out)
+        print(f"wrote {out}")
+    if pairs is not None:
+        _write_pairs(made, learned, pairs)
+
+
+def _write_pairs(made: Any, learned: Any, path: Path) -> None:
+    """Draw the synthetic images nearest to training images (in pixels) above their neighbours."""
+    from medbudget import plots
+    from medbudget.artifacts import atomic_path
+    from medbudget.metrics import pixel_neighbours
+
+    distance, index = pixel_neighbours(made, learned)
+    worst = distance.argsort()[:8].copy()
+    figure = plots.show_rows(
+        {"synthetic": made[worst], "nearest in training": learned[index[worst]]},
+        titles=[f"{value:.3f}" for value in distance[worst]],
+        note="1 - correlation, over mirror images and small shifts; 0: a copy",
+    )
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    print(f"wrote {path}")
 
 
 @app.command()

@@ -424,3 +424,55 @@ def _resume(path: Path, identity: dict, vectors, optimizer) -> list[float]:
 
 
 __all__ = ["PRESETS", "InversionError", "InversionSettings", "compute_loss", "invert"]
+
+
+@torch.inference_mode()
+def compute_image_losses(
+    base: Base,
+    prompt: str | torch.Tensor,
+    images: torch.Tensor,
+    *,
+    draws: int = 8,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Return the training loss of every image under a prompt: what membership inference looks at.
+
+    Draw k has the same noise for all images, and the time ``(k + 1/2) / draws`` of the schedule,
+    so that two sets of images, or two prompts, can be compared.
+
+    Parameters
+    ----------
+    prompt : str or torch.Tensor
+        A plain prompt, "" for none, or an embedding's vectors ``(n, d)``.
+    images : torch.Tensor
+        ``(N, 3, H, W) uint8``.
+    draws : int
+        Times and noises for each image.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(N, draws) float32`` on the CPU.
+    """
+    check_images(images)
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    latents = base.encode(images)
+    context = base.text(prompt.to(base.device) if isinstance(prompt, torch.Tensor) else prompt)
+    generator = torch.Generator().manual_seed(seed)
+    noises = torch.randn((draws, *latents.shape[1:]), generator=generator).to(base.device)
+    losses = torch.empty(len(images), draws)
+    with tqdm(total=draws, desc="losses", unit="draw") as bar:
+        for k in range(draws):
+            t = int((k + 0.5) * len(base.alphas_cumprod) / draws)
+            alpha = float(base.alphas_cumprod[t])
+            parts = []
+            for z in latents.split(16):
+                noise = noises[k].expand_as(z)
+                noisy = alpha**0.5 * z + (1 - alpha) ** 0.5 * noise
+                times = torch.full((len(z),), t, device=base.device)
+                guess = base.predict_noise(noisy, times, context.expand(len(z), -1, -1))
+                parts.append(((guess - noise) ** 2).mean((1, 2, 3)))
+            losses[:, k] = torch.cat(parts).cpu()
+            bar.update()
+    return losses

@@ -281,8 +281,104 @@ def plot_scores(
     axes.set_ylim(len(scores) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.margins(x=0.35)
-    axes.set_xlabel(f"{first.name}, n = {first.n}" + ("" if title else "; lower is closer"))
+    n = " vs ".join(map(str, first.n)) if isinstance(first.n, tuple) else str(first.n)
+    same = len({str(s.n) for s in scores.values()}) == 1
+    lower = "" if title else "; lower is closer"
+    axes.set_xlabel(first.name + (f", n = {n}" if same else "") + lower)
     axes.grid(axis="y", visible=False)
+    return figure
+
+
+def plot_curves(
+    curves: Mapping[str, Mapping[str, Any]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+    title: str | None = None,
+    note: str | None = None,
+) -> Figure:
+    """Plot one line for each label, with a band where an interval is given.
+
+    Parameters
+    ----------
+    curves : mapping
+        Label to ``{"x": […], "y": […]}``, and optionally ``"low"`` and ``"high"`` of the same
+        length.
+    log : bool
+        Logarithmic x axis with a tick at every x.
+
+    Raises
+    ------
+    ValueError
+        No curves, or parts of different lengths.
+    """
+    if not curves:
+        raise ValueError("no curves to plot; pass a mapping of label to {'x': …, 'y': …}")
+    figure, axes = _axes(title, note, height=3)
+    for label, curve in curves.items():
+        lengths = {key: len(values) for key, values in curve.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"curve {label!r} has parts of different lengths: {lengths}")
+        (line,) = axes.plot(curve["x"], curve["y"], "o-", label=label, linewidth=1.5, markersize=4)
+        if "low" in curve:
+            colour = line.get_color()
+            axes.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.2)
+    if log:
+        ticks = sorted({x for curve in curves.values() for x in curve["x"]})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if any(curves):
+        figure.legend(loc="outside upper right", ncols=3)
+    return figure
+
+
+def plot_histograms(
+    values: Mapping[str, Any],
+    *,
+    xlabel: str,
+    marks: Mapping[str, float] | None = None,
+    title: str | None = None,
+    note: str | None = None,
+) -> Figure:
+    """Plot histograms over common bins, as shares of each set, with labelled vertical lines.
+
+    Parameters
+    ----------
+    values : mapping of str to array_like
+        Label to numbers.
+    marks : mapping of str to float, optional
+        Label to the place of a vertical line, e.g. what was observed.
+
+    Raises
+    ------
+    ValueError
+        A set without values, or no set.
+    """
+    if not values or any(len(part) == 0 for part in values.values()):
+        raise ValueError("no values to plot; pass a mapping of label to one number or more")
+    figure, axes = _axes(title, note, height=2.6)
+    everything = [float(v) for part in values.values() for v in part]
+    low, high = min(everything), max(everything)
+    pad = 0.5 if high == low else 0.0
+    for label, part in values.items():
+        axes.hist(
+            [float(v) for v in part],
+            bins=24,
+            range=(low - pad, high + pad),
+            weights=[1 / len(part)] * len(part),
+            alpha=0.55,
+            label=label,
+        )
+    for place, (label, x) in enumerate((marks or {}).items()):
+        axes.axvline(x, color=PALETTE[-1], linestyle=("-", "--", ":")[place % 3], label=label)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("share")
+    axes.grid(axis="x", visible=False)
+    figure.legend(loc="outside upper right", ncols=3)
     return figure
 
 

@@ -102,6 +102,53 @@ def test_a_folder_without_permission(medbudget, tmp_path):
     assert code == 1 and "cannot write" in said
 
 
+def test_evaluate_prints_a_table_and_writes_what_it_is_asked_for(medbudget, tmp_path):
+    folders = {}
+    for name, split, n in (("real", "test", 24), ("made", "val", 12), ("train", "train", 12)):
+        folders[name] = tmp_path / name
+        medbudget("phantoms", folders[name], "--n", n, "--split", split, "--label", "healthy")
+    other = tmp_path / "other"
+    medbudget("phantoms", other, "--n", 12, "--kind", "histology", "--label", "normal")
+    command = ("evaluate", folders["real"], folders["made"], "--features", "layout")
+    options = ("--train", folders["train"], "--permutation", other, "--repeats", 99, "--paired")
+    out, pairs = tmp_path / "new" / "s.json", tmp_path / "new" / "pairs.png"
+    code, said, err = medbudget(*command, *options, "--out", out, "--pairs", pairs)
+    assert code == 0, err
+    lines = said.splitlines()
+    assert lines[0].split() == ["score", "value", "95", "%", "interval", "n", "notes"]
+    names = [score["name"] for score in json.loads(out.read_text())]
+    assert names == [
+        "Layout distance",
+        "Layout distance, real vs real",
+        "Layout distance, difference to the other set",
+        "Copied share (pixels)",
+        "C_T (pixels)",
+    ]
+    assert [line.startswith(name) for line, name in zip(lines[1:], names)] == [True] * 5
+    assert "p = 0.01 (99 paired permutations)" in said and "the floor" in said
+    assert Image.open(pairs).format == "PNG"
+    code, said, _ = medbudget(*command, "--no-floor", "--normalize", "paper")
+    assert code == 0 and "real vs real" not in said and "normalisation paper" in said
+
+
+def test_evaluate_refuses_before_it_works(medbudget, tmp_path):
+    pixels = {f"i{k}": np.full((32, 32), k, np.uint8) for k in range(4)}
+    folder = make_folder(tmp_path / "a", **pixels)
+    cases = [
+        (("--pairs", tmp_path / "p.png"), "--train"),
+        (("--paired",), "--permutation"),
+        (("--features", "resnet"), "efficientnet-lite0"),
+        (("--features", "layout", "--interval", "wide"), "'influence', 'bootstrap', 'paper'"),
+        (("--features", "layout", "--normalize", "z"), "none"),
+        (("--train", tmp_path / "absent"), "no such folder"),
+        (("--out", folder), "is a folder"),
+    ]
+    for arguments, message in cases:
+        code, _, said = medbudget("evaluate", folder, folder, *arguments)
+        assert code == 1 and message in said and "Traceback" not in said, (arguments, said)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_one_image_is_enough(medbudget, tmp_path):
     good = make_folder(tmp_path / "good", a=np.zeros((50, 64), np.uint8))
     code, said, _ = medbudget("invert", good, "--token", "<x>", "--out", tmp_path / "x.pt", *FAST)
@@ -123,6 +170,39 @@ def test_the_main_job_on_real_x_rays(medbudget, real_data, tmp_path, label):
     assert medbudget("sample", token, *sampling)[0] == 0
     code, said, _ = medbudget("evaluate", tmp_path / "real", made)
     assert code == 0 and "real vs real" in said
+
+
+def fill(folder, files):
+    folder.mkdir()
+    for file in files:
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_evaluate_on_real_x_rays(medbudget, real_data, tmp_path):
+    normal = sorted((real_data / "chest_xray" / "normal").iterdir())
+    sick = sorted((real_data / "chest_xray" / "pneumonia").iterdir())
+    real, train = fill(tmp_path / "real", normal[:80]), fill(tmp_path / "train", normal[80:100])
+    other = fill(tmp_path / "other", sick[:20])
+    # a perfect generator but for three copies, against one that draws another disease
+    made = fill(tmp_path / "made", normal[100:117] + normal[80:83])
+    command = ("evaluate", real, made, "--train", train, "--features", "efficientnet-lite0")
+    out, pairs = tmp_path / "s.json", tmp_path / "pairs.png"
+    options = ("--permutation", other, "--repeats", 199, "--out", out, "--pairs", pairs)
+    code, said, err = medbudget(*command, *options)
+    assert code == 0, err
+    scores = {score["name"]: score for score in json.loads(out.read_text())}
+    assert all(name in said for name in scores)
+    fd, floor = scores["FD (EfficientNet-Lite0)"], scores["FD (EfficientNet-Lite0), real vs real"]
+    assert fd["n"] == floor["n"] == 20 and fd["value"] < 1.3 * floor["value"]
+    test = scores["FD (EfficientNet-Lite0), difference to the other set"]
+    assert test["value"] < 0 and "p = 0.005 (199 permutations)" in test["note"]
+    for space in ("pixels", "EfficientNet-Lite0"):
+        assert scores[f"Copied share ({space})"]["value"] >= 3 / 20
+        assert "calibrated on 80 held-out" in scores[f"Copied share ({space})"]["note"]
+    assert Image.open(pairs).width > 500
 
 
 @pytest.mark.parametrize(("kind", "label"), SHIPPED)

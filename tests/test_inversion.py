@@ -273,3 +273,25 @@ def test_wrong_images_and_tokens(tiny):
         invert(tiny, IMAGES[:, :, :40, :40], token="<x>", settings=FEW)
     one = invert(tiny, IMAGES[:1], token="<x>", settings=replace(FEW, steps=1))
     assert one.data == "1 images of 64 px"
+
+
+def test_image_losses_are_the_training_loss_of_each_image(tiny):
+    from medbudget.inversion import compute_image_losses, compute_loss
+
+    images = make_phantoms("chest", "healthy", 3, size=tiny.size).images
+    vectors = tiny.token_rows("*").repeat(4, 1)
+    losses = compute_image_losses(tiny, vectors, images, draws=2, seed=5)
+    assert losses.shape == (3, 2)
+    z = tiny.encode(images)
+    noise = torch.randn((2, *z.shape[1:]), generator=torch.Generator().manual_seed(5))
+    for k, t in enumerate((250, 750)):
+        with torch.no_grad():
+            times = torch.full((3,), t)
+            want = compute_loss(tiny, vectors, z, times, noise[k].expand_as(z))
+        assert losses[:, k].mean() == pytest.approx(float(want), rel=1e-4)
+    # an image's loss does not depend on its company
+    alone = compute_image_losses(tiny, vectors, images[1:2], draws=2, seed=5)
+    torch.testing.assert_close(alone[0], losses[1], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(losses, compute_image_losses(tiny, "", images, draws=2, seed=5))
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        compute_image_losses(tiny, "", images, draws=0)

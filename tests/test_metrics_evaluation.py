@@ -55,6 +55,19 @@ def test_table_and_json_keep_everything(tmp_path):
     assert len(metrics.to_table([])) == 0
 
 
+def test_the_printed_table_says_each_note_once():
+    a = Score("FD (X)", 123.44, (110.2, 136.91), 100, "X", "abc", "bilinear", note="caveat; alone")
+    b = Score("C_T", -2.5, None, (5, 7), "X", "abc", "bilinear", note="caveat")
+    assert metrics.format_table([a, b]).splitlines() == [
+        "score   value  95 % interval   n       notes",
+        "FD (X)  123.4  110.2 to 136.9  100     1, 2",
+        "C_T      -2.5                  5 vs 7  1",
+        "features: X abc, bilinear, normalisation none",
+        "1: caveat",
+        "2: alone",
+    ]
+
+
 def test_a_shifted_layout_is_above_its_floor_and_a_true_sample_is_not():
     real = blobs(120, seed=0)
     shifted, floor = evaluate(real, blobs(60, seed=1, shift=12), features="layout")

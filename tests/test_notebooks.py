@@ -231,3 +231,25 @@ def test_guidance_is_the_librarys(scale: float) -> None:
     d_u, d_c = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(guide(d_u, d_c, scale), sampling.guide(d_u, [d_c], [1.0], scale))
     assert guide(torch.tensor(1.0), torch.tensor(3.0), 2.0) == 5
+
+
+def test_frechet_distance_is_the_librarys() -> None:
+    from medbudget import frechet_distance
+
+    frechet = equation("frechet")
+    generator = torch.Generator().manual_seed(0)
+    for n, m, d in ((20, 30, 50), (60, 40, 7)):
+        x, y = (torch.randn(k, d, generator=generator, dtype=torch.float64) for k in (n, m))
+        y = 1.3 * y + 0.2
+        assert float(frechet(x, y)) == pytest.approx(frechet_distance(x, y), rel=1e-9)
+
+
+def test_attack_is_the_librarys() -> None:
+    from medbudget.metrics import membership_inference
+
+    attack = equation("attack_auc")
+    generator = torch.Generator().manual_seed(0)
+    members = torch.randn(15, generator=generator)
+    others = torch.cat([torch.randn(20, generator=generator) + 1, members[:2]])  # with ties
+    want = membership_inference(members, others).value
+    assert want > 0.6 and float(attack(members, others)) == pytest.approx(want, abs=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -102,9 +103,43 @@ def test_scores_show_value_and_interval() -> None:
     assert list(first.get_xdata()) == [450, 510]
 
 
+def test_the_axis_names_n_only_if_all_scores_share_it() -> None:
+    few = dataclasses.replace(score(2), n=(5, 40))
+    assert "n = 100" in texts(plots.plot_scores({"a": score(1), "b": score(2)}))
+    assert "n = 5 vs 40" in texts(plots.plot_scores({"a": few}))
+    assert "n =" not in texts(plots.plot_scores({"a": score(1), "b": few}))
+
+
 def test_scores_of_different_kinds_are_not_plotted_together() -> None:
     with pytest.raises(ValueError, match="cannot be compared"):
         plots.plot_scores({"a": score(1), "b": score(1, name="FID")})
+
+
+def test_curves_have_bands_and_a_tick_for_each_n() -> None:
+    curve = {"x": [8, 16, 64], "y": [3, 2, 1], "low": [2, 1, 0], "high": [4, 3, 2]}
+    figure = plots.plot_curves({"floor": curve}, xlabel="n", ylabel="FD", log=True, note="phantoms")
+    (axes,) = figure.axes
+    assert list(axes.lines[0].get_ydata()) == [3, 2, 1] and len(axes.collections) == 1
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["8", "16", "64"]
+    assert "phantoms" in str(figure._supxlabel)
+    with pytest.raises(ValueError, match="no curves"):
+        plots.plot_curves({}, xlabel="n", ylabel="FD")
+    with pytest.raises(ValueError, match="different lengths"):
+        plots.plot_curves({"a": {"x": [1], "y": [1, 2]}}, xlabel="n", ylabel="FD")
+
+
+def test_histograms_are_shares_over_common_bins() -> None:
+    figure = plots.plot_histograms(
+        {"a": [0, 0, 1, 1], "b": [1]}, xlabel="difference", marks={"observed": 0.25}
+    )
+    (axes,) = figure.axes
+    first, second = axes.containers
+    assert [bar.get_height() for bar in first if bar.get_height()] == [0.5, 0.5]
+    assert first[0].get_x() == second[0].get_x() == pytest.approx(0)
+    assert second[-1].get_height() == 1
+    assert list(axes.lines[0].get_xdata()) == [0.25, 0.25]
+    with pytest.raises(ValueError, match="no values"):
+        plots.plot_histograms({"a": []}, xlabel="x")
 
 
 def test_the_palette_stays_apart_for_colour_blind_readers() -> None:

@@ -30,7 +30,7 @@ from medbudget.metrics.neighbours import (
     pixel_neighbours,
 )
 from medbudget.metrics.permutation import PermutationTest, permutation_test
-from medbudget.metrics.scores import Score, to_json, to_table
+from medbudget.metrics.scores import Score, format_table, to_json, to_table
 
 __all__ = [
     "Estimate",
@@ -48,6 +48,7 @@ __all__ = [
     "extractor_names",
     "feature_neighbours",
     "features",
+    "format_table",
     "frechet_distance",
     "frechet_interval",
     "frechet_score",

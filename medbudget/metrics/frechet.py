@@ -133,6 +133,21 @@ def frechet_interval(
     repeats, seed, workers
         For the two bootstraps: number of resamples, random seed, threads (default: all cores).
         The result does not depend on `workers`.
+
+    Notes
+    -----
+    Share of simulated 95 % intervals that contained E[FD_n] (normal features, n = 100, d = 200;
+    variances that fall slowly and fast, sets from one and from two distributions;
+    ``results/metrics_coverage.json``):
+
+    ========================  ==========  =========  =======
+    case                      influence   bootstrap  paper
+    ========================  ==========  =========  =======
+    slow, same                100 %       100 %      0 %
+    slow, different           96 %        100 %      0 %
+    fast, same                92 %        100 %      97 %
+    fast, different           90 %        94 %       96 %
+    ========================  ==========  =========  =======
     """
     x, y = check_pair(x, y)
     if method == "influence":

@@ -98,6 +98,32 @@ def to_table(scores: Sequence[Score]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def format_table(scores: Sequence[Score]) -> str:
+    """Return the scores as text: a table of values, below it the extractors and numbered notes."""
+    rows = [("score", "value", "95 % interval", "n", "notes")]
+    notes: dict[str, int] = {}
+    extractors: dict[str, None] = {}
+    for score in scores:
+        interval = " to ".join(map(format_number, score.interval)) if score.interval else ""
+        n = str(score.n) if isinstance(score.n, int) else f"{score.n[0]} vs {score.n[1]}"
+        parts = [notes.setdefault(p, len(notes) + 1) for p in score.note.split("; ") if p]
+        marks = ", ".join(map(str, parts))
+        rows.append((score.name, format_number(score.value), interval, n, marks))
+        if score.extractor:
+            about = (f"{score.extractor} {score.extractor_hash}".strip(), score.resize)
+            normalised = f"normalisation {score.normalisation}"
+            extractors[", ".join((*filter(None, about), normalised))] = None
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [f"{text:<{width}}" for text, width in zip(row, widths)]
+        cells[1] = f"{row[1]:>{widths[1]}}"
+        lines.append("  ".join(cells).rstrip())
+    lines += [f"features: {about}" for about in extractors]
+    lines += [f"{number}: {part}" for part, number in notes.items()]
+    return "\n".join(lines)
+
+
 def to_json(scores: Sequence[Score], path: str | os.PathLike[str] | None = None) -> str:
     """Return the scores as a JSON list, and write it to `path` (atomically) if one is given."""
     text = json.dumps([score.to_dict() for score in scores], indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,71 @@
+"""Claim under test: the fewer cases a word was trained on, the more it tells about each of them.
+
+Words for prostate phantoms with a tumour, trained on 5, 20 and 100 cases. For each: membership
+inference by the loss and by its difference to the loss without the word, and the share of
+synthetic images that are nearer to a training case than real ones at the 1 % level.
+
+    python benchmarks/privacy.py [--steps 1000] [--others 100] [--draws 16] [--n 50] [--record]
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from medbudget import InversionSettings, Score, invert, load_base, make_phantoms, sample
+from medbudget.artifacts import write_result
+from medbudget.inversion import compute_image_losses
+from medbudget.metrics import membership_inference, memorisation
+
+CASES = (5, 20, 100)
+
+
+def triple(score: Score) -> list[float]:
+    """Return value and interval."""
+    return [score.value, *(score.interval or (score.value, score.value))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1000, help="of training, for each word")
+    parser.add_argument("--others", type=int, default=100, help="held-out cases, at least 99")
+    parser.add_argument("--draws", type=int, default=16, help="noises for the loss of each case")
+    parser.add_argument("--n", type=int, default=50, help="synthetic images for each word")
+    parser.add_argument("--record", action="store_true", help="write results/privacy.json")
+    args = parser.parse_args()
+    base = load_base("tiny")
+    train = make_phantoms("prostate", "tumour", max(CASES), size=base.size).images
+    others = make_phantoms("prostate", "tumour", args.others, size=base.size, split="test").images
+    trial = {"draws": args.draws, "seed": 0}
+    without = [compute_image_losses(base, "", images, **trial) for images in (train, others)]
+    words: list[dict[str, Any]] = []
+    for n in CASES:
+        settings = InversionSettings.preset("tiny", steps=args.steps)
+        word = invert(base, train[:n], token="<word>", settings=settings)
+        inside, outside = (
+            compute_image_losses(base, word.vectors, images, **trial)
+            for images in (train[:n], others)
+        )
+        made = sample(base, word.token, embeddings=[word], n=args.n)
+        row = {
+            "cases": n,
+            "steps": args.steps,
+            "loss": triple(membership_inference(inside, outside)),
+            "difference": triple(
+                membership_inference(inside - without[0][:n], outside - without[1])
+            ),
+            "copied": triple(memorisation(made, train[:n], others).scores()[0]),
+        }
+        print(row, flush=True)
+        words.append(row)
+    values = {"others": args.others, "draws": args.draws, "n": args.n, "words": words}
+    if args.record:
+        command = (
+            f"python benchmarks/privacy.py --steps {args.steps} --others {args.others} "
+            f"--draws {args.draws} --n {args.n} --record"
+        )
+        print(f"wrote {write_result('privacy', values, command=command, base_hash=base.hash)}")
+
+
+if __name__ == "__main__":
+    main()
