@@ -45,9 +45,7 @@ def test_same_seed_same_selection_whatever_the_order_and_whoever_else_there_is()
 def test_too_few_patients_says_how_many_there_are() -> None:
     with pytest.raises(ValueError, match=r"b: 40 patients wanted \(40 train\), there are 15"):
         split_patients(PEOPLE, {"train": {"a": 3, "b": 40}})
-    splits, left = split_patients(
-        PEOPLE, {"train": {"b": 40}, "val": {"b": 20}}, allow_fewer=True
-    )
+    splits, left = split_patients(PEOPLE, {"train": {"b": 40}, "val": {"b": 20}}, allow_fewer=True)
     assert sum(s == "train" for s in splits.values()) == 10
     assert sum(s == "val" for s in splits.values()) == 5
     assert left["b"] == [] and len(left["a"]) == 15
@@ -70,7 +68,9 @@ def test_proportions_use_everybody_and_leave_no_split_empty() -> None:
             for s in ("train", "val", "test")
         ]
         assert sum(counts) == 15 and min(counts) >= 1 and counts[0] > counts[1]
-    three = split_in_proportion(dict.fromkeys("xyz", "c"), {"train": 0.9, "val": 0.05, "test": 0.05})
+    three = split_in_proportion(
+        dict.fromkeys("xyz", "c"), {"train": 0.9, "val": 0.05, "test": 0.05}
+    )
     assert sorted(three.values()) == ["test", "train", "val"]
     with pytest.raises(ValueError, match="at least 3 patients"):
         split_in_proportion(dict.fromkeys("xy", "c"), {"train": 1, "val": 1, "test": 1})

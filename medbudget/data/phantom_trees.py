@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from medbudget.data.chexpert import OBSERVATIONS
 from medbudget.data.phantoms import make_phantoms
 from medbudget.data.picai import GLAND, HUMAN, MACHINE, MARKSHEET
 from medbudget.images import to_pil
@@ -95,17 +96,19 @@ def _grow(index: int, positive: bool, *, pixels: int, slices: int, seed: int) ->
     planes.append(Image.fromarray(phantom.masks[0].numpy().astype(np.uint8)))
     stacks = np.zeros((5, slices, pixels + 2 * BORDER, pixels + 2 * BORDER), np.float32)
     gains = (6.0, 12.0, 2.0, 1.0, 1.0)
-    inner = slice(BORDER, BORDER + pixels)
+    across = slice(BORDER, BORDER + pixels)
     for k in range(slices):
-        zoom = 1 - 0.6 * (abs(k - middle) / middle) ** 2
+        zoom = 1 - 0.4 * (abs(k - middle) / middle) ** 2
+        shift = round((k - middle) * BORDER / slices)  # apex and base differ, so there is an order
         edge = max(8, 2 * round(pixels * zoom / 2))
         low = (pixels - edge) // 2
         for c, plane in enumerate(planes):
-            if c == 3 and abs(k - middle) > slices // 3 or c == 4 and abs(k - middle - 1) > 2:
+            absent = {3: abs(k - middle) > slices // 3, 4: abs(k - middle - 1) > 2}  # gland, tumour
+            if absent.get(c, False):
                 continue
             filter_ = Image.Resampling.BILINEAR if c < 3 else Image.Resampling.NEAREST
             small = np.asarray(plane.resize((edge, edge), filter_), np.float32) * gains[c]
-            full = stacks[c, k, inner, inner]
+            full = stacks[c, k, BORDER + shift : BORDER + shift + pixels, across]
             full[low : low + edge, low : low + edge] = small
     out = []
     spacing = PHANTOM_MM / pixels
@@ -120,22 +123,6 @@ def _grow(index: int, positive: bool, *, pixels: int, slices: int, seed: int) ->
     return out
 
 
-CHEXPERT_COLUMNS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
 CHEST_LABELS = {
     "No Finding": "healthy",
     "Cardiomegaly": "cardiomegaly",
@@ -182,13 +169,15 @@ def write_chexpert(
             path = f"train/patient{first:05d}/study2/view1_frontal.jpg"
             _write_xray(root / path, images[-1], 1)
             rows.append(_chexpert_row(path, "Frontal", "AP", {label: 1.0}))
-    head = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT_COLUMNS)
+    head = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *OBSERVATIONS)
     _write_csv(root / "train.csv", head, rows)
     return root
 
 
-def _chexpert_row(path: str, view: str, side: str, findings: Mapping[str, float]) -> tuple[Any, ...]:
-    values = [findings.get(name, "") for name in CHEXPERT_COLUMNS]
+def _chexpert_row(
+    path: str, view: str, side: str, findings: Mapping[str, float]
+) -> tuple[Any, ...]:
+    values = [findings.get(name, "") for name in OBSERVATIONS]
     return (f"CheXpert-v1.0-small/{path}", "Unknown", 60, view, side, *values)
 
 

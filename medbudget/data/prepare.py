@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -173,7 +174,8 @@ def prepare_items(
     spares : mapping of str to sequence of Item, optional
         Label to the items that replace broken ones, in this order.
     workers : int
-        Processes. More than one needs ``if __name__ == "__main__":`` in a script.
+        Processes. On Windows and macOS, more than one needs ``if __name__ == "__main__":`` in a
+        script.
 
     Raises
     ------
@@ -315,9 +317,11 @@ def _run(
                 yield item, *_make_one(item, make, out)
                 bar.update()
             return
-        # spawn: the same on every system, and safe after torch has started threads
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(items)), mp_context=context)
+        # as torch's own DataLoader: fork on Linux, where it saves each worker all imports
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        pool = ProcessPoolExecutor(
+            min(workers, len(items)), mp_context=context, initializer=_start_worker
+        )
         try:
             futures = {pool.submit(_make_one, item, make, out): item for item in items}
             for future in as_completed(futures):
@@ -330,6 +334,11 @@ def _run(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """One thread a worker: threads started before a fork are not there after it."""
+    torch.set_num_threads(1)
 
 
 def _make_one(
