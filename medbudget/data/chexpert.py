@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,23 @@ def count_patients(selected: Any) -> dict[str, int]:
     """Return label -> number of patients with at least one such image, of `select_clean`."""
     counts = selected.groupby("label")["patient"].nunique()
     return {label: int(counts.get(label, 0)) for label in OBSERVATIONS}
+
+
+def find_label_table() -> Any | None:
+    """Return CheXpert's public label table if PyPI's torchxrayvision, which carries it, is there.
+
+    Returns
+    -------
+    pandas.DataFrame or None
+        223,414 rows, as in ``train.csv``.
+    """
+    import pandas as pd
+
+    found = find_spec("torchxrayvision")  # does not import it
+    if found is None or found.origin is None:
+        return None
+    file = Path(found.origin).parent / "data" / "chexpert_train.csv.gz"
+    return pd.read_csv(file) if file.is_file() else None
 
 
 def prepare_chexpert(

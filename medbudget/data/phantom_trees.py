@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from scipy.ndimage import binary_erosion
 
 from medbudget.data.chexpert import OBSERVATIONS
 from medbudget.data.phantoms import make_phantoms
@@ -108,6 +109,8 @@ def _grow(index: int, positive: bool, *, pixels: int, slices: int, seed: int) ->
                 continue
             filter_ = Image.Resampling.BILINEAR if c < 3 else Image.Resampling.NEAREST
             small = np.asarray(plane.resize((edge, edge), filter_), np.float32) * gains[c]
+            if c == 4 and k != middle + 1:  # the tumour is largest in one slice
+                small = binary_erosion(small, iterations=abs(k - middle - 1)).astype(np.float32)
             full = stacks[c, k, BORDER + shift : BORDER + shift + pixels, across]
             full[low : low + edge, low : low + edge] = small
     out = []

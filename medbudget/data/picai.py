@@ -383,6 +383,10 @@ def _load(
     wanted = SEQUENCES if sequences == "all" else SEQUENCES[:1]
     files = {name: t2w.with_name(f"{study.case_id}_{name}.mha") for name in wanted}
     volumes = {name: _read(file, f"sequence {name}") for name, file in files.items()}
+    for name, volume in volumes.items():
+        values = _array(volume)
+        if values.min() == values.max():
+            raise BrokenCase(f"sequence {name} has the one value {values.min():g}")
     if not _is_axial(volumes["t2w"]):
         raise BrokenCase("T2W is not an axial volume")
     _check_order(_array(volumes["t2w"]))
@@ -508,7 +512,7 @@ def _choose_slice(masks: dict[str, Array]) -> int:
 
 def _quantise(values: Array, low: float, high: float, name: str) -> Array:
     if not high > low:
-        raise BrokenCase(f"sequence {name} has the one value {low:g}")
+        raise BrokenCase(f"sequence {name} has the one value {low:g} around the gland")
     scaled = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1) * 255
     return np.rint(scaled).astype(np.uint8)
 
@@ -544,6 +548,42 @@ def _cut_physical(volumes: dict[str, sitk.Image], masks: dict[str, sitk.Image], 
         planes[name] = _quantise(plane, low, high, name)
         ranges[name] = (low, high)
     return planes, {name: stack[index] for name, stack in stacks.items()}, index, ranges
+
+
+def measure_shift(images: str | os.PathLike[str], case_id: str) -> dict[str, tuple[float, ...]]:
+    """Tell how far ``geometry="paper"`` shifts each sequence against T2W, from the headers alone.
+
+    Parameters
+    ----------
+    images : path
+    case_id : str
+        See `load_case`.
+
+    Returns
+    -------
+    dict of str to tuple of float
+        "adc" and "hbv" to millimetres along T2W's slices, rows and columns: what the paper's crop
+        shows in its centre, relative to what T2W's crop shows there.
+
+    Raises
+    ------
+    BrokenCase
+        A missing or unreadable file.
+    """
+    t2w = _find_images(Path(images)).get(case_id)
+    if t2w is None:
+        raise BrokenCase(f"no {case_id}_t2w.mha in {images}")
+    middle = (np.array(GRID) - 1) / 2 * np.array(SPACING)
+    places = {}
+    for name in SEQUENCES:
+        volume = _read(t2w.with_name(f"{case_id}_{name}.mha"), f"sequence {name}")
+        places[name] = np.array(_shift(*target_grid(volume), middle))
+        if name == "t2w":
+            axes = np.reshape(volume.GetDirection(), (3, 3))
+    return {
+        name: tuple(float(v) for v in (axes.T @ (places[name] - places["t2w"]))[::-1])
+        for name in SEQUENCES[1:]
+    }
 
 
 def target_grid(t2w: sitk.Image) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -629,8 +669,6 @@ def _cut_paper(volumes: dict[str, sitk.Image], masks: dict[str, sitk.Image], win
     for name, volume in volumes.items():
         values = _respace(volume, sitk.sitkBSpline)
         low, high = float(values.min()), float(values.max())
-        if not high > low:
-            raise BrokenCase(f"sequence {name} has the one value {low:g}")
         scaled = (values - values.min()) / (values.max() - values.min())
         planes[name] = (_crop_centre(scaled)[index] * 255).astype(np.uint8)  # the script truncates
         ranges[name] = (low, high)
