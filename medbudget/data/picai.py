@@ -479,7 +479,7 @@ def _read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
     import SimpleITK as sitk
 
     image = _read(file, f"mask ({file.parent.parent.name}/{file.parent.name})")
-    corners = [np.array(_corners(one)) for one in (image, t2w)]
+    corners = [np.sort(_corners(one), axis=0) for one in (image, t2w)]  # whichever way it is stored
     apart = float(np.abs(corners[0] - corners[1]).max())
     if apart > 2 * max(*image.GetSpacing(), *t2w.GetSpacing()):
         raise BrokenCase(
