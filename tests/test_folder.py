@@ -44,12 +44,21 @@ def shown(root: Path, out: Path, **options) -> torch.Tensor:
     return load_images(next(out.glob("train/*/*.png")))[0, 0]
 
 
+def retag(file: Path, **tags) -> None:
+    """Change tags without touching the stored pixels."""
+    pydicom = pytest.importorskip("pydicom")
+    data = pydicom.dcmread(file)
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(file)
+
+
 def test_dicom_rescale_and_window_tags(tmp_path: Path) -> None:
-    tags = {"0028|1052": "-1000", "0028|1053": "2", "0028|1050": "0\\99", "0028|1051": "401\\1"}
-    write_dicom(tmp_path / "in" / "a.dcm", ramp(), tags)
+    file = write_dicom(tmp_path / "in" / "a.dcm", ramp())
+    retag(file, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=[0, 99], WindowWidth=[401, 1])
     pixels = read(tmp_path / "in")
     assert np.allclose(pixels.values[0], ramp().astype(float) * 2 - 1000)
-    # PS3.3 C.11.2.1.2 with c = 0 and w = 401: black up to -200.5, white from 199.5
+    # PS3.3 C.11.2.1.2 with c = 0 and w = 401: black up to -200.5, white above 199.5
     assert pixels.window == (-200.5, 199.5)
     image = shown(tmp_path / "in", tmp_path / "out")
     low, high = pixels.values[0] <= -200.5, pixels.values[0] > 199.5
@@ -58,18 +67,18 @@ def test_dicom_rescale_and_window_tags(tmp_path: Path) -> None:
     assert "tags: -200.5..199.5" in load_manifest(tmp_path / "out")["window"].iloc[0]
 
 
-def test_monochrome1_is_inverted(tmp_path: Path) -> None:
-    pixels = np.zeros((32, 32), np.uint16)
-    pixels[:, 16:] = 1000
+@pytest.mark.parametrize(("dtype", "bits"), [(np.uint8, 8), (np.uint16, 12), (np.int16, 16)])
+def test_monochrome1_is_inverted_after_its_window(tmp_path: Path, dtype, bits: int) -> None:
+    stored = ramp(32, 32, dtype, 7)
+    tags = {"RescaleSlope": 2, "RescaleIntercept": 5, "WindowCenter": 105, "WindowWidth": 151}
     for name, kind in (("m1", "MONOCHROME1"), ("m2", "MONOCHROME2")):
-        write_dicom(tmp_path / name / "a.dcm", pixels)
-        pydicom = pytest.importorskip("pydicom")
-        data = pydicom.dcmread(tmp_path / name / "a.dcm")
-        data.PhotometricInterpretation = kind
-        data.save_as(tmp_path / name / "a.dcm")
+        file = write_dicom(tmp_path / name / "a.dcm", stored)
+        retag(file, PhotometricInterpretation=kind, BitsStored=bits, HighBit=bits - 1, **tags)
+        assert np.allclose(read(tmp_path / name).values[0], stored.astype(float) * 2 + 5)
     inverted = shown(tmp_path / "m1", tmp_path / "out1")
     plain = shown(tmp_path / "m2", tmp_path / "out2")
-    assert torch.equal(inverted, 255 - plain) and plain[0, 0] == 0
+    assert (inverted.int() - (255 - plain.int())).abs().max() <= 1
+    assert plain[0, 0] == 0 and plain[0, -1] == 255
     assert "inverted" in load_manifest(tmp_path / "out1")["window"].iloc[0]
 
 

@@ -409,7 +409,8 @@ def _apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
         return values, "as stored (colour)"
     kind = window
     if window == "auto":
-        kind = "tags" if pixels.window else "stored" if values.dtype == np.uint8 else "percentile"
+        eight = values.dtype == np.uint8
+        kind = "tags" if pixels.window else "stored" if eight else "percentile"
     if kind == "stored":
         return (255 - values, "as stored (8 bit), inverted") if pixels.inverted else (
             values,

@@ -233,7 +233,7 @@ def write_dicom(
     Parameters
     ----------
     pixels : array
-        ``(H, W) uint8|uint16|int16`` or ``(H, W, 3) uint8``.
+        ``(H, W) uint8|uint16|int16`` or ``(H, W, 3) uint8``; values after rescale slope and intercept.
     tags : mapping of str to str
         ``"gggg|eeee"`` to value.
     compressor : str, optional

@@ -7,8 +7,10 @@ common transfer syntaxes. No text of a file's header leaves this module, but for
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,10 @@ TAGS = {
     "burnt_in": "0028|0301",
     "rows": "0028|0010",
     "columns": "0028|0011",
+    "bits": "0028|0101",
+    "signed": "0028|0103",
+    "intercept": "0028|1052",
+    "slope": "0028|1053",
 }
 
 
@@ -302,6 +308,11 @@ def _read_volume(paths: Sequence[Path], dicom: bool, plane: str) -> Pixels:
         )
     if np.iscomplexobj(values) or not np.isfinite(values).all():
         raise BrokenCase("it has values that are complex, infinite or not a number")
+    if tags["photometric"] == "MONOCHROME1" and _is_inverted_on_reading():
+        # back to the values that the window tags speak of: white is made of low ones after windowing
+        top = -1 if tags["signed"] == "1" else 2 ** int(tags["bits"]) - 1
+        slope, intercept = float(tags["slope"] or 1), float(tags["intercept"] or 0)
+        values = top * slope + 2 * intercept - values.astype(np.float64)
     spacing = image.GetSpacing()
     return Pixels(
         values,
@@ -310,6 +321,19 @@ def _read_volume(paths: Sequence[Path], dicom: bool, plane: str) -> Pixels:
         inverted=tags["photometric"] == "MONOCHROME1",
         frame=(*image.GetOrigin(), *image.GetDirection()),
     )
+
+
+@lru_cache(maxsize=1)
+def _is_inverted_on_reading() -> bool:
+    """Does this SimpleITK invert MONOCHROME1? Versions differ, and the header does not tell."""
+    import SimpleITK as sitk
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "probe.dcm")
+        sitk.WriteImage(sitk.Image([2, 2], sitk.sitkUInt8), file)
+        content = Path(file).read_bytes()
+        Path(file).write_bytes(content.replace(b"MONOCHROME2", b"MONOCHROME1"))
+        return bool(sitk.GetArrayViewFromImage(sitk.ReadImage(file)).max() > 0)
 
 
 def _turn(image: sitk.Image, plane: str) -> sitk.Image:
