@@ -62,8 +62,9 @@ def write_picai(
         coarse = sitk.Image([(pixels + 2 * BORDER) // 2] * 2 + [slices], sitk.sitkFloat32)
         spacing = t2w.GetSpacing()
         coarse.SetSpacing((2 * spacing[0], 2 * spacing[1], spacing[2]))
-        corner = [v + 0.5 * s for v, s in zip(t2w.GetOrigin(), spacing)]
-        coarse.SetOrigin((corner[0] + offset_mm, corner[1] + offset_mm, t2w.GetOrigin()[2]))
+        first = 0.5 + offset_mm / spacing[0]  # in T2W's voxels
+        coarse.SetOrigin(t2w.TransformContinuousIndexToPhysicalPoint((first, first, 0)))
+        coarse.SetDirection(t2w.GetDirection())
         place = images / name
         place.mkdir(parents=True, exist_ok=True)
         for key, volume in (("t2w", t2w), ("adc", adc), ("hbv", dwi)):
