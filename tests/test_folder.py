@@ -1,0 +1,412 @@
+"""A reader's own images: every format, windows, slices, patients, and nothing of them in the output."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medbudget import load_images, make_phantoms
+from medbudget.data.folder import prepare_folder
+from medbudget.data.phantom_trees import write_dicom
+from medbudget.data.prepare import load_manifest
+from medbudget.data.readers import Source, count_slices, find_sources, read_pixels
+from medbudget.images import to_pil
+
+sitk = pytest.importorskip("SimpleITK")
+NAME, ID = "Doe^Jane", "MRN-4711-X"
+PERSON = {"0010|0010": NAME, "0010|0020": ID, "0010|0030": "19700101"}
+
+
+def ramp(height: int = 24, width: int = 32, dtype=np.uint16, scale: int = 40) -> np.ndarray:
+    """Rises to the right, and downwards in steps: no flip or turn leaves it as it is."""
+    rows, columns = np.indices((height, width))
+    return (columns * scale + rows // 8 * scale // 4).astype(dtype)
+
+
+def one(root: Path) -> tuple[Source, ...]:
+    return tuple(find_sources(root))
+
+
+def read(root: Path, **options):
+    (source,) = one(root)
+    return read_pixels(root, source, **options)
+
+
+def shown(root: Path, out: Path, **options) -> torch.Tensor:
+    """Prepare a folder with one image of one class; return it in gray at its own size."""
+    report = prepare_folder(root, out, **{"proportions": [1], "size": 32, **options})
+    assert not report.broken, report
+    return load_images(next(out.glob("train/*/*.png")))[0, 0]
+
+
+def retag(file: Path, **tags) -> None:
+    """Change tags without touching the stored pixels."""
+    pydicom = pytest.importorskip("pydicom")
+    data = pydicom.dcmread(file)
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(file)
+
+
+def test_dicom_rescale_and_window_tags(tmp_path: Path) -> None:
+    file = write_dicom(tmp_path / "in" / "a.dcm", ramp())
+    retag(file, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=[0, 99], WindowWidth=[401, 1])
+    pixels = read(tmp_path / "in")
+    assert np.allclose(pixels.values[0], ramp().astype(float) * 2 - 1000)
+    # PS3.3 C.11.2.1.2 with c = 0 and w = 401: black up to -200.5, white above 199.5
+    assert pixels.window == (-200.5, 199.5)
+    image = shown(tmp_path / "in", tmp_path / "out")
+    low, high = pixels.values[0] <= -200.5, pixels.values[0] > 199.5
+    inner = image[4:28]
+    assert inner[torch.from_numpy(low)].max() == 0 and inner[torch.from_numpy(high)].min() == 255
+    assert "tags: -200.5..199.5" in load_manifest(tmp_path / "out")["window"].iloc[0]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(np.uint8, 8), (np.uint16, 12), (np.int16, 16)])
+def test_monochrome1_is_inverted_after_its_window(tmp_path: Path, dtype, bits: int) -> None:
+    stored = ramp(32, 32, dtype, 7)
+    tags = {"RescaleSlope": 2, "RescaleIntercept": 5, "WindowCenter": 105, "WindowWidth": 151}
+    for name, kind in (("m1", "MONOCHROME1"), ("m2", "MONOCHROME2")):
+        file = write_dicom(tmp_path / name / "a.dcm", stored)
+        retag(file, PhotometricInterpretation=kind, BitsStored=bits, HighBit=bits - 1, **tags)
+        assert np.allclose(read(tmp_path / name).values[0], stored.astype(float) * 2 + 5)
+    inverted = shown(tmp_path / "m1", tmp_path / "out1")
+    plain = shown(tmp_path / "m2", tmp_path / "out2")
+    assert (inverted.int() - (255 - plain.int())).abs().max() <= 1
+    assert plain[0, 0] == 0 and plain[0, -1] == 255
+    assert "inverted" in load_manifest(tmp_path / "out1")["window"].iloc[0]
+
+
+@pytest.mark.parametrize("compressor", [None, "JPEG", "JPEG2000", "JPEGLS"])
+def test_lossless_transfer_syntaxes(tmp_path: Path, compressor: str | None) -> None:
+    write_dicom(tmp_path / "a.dcm", ramp(64, 64), compressor=compressor)
+    assert np.array_equal(read(tmp_path).values[0], ramp(64, 64))
+    if compressor:
+        write_dicom(tmp_path / "plain" / "b.dcm", ramp(64, 64))
+        sizes = [p.stat().st_size for p in (tmp_path / "a.dcm", tmp_path / "plain" / "b.dcm")]
+        assert sizes[0] < sizes[1], "it was not compressed"
+
+
+def test_rle_and_lossy_jpeg(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    from io import BytesIO
+
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEGBaseline8Bit, RLELossless
+
+    gray = ramp(64, 64, np.uint8, 3)
+    write_dicom(tmp_path / "rle" / "a.dcm", gray)
+    data = pydicom.dcmread(tmp_path / "rle" / "a.dcm")
+    data.compress(RLELossless)
+    data.save_as(tmp_path / "rle" / "a.dcm")
+    assert np.array_equal(read(tmp_path / "rle").values[0], gray)
+    write_dicom(tmp_path / "jpeg" / "a.dcm", gray)
+    data = pydicom.dcmread(tmp_path / "jpeg" / "a.dcm")
+    stream = BytesIO()
+    Image.fromarray(gray).save(stream, format="JPEG", quality=95)
+    data.PixelData = encapsulate([stream.getvalue()])
+    data["PixelData"].is_undefined_length = True
+    data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    data.save_as(tmp_path / "jpeg" / "a.dcm")
+    gap = np.abs(read(tmp_path / "jpeg").values[0].astype(int) - gray)
+    assert gap.max() <= 12 and gap.mean() < 3
+
+
+def write_series(folder: Path, n: int = 5, **extra: str) -> None:
+    """Write a series whose file names run against the order of its slices."""
+    for k in range(n):
+        tags = {
+            **PERSON,
+            "0020|000e": "1.2.3.4",
+            "0020|0032": f"0\\0\\{3 * k}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0008|0060": "MR",
+            **extra,
+        }
+        write_dicom(folder / f"{n - k:03d}.dcm", ramp() + 100 * k, tags)
+
+
+def test_a_series_is_one_volume_in_the_order_of_its_slices(tmp_path: Path) -> None:
+    write_series(tmp_path / "in")
+    (source,) = one(tmp_path / "in")
+    assert len(source.files) == 5 and source.patient == ID
+    values = read_pixels(tmp_path / "in", source).values
+    assert values[:, 0, 0].tolist() == [0, 100, 200, 300, 400]
+    assert count_slices(tmp_path / "in", source) == 5
+    report = prepare_folder(
+        tmp_path / "in", tmp_path / "out", proportions=[1], size=32, slices="every:2"
+    )
+    indices = load_manifest(tmp_path / "out")["slice_index"].tolist()
+    assert report.made == 2 and indices == ["1", "3"]
+
+
+def test_images_of_a_series_at_one_position_are_refused(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", 4, **{"0020|0032": "0\\0\\0"})
+    report = prepare_folder(tmp_path / "in", tmp_path / "out", proportions=[1])
+    assert len(report.broken) == 1 and "one position" in report.broken[0][1]
+
+
+def test_nothing_of_the_patient_is_in_what_is_written(tmp_path: Path) -> None:
+    for label in ("sick", "well"):
+        for i in range(3):
+            person = {"0010|0010": NAME, "0010|0020": f"{ID}{label}{i}", "0028|0301": "YES"}
+            write_dicom(tmp_path / "in" / label / f"{NAME}{i}.dcm", ramp() + i, person)
+    out, key = tmp_path / "out", tmp_path / "key.csv"
+    report = prepare_folder(tmp_path / "in", out, size=32, key=key)
+    assert report.made == 6
+    words = [word.encode() for word in (NAME, "Doe", "Jane", ID, "4711", str(tmp_path), ".dcm")]
+    for path in out.rglob("*"):
+        assert not any(word in path.relative_to(out).as_posix().encode() for word in words)
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(word in content for word in words), path
+    assert not Image.open(next(out.rglob("p*.png"))).info
+    with open(key, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["patient"] for row in rows} == {
+        f"{ID}{c}{i}" for c in ("sick", "well") for i in "012"
+    }
+    assert {row["number"] for row in rows} == set(load_manifest(out)["patient"])
+    notes = " ".join(report.notes)
+    assert "cannot be detected" in notes and "6 DICOM images say" in notes
+    with pytest.raises(ValueError, match="meant to be shared"):
+        prepare_folder(tmp_path / "in", out, size=32, key=out / "key.csv")
+
+
+def write_volume(file: Path, code: str = "LPS", n: int = 4, spacing=(1.0, 1.0, 5.0)) -> np.ndarray:
+    """Write a volume stored in an orientation; return it as it should be seen (LPS)."""
+    values = np.stack([ramp(24, 32, np.int16) + 500 * k for k in range(n)])
+    image = sitk.GetImageFromArray(values)
+    image.SetSpacing(spacing)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.DICOMOrient(image, code), str(file))
+    return values
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mha", "a.nrrd"])
+@pytest.mark.parametrize("code", ["LPS", "RAS", "RPS"])
+def test_volumes_show_as_on_a_light_box_however_they_are_stored(
+    tmp_path: Path, name: str, code: str
+) -> None:
+    values = write_volume(tmp_path / name, code)
+    assert np.array_equal(read(tmp_path).values, values)
+
+
+def test_planes(tmp_path: Path) -> None:
+    values = write_volume(tmp_path / "a.mha", "PIL")
+    native = read(tmp_path)
+    assert native.values.shape == (32, 4, 24), "stored sagittally, so sliced sagittally"
+    assert np.array_equal(read(tmp_path, plane="axial").values, values)
+    coronal = read(tmp_path, plane="coronal")
+    assert np.array_equal(coronal.values[3], values[::-1, 3, :]), "feet below, left on the right"
+    assert coronal.spacing == (5.0, 1.0)
+    with pytest.raises(ValueError, match="native, axial"):
+        read(tmp_path, plane="oblique")
+
+
+def test_pixels_are_made_square(tmp_path: Path) -> None:
+    write_volume(tmp_path / "in" / "a.mha", "LIP")
+    image = shown(tmp_path / "in", tmp_path / "out", size=64)
+    high = int((image.float().std(dim=1) > 0).sum())
+    assert abs(high - 64 * 20 / 32) <= 1, "4 slices of 5 mm against 32 columns of 1 mm"
+    assert load_manifest(tmp_path / "out")["spacing"].iloc[0] == "0.5 x 0.5"
+
+
+def test_slice_rules(tmp_path: Path) -> None:
+    write_volume(tmp_path / "in" / "c" / "a.nii.gz", n=7)
+    mask = np.zeros((7, 24, 32), np.uint8)
+    mask[1, :3, :3], mask[5, :9, :9] = 1, 1
+    image = sitk.GetImageFromArray(mask)
+    image.SetSpacing((1, 1, 5))
+    (tmp_path / "masks" / "c").mkdir(parents=True)
+    sitk.WriteImage(image, str(tmp_path / "masks" / "c" / "a.mha"))
+
+    def indices(out: str, **options) -> list[str]:
+        prepare_folder(tmp_path / "in", tmp_path / out, proportions=[1], size=32, **options)
+        return load_manifest(tmp_path / out)["slice_index"].tolist()
+
+    assert indices("middle") == ["3"]
+    assert indices("every", slices="every:3") == ["1", "4"]
+    assert indices("mask", slices="mask", masks=tmp_path / "masks") == ["5"]
+    for slices, masks in (("mask", None), ("middle", tmp_path)):
+        with pytest.raises(ValueError, match="belong together"):
+            indices("x", slices=slices, masks=masks)
+    with pytest.raises(ValueError, match="every:K"):
+        indices("x", slices="every:0")
+    image.SetOrigin((50, 0, 0))
+    sitk.WriteImage(image, str(tmp_path / "masks" / "c" / "a.mha"))
+    report = prepare_folder(
+        tmp_path / "in", tmp_path / "off", proportions=[1], slices="mask", masks=tmp_path / "masks"
+    )
+    assert "another place" in report.broken[0][1]
+
+
+def test_windows(tmp_path: Path) -> None:
+    values = np.tile(np.arange(0, 3200, 100, dtype=np.int16), (32, 1))
+    values[0, 0] = 30000  # one hot pixel
+    root = tmp_path / "in"
+    root.mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(root / "a.nrrd"))
+    fixed = shown(root, tmp_path / "fixed", window="1000,2000")
+    assert fixed[5, :11].max() == 0 and fixed[5, 20:].min() == 255 and fixed[5, 15] == 128
+    percentile = shown(root, tmp_path / "percentile", window="percentile")
+    assert torch.equal(percentile, shown(root, tmp_path / "auto")), "no tags, more than 8 bits"
+    assert percentile[5, 31] == 255 and percentile[5, 16] > 100, "not ruled by the hot pixel"
+    report = prepare_folder(root, tmp_path / "tags", proportions=[1], window="tags")
+    assert "no window tags" in report.broken[0][1]
+    for window in ("wide", "5,1", "1,2,3"):
+        with pytest.raises(ValueError, match="window"):
+            prepare_folder(root, tmp_path / "x", window=window)
+
+
+def picture(kind: str) -> Image.Image:
+    gray = ramp(32, 32, np.uint8, 6)
+    if kind == "16-bit":
+        return Image.fromarray(gray.astype(np.uint16) * 100)
+    if kind == "RGBA":
+        image = Image.fromarray(np.dstack([gray, gray, gray, np.full_like(gray, 255)]))
+        image.putpixel((31, 31), (255, 255, 255, 0))
+        return image
+    image = Image.fromarray(gray)
+    return image.convert("RGB").quantize(256) if kind == "palette" else image.convert(kind)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "palette", "16-bit"])
+def test_pictures_of_all_modes(tmp_path: Path, suffix: str, kind: str) -> None:
+    (tmp_path / "in").mkdir()
+    picture(kind).save(tmp_path / "in" / f"a.{suffix}")
+    image = shown(tmp_path / "in", tmp_path / "out")
+    expected = torch.from_numpy(ramp(32, 32, np.uint8, 6)).float()
+    if kind == "16-bit":
+        values = ramp(32, 32, np.uint8, 6).astype(float)
+        low, high = np.percentile(values, (0.5, 99.5))
+        expected = torch.from_numpy(((values - low) / (high - low) * 255).clip(0, 255))
+    if kind == "RGBA":
+        expected[31, 31] = 0
+        assert load_manifest(tmp_path / "out")["window"].iloc[0].endswith("on black")
+    assert (image.float() - expected).abs().max() <= 2
+
+
+def test_pictures_that_need_a_decision_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    frames = [picture("L"), picture("L").rotate(90)]
+    frames[0].save(root / "pages.tif", save_all=True, append_images=frames[1:])
+    picture("RGB").convert("CMYK").save(root / "ink.tif")
+    (root / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (root / "cut.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    (root / "cut.nii.gz").write_bytes(b"no volume")
+    Image.new("L", (9, 9)).save(root / "fine.jpg")
+    sitk.WriteImage(sitk.Image([4, 4, 4, 3], sitk.sitkInt16), str(root / "time.nii"))
+    deep = sitk.Image([8, 8], sitk.sitkVectorUInt16, 3)
+    sitk.WriteImage(deep, str(root / "deep.png"))
+    report = prepare_folder(root, tmp_path / "out", proportions=[1], size=32)
+    reasons = {reason.split(":")[0]: reason for _, reason in report.broken}
+    assert report.made == 1 and set(reasons) == {
+        "pages.tif", "ink.tif", "cut.png", "cut.dcm", "cut.nii.gz", "time.nii", "deep.png",
+    }  # fmt: skip
+    for name, why in (
+        ("pages.tif", "2 pages"),
+        ("ink.tif", "CMYK"),
+        ("time.nii", "4-D"),
+        ("deep.png", "16 bits"),
+        ("cut.dcm", "DICOM"),
+    ):
+        assert why in reasons[name]
+
+
+def write_pictures(root: Path, names: list[str]) -> None:
+    images = make_phantoms("chest", "healthy", len(names), size=32).images
+    for name, image in zip(names, images):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        to_pil(image).save(root / name)
+
+
+def assert_patients_kept_together(table) -> None:
+    assert (table.groupby("patient")["split"].nunique() == 1).all()
+
+
+def test_patients_from_a_pattern_a_table_or_nobody(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    names = [f"{c}/pat{p:02d}_{v}.png" for c in "ab" for p in range(6) for v in range(3)]
+    write_pictures(root, names)
+    report = prepare_folder(root, tmp_path / "pattern", size=32, patient_pattern=r"(\w/pat\d+)")
+    table = load_manifest(tmp_path / "pattern")
+    assert_patients_kept_together(table)
+    assert table["patient"].nunique() == 12 and len(table) == 36
+    assert set(table["split"]) == {"train", "val", "test"}
+    assert not any("unknown" in note for note in report.notes)
+
+    lines = ["name,diagnosis,who"]
+    lines += [f"{name},{name[0].upper()} 1/2,{name[5:7]}" for name in names[:-1]]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\ngone.png,A 1/2,00\n")
+    columns = {"file_column": "name", "label_column": "diagnosis", "patient_column": "who"}
+    report = prepare_folder(root, tmp_path / "table", labels=tmp_path / "t.csv", size=32, **columns)
+    table = load_manifest(tmp_path / "table")
+    assert_patients_kept_together(table)
+    assert set(table["label"]) == {"A_1_2", "B_1_2"} and len(table) == 35
+    assert any("1 images are not in the table" in note for note in report.notes)
+    assert len(report.broken) == 1 and "not in the folder" in report.broken[0][1]
+
+    report = prepare_folder(root, tmp_path / "nobody", size=32)
+    assert any("36 images are unknown" in note for note in report.notes)
+
+
+def test_per_class_takes_patients(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", [f"{c}/{i}.png" for c in "ab" for i in range(8)])
+    report = prepare_folder(tmp_path / "in", tmp_path / "out", size=32, per_class=2)
+    assert set(report.counts.values()) == {2} and len(report.counts) == 6
+    with pytest.raises(ValueError, match="there are 8"):
+        prepare_folder(tmp_path / "in", tmp_path / "x", per_class=5)
+
+
+def test_wrong_folders_and_tables(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        prepare_folder(root, tmp_path / "out")
+    root.mkdir()
+    with pytest.raises(ValueError, match="no images"):
+        prepare_folder(root, tmp_path / "out")
+    write_pictures(root, [f"jane/{i}.png" for i in range(2)] + ["a.png", "b.png", "c.png"])
+    with pytest.raises(ValueError, match="'jane': 2"):
+        prepare_folder(root, tmp_path / "out")
+    with pytest.raises(ValueError, match="does not fit a"):
+        prepare_folder(root, tmp_path / "out", patient_pattern=r"jane/(\d)")
+    with pytest.raises(ValueError, match="needs a group"):
+        prepare_folder(root, tmp_path / "out", patient_pattern="jane")
+    with pytest.raises(ValueError, match="no regular expression"):
+        prepare_folder(root, tmp_path / "out", patient_pattern="(")
+    table = tmp_path / "t.csv"
+    for text, said in (
+        ("path,class\na.png,x\n", "no \\['file'\\]"),
+        ("file,class\nz.png,x\n", "must be relative"),
+        ("file,class\na.png,x\na.png,y\n", "twice"),
+        ("file,class\na.png,\n", "no class"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            prepare_folder(root, tmp_path / "out", labels=table)
+    with pytest.raises(FileNotFoundError, match="no such table"):
+        prepare_folder(root, tmp_path / "out", labels=tmp_path / "none.csv")
+
+
+@pytest.mark.realdata
+def test_real_xrays_with_their_patients(real_data: Path, tmp_path: Path) -> None:
+    root = real_data / "chest_xray"
+    if not (root / "index.csv").is_file():
+        pytest.skip(f"no chest_xray in {real_data}")
+    report = prepare_folder(root, tmp_path / "out", labels=root / "index.csv", size=64)
+    assert not report.broken and sum(report.counts.values()) == 600
+    table = load_manifest(tmp_path / "out")
+    assert_patients_kept_together(table)
+    with open(root / "index.csv", newline="") as file:
+        patients = {row["patient"] for row in csv.DictReader(file)}
+    assert table["patient"].nunique() == len(patients)
+    assert report.counts["train", "normal"] > report.counts["val", "normal"] > 40
+    assert load_images(tmp_path / "out" / "test" / "pneumonia").shape[1:] == (3, 64, 64)

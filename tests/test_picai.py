@@ -1,0 +1,428 @@
+"""PI-CAI: geometry, windows, both classes, every wrong input, and a reference implementation."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medbudget.data import picai
+from medbudget.data.phantom_trees import write_picai
+from medbudget.data.picai import (
+    load_case,
+    measure_shift,
+    prepare_picai,
+    read_marksheet,
+    target_grid,
+)
+from medbudget.data.prepare import BrokenCase, load_manifest
+
+sitk = pytest.importorskip("SimpleITK")
+REAL = "10795_1000811"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("picai")
+    write_picai(folder, n=16)
+    return folder
+
+
+@pytest.fixture
+def copy(tree: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tree, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def real(real_data: Path) -> Path:
+    if not (real_data / "picai").is_dir():
+        pytest.skip(f"no PI-CAI case in {real_data}")
+    return real_data / "picai"
+
+
+def load(folder: Path, case: str, **options) -> picai.Case:
+    return load_case(folder / "images", folder / "labels", case, **{"size": 96, **options})
+
+
+def ball(centre: tuple[float, float, float], size, spacing, origin, direction=None):
+    """A bright ball at a place in the patient, seen by a grid of its own."""
+    image = sitk.Image(list(size), sitk.sitkFloat32)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    if direction is not None:
+        image.SetDirection(direction)
+    k, j, i = np.meshgrid(*[np.arange(n) for n in size[::-1]], indexing="ij")
+    axes = np.reshape(image.GetDirection(), (3, 3)) * np.array(spacing)
+    places = np.array(origin)[:, None] + axes @ np.stack([i, j, k]).reshape(3, -1)
+    far = np.linalg.norm(places - np.array(centre)[:, None], axis=0).reshape(k.shape)
+    made = sitk.GetImageFromArray((1000 * np.exp(-((far / 12) ** 2))).astype(np.uint16))
+    made.CopyInformation(image)
+    return made
+
+
+def centroid(plane: torch.Tensor) -> np.ndarray:
+    values = plane.double().numpy()
+    return np.array([(np.indices(values.shape)[d] * values).sum() / values.sum() for d in (0, 1)])
+
+
+@pytest.fixture
+def balls(tmp_path: Path) -> Path:
+    """One object seen by three grids, of other spacing, centre, tilt and direction."""
+    centre, images, labels = (10.0, -20.0, 30.0), tmp_path / "images", tmp_path / "labels"
+    tilt = np.deg2rad(8)
+    tilted = (1, 0, 0, 0, np.cos(tilt), -np.sin(tilt), 0, np.sin(tilt), np.cos(tilt))
+    t2w = ball(centre, (320, 320, 21), (0.5, 0.5, 3.0), (-70, -100, 0))
+    adc = ball(centre, (80, 90, 25), (2.0, 2.0, 3.6), (-65, -110, -17), tilted)
+    hbv = ball(centre, (100, 100, 25), (2, 2, 3), (110, -118, -6), (-1, 0, 0, 0, 1, 0, 0, 0, 1))
+    place = images / "7"
+    place.mkdir(parents=True)
+    for name, volume in (("t2w", t2w), ("adc", adc), ("hbv", hbv)):
+        sitk.WriteImage(volume, str(place / f"7_8_{name}.mha"))
+    (labels / picai.GLAND).mkdir(parents=True)
+    sitk.WriteImage(sitk.Cast(t2w > 500, sitk.sitkUInt8), str(labels / picai.GLAND / "7_8.nii.gz"))
+    (labels / "clinical_information").mkdir()
+    (labels / picai.MARKSHEET).write_text("patient_id,study_id,case_csPCa\n7,8,NO\n")
+    return tmp_path
+
+
+def test_physical_geometry_puts_all_sequences_at_one_place(balls: Path) -> None:
+    case = load(balls, "7_8", size=300, window="volume")
+    places = [centroid(plane) for plane in case.image]
+    for other in places[1:]:
+        assert np.abs(other - places[0]).max() < 0.5, "pixels of 0.5 mm"
+    t2w = sitk.ReadImage(str(balls / "images" / "7" / "7_8_t2w.mha"))
+    origin, _ = target_grid(t2w)
+    expected = (np.array((-20.0, 10.0)) - np.array(origin[1::-1])) / 0.5
+    assert np.abs(places[0] - expected).max() < 0.5
+    assert case.slice_index == round((30.0 - origin[2]) / 3)
+    assert np.abs(centroid(case.gland) - places[0]).max() < 0.5
+    assert case.spacing == (0.5, 0.5)
+
+
+def test_paper_geometry_does_not(balls: Path) -> None:
+    case = load(balls, "7_8", size=300, geometry="paper")
+    places = [centroid(plane) for plane in case.image]
+    assert max(np.abs(other - places[0]).max() for other in places[1:]) > 5
+
+
+def test_the_papers_shift_is_read_off_the_headers(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    for name, origin in (("t2w", (0, 0, 0)), ("adc", (2, -3, 6)), ("hbv", (0, 0, 0))):
+        image = sitk.Image([320, 320, 20], sitk.sitkUInt8)
+        image.SetSpacing((0.5, 0.5, 3))
+        image.SetOrigin(origin)
+        sitk.WriteImage(image, str(tmp_path / "1" / f"1_2_{name}.mha"))
+    assert measure_shift(tmp_path, "1_2") == {"adc": (6.0, -3.0, 2.0), "hbv": (0.0, 0.0, 0.0)}
+    with pytest.raises(BrokenCase, match="no 3_4"):
+        measure_shift(tmp_path, "3_4")
+
+
+def test_a_volume_stored_back_to_front_gives_the_same_picture(balls: Path, tree: Path) -> None:
+    before = load(balls, "7_8")
+    file = balls / "images" / "7" / "7_8_t2w.mha"
+    flipped = sitk.Flip(sitk.ReadImage(str(file)), [True, False, True])
+    assert flipped.GetDirection()[0] == -1 and flipped.GetDirection()[8] == -1
+    sitk.WriteImage(flipped, str(file))
+    assert (load(balls, "7_8").image.int() - before.image.int()).abs().max() <= 1
+
+
+def test_t2w_is_not_blurred_where_its_spacing_is_the_targets(balls: Path) -> None:
+    """Its own voxels, not values between them: the odd number of slices is the hard case."""
+    case = load(balls, "7_8", size=300, window="volume", sequences="t2w")
+    stack = sitk.GetArrayFromImage(sitk.ReadImage(str(balls / "images" / "7" / "7_8_t2w.mha")))
+    padding = (30 - len(stack)) // 2
+    plane = stack[case.slice_index - padding, 10:310, 10:310].astype(float)
+    assert np.abs(case.image[0].numpy() - plane / stack.max() * 255).max() <= 0.51
+    assert torch.equal(case.image[0], case.image[2])
+
+
+def test_slice_rules(tree: Path) -> None:
+    """Negative: the gland's median slice. Positive: the largest tumour area, which is elsewhere."""
+    for case_id, study in read_marksheet(tree / "labels").items():
+        case = load(tree, case_id)
+        assert case.label == (study.label == "positive")
+        assert case.gland.any() and case.tumour.any() == (case.label == 1)
+    name, least = "10001_1000010", 2
+    mask = sitk.GetArrayFromImage(
+        sitk.ReadImage(str(tree / "labels" / picai.HUMAN / f"{name}.nii.gz"))
+    )
+    assert set(np.unique(mask)) == {0, least}
+    padding = (picai.GRID[0] - len(mask)) // 2
+    area = (mask >= least).sum(axis=(1, 2))
+    assert load(tree, name).slice_index == area.argmax() + padding
+    gland = sitk.GetArrayFromImage(
+        sitk.ReadImage(str(tree / "labels" / picai.GLAND / "10000_1000000.nii.gz"))
+    )
+    middle = int(np.median(np.flatnonzero(gland.any(axis=(1, 2)))))
+    assert load(tree, "10000_1000000").slice_index == middle + padding
+
+
+def test_a_machines_mask_stands_in_where_there_is_no_human_one(tree: Path) -> None:
+    case = load(tree, "10005_1000050")
+    assert case.tumour.any() and any("Bosma22a" in source for source in case.sources)
+    assert not any("human_expert" in source for source in case.sources)
+
+
+def test_lesions_below_isup_2_are_no_tumour(copy: Path) -> None:
+    file = copy / "labels" / picai.HUMAN / "10001_1000010.nii.gz"
+    mask = sitk.ReadImage(str(file))
+    sitk.WriteImage(sitk.Cast(mask > 0, sitk.sitkUInt8), str(file))
+    with pytest.raises(BrokenCase, match="empty"):
+        load(copy, "10001_1000010")
+
+
+def test_percentile_window_shows_dwi_that_a_bright_coil_would_hide(copy: Path) -> None:
+    file = copy / "images" / "10000" / "10000_1000000_hbv.mha"
+    volume = sitk.ReadImage(str(file))
+    values = sitk.GetArrayFromImage(volume)
+    values[:, :, -2:] = 20000
+    spoilt = sitk.GetImageFromArray(values)
+    spoilt.CopyInformation(volume)
+    sitk.WriteImage(spoilt, str(file))
+    inner = slice(24, 72)
+    shown = load(copy, "10000_1000000").image[2, inner, inner].float()
+    dark = load(copy, "10000_1000000", window="volume").image[2, inner, inner].float()
+    assert shown.std() > 20 > 2 > dark.std()
+
+
+def test_size_only_resizes(tree: Path) -> None:
+    large, small = load(tree, "10001_1000010", size=256), load(tree, "10001_1000010", size=128)
+    assert large.image.shape == (3, 256, 256) and small.spacing[0] == 2 * large.spacing[0]
+    mean = torch.nn.functional.avg_pool2d(large.image.float(), 2)
+    assert (mean - small.image.float()).abs().mean() < 2
+    areas = [case.tumour.float().mean().item() for case in (large, small)]
+    assert areas[0] == pytest.approx(areas[1], rel=0.1)
+
+
+def edit(copy: Path, what: str) -> None:
+    """Spoil case 10000_1000000 in one way."""
+    images = copy / "images" / "10000"
+    gland = copy / "labels" / picai.GLAND / "10000_1000000.nii.gz"
+    t2w = images / "10000_1000000_t2w.mha"
+    adc = images / "10000_1000000_adc.mha"
+    if what == "missing sequence":
+        adc.unlink()
+    elif what == "truncated":
+        t2w.write_bytes(t2w.read_bytes()[: t2w.stat().st_size // 2])
+    elif what == "unsorted":
+        volume = sitk.ReadImage(str(t2w))
+        n = volume.GetDepth()
+        shuffled = sitk.GetImageFromArray(
+            sitk.GetArrayFromImage(volume)[[*range(0, n, 2), *range(1, n, 2)]]
+        )
+        shuffled.CopyInformation(volume)
+        sitk.WriteImage(shuffled, str(t2w))
+    elif what == "mask of other size":
+        mask = sitk.Image([16, 16, 4], sitk.sitkUInt8) + 1
+        sitk.WriteImage(mask, str(gland))
+    elif what == "empty gland":
+        sitk.WriteImage(sitk.ReadImage(str(gland)) * 0, str(gland))
+    elif what == "no gland":
+        gland.unlink()
+    elif what == "flat":
+        sitk.WriteImage(sitk.ReadImage(str(adc)) * 0 + 7, str(adc))
+    elif what == "2-D":
+        sitk.WriteImage(sitk.ReadImage(str(adc))[:, :, 0], str(adc))
+    elif what == "sagittal":
+        volume = sitk.ReadImage(str(t2w))
+        volume.SetDirection((0, 0, 1, 1, 0, 0, 0, 1, 0))
+        sitk.WriteImage(volume, str(t2w))
+    elif what == "elsewhere":
+        volume = sitk.ReadImage(str(adc))
+        volume.SetOrigin((900, 900, 900))
+        sitk.WriteImage(volume, str(adc))
+
+
+WRONG = {
+    "missing sequence": "missing sequence adc",
+    "truncated": "truncated",
+    "unsorted": "not in order",
+    "mask of other size": "another volume",
+    "empty gland": "empty",
+    "no gland": r"missing mask \(AI/Bosma22b\)",
+    "flat": "one value 7",
+    "2-D": "not a gray 3-D volume",
+    "sagittal": "not an axial volume",
+    "elsewhere": "outside T2W's field of view",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_is_a_broken_case_with_a_reason(copy: Path, what: str) -> None:
+    load(copy, "10000_1000000")
+    edit(copy, what)
+    with pytest.raises(BrokenCase, match=WRONG[what]):
+        load(copy, "10000_1000000")
+
+
+@pytest.mark.parametrize("what", ["missing sequence", "truncated", "unsorted", "flat"])
+def test_wrong_input_in_the_papers_geometry(copy: Path, what: str) -> None:
+    edit(copy, what)
+    with pytest.raises(BrokenCase, match=WRONG[what]):
+        load(copy, "10000_1000000", geometry="paper")
+
+
+def test_absent_lesion_file_of_a_positive(copy: Path) -> None:
+    (copy / "labels" / picai.HUMAN / "10001_1000010.nii.gz").unlink()
+    with pytest.raises(BrokenCase, match=r"missing mask \(AI/Bosma22a\)"):
+        load(copy, "10001_1000010")
+
+
+def test_wrong_options_and_folders(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="allowed are physical, paper"):
+        load(tree, "10000_1000000", geometry="voxel")
+    with pytest.raises(ValueError, match="allowed are percentile, volume"):
+        load(tree, "10000_1000000", window="minmax")
+    with pytest.raises(BrokenCase, match="no 1_2_t2w"):
+        load(tree, "1_2")
+    with pytest.raises(FileNotFoundError, match="picai_labels"):
+        load_case(tree / "images", tmp_path, "10000_1000000")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_case(tmp_path / "none", tree / "labels", "10000_1000000")
+    sheet = tmp_path / picai.MARKSHEET
+    sheet.parent.mkdir()
+    sheet.write_text("patient_id,study_id\n1,2\n")
+    with pytest.raises(ValueError, match="case_csPCa"):
+        read_marksheet(tmp_path)
+    sheet.write_text("patient_id,study_id,case_csPCa\n1,2,maybe\n")
+    with pytest.raises(ValueError, match="'maybe'"):
+        read_marksheet(tmp_path)
+
+
+def prepare(tree: Path, out: Path, **options):
+    chosen = {"size": 64, "per_class": 2, **options}
+    return prepare_picai(tree / "images", tree / "labels", out, **chosen)
+
+
+def test_no_patient_stands_in_two_splits(tree: Path, tmp_path: Path) -> None:
+    report = prepare(tree, tmp_path / "out", reference=2)
+    table = load_manifest(tmp_path / "out")
+    assert (table.groupby("patient")["split"].nunique() == 1).all()
+    assert set(report.counts.values()) == {2} and len(table) == 14
+    truth = {s.patient: s.label for s in read_marksheet(tree / "labels").values()}
+    assert all(truth[row.patient] == row.label for row in table.itertuples())
+    assert any("another one: 10000_100000" in note for note in report.notes)
+    assert table["sources"].str.contains("_t2w.mha").all()
+    assert not table["sources"].str.contains(str(tree)).any()
+
+
+def test_selection_does_not_depend_on_folds_or_workers(tree: Path, tmp_path: Path) -> None:
+    prepare(tree, tmp_path / "merged")
+    folds = tmp_path / "folds"
+    shutil.copytree(tree / "labels", folds / "labels")
+    for i, patient in enumerate(sorted((tree / "images").iterdir())):
+        shutil.copytree(
+            patient, folds / "images" / f"picai_public_images_fold{i % 5}" / patient.name
+        )
+    prepare(folds, tmp_path / "five", workers=2)
+    one, two = (load_manifest(tmp_path / name) for name in ("merged", "five"))
+    assert list(one["sha256"]) == list(two["sha256"]) and list(one["file"]) == list(two["file"])
+
+
+def test_overlapping_reference_is_listed(tree: Path, tmp_path: Path) -> None:
+    report = prepare(tree, tmp_path / "out", reference=8, disjoint=False)
+    table = load_manifest(tmp_path / "out")
+    extra = table[table["split"] == "reference"]
+    assert len(extra) == 8 and set(extra["label"]) == {"negative"}
+    assert (
+        sorted(extra["note"])
+        == ["", "", *["also in test"] * 2, *["also in train"] * 2] + ["also in val"] * 2
+    )
+    assert any("2 with train, 2 with val, 2 with test" in note for note in report.notes)
+    fewer = prepare(tree, tmp_path / "fewer", reference=8)
+    assert fewer.counts["reference", "negative"] == 2
+    assert any("2 of 8" in note for note in fewer.notes)
+
+
+def test_too_few_and_broken(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"negative: 300 patients wanted .* there are 8"):
+        prepare(copy, tmp_path / "out", per_class=100)
+    report = prepare(copy, tmp_path / "few", per_class=100, allow_fewer=True)
+    assert sum(report.counts.values()) == 16
+    table = load_manifest(tmp_path / "few")
+    gone = table[(table["label"] == "positive") & (table["split"] == "train")].iloc[0]["patient"]
+    for file in (copy / "images" / gone).glob("*_hbv.mha"):
+        file.unlink()
+    report = prepare(copy, tmp_path / "spare", per_class=2)
+    assert len(report.broken) <= 1 and not report.short, "a spare patient takes its place"
+
+
+def reference_slice(folder: Path, case_id: str, label: int) -> np.ndarray:
+    """The released conversion's steps on picai_prep's own functions, in other words."""
+    prep = pytest.importorskip("picai_prep.preprocessing", reason="needs picai_prep")
+
+    def volume(file: Path, mask: bool) -> np.ndarray:
+        spaced = prep.resample_img(sitk.ReadImage(str(file)), (3, 0.5, 0.5), is_label=mask)
+        values = sitk.GetArrayFromImage(spaced)
+        if not mask:
+            values = (values - values.min()) / (values.max() - values.min())
+        return prep.crop_or_pad(values, (30, 300, 300))
+
+    patient = case_id.split("_")[0]
+    if label:
+        tumour = volume(folder / "labels" / picai.HUMAN / f"{case_id}.nii.gz", True) >= 2
+        index = int(tumour.sum(axis=(1, 2)).argmax())
+    else:
+        gland = volume(folder / "labels" / picai.GLAND / f"{case_id}.nii.gz", True)
+        index = int(np.median(np.unique(np.nonzero(gland)[0])))
+    planes = [
+        volume(folder / "images" / patient / f"{case_id}_{name}.mha", False)[index]
+        for name in ("t2w", "adc", "hbv")
+    ]
+    picture = Image.fromarray((np.stack(planes, axis=-1) * 255).astype(np.uint8))
+    return np.asarray(picture.resize((512, 512), Image.Resampling.LANCZOS))
+
+
+def assert_agrees(case: picai.Case, theirs: np.ndarray) -> None:
+    gap = np.abs(case.image.permute(1, 2, 0).numpy().astype(int) - theirs)
+    assert (gap <= 1).mean() >= 0.99
+    assert theirs.std() > 5, "a black picture agrees with anything"
+
+
+@pytest.mark.parametrize(("case_id", "label"), [("10000_1000000", 0), ("10001_1000010", 1)])
+def test_papers_geometry_agrees_with_picai_prep(tree: Path, case_id: str, label: int) -> None:
+    theirs = reference_slice(tree, case_id, label)
+    assert_agrees(load(tree, case_id, size=512, geometry="paper"), theirs)
+
+
+@pytest.mark.realdata
+def test_papers_geometry_agrees_with_picai_prep_on_the_real_case(real: Path) -> None:
+    case = load(real, REAL, size=512, geometry="paper")
+    assert_agrees(case, reference_slice(real, REAL, 0))
+
+
+@pytest.mark.realdata
+def test_real_case_in_physical_space(real: Path) -> None:
+    case = load(real, REAL, size=300)
+    assert case.label == 0 and not case.tumour.any()
+    assert 0.02 < case.gland.float().mean() < 0.2
+    rows, columns = np.nonzero(case.gland.numpy())
+    assert np.abs([rows.mean() - 150, columns.mean() - 150]).max() < 60, "near the middle"
+    assert all(plane[case.gland].float().std() > 5 for plane in case.image)
+    # here the grids differ so that both geometries agree, although their centres lie 0.75 mm apart
+    assert all(
+        np.abs(shift).max() < 0.05 for shift in measure_shift(real / "images", REAL).values()
+    )
+    paper = load(real, REAL, size=300, geometry="paper")
+    volume = load(real, REAL, size=300, window="volume")
+    gaps = (paper.image.float() - volume.image.float()).abs().mean(dim=(1, 2))
+    assert gaps.max() < 1
+    # what the window changes: by minimum and maximum, DWI has few gray levels left for the gland
+    assert case.image[2][case.gland].float().mean() > 8 * volume.image[2][case.gland].float().mean()
+
+
+@pytest.mark.realdata
+def test_real_case_goes_through_the_command_once_per_class_is_too_much(
+    real: Path, tmp_path: Path
+) -> None:
+    report = prepare(real, tmp_path / "out", per_class=1, allow_fewer=True)
+    assert report.counts["train", "negative"] == 1 and sum(report.counts.values()) == 1
+    with open(tmp_path / "out" / "manifest.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["patient"] == "10795" and "hbv" in row["window"]
