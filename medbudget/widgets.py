@@ -217,7 +217,7 @@ class PromptMixer(ipw.VBox):
             slider.observe(self._changed, names="value")
         row = ipw.HBox([self.button, self.status])
         super().__init__([*self.sliders, self.scale, row, self.picture])
-        self._changed()
+        self._report("move a slider")
 
     @property
     def prompt(self) -> str:

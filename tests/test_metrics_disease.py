@@ -3,7 +3,7 @@ import torch
 
 from medbudget import make_phantoms
 from medbudget.data.phantoms import KINDS
-from medbudget.metrics import auc, disease_score
+from medbudget.metrics import auc, disease_axis, disease_score
 from medbudget.metrics.disease import FILE, disease_record
 
 DISEASES = [(kind, label) for kind, labels in KINDS.items() for label in labels[1:]]
@@ -34,6 +34,21 @@ def test_other_sizes_score_alike():
     torch.testing.assert_close(
         disease_score(small, "prostate"), disease_score(large, "prostate"), rtol=0.02, atol=0.02
     )
+
+
+def test_axis_means_and_intervals():
+    healthy = make_phantoms("histology", "normal", 6, seed=4).images
+    ill = make_phantoms("histology", "metastasis", 6, seed=4).images
+    axis = disease_axis({0.0: healthy, 1.0: ill}, "histology")
+    values = disease_score(ill, "histology")
+    assert axis[1.0].value == pytest.approx(values.mean()) and axis[1.0].n == 6
+    half = 2.5706 * values.std(ddof=1) / 6**0.5  # t(5) at 97.5 %
+    assert axis[1.0].interval == pytest.approx(
+        (values.mean() - half, values.mean() + half), rel=1e-3
+    )
+    assert axis[0.0].interval[1] < axis[1.0].interval[0]
+    with pytest.raises(ValueError, match="at least 2"):
+        disease_axis({0.0: healthy[:1]}, "histology")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import t
 
 from medbudget.images import check_images
 from medbudget.metrics.features import OFFLINE, features, load_extractor, resize_bilinear
+from medbudget.metrics.scores import Score
 
 FILE = Path(__file__).parent / "disease.safetensors"
 SIZE = 64  # pixels that every image is brought to before its features
@@ -55,6 +58,42 @@ def disease_score(
         )
     row = tensors[name].double().numpy()
     return disease_features(images) @ row[:-1] + row[-1]
+
+
+def disease_axis(
+    axis: Mapping[float, torch.Tensor], kind: str, label: str | None = None
+) -> dict[float, Score]:
+    """Return the mean `disease_score` at each place of an axis, as of `medbudget.interpolate`.
+
+    Parameters
+    ----------
+    axis : mapping of float to torch.Tensor
+        A place and its images, ``(N, 3, H, W) uint8``, N >= 2.
+
+    Returns
+    -------
+    dict of float to Score
+        Means with Student's 95 % interval over the images.
+    """
+    scores = {}
+    extractor = load_extractor(OFFLINE)
+    for place, images in axis.items():
+        values = disease_score(images, kind, label)
+        if len(values) < 2:
+            raise ValueError("an interval needs at least 2 images at each place of the axis")
+        half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+        mean = float(values.mean())
+        scores[place] = Score(
+            name=f"disease score ({label or kind})",
+            value=mean,
+            interval=(mean - float(half), mean + float(half)),
+            n=len(values),
+            extractor=extractor.name,
+            extractor_hash=extractor.hash,
+            resize=f"antialiased bilinear to {SIZE}, then {extractor.resize_rule}",
+            note="mean log odds; Student's interval over images",
+        )
+    return scores
 
 
 def disease_record() -> dict[str, Any]:
