@@ -51,15 +51,8 @@ def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tupl
     """
     if not text.strip():
         return [("", 1.0)]
-    known = None if tokens is None else sorted(tokens)
-    for match in TOKEN.finditer(text) if known is not None else ():
-        if match[0] not in known:
-            raise _fail(
-                text,
-                match.start(),
-                f"unknown token {match[0]} in the prompt; loaded are: {', '.join(known) or 'none'}. "
-                "Load its file with --embeddings FILE (Python: embeddings=[Embedding.load(…)])",
-            )
+    if tokens is not None:
+        _check_tokens(text, sorted(tokens))
     borders = [0, *(x for match in _AND.finditer(text) for x in match.span()), len(text)]
     parts = []
     for start, end in zip(borders[::2], borders[1::2]):
@@ -89,6 +82,17 @@ def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tupl
             raise _fail(text, where, f"{piece} has two weights; keep one of them")
         parts.append((words, float(number)))
     return parts
+
+
+def _check_tokens(text: str, known: list[str]) -> None:
+    for match in TOKEN.finditer(text):
+        if match[0] not in known:
+            raise _fail(
+                text,
+                match.start(),
+                f"unknown token {match[0]} in the prompt; loaded are: {', '.join(known) or 'none'}. "
+                "Load its file with --embeddings FILE (Python: embeddings=[Embedding.load(…)])",
+            )
 
 
 def format_prompt(parts: list[tuple[str, float]]) -> str:
