@@ -221,3 +221,32 @@ def test_interpolation_runs_from_one_embedding_to_the_other_with_the_same_noise(
 def test_wrong_interpolation(tiny, options, problem):
     with pytest.raises(ValueError, match=problem):
         interpolate(tiny, MINE, options.pop("b", OTHER), **options)
+
+
+@pytest.mark.realdata
+def test_the_authors_embeddings_compose_at_the_width_of_sd2(tiny, real_data):
+    """Their real files in prompts, on random networks of the right width: shapes only."""
+    from dataclasses import replace
+
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    names = ("chexpert_healthy", "prostate_neg")
+    words = [Embedding.load(real_data / "embeddings" / f"{name}.pt") for name in names]
+    text = {**tiny.text_encoder.config.to_dict(), "hidden_size": 1024, "num_attention_heads": 8}
+    unet = {**tiny.unet.config, "cross_attention_dim": 1024}
+    wide = replace(
+        tiny,
+        name="wide",
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)).eval(),
+        unet=UNet2DConditionModel(**unet).eval(),
+    )
+    tokens = [word.token for word in words]
+    with torch.no_grad():
+        assert wide.text(tokens[0], embeddings=words).shape == (1, 77, 1024)
+    both = f"{tokens[0]}:0.25 AND {tokens[1]}:0.75"
+    assert sample(wide, both, embeddings=words, n=1, steps=1).shape == (1, 3, 64, 64)
+    axis = interpolate(wide, *words, weights=(0.5,), n=1, steps=1)
+    assert axis[0.5].shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="128 positions"):
+        sample(wide, " ".join(tokens), embeddings=words, n=1, steps=1)
