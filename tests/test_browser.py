@@ -87,15 +87,16 @@ class Browser:
         found = ask(f"{self.url}/element", {"using": "css selector", "value": css})
         return str(next(iter(found.values())))
 
+    def wait_for(self, script: str, what: str) -> Any:
+        """Wait until a script returns something true; else tell what the page says."""
+        try:
+            return until(lambda: self.run(script), what)
+        except AssertionError as error:
+            page = self.run("return document.body.innerText")
+            raise AssertionError(f"{error}; the page says:\n{page}") from None
+
     def type(self, css: str, text: str) -> None:
         ask(f"{self.url}/element/{self.find(css)}/value", {"text": text})
-
-    def keys(self, *keys: str) -> None:
-        """Press keys together, as a chord."""
-        down = [{"type": "keyDown", "value": key} for key in keys]
-        up = [{"type": "keyUp", "value": key} for key in reversed(keys)]
-        actions = [{"type": "key", "id": "keyboard", "actions": down + up}]
-        ask(f"{self.url}/actions", {"actions": actions})
 
     def drag(self, *points: tuple[float, float]) -> None:
         """Press the mouse at the first point, move through the others, let go."""
@@ -187,7 +188,11 @@ def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += [f"--port={port}", "--IdentityProvider.token=", "--ServerApp.password="]
-    command += ["--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={tmp_path}"]
+    command += [
+        "--LabApp.expose_app_in_browser=True",
+        "--ServerApp.disable_check_xsrf=True",
+        f"--ServerApp.root_dir={tmp_path}",
+    ]
     home = tmp_path / ".home"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1"}
     with open(tmp_path / ".log", "wb") as log:
@@ -224,13 +229,20 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     nbformat.write(notebook, folder / "draw.ipynb")
     browser.open(f"{url}/lab/tree/draw.ipynb")
-    has = "return document.querySelector(arguments[0]) !== null"
-    until(lambda: browser.run(has, ".jp-Notebook .cm-content"), "the notebook does not open")
-    idle = "return document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status"
-    until(lambda: browser.run(idle) == "idle", "the kernel does not start")
-    browser.run("document.querySelector('.jp-Notebook .cm-content').focus()")
-    browser.keys("\ue008", "\ue007")  # Shift and Enter
-    until(lambda: browser.run(has, ".medbudget-painter img"), "the widget does not show")
+    browser.wait_for(
+        "return document.querySelector('.jp-NotebookPanel') && window.jupyterapp.commands"
+        ".isEnabled('notebook:run-all-cells')",
+        "the notebook does not open",
+    )
+    browser.wait_for(
+        "return document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'",
+        "the kernel does not start",
+    )
+    browser.run("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    browser.wait_for(
+        "return document.querySelector('.medbudget-painter img') !== null",
+        "the widget does not show",
+    )
     place = (
         "const img = document.querySelector('.medbudget-painter img');"
         "img.scrollIntoView({block: 'center'}); const box = img.getBoundingClientRect();"
