@@ -6,10 +6,11 @@ from medbudget.base import Base, describe, load_base
 from medbudget.data.phantoms import Phantoms, make_phantoms
 from medbudget.embeddings import Embedding
 from medbudget.images import load_images, save_images
+from medbudget.inpainting import ellipse, inpaint
 from medbudget.inversion import InversionSettings, invert
 from medbudget.metrics import Score, evaluate, frechet_distance
 from medbudget.prompts import parse_prompt
-from medbudget.sampling import sample
+from medbudget.sampling import interpolate, sample
 
 __all__ = [
     "Base",
@@ -18,8 +19,11 @@ __all__ = [
     "Phantoms",
     "Score",
     "describe",
+    "ellipse",
     "evaluate",
     "frechet_distance",
+    "inpaint",
+    "interpolate",
     "invert",
     "load_base",
     "load_images",

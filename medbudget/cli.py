@@ -247,6 +247,7 @@ def sample(
     from medbudget import Embedding, load_base, save_images
     from medbudget import sample as run
     from medbudget.artifacts import check_writable
+    from medbudget.sampling import total_guidance
 
     check_writable(out / "00000.png")
     files = [Embedding.load(path) for path in embeddings or []]
@@ -261,7 +262,113 @@ def sample(
         seed=seed,
     )
     save_images(images, out)
-    print(f"wrote {n} synthetic images to {out}")
+    print(
+        f"wrote {n} synthetic images to {out}; total guidance {total_guidance(prompt, cfg_scale):g}"
+    )
+
+
+@app.command(name="inpaint")
+def inpaint_command(
+    image: Annotated[Path, typer.Argument(help="an image, or a folder of them")],
+    mask_and_prompt: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MASK] PROMPT",
+            help="a mask file, white where to repaint, or a folder with a mask for each image "
+            "under its name; left out with --ellipse. Then the prompt",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the PNG files")],
+    ellipse: Annotated[
+        list[str] | None,
+        typer.Option(help="x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06; repeatable"),
+    ] = None,
+    embeddings: Annotated[list[Path] | None, typer.Option(help="embedding files, one each")] = None,
+    save_masks: Annotated[
+        bool, typer.Option("--save-masks", help="write each image's mask to OUT/masks too")
+    ] = False,
+    strength: Annotated[float, typer.Option(help="0 to 1: how far from the original")] = 0.75,
+    mask_blur: Annotated[float, typer.Option(help="pixels at 512, scaled to the size")] = 4.0,
+    content: Annotated[str, typer.Option(help="original, fill, noise or zeros")] = "original",
+    n: Annotated[int, typer.Option(help="variants of each image and mask")] = 1,
+    steps: Annotated[int | None, typer.Option(help="default 25 on tiny, else 100")] = None,
+    cfg_scale: Annotated[float, typer.Option(help="classifier-free guidance; paper: 2")] = 2.0,
+    negative_prompt: Annotated[str, typer.Option(help="what to guide away from")] = "",
+    seed: SeedOption = 0,
+    base: BaseOption = "tiny",
+    device: DeviceOption = None,
+) -> None:
+    """Repaint what a mask covers: every mask on every image, or a mask for each image."""
+    import torch
+
+    from medbudget import Embedding, load_base, save_images
+    from medbudget.artifacts import check_writable
+    from medbudget.images import find_images
+    from medbudget.inpainting import check_masks
+    from medbudget.inpainting import inpaint as run
+
+    if len(mask_and_prompt) != (1 if ellipse else 2):
+        raise ValueError(
+            "write either IMAGE MASK PROMPT, or IMAGE PROMPT --ellipse x,y,rx,ry; found "
+            f"{len(mask_and_prompt)} arguments after IMAGE and {len(ellipse or [])} ellipses"
+        )
+    prompt = mask_and_prompt[-1]
+    check_writable(out / "00000.png")
+    files = find_images(image)
+    loaded = load_base(base, device=device)
+    pictures = _square(loaded, image)
+    if ellipse:
+        masks = {f"ellipse{i}": _parse_ellipse(text) for i, text in enumerate(ellipse)}
+    else:
+        folder = Path(mask_and_prompt[0])
+        masks = {p.stem: _square(loaded, p)[0, 0] for p in find_images(folder)}
+        if folder.is_dir() and image.is_dir():
+            missing = sorted({p.stem for p in files} - set(masks))
+            if missing:
+                raise ValueError(f"{folder} has no mask for {', '.join(missing[:5])}")
+    paired = not ellipse and image.is_dir() and Path(mask_and_prompt[0]).is_dir()
+    names, which, chosen = [], [], []
+    for i, file in enumerate(files):
+        for name, mask in masks.items():
+            if paired and name != file.stem:
+                continue
+            names.append(file.stem if paired or len(masks) == 1 else f"{file.stem}_{name}")
+            which.append(i)
+            chosen.append(check_masks(mask, pictures.shape[-1])[0])
+    made = run(
+        loaded,
+        pictures[which],
+        torch.stack(chosen),
+        prompt,
+        embeddings=[Embedding.load(path) for path in embeddings or []],
+        negative_prompt=negative_prompt,
+        strength=strength,
+        mask_blur=mask_blur,
+        content=content,
+        steps=steps,
+        cfg_scale=cfg_scale,
+        seed=seed,
+        n=n,
+    )
+    names = [f"{name}_{k}" if n > 1 else name for name in names for k in range(n)]
+    save_images(made, out, names=names)
+    if save_masks:
+        binary = (torch.stack(chosen) >= 0.5).repeat_interleave(n, 0)
+        gray = binary[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
+        save_images(gray, out / "masks", names=names)
+    print(f"wrote {len(made)} inpainted images to {out}: synthetic under their masks")
+
+
+def _parse_ellipse(text: str) -> Any:
+    from medbudget.inpainting import ellipse
+
+    try:
+        x, y, rx, ry = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--ellipse {text!r}: write x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06"
+        ) from None
+    return ellipse((x, y), (rx, ry))
 
 
 @app.command()

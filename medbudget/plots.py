@@ -289,6 +289,46 @@ def plot_scores(
     return figure
 
 
+def plot_axis(
+    curves: Mapping[str, Mapping[float, Score]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str | None = None,
+    note: str | None = None,
+) -> Figure:
+    """Plot scores along a numeric axis with their intervals, one line for each curve.
+
+    Parameters
+    ----------
+    curves : mapping of str to mapping of float to Score
+        Label to the scores at each place, as of `medbudget.metrics.disease_axis`.
+
+    Raises
+    ------
+    ValueError
+        No curves, or one without places.
+    """
+    if not curves or not all(curves.values()):
+        raise ValueError(
+            "no scores to plot; pass a mapping of label to a mapping of place to Score"
+        )
+    figure, axes = _axes(title, note, height=3.2)
+    for i, (label, curve) in enumerate(curves.items()):
+        places, scores = list(curve), list(curve.values())
+        colour = PALETTE[i % len(PALETTE)]
+        marker = "os^DvPX"[i % 7]  # told apart without colour too
+        axes.plot(places, [s.value for s in scores], marker + "-", color=colour, label=label)
+        for place, score in zip(places, scores):
+            if score.interval is not None:
+                axes.plot([place, place], score.interval, color=colour, linewidth=1.5, alpha=0.6)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if len(curves) > 1:
+        axes.legend(fontsize=9)
+    return figure
+
+
 def plot_curves(
     curves: Mapping[str, Mapping[str, Any]],
     *,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 _AND = re.compile(r"(?<!\S)AND(?!\S)")
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -21,17 +22,25 @@ def _fail(text: str, place: int, problem: str) -> PromptError:
     return PromptError(f"{problem}\n  {line}\n  {' ' * place}^")
 
 
-def parse_prompt(text: str) -> list[tuple[str, float]]:
+def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tuple[str, float]]:
     """Split a prompt on the word ``AND`` into (text, weight).
 
     A1111's grammar: upper-case ``AND`` between spaces, ``text:weight`` with weight 1 by default,
     negative weights allowed. The paper's notation ``0.25*<healthy>`` is read too. Spaces around
-    a part are dropped. An empty prompt is one empty part (the unconditional text).
+    a part are dropped, also around ``:`` and ``*``; case is kept, so that ``and`` is a word like
+    any other and ``<A>`` is not ``<a>``. An empty prompt is one empty part (the unconditional
+    text).
+
+    Parameters
+    ----------
+    tokens : iterable of str, optional
+        The loaded tokens, ``<name>``; any other one in the prompt is an error.
 
     Raises
     ------
     PromptError
-        A dangling AND, or a weight that is no finite number; a caret marks the place.
+        A dangling AND, a weight that is no finite number, two weights on one part, or an unknown
+        token; a caret marks the place.
 
     Examples
     --------
@@ -42,6 +51,8 @@ def parse_prompt(text: str) -> list[tuple[str, float]]:
     """
     if not text.strip():
         return [("", 1.0)]
+    if tokens is not None:
+        _check_tokens(text, sorted(tokens))
     borders = [0, *(x for match in _AND.finditer(text) for x in match.span()), len(text)]
     parts = []
     for start, end in zip(borders[::2], borders[1::2]):
@@ -66,9 +77,22 @@ def parse_prompt(text: str) -> list[tuple[str, float]]:
                 f"a weight must be a finite number such as 0.5, found {found} after ':'",
             )
         if not words:
-            raise _fail(text, place, f"the weight {number} has no text before it")
+            raise _fail(text, place, f"the weight {number} has no text beside it")
+        if after and _BEFORE.match(words):
+            raise _fail(text, where, f"{piece} has two weights; keep one of them")
         parts.append((words, float(number)))
     return parts
+
+
+def _check_tokens(text: str, known: list[str]) -> None:
+    for match in TOKEN.finditer(text):
+        if match[0] not in known:
+            raise _fail(
+                text,
+                match.start(),
+                f"unknown token {match[0]} in the prompt; loaded are: {', '.join(known) or 'none'}. "
+                "Load its file with --embeddings FILE (Python: embeddings=[Embedding.load(…)])",
+            )
 
 
 def format_prompt(parts: list[tuple[str, float]]) -> str:

@@ -61,7 +61,16 @@ def guide(
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
-def _draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> torch.Tensor:
+def total_guidance(prompt: str, cfg_scale: float) -> float:
+    """Return ``scale * sum_i w_i``: how far a composed prompt goes from the unconditional image.
+
+    The paper's three diseases at 0.5 each with scale 3 make 4.5, the guidance of a single prompt
+    with scale 4.5; weights that sum to 1 leave the scale as it is.
+    """
+    return cfg_scale * sum(weight for _, weight in parse_prompt(prompt))
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> torch.Tensor:
     """One draw per image, on the CPU, so that neither batch nor device changes it."""
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 
@@ -84,7 +93,8 @@ def denoise(
     """Run the loop from latents ``x (n, c, h, w) float32`` at ``sigmas[0]`` to the end.
 
     `contexts` and `negative` are text states ``(1, 77, d)``; `blend` maps the denoised prediction
-    (inpainting). Terms of weight zero are skipped.
+    (inpainting). Terms of weight zero are skipped. All conditions of a step go through the U-Net
+    in one batch, or, from the first time that the memory does not suffice for it, one by one.
     """
     n = len(x)
     active = [(c, w) for c, w in zip(contexts, weights) if w != 0 and cfg_scale != 0]
@@ -92,12 +102,18 @@ def denoise(
     texts = [c for c, _ in active] + ([negative] if rest != 0 or not active else [])
     context = torch.cat([text.expand(n, -1, -1) for text in texts])
     steps = len(sigmas) - 1
+    together = len(texts)  # conditions in one batch of the U-Net
     for i in range(steps):
         sigma, sigma_next = float(sigmas[i]), float(sigmas[i + 1])
         scaled = x / math.sqrt(sigma**2 + 1)
-        t = timesteps[i].expand(n * len(texts))
-        eps = base.predict_noise(scaled.repeat(len(texts), 1, 1, 1), t, context)
-        predictions = list((x.repeat(len(texts), 1, 1, 1) - sigma * eps).split(n))
+        try:
+            eps = _predict(base, scaled, timesteps[i], context, together)
+        except torch.cuda.OutOfMemoryError:
+            if together == 1:
+                raise
+            together = 1
+            eps = _predict(base, scaled, timesteps[i], context, together)
+        predictions = [x - sigma * e for e in eps]
         unconditional = predictions.pop() if len(texts) > len(active) else None
         if active:
             denoised = guide(unconditional, predictions, [w for _, w in active], cfg_scale)
@@ -106,11 +122,24 @@ def denoise(
             denoised = unconditional
         if blend is not None:
             denoised = blend(denoised)
-        noise = torch.zeros(()) if sigma_next == 0 else _draw_noise(generators, x.shape[1:])
+        noise = torch.zeros(()) if sigma_next == 0 else draw_noise(generators, x.shape[1:])
         x = ancestral_step(x, denoised, sigma, sigma_next, noise.to(x.device))
         if callback is not None:
             callback({"step": i + 1, "steps": steps, "sigma": sigma, "denoised": denoised, "x": x})
     return x
+
+
+def _predict(
+    base: Base, scaled: torch.Tensor, t: torch.Tensor, context: torch.Tensor, together: int
+) -> list[torch.Tensor]:
+    """One noise prediction for each text of `context`, `together` texts in one U-Net batch."""
+    n = len(scaled)
+    out: list[torch.Tensor] = []
+    for texts in context.split(n * together):
+        times = len(texts) // n
+        eps = base.predict_noise(scaled.repeat(times, 1, 1, 1), t.expand(len(texts)), texts)
+        out += eps.split(n)
+    return out
 
 
 def sample(
@@ -154,30 +183,18 @@ def sample(
     torch.Tensor
         ``(n, 3, size, size) uint8``.
     """
-    parts = parse_prompt(prompt)
-    steps = STEPS["tiny" if base.preset == "tiny" else "paper"] if steps is None else steps
-    for name, value, least in (
-        ("n", n, 1),
-        ("steps", steps, 1),
-        ("batch_size", batch_size or 1, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not math.isfinite(cfg_scale):
-        raise ValueError(f"cfg_scale must be a finite number such as 2, got {cfg_scale}")
+    steps = default_steps(base) if steps is None else steps
+    check_numbers(n=n, steps=steps, batch_size=batch_size or 1, cfg_scale=cfg_scale)
     shape = base.latent_shape(size)
-    embeddings = list(embeddings) if not isinstance(embeddings, Embedding) else [embeddings]
-    with torch.inference_mode():
-        contexts = [base.text(text, embeddings=embeddings) for text, _ in parts]
-        negative = base.text(negative_prompt, embeddings=embeddings)
+    conditions = encode_prompt(base, prompt, negative_prompt, embeddings)
     sigmas, timesteps = make_sigmas(base.alphas_cumprod, steps)
-    batch_size = batch_size or _fitting_batch(base)
+    batch_size = batch_size or fitting_batch(base)
     out = []
     with tqdm(total=n, desc="sample", unit="image") as bar:
         for first in range(0, n, batch_size):
             seeds = range(seed + first, seed + min(first + batch_size, n))
             generators = [torch.Generator().manual_seed(s) for s in seeds]
-            x = _draw_noise(generators, shape).to(base.device) * sigmas[0]
+            x = draw_noise(generators, shape).to(base.device) * sigmas[0]
             per_step = None
             if callback is not None:
 
@@ -189,9 +206,7 @@ def sample(
                 x,
                 sigmas,
                 timesteps,
-                contexts=contexts,
-                weights=[w for _, w in parts],
-                negative=negative,
+                **conditions,
                 cfg_scale=cfg_scale,
                 generators=generators,
                 callback=per_step,
@@ -201,7 +216,86 @@ def sample(
     return torch.cat(out)
 
 
-def _fitting_batch(base: Base) -> int:
+def interpolate(
+    base: Base,
+    a: Embedding,
+    b: Embedding,
+    *,
+    weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    method: str = "and",
+    seed: int = 0,
+    **options: Any,
+) -> dict[float, torch.Tensor]:
+    """Draw images on the way from `a` to `b`, with the same noise at every weight.
+
+    Parameters
+    ----------
+    weights : sequence of float
+        Shares of `b`, usually 0 to 1; the share of `a` is the rest to 1.
+    method : {"and", "vectors"}
+        ``"and"`` composes the predictions, ``<a>:0.75 AND <b>:0.25`` (paper, section 4.4);
+        ``"vectors"`` draws with ``0.75 a + 0.25 b``, linear between the embeddings themselves,
+        which must have equally many vectors.
+    **options
+        For `sample`: n, steps, cfg_scale, …
+
+    Returns
+    -------
+    dict of float to torch.Tensor
+        Each share of `b` with its images, ``(n, 3, size, size) uint8``; image i has the same seed
+        in each.
+    """
+    if method not in ("and", "vectors"):
+        raise ValueError(f"unknown method {method!r}; allowed are 'and', 'vectors'")
+    if not weights or not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"weights must be finite numbers such as 0.25, got {list(weights)}")
+    if method == "vectors" and a.vectors.shape != b.vectors.shape:
+        raise ValueError(
+            f"{a.token} has shape {tuple(a.vectors.shape)}, {b.token} {tuple(b.vectors.shape)}: "
+            "only embeddings of equal shape can be mixed; use method='and'"
+        )
+    axis = {}
+    for w in tqdm(weights, desc=f"{a.token} to {b.token}", unit="weight"):
+        if method == "and":
+            prompt, embeddings = f"{a.token}:{1 - w!r} AND {b.token}:{w!r}", [a, b]
+        else:
+            mixed = Embedding((1 - w) * a.vectors + w * b.vectors, "<mixed>")
+            prompt, embeddings = mixed.token, [mixed]
+        axis[float(w)] = sample(base, prompt, embeddings=embeddings, seed=seed, **options)
+    return axis
+
+
+def default_steps(base: Base) -> int:
+    """Return the number of steps where none is given: 25 on ``tiny``, else the paper's 100."""
+    return STEPS["tiny" if base.preset == "tiny" else "paper"]
+
+
+def check_numbers(*, cfg_scale: float, **counts: int) -> None:
+    """Raise ValueError for a count below 1 or a guidance that is not finite."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale must be a finite number such as 2, got {cfg_scale}")
+
+
+@torch.inference_mode()
+def encode_prompt(
+    base: Base, prompt: str, negative_prompt: str, embeddings: Iterable[Embedding]
+) -> dict[str, Any]:
+    """Return what `denoise` takes of a prompt: contexts, weights and the negative context."""
+    embeddings = [embeddings] if isinstance(embeddings, Embedding) else list(embeddings)
+    tokens = [e.token for e in embeddings]
+    parts = parse_prompt(prompt, tokens=tokens)
+    return {
+        "contexts": [base.text(text, embeddings=embeddings) for text, _ in parts],
+        "weights": [weight for _, weight in parts],
+        "negative": base.text(negative_prompt, embeddings=embeddings),
+    }
+
+
+def fitting_batch(base: Base) -> int:
+    """Return how many images to draw at once: 16, on a GPU less where memory is short."""
     if base.device.type != "cuda":
         return BLOCK
     free = torch.cuda.mem_get_info(base.device)[0] / 2**30

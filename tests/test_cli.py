@@ -224,3 +224,43 @@ def test_a_study_is_planned_without_computing_and_bad_roles_are_refused(medbudge
     assert code == 1 and "train, reference, floor" in error
     code, _, error = medbudget("study", "table1", "--shard", "5/3", "--store", tmp_path / "s")
     assert code == 1 and "i/k" in error and not (tmp_path / "s").exists()
+
+
+def test_inpainting_makes_a_labelled_set(medbudget, tmp_path):
+    real, one = tmp_path / "real", tmp_path / "one"
+    medbudget("phantoms", real, "--kind", "prostate", "--n", 2)
+    ellipses = ("--ellipse", ".4,.5,.1,.1", "--ellipse", ".6,.5,.15,.1")
+    few = ("--steps", 3, "--n", 2, "--save-masks")
+    code, said, _ = medbudget("inpaint", real, "red field", "--out", one, *ellipses, *few)
+    assert code == 0 and "wrote 8 inpainted images" in said
+    names = sorted(p.name for p in one.glob("*.png"))
+    assert names[0] == "00000_ellipse0_0.png" and len(names) == 8
+    assert sorted(p.name for p in (one / "masks").iterdir()) == names
+    for name in names:
+        original = np.asarray(Image.open(real / f"{name[:5]}.png").convert("RGB"))
+        mask = np.asarray(Image.open(one / "masks" / name).convert("L"))
+        made = np.asarray(Image.open(one / name).convert("RGB"))
+        assert set(np.unique(mask)) == {0, 255}
+        assert (made != original)[mask > 0].any()
+        assert np.array_equal(made[:, :8], original[:, :8]), "far from the masks"
+    two, masks = tmp_path / "two", tmp_path / "masks"
+    masks.mkdir()
+    for place, name in enumerate(("00000", "00001")):
+        array = np.zeros((128, 128), np.uint8)
+        array[40:80, 40 + 20 * place : 80 + 20 * place] = 255
+        Image.fromarray(array).save(masks / f"{name}.png")
+    code, said, _ = medbudget("inpaint", real, masks, "red field", "--out", two, "--steps", 2)
+    assert code == 0 and sorted(p.name for p in two.iterdir()) == ["00000.png", "00001.png"]
+    (masks / "00001.png").unlink()
+    code, _, said = medbudget("inpaint", real, masks, "red", "--out", tmp_path / "three")
+    assert code == 1 and "no mask for 00001" in said
+    code, _, said = medbudget("inpaint", real, "red", "--out", tmp_path / "three")
+    assert code == 1 and "IMAGE MASK PROMPT" in said
+    code, _, said = medbudget("inpaint", real, "r", "--ellipse", "1,2", "--out", tmp_path / "t")
+    assert code == 1 and "x,y,rx,ry" in said
+
+
+def test_sampling_reports_the_total_guidance(medbudget, tmp_path):
+    prompt, options = "red field:0.5 AND blue field", ("--n", 1, "--steps", 1, "--cfg-scale", 3)
+    code, said, _ = medbudget("sample", prompt, "--out", tmp_path / "made", *options)
+    assert code == 0 and "total guidance 4.5" in said

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from medbudget.sampling import ancestral_step
+
 nbformat = pytest.importorskip("nbformat", reason="needs the `book` extra")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +62,7 @@ def equation(name: str) -> Any:
     for path in NOTEBOOKS:
         for cell in cells(path, "code"):
             if "equation" in tags(cell) and f"def {name}(" in cell.source:
-                namespace: dict[str, Any] = {"torch": torch}
+                namespace: dict[str, Any] = {"torch": torch, "ancestral_step": ancestral_step}
                 exec(compile(cell.source, f"{path.stem}:{cell.id}", "exec"), namespace)  # noqa: S102
                 return namespace[name]
     raise LookupError(f"no chapter defines {name} in a cell tagged `equation`")
@@ -253,3 +255,40 @@ def test_attack_is_the_librarys() -> None:
     others = torch.cat([torch.randn(20, generator=generator) + 1, members[:2]])  # with ties
     want = membership_inference(members, others).value
     assert want > 0.6 and float(attack(members, others)) == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize(("weights", "scale"), [([1.0], 2.0), ([0.5] * 3, 3.0), ([-0.5, 1.5], 1.0)])
+def test_composition_is_the_librarys(weights: list[float], scale: float) -> None:
+    from medbudget import sampling
+
+    compose = equation("compose")
+    d_u, *predictions = torch.randn(
+        1 + len(weights), 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)
+    )
+    ours = compose(d_u, predictions, weights, scale)
+    torch.testing.assert_close(ours, sampling.guide(d_u, predictions, weights, scale))
+
+
+def test_repainting_is_the_librarys(tiny) -> None:
+    from medbudget import ellipse, inpaint, make_phantoms
+    from medbudget.inpainting import blur_masks, check_masks, latent_masks, start_step
+    from medbudget.sampling import make_sigmas
+
+    repaint = equation("repaint")
+    image, mask, prompt = (
+        make_phantoms("chest", "healthy", 1).images,
+        ellipse((0.4, 0.5), (0.2, 0.2)),
+        "red",
+    )
+    ends = []
+    options = {"steps": 5, "strength": 0.6, "cfg_scale": 1.0, "seed": 3}
+    inpaint(tiny, image, mask, prompt, callback=lambda s: ends.append(s["x"]), **options)
+    m = latent_masks(blur_masks(check_masks(mask, 64), 4), tiny.latent_shape()[1:])
+    generator = torch.Generator().manual_seed(3)
+    draws = [torch.randn(1, *tiny.latent_shape(), generator=generator) for _ in range(6)]
+    mean, std = tiny.encode_posterior(image)
+    sigmas, times = (part[start_step(5, 0.6) :] for part in make_sigmas(tiny.alphas_cumprod, 5))
+    with torch.no_grad():
+        x = repaint(tiny, mean + std * draws[0], m, tiny.text(prompt), sigmas, times, draws[1:])
+    torch.testing.assert_close(x, ends[-1], rtol=0, atol=1e-3)
+    assert len(ends) == 4

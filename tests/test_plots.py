@@ -156,3 +156,20 @@ def test_the_palette_stays_apart_for_colour_blind_readers() -> None:
     for seen in (linear, linear @ deutan.T):
         distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
         assert distance[np.triu_indices(len(rgb), 1)].min() > 0.08
+
+
+def test_axis_shows_every_curve_with_its_intervals():
+    from medbudget.metrics import Score
+
+    curves = {
+        name: {x: Score("s", x + shift, (x + shift - 1, x + shift + 1), 5) for x in (0.0, 0.5, 1.0)}
+        for name, shift in (("one", 0), ("two", 3))
+    }
+    figure = plots.plot_axis(curves, xlabel="share", ylabel="score")
+    (axes,) = figure.axes
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    assert [list(line.get_ydata()) for line in lines] == [[0, 0.5, 1], [3, 3.5, 4]]
+    assert len(axes.lines) == 2 + 6 and axes.get_xlabel() == "share"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    with pytest.raises(ValueError, match="no scores"):
+        plots.plot_axis({}, xlabel="", ylabel="")

@@ -35,6 +35,10 @@ def test_grammar(text, parts):
         ("a:1e999", 2, "finite number"),
         ("a AND ", 2, "one side of AND"),
         (":0.5", 0, "no text"),
+        ("0.5 *", 0, "no text"),
+        ("AND a", 0, "one side of AND"),
+        ("a AND AND b", 2, "one side of AND"),
+        ("a AND 0.5*b:2", 12, "two weights"),
     ],
 )
 def test_errors_mark_the_place(text, caret, problem):
@@ -43,13 +47,32 @@ def test_errors_mark_the_place(text, caret, problem):
     assert raised.value.args[0].splitlines()[-1].index("^") == caret + 2
 
 
-@given(st.text())
-def test_any_string_parses_or_raises_a_prompt_error(text):
+@pytest.mark.parametrize(("text", "caret"), [("<b>", 0), ("<a> AND 2*<B>:1", 10)])
+def test_an_unknown_token_is_marked_and_the_loaded_ones_are_listed(text, caret):
+    with pytest.raises(
+        PromptError, match=r"unknown token <[bB]>.*loaded are: <a>, <c>\."
+    ) as raised:
+        parse_prompt(text, tokens=["<c>", "<a>"])
+    assert raised.value.args[0].splitlines()[-1].index("^") == caret + 2
+    with pytest.raises(PromptError, match="loaded are: none"):
+        parse_prompt("<a>", tokens=[])
+    assert parse_prompt("<a> AND b", tokens=["<a>"]) == [("<a>", 1.0), ("b", 1.0)]
+
+
+# strings of what the grammar is made of reach its corners, which arbitrary text seldom does
+_pieces = st.sampled_from(["AND", " ", "\n", ":", "*", ".5", "2", "-", "1e999", "<a>", "a", "and"])
+_texts = st.one_of(st.text(), st.lists(_pieces, max_size=12).map("".join))
+
+
+@given(_texts)
+def test_any_string_parses_and_round_trips_or_raises_a_prompt_error(text):
     try:
         parts = parse_prompt(text)
-    except PromptError:
+    except PromptError as error:
+        assert str(error).splitlines()[-1].strip() == "^"
         return
     assert parts and all(math.isfinite(weight) for _, weight in parts)
+    assert parse_prompt(format_prompt(parts)) == parts
 
 
 _words = st.from_regex(r"[a-z<>]+( [a-z<>]+)?", fullmatch=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medbudget import Embedding, sample
-from medbudget.sampling import ancestral_step, guide, make_sigmas
+from medbudget.sampling import ancestral_step, guide, interpolate, make_sigmas, total_guidance
 
 VECTORS = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
 MINE = Embedding(VECTORS, "<mine>")
@@ -107,7 +107,7 @@ def test_diffusers_pipeline_agrees(tiny):
     from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 
     from medbudget.base import TINY
-    from medbudget.sampling import _draw_noise
+    from medbudget.sampling import draw_noise
 
     pipe = StableDiffusionPipeline.from_pretrained(
         TINY, safety_checker=None, torch_dtype=torch.float32
@@ -117,7 +117,7 @@ def test_diffusers_pipeline_agrees(tiny):
         pipe.scheduler.config, timestep_spacing="linspace"
     )
     steps, seeds, prompt = 8, (5, 6), "large black ellipse left"
-    start = _draw_noise([torch.Generator().manual_seed(s) for s in seeds], (8, 16, 16))
+    start = draw_noise([torch.Generator().manual_seed(s) for s in seeds], (8, 16, 16))
     # diffusers draws the ancestral noise from the same per-image streams, after the start
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     for g in generators:
@@ -168,3 +168,85 @@ def test_other_sizes_and_other_widths(tiny):
         sample(tiny, "<sd1>", embeddings=[wide], n=1, steps=1)
     with pytest.raises(ValueError, match="two embeddings"):
         sample(tiny, "<mine>", embeddings=[MINE, MINE], n=1, steps=1)
+
+
+def test_conditions_go_together_and_one_by_one_where_memory_is_short(tiny, monkeypatch):
+    prompt, options = "<mine>:0.5 AND <other>:0.25", {"n": 2, "steps": 3, "cfg_scale": 3.0}
+    whole = sample(tiny, prompt, embeddings=[MINE, OTHER], **options)
+    sizes = []
+    predict = type(tiny).predict_noise
+
+    def short_of_memory(self, x, t, context):
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return predict(self, x, t, context)
+
+    monkeypatch.setattr(type(tiny), "predict_noise", short_of_memory)
+    split = sample(tiny, prompt, embeddings=[MINE, OTHER], **options)
+    assert sizes == [6, *[2] * 9]
+    assert gray_levels(whole, split) <= 1
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # not even one fits
+        sample(tiny, prompt, embeddings=[MINE, OTHER], **{**options, "n": 3})
+
+
+def test_total_guidance():
+    assert total_guidance("<a>:0.5 AND <b>:0.5 AND <c>:0.5", 3.0) == 4.5
+    assert total_guidance("<a>:0.25 AND <b>:0.75", 2.0) == 2.0
+    assert total_guidance("", 2.0) == 2.0
+
+
+def test_interpolation_runs_from_one_embedding_to_the_other_with_the_same_noise(tiny):
+    options = {"n": 2, "steps": 3, "seed": 4}
+    ends = [sample(tiny, e.token, embeddings=[e], **options) for e in (MINE, OTHER)]
+    for method in ("and", "vectors"):
+        axis = interpolate(tiny, MINE, OTHER, weights=(0, 0.5, 1), method=method, **options)
+        assert list(axis) == [0.0, 0.5, 1.0]
+        assert gray_levels(axis[0.0], ends[0]) <= 1 and gray_levels(axis[1.0], ends[1]) <= 1
+        assert gray_levels(axis[0.5], ends[0]) > 5 and gray_levels(axis[0.5], ends[1]) > 5
+    half = sample(tiny, "<mine>:0.5 AND <other>:0.5", embeddings=[MINE, OTHER], **options)
+    axis = interpolate(tiny, MINE, OTHER, weights=(0.5,), **options)
+    assert gray_levels(axis[0.5], half) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"method": "slerp"}, "allowed are 'and', 'vectors'"),
+        ({"weights": ()}, "finite numbers"),
+        ({"weights": (0, math.inf)}, "finite numbers"),
+        ({"method": "vectors", "b": Embedding(VECTORS[:3], "<few>")}, "equal shape"),
+    ],
+)
+def test_wrong_interpolation(tiny, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        interpolate(tiny, MINE, options.pop("b", OTHER), **options)
+
+
+@pytest.mark.realdata
+def test_the_authors_embeddings_compose_at_the_width_of_sd2(tiny, real_data):
+    """Their real files in prompts, on random networks of the right width: shapes only."""
+    from dataclasses import replace
+
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    names = ("chexpert_healthy", "prostate_neg")
+    words = [Embedding.load(real_data / "embeddings" / f"{name}.pt") for name in names]
+    text = {**tiny.text_encoder.config.to_dict(), "hidden_size": 1024, "num_attention_heads": 8}
+    unet = {**tiny.unet.config, "cross_attention_dim": 1024}
+    wide = replace(
+        tiny,
+        name="wide",
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)).eval(),
+        unet=UNet2DConditionModel(**unet).eval(),
+    )
+    tokens = [word.token for word in words]
+    with torch.no_grad():
+        assert wide.text(tokens[0], embeddings=words).shape == (1, 77, 1024)
+    both = f"{tokens[0]}:0.25 AND {tokens[1]}:0.75"
+    assert sample(wide, both, embeddings=words, n=1, steps=1).shape == (1, 3, 64, 64)
+    axis = interpolate(wide, *words, weights=(0.5,), n=1, steps=1)
+    assert axis[0.5].shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="128 positions"):
+        sample(wide, " ".join(tokens), embeddings=words, n=1, steps=1)

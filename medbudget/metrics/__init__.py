@@ -7,6 +7,7 @@ from medbudget.metrics.auc import (
     delong_difference,
     membership_inference,
 )
+from medbudget.metrics.disease import disease_axis, disease_score
 from medbudget.metrics.evaluation import evaluate, frechet_score
 from medbudget.metrics.extractors import WeightsError
 from medbudget.metrics.features import (
@@ -44,6 +45,8 @@ __all__ = [
     "bootstrap_distances",
     "delong",
     "delong_difference",
+    "disease_axis",
+    "disease_score",
     "evaluate",
     "extractor_names",
     "feature_neighbours",

@@ -1,0 +1,358 @@
+"""Inpainting: repaint what a mask covers, with any base, by A1111's rule (paper, section 4.5)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
+
+from medbudget.base import Base
+from medbudget.embeddings import Embedding
+from medbudget.images import check_images, load_image
+from medbudget.progress import tqdm
+from medbudget.sampling import (
+    check_numbers,
+    default_steps,
+    denoise,
+    draw_noise,
+    encode_prompt,
+    fitting_batch,
+    make_sigmas,
+)
+
+CONTENTS = ("original", "fill", "noise", "zeros")
+BLUR_AT = 512  # pixels of the images for which `mask_blur` is given
+Mask = torch.Tensor | npt.NDArray[Any] | str | os.PathLike[str]
+
+
+def ellipse(
+    center: Sequence[float], radii: Sequence[float], *, angle: float = 0.0, size: int = 512
+) -> torch.Tensor:
+    """Return a mask in the shape of an ellipse, ``(size, size) float32`` from 0 to 1.
+
+    Parameters
+    ----------
+    center : (float, float)
+        x to the right and y down, in fractions of the image's edge.
+    radii : (float, float)
+        Half the width and half the height, in the same fractions.
+    angle : float
+        Radians, clockwise as seen.
+    size : int
+        Pixels; `inpaint` resizes masks to its images, so any will do.
+    """
+    (x, y), (a, b) = center, radii
+    if not (a > 0 and b > 0 and all(map(math.isfinite, (x, y, a, b, angle)))) or size < 1:
+        raise ValueError(
+            f"an ellipse needs a finite center, radii above 0 and a size, got center={center}, "
+            f"radii={radii}, size={size}; fractions of the edge, e.g. (0.5, 0.6), (0.1, 0.08)"
+        )
+    line = (torch.arange(size) + 0.5) / size
+    dx, dy = line[None, :] - x, line[:, None] - y
+    u = (math.cos(angle) * dx + math.sin(angle) * dy) / a
+    v = (math.cos(angle) * dy - math.sin(angle) * dx) / b
+    r = (u**2 + v**2).sqrt()
+    slope = ((u / a) ** 2 + (v / b) ** 2).sqrt() / r.clamp(min=1e-6)  # of r, per unit of length
+    return (0.5 + (1 - r) / slope.clamp(min=1e-6) * size).clamp(0, 1)
+
+
+def brush_mask(
+    strokes: Iterable[tuple[Sequence[Sequence[float]], float]], *, size: int
+) -> torch.Tensor:
+    """Return the mask of strokes with a round brush, ``(size, size) float32`` of 0 and 1.
+
+    Parameters
+    ----------
+    strokes : iterable of (points, radius)
+        Points ``(x, y)`` and the brush's radius in fractions of the image's edge.
+    """
+    line = (torch.arange(size) + 0.5) / size
+    x, y = line[None, :], line[:, None]
+    mask = torch.zeros(size, size)
+    for points, radius in strokes:
+        for (ax, ay), (bx, by) in zip(points, [*points[1:], points[-1]]):
+            dx, dy = bx - ax, by - ay
+            along = ((x - ax) * dx + (y - ay) * dy) / max(dx * dx + dy * dy, 1e-12)
+            along = along.clamp(0, 1)
+            near = (x - ax - along * dx) ** 2 + (y - ay - along * dy) ** 2 <= radius**2
+            mask[near] = 1
+    return mask
+
+
+def check_masks(mask: Mask, size: int | None = None) -> torch.Tensor:
+    """Return one or several masks as ``(M, H, W) float32`` from 0 (keep) to 1 (repaint).
+
+    Parameters
+    ----------
+    mask : array, tensor or path
+        ``(H, W)`` or ``(M, H, W)``: bool, integers 0/1 or 0..255, floats 0..1; or an image file,
+        white where it repaints.
+    size : int, optional
+        Pixels to bring square masks to (antialiased, so that borders become soft).
+
+    Raises
+    ------
+    ValueError
+        Another shape, values out of range, or a mask that covers nothing.
+    """
+    if isinstance(mask, str | os.PathLike):
+        mask = load_image(mask)[0]
+    values = torch.as_tensor(mask)
+    if values.ndim == 2:
+        values = values[None]
+    if values.ndim != 3 or 0 in values.shape:
+        raise ValueError(
+            f"a mask must have shape (H, W) or (M, H, W), got {tuple(values.shape)}; take one "
+            "channel of an image"
+        )
+    if values.dtype != torch.bool and not values.is_floating_point():
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 255:
+            raise ValueError(f"an integer mask must have values 0..255, got {low}..{high}")
+        values = values.double() / (255 if high > 1 else 1)
+    values = values.float()
+    if not torch.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise ValueError("a mask of floats must have values from 0 (keep) to 1 (repaint)")
+    if size is not None and values.shape[1:] != (size, size):
+        if values.shape[1] != values.shape[2]:
+            raise ValueError(
+                f"the mask has {tuple(values.shape[1:])} pixels (H, W), the image is a square of "
+                f"{size}; crop or pad the mask as the image was"
+            )
+        values = F.interpolate(
+            values[:, None], size=(size, size), mode="bilinear", antialias=True
+        ).clamp(0, 1)[:, 0]
+    for i, one in enumerate(values):
+        if one.max() < 0.5:
+            raise ValueError(
+                f"mask {i} is empty: it covers no pixel of the image by half; draw a larger one"
+            )
+    return values
+
+
+def blur_masks(masks: torch.Tensor, mask_blur: float) -> torch.Tensor:
+    """Blur ``(M, H, W)`` masks; `mask_blur` is a standard deviation at 512 pixels.
+
+    The Gaussian is cut at 4 standard deviations: farther out a mask is exactly 0.
+    """
+    if not (math.isfinite(mask_blur) and mask_blur >= 0):
+        raise ValueError(f"mask_blur must be 0 or a positive number of pixels, got {mask_blur}")
+    sigma = mask_blur * masks.shape[-1] / BLUR_AT
+    if sigma == 0:
+        return masks
+    blurred = gaussian_filter(masks.numpy(), (0, sigma, sigma), mode="nearest", truncate=4)
+    return torch.from_numpy(blurred).clamp(0, 1)
+
+
+def latent_masks(masks: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Resize blurred masks to the latent grid and round them: ``(M, 1, h, w) float32`` of 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        A mask that has no latent cell of its own.
+    """
+    small = F.interpolate(masks[:, None], size=tuple(shape), mode="bicubic", antialias=True)
+    small = small.round().clamp(0, 1)
+    for i, one in enumerate(small):
+        if not one.any():
+            raise ValueError(
+                f"mask {i} vanishes on the latent grid of {shape[0]}x{shape[1]} cells, "
+                f"{masks.shape[-1] // shape[1]} pixels each; draw a larger one, or lower mask_blur"
+            )
+    return small
+
+
+def fill_masked(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Fill what masks cover with colours of the surroundings: ``(N, 3, H, W) uint8`` both ways.
+
+    Averages over the uncovered pixels, from wide to narrow; a narrower one counts as far as it
+    sees uncovered pixels.
+    """
+    out = np.empty(images.shape, np.float32)
+    for i, (image, mask) in enumerate(zip(images.numpy().astype(np.float32), masks.numpy())):
+        keep = 1 - mask
+        total = keep.sum()
+        mean = (image * keep).sum((1, 2)) / total if total > 0.5 else np.full(3, 127.5)
+        filled = np.broadcast_to(mean[:, None, None], image.shape).astype(np.float32)
+        for share in (0.5, 0.125, 0.03, 0.008):
+            sigma = share * image.shape[-1]
+            seen = gaussian_filter(keep, sigma)
+            colour = gaussian_filter(image * keep, (0, sigma, sigma)) / np.maximum(seen, 1e-6)
+            filled = filled + np.clip(seen, 0, 1) * (colour - filled)
+        out[i] = image * keep + filled * mask
+    return torch.from_numpy(np.rint(np.clip(out, 0, 255)).astype(np.uint8))
+
+
+def start_step(steps: int, strength: float) -> int:
+    """Return the index of the sigma to start from: of 100 steps at .75 the last 76 are done."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be between 0 and 1, got {strength}")
+    return steps - int(min(strength, 0.999) * steps) - 1
+
+
+def inpaint(
+    base: Base,
+    image: torch.Tensor,
+    mask: Mask,
+    prompt: str,
+    *,
+    embeddings: Iterable[Embedding] = (),
+    negative_prompt: str = "",
+    strength: float = 0.75,
+    mask_blur: float = 4.0,
+    content: str = "original",
+    steps: int | None = None,
+    cfg_scale: float = 2.0,
+    seed: int = 0,
+    n: int = 1,
+    batch_size: int | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> torch.Tensor:
+    """Repaint what `mask` covers so that it fits the prompt (paper, section 4.5).
+
+    A1111's rule: blur the mask, round it on the latent grid to ``m``, start from the noised image
+    ``z0``, replace the denoised prediction D of every step by ``(1 - m) z0 + m D``, and lay the
+    original pixels over the result where the blurred mask is not 1. Pixels where it is 0 come back
+    bit-identical. Works with every base; no inpainting model is needed.
+
+    Parameters
+    ----------
+    image : torch.Tensor
+        ``(N, 3, H, H) uint8``, or one image without the first axis. H must fit the base.
+    mask : array, tensor or path
+        1 where to repaint; see `check_masks`. Any square size, soft or binary. One mask for all
+        images, one for each, or several for one image. A mask of all 1 repaints everything.
+    strength : float
+        Share of the noise schedule, 0 to 1: how far the covered part may leave the original.
+    mask_blur : float
+        Standard deviation in pixels of a 512-pixel image, scaled to this one's size.
+    content : {"original", "fill", "noise", "zeros"}
+        What stands under the mask at the start: the image, colours of its surroundings, latent
+        noise, or latent zeros. The last two want a strength near 1.
+    steps : int, optional
+        Of the whole schedule; default 25 on ``tiny``, else 100.
+    seed : int
+        The k-th returned image has the seed ``seed + k``.
+    n : int
+        Variants of each image.
+    callback : callable, optional
+        As in `sample`.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(N * n, 3, H, H) uint8``, the variants of one image next to each other.
+
+    Raises
+    ------
+    ValueError
+        Sizes that do not fit, an empty mask, or one that is smaller than a latent cell.
+    """
+    if content not in CONTENTS:
+        raise ValueError(f"unknown content {content!r}; allowed are {', '.join(CONTENTS)}")
+    steps = default_steps(base) if steps is None else steps
+    check_numbers(n=n, steps=steps, batch_size=batch_size or 1, cfg_scale=cfg_scale)
+    images = check_images(image[None] if image.ndim == 3 else image, name="image").cpu()
+    size = images.shape[-1]
+    if images.shape[-2] != size:
+        raise ValueError(f"image must be square, got {tuple(images.shape[2:])} (H, W); pad it")
+    shape = base.latent_shape(size)
+    soft = blur_masks(check_masks(mask, size), mask_blur)
+    cells = latent_masks(soft, shape[1:])
+    pairs = max(len(images), len(soft))
+    if {len(images), len(soft)} - {1, pairs}:
+        raise ValueError(
+            f"{len(images)} images and {len(soft)} masks: give one for all, or one for each"
+        )
+    first_step = start_step(steps, strength)
+    sigmas, timesteps = (part[first_step:] for part in make_sigmas(base.alphas_cumprod, steps))
+    conditions = encode_prompt(base, prompt, negative_prompt, embeddings)
+    under = images
+    if content == "fill":
+        under = fill_masked(images.expand(pairs, -1, -1, -1), soft.expand(pairs, -1, -1))
+    means, stds = base.encode_posterior(under)
+    order = torch.arange(pairs).repeat_interleave(n)
+    batch_size = batch_size or fitting_batch(base)
+    out = []
+    with tqdm(total=len(order), desc="inpaint", unit="image") as bar:
+        for first in range(0, len(order), batch_size):
+            which = order[first : first + batch_size]
+            of_image, of_mask, of_under = (which % len(x) for x in (images, soft, under))
+            seeds = range(seed + first, seed + first + len(which))
+            generators = [torch.Generator().manual_seed(s) for s in seeds]
+
+            def draw(generators: list[torch.Generator] = generators) -> torch.Tensor:
+                return draw_noise(generators, shape).to(base.device)
+
+            m = cells[of_mask].to(base.device)
+            z0 = means[of_under] + stds[of_under] * draw()
+            noise = draw()
+            if content in ("noise", "zeros"):
+                z0 = (1 - m) * z0 + (m * draw() if content == "noise" else 0)
+
+            def blend(
+                denoised: torch.Tensor, z0: torch.Tensor = z0, m: torch.Tensor = m
+            ) -> torch.Tensor:
+                return (1 - m) * z0 + m * denoised
+
+            per_step = None
+            if callback is not None:
+
+                def per_step(state: dict[str, Any], first: int = first) -> None:
+                    callback({**state, "first": first})
+
+            latents = denoise(
+                base,
+                z0 + noise * sigmas[0],
+                sigmas,
+                timesteps,
+                **conditions,
+                cfg_scale=cfg_scale,
+                generators=generators,
+                blend=blend,
+                callback=per_step,
+            )
+            share = soft[of_mask][:, None]
+            mixed = images[of_image] * (1 - share) + base.decode(latents) * share
+            out.append(mixed.round().clamp(0, 255).to(torch.uint8))
+            bar.update(len(which))
+    return torch.cat(out)
+
+
+def seam_ratio(images: torch.Tensor, mask: Mask) -> npt.NDArray[np.float64]:
+    """Return how much a mask's border stands out, ``(N,)``: 1 is not at all.
+
+    The mean step between neighbouring pixels (gray levels, root of the sum of squares over both
+    directions, mean of the channels) on the border, two pixels wide, over that of the pixels up to
+    three away from it on both sides.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        ``(N, 3, H, H) uint8``.
+    mask : array, tensor or path
+        One mask for all images or one for each; see `check_masks`.
+    """
+    check_images(images)
+    masks = check_masks(mask, images.shape[-1]).numpy() >= 0.5
+    if len(masks) not in (1, len(images)):
+        raise ValueError(f"{len(images)} images and {len(masks)} masks: one for all or each")
+    down, right = np.gradient(images.cpu().numpy().astype(np.float64), axis=(2, 3))
+    steepness = np.hypot(down, right).mean(1)
+    ratios = []
+    for i, steps in enumerate(steepness):
+        inside = masks[i % len(masks)]
+        border = binary_dilation(inside) & ~binary_erosion(inside, border_value=1)
+        near = binary_dilation(border, iterations=3) & ~border
+        if not near.any() or not border.any():
+            raise ValueError(f"mask {i % len(masks)} has no border inside the image")
+        ratios.append(steps[border].mean() / max(steps[near].mean(), 1e-9))
+    return np.array(ratios)

@@ -1,0 +1,140 @@
+"""How diseased an image looks: logistic regressions on network features, fitted on phantoms.
+
+``medbudget.tiny.diseases`` fits them and writes ``disease.safetensors`` beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from scipy.stats import t
+
+from medbudget.images import check_images
+from medbudget.metrics.features import OFFLINE, features, load_extractor, resize_bilinear
+from medbudget.metrics.scores import Score
+
+FILE = Path(__file__).parent / "disease.safetensors"
+SIZE = 64  # pixels that every image is brought to before its features
+
+
+def disease_score(
+    images: torch.Tensor, kind: str, label: str | None = None
+) -> npt.NDArray[np.float64]:
+    """Return how diseased images look: the log odds of `label` against healthy, ``(N,)``.
+
+    Above 0 an image looks more like the diseased phantoms, below 0 more like the healthy ones.
+    Scikit-learn's logistic regression on EfficientNet-Lite0 features of phantoms at 64 pixels.
+    Each disease is fitted against healthy alone: in the chest, another disease scores high too.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        ``(N, 3, H, W) uint8``, square; brought to 64 pixels first.
+    kind : {"prostate", "chest", "histology"}
+    label : str, optional
+        The disease. Needed for the chest, which has three.
+
+    Raises
+    ------
+    ValueError
+        An unknown kind or disease, a chest without `label`, an image that is not square, or
+        features from other weights than those it was fitted on.
+    """
+    tensors, record = _load()
+    name = _find(kind, label, tuple(tensors))
+    extractor = load_extractor(OFFLINE)
+    if extractor.hash != record["extractor_hash"]:
+        raise ValueError(
+            f"the disease scores were fitted on features of {extractor.title} "
+            f"{record['extractor_hash']}, installed is {extractor.hash}; fit them again with "
+            "python -m medbudget.tiny.diseases"
+        )
+    row = tensors[name].double().numpy()
+    return disease_features(images) @ row[:-1] + row[-1]
+
+
+def disease_axis(
+    axis: Mapping[float, torch.Tensor], kind: str, label: str | None = None
+) -> dict[float, Score]:
+    """Return the mean `disease_score` at each place of an axis, as of `medbudget.interpolate`.
+
+    Parameters
+    ----------
+    axis : mapping of float to torch.Tensor
+        A place and its images, ``(N, 3, H, W) uint8``, N >= 2.
+
+    Returns
+    -------
+    dict of float to Score
+        Means with Student's 95 % interval over the images.
+    """
+    scores = {}
+    extractor = load_extractor(OFFLINE)
+    for place, images in axis.items():
+        values = disease_score(images, kind, label)
+        if len(values) < 2:
+            raise ValueError("an interval needs at least 2 images at each place of the axis")
+        half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+        mean = float(values.mean())
+        scores[place] = Score(
+            name=f"disease score ({label or kind})",
+            value=mean,
+            interval=(mean - float(half), mean + float(half)),
+            n=len(values),
+            extractor=extractor.name,
+            extractor_hash=extractor.hash,
+            resize=f"area to {SIZE}x{SIZE}, then {extractor.resize_rule}",
+            note="mean log odds; Student's interval over images",
+        )
+    return scores
+
+
+def disease_record() -> dict[str, Any]:
+    """Return how the scores were fitted: extractor, cases and the AUC on held-out phantoms."""
+    return _load()[1]
+
+
+def _find(kind: str, label: str | None, names: tuple[str, ...]) -> str:
+    """Return the name of one regression, ``kind_label``."""
+    kinds = sorted({name.split("_")[0] for name in names})
+    if kind not in kinds:
+        raise ValueError(f"unknown kind {kind!r}; allowed are {', '.join(kinds)}")
+    labels = [name[len(kind) + 1 :] for name in sorted(names) if name.startswith(f"{kind}_")]
+    if label is None and len(labels) == 1:
+        label = labels[0]
+    if label not in labels:
+        raise ValueError(f"{label!r} is no disease of {kind}; allowed are {', '.join(labels)}")
+    return f"{kind}_{label}"
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(FILE, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads((file.metadata() or {})["record"])
+
+
+def resize_area(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Shrink by averaging: noise falls as in a camera that bins pixels, edges stay sharp."""
+    return F.interpolate(images.float(), size=(size, size), mode="area")
+
+
+def disease_features(images: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Return the features that the scores are linear in, ``(N, 1280)``."""
+    check_images(images)
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"square images are needed, got {tuple(images.shape[2:])} (H, W)")
+    if images.shape[2] != SIZE:
+        resize = resize_area if images.shape[2] > SIZE else resize_bilinear
+        images = resize(images, SIZE).round().clamp(0, 255).to(torch.uint8)
+    return features(images, OFFLINE).astype(np.float64)

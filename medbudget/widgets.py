@@ -1,0 +1,386 @@
+"""Widgets that a reader plays with: frames to flip through, live sampling, a mask to draw.
+
+`show_frames` needs no kernel, no library and no network: it works on the book's pages as in
+JupyterLab. The others talk to Python, so they need a kernel; they sample in a thread of their own,
+wait until the hand rests, drop what is out of date, and have a Stop button.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import ipywidgets as ipw
+import torch
+from IPython.display import HTML
+
+from medbudget.base import Base
+from medbudget.embeddings import Embedding
+from medbudget.images import check_images, make_grid, to_pil
+from medbudget.inpainting import brush_mask, inpaint
+from medbudget.sampling import sample, total_guidance
+
+EDGE = 384  # screen pixels of an image that is drawn on
+DELAY = 0.4  # seconds without a change before sampling starts
+
+
+def to_png(images: torch.Tensor, *, columns: int = 4, edge: int = 128) -> bytes:
+    """Return images as one PNG file in reading order, each about `edge` pixels wide."""
+    zoom = max(1, round(edge / images.shape[-1]))
+    grid = make_grid(images, columns=columns, gap=2)
+    grid = grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    file = io.BytesIO()
+    to_pil(grid).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _embed(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+# ---- without a kernel ---------------------------------------------------------------------------
+
+# a range input that shows one of its figure's frames; repeated here because it must travel with
+# the output: a page of the book has no kernel to ask
+_SHOW = (
+    "for (const [i, frame] of this.closest('figure').querySelectorAll('[data-frame]').entries())"
+    " frame.hidden = i != this.value"
+)
+
+
+def show_frames(
+    frames: Mapping[str, torch.Tensor],
+    *,
+    label: str,
+    alt: str,
+    caption: str,
+    start: int = 0,
+    columns: int = 4,
+) -> HTML:
+    """Return a slider over precomputed images that works without a kernel.
+
+    Everything is in the output itself, so it needs neither saved widget state nor a script from
+    elsewhere. Where scripts are off, the first frame stands.
+
+    Parameters
+    ----------
+    frames : mapping of str to torch.Tensor
+        What the slider says at each place, and the images ``(N, 3, H, W) uint8`` shown there.
+    label : str
+        The slider's name.
+    alt : str
+        What the images show; each frame adds its own place.
+    caption : str
+        Must say that the images are synthetic, if they are.
+    start : int
+        The frame shown first.
+    columns : int
+        Images in a row.
+
+    Raises
+    ------
+    ValueError
+        No frames, no alt text, or a start that is not one of them.
+    """
+    if not frames or not 0 <= start < len(frames):
+        raise ValueError(f"start {start} is not one of {len(frames)} frames")
+    if not alt.strip() or not caption.strip():
+        raise ValueError("alt and caption must say what the frames show")
+    say = html.escape
+    parts = []
+    for i, (place, images) in enumerate(frames.items()):
+        png = to_png(check_images(images), columns=columns)
+        hidden = "" if i == start else " hidden"
+        parts.append(
+            f'<div data-frame="{i}"{hidden}><img src="{_embed(png)}" '
+            f'alt="{say(f"{alt} {label}: {place}.")}" '
+            'style="image-rendering: pixelated; background: #fff">'
+            f"<div>{say(label)}: <strong>{say(place)}</strong></div></div>"
+        )
+    return HTML(
+        '<figure class="medbudget-frames" style="margin: 1em 0">'
+        f'{"".join(parts)}<input type="range" min="0" max="{len(frames) - 1}" step="1" '
+        f'value="{start}" aria-label="{say(label)}" style="width: {EDGE}px; max-width: 100%" '
+        f'oninput="{say(_SHOW)}"><figcaption>{say(caption)}</figcaption></figure>'
+    )
+
+
+# ---- with a kernel ------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Raised inside a job by `Live.check` when it is out of date or was stopped."""
+
+
+class Live:
+    """Runs the newest of many requests in a thread, so that the kernel stays free.
+
+    A request waits `delay` seconds for a newer one, which replaces it; a job that is already
+    running when a newer one comes, or when `stop` is called, ends at its next `check`.
+
+    Parameters
+    ----------
+    work : callable
+        ``work(check, *arguments)``; calls ``check()`` often.
+    report : callable
+        Told "waiting", "drawing", "done", "stopped" or "error: …".
+    """
+
+    def __init__(
+        self, work: Callable[..., None], report: Callable[[str], None], *, delay: float = DELAY
+    ) -> None:
+        self.work, self.report, self.delay = work, report, delay
+        self._newest = 0
+        self._lock = threading.Lock()  # one job at a time
+        self._timer: threading.Timer | None = None
+
+    def request(self, *arguments: Any) -> None:
+        """Ask for ``work(check, *arguments)`` soon."""
+        self._cancel()
+        self.report("waiting")
+        self._timer = threading.Timer(self.delay, self._run, (self._newest, arguments))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self, *_: Any) -> None:
+        """End what waits or runs."""
+        self._cancel()
+        self.report("stopped")
+
+    def wait(self, seconds: float = 60) -> None:
+        """Block until the last request is done (for scripts and tests)."""
+        if self._timer is not None:
+            self._timer.join(seconds)
+
+    def _cancel(self) -> None:
+        self._newest += 1
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _run(self, number: int, arguments: tuple[Any, ...]) -> None:
+        def check(_: Any = None) -> None:
+            if number != self._newest:
+                raise Stopped
+
+        with self._lock:
+            try:
+                check()
+                self.report("drawing")
+                self.work(check, *arguments)
+                check()
+                self.report("done")
+            except Stopped:
+                pass
+            except Exception as error:  # a thread's exception would be lost: show it
+                self.report(f"error: {error}")
+
+
+class PromptMixer(ipw.VBox):
+    """Weight sliders for several embeddings, and what the composed prompt draws.
+
+    Parameters
+    ----------
+    embeddings : iterable of Embedding
+        One slider each, at first of equal weight.
+    **options
+        For `sample`: n, steps, seed, …
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        embeddings: Iterable[Embedding],
+        *,
+        cfg_scale: float = 2.0,
+        delay: float = DELAY,
+        **options: Any,
+    ) -> None:
+        self.base, self.embeddings = base, list(embeddings)
+        self.options = {"n": 4, **options}
+        share = round(1 / len(self.embeddings), 2)
+        self.sliders = [
+            ipw.FloatSlider(share, min=-0.5, max=1.5, step=0.05, description=e.token)
+            for e in self.embeddings
+        ]
+        self.scale = ipw.FloatSlider(cfg_scale, min=0, max=6, step=0.25, description="guidance")
+        self.button = ipw.Button(description="Stop", icon="stop")
+        self.status = ipw.Label()
+        self.picture = ipw.Image(format="png")
+        self.live = Live(self._draw, self._report, delay=delay)
+        self.button.on_click(self.live.stop)
+        for slider in (*self.sliders, self.scale):
+            slider.observe(self._changed, names="value")
+        row = ipw.HBox([self.button, self.status])
+        super().__init__([*self.sliders, self.scale, row, self.picture])
+        self._report("move a slider")
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that the sliders write."""
+        pairs = zip(self.embeddings, self.sliders)
+        return " AND ".join(f"{e.token}:{slider.value:.2f}" for e, slider in pairs)
+
+    def _changed(self, _: Any = None) -> None:
+        self.live.request(self.prompt, self.scale.value)
+
+    def _report(self, state: str) -> None:
+        total = total_guidance(self.prompt, self.scale.value)
+        self.status.value = f"{state} · {self.prompt} · total guidance {total:.3g} · synthetic"
+
+    def _draw(self, check: Callable[..., None], prompt: str, scale: float) -> None:
+        made = sample(
+            self.base,
+            prompt,
+            embeddings=self.embeddings,
+            cfg_scale=scale,
+            callback=check,
+            **self.options,
+        )
+        self.picture.value = to_png(made)
+
+
+# sends a stroke, the points in fractions of the edge, to the text field beside the picture
+_DRAW = """
+const box = this.getBoundingClientRect(), at = e =>
+  [(e.clientX - box.left) / box.width, (e.clientY - box.top) / box.height];
+const stroke = [at(event)];
+this.setPointerCapture(event.pointerId);
+this.onpointermove = e => { stroke.push(at(e)); };
+this.onpointerup = () => {
+  this.onpointermove = this.onpointerup = null;
+  const field = this.closest('.medbudget-painter').querySelector('.medbudget-stroke input');
+  field.value = JSON.stringify(stroke);
+  field.dispatchEvent(new Event('input', {bubbles: true}));
+  field.dispatchEvent(new Event('change', {bubbles: true}));
+};
+event.preventDefault();
+"""
+
+
+class MaskPainter(ipw.VBox):
+    """An image to draw a mask on with the mouse, a finger or a pen.
+
+    Attributes
+    ----------
+    strokes : list
+        ``(points, radius)`` of each stroke, in fractions of the image's edge.
+    mask : torch.Tensor
+        ``(H, H) float32``, 1 where it was drawn.
+    """
+
+    def __init__(
+        self,
+        image: torch.Tensor,
+        *,
+        radius: float = 0.07,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.image = check_images(image[None] if image.ndim == 3 else image)[:1]
+        self.strokes: list[tuple[list[list[float]], float]] = []
+        self.changed = changed
+        self.picture = ipw.HTML()
+        self.field = ipw.Text(layout={"display": "none"})
+        self.field.add_class("medbudget-stroke")
+        self.radius = ipw.FloatSlider(
+            radius, min=0.02, max=0.3, step=0.01, description="brush", continuous_update=False
+        )
+        self.undo = ipw.Button(description="Undo", icon="undo")
+        self.clear = ipw.Button(description="Clear")
+        self.field.observe(self._stroke, names="value")
+        self.undo.on_click(lambda _: self._set(self.strokes[:-1]))
+        self.clear.on_click(lambda _: self._set([]))
+        row = ipw.HBox([self.radius, self.undo, self.clear])
+        super().__init__([self.picture, self.field, row])
+        self.add_class("medbudget-painter")
+        self._set([])
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """The mask drawn so far."""
+        return brush_mask(self.strokes, size=self.image.shape[-1])
+
+    def _stroke(self, change: dict[str, Any]) -> None:
+        if change["new"]:
+            points = json.loads(change["new"])
+            self._set([*self.strokes, (points, self.radius.value)])
+            self.field.value = ""  # the same stroke may come again
+
+    def _set(self, strokes: list[tuple[list[list[float]], float]]) -> None:
+        grown = strokes != self.strokes
+        self.strokes = strokes
+        tint = torch.tensor([255, 160, 0]).view(1, 3, 1, 1)
+        share = 0.45 * self.mask
+        shown = (self.image * (1 - share) + tint * share).round().to(torch.uint8)
+        covered = 100 * self.mask.mean().item()
+        self.picture.value = (
+            f'<img draggable="false" src="{_embed(to_png(shown, edge=EDGE))}" width="{EDGE}" '
+            f'alt="The image to draw on; the mask covers {covered:.0f} percent of it." '
+            'style="image-rendering: pixelated; touch-action: none; cursor: crosshair" '
+            f'onpointerdown="{html.escape(_DRAW)}">'
+        )
+        if grown:
+            self.changed()
+
+
+class Inpainter(ipw.VBox):
+    """A mask to draw, and what `inpaint` puts under it.
+
+    Parameters
+    ----------
+    image : torch.Tensor
+        ``(1, 3, H, H) uint8`` or without the first axis.
+    **options
+        For `inpaint`: n, steps, seed, content, …
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        image: torch.Tensor,
+        prompt: str,
+        *,
+        embeddings: Iterable[Embedding] = (),
+        strength: float = 0.75,
+        delay: float = DELAY,
+        **options: Any,
+    ) -> None:
+        self.base, self.prompt, self.embeddings = base, prompt, list(embeddings)
+        self.options = {"n": 4, **options}
+        self.status = ipw.Label()
+        self.live = Live(self._draw, self._report, delay=delay)
+        self.painter = MaskPainter(image, changed=self._changed)
+        self.strength = ipw.FloatSlider(strength, min=0.1, max=1, step=0.05, description="strength")
+        self.strength.observe(self._changed, names="value")
+        self.button = ipw.Button(description="Stop", icon="stop")
+        self.button.on_click(self.live.stop)
+        self.result = ipw.Image(format="png")
+        row = ipw.HBox([self.strength, self.button, self.status])
+        super().__init__([self.painter, row, self.result])
+        self._report("draw a mask on the image")
+
+    def _changed(self, _: Any = None) -> None:
+        if self.painter.strokes:
+            self.live.request(self.painter.mask, self.strength.value)
+        else:
+            self.live.stop()
+
+    def _report(self, state: str) -> None:
+        self.status.value = f"{state} · {self.prompt} · synthetic under the mask"
+
+    def _draw(self, check: Callable[..., None], mask: torch.Tensor, strength: float) -> None:
+        made = inpaint(
+            self.base,
+            self.painter.image,
+            mask,
+            self.prompt,
+            embeddings=self.embeddings,
+            strength=strength,
+            callback=check,
+            **self.options,
+        )
+        self.result.value = to_png(made)

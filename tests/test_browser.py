@@ -1,0 +1,270 @@
+"""The widgets in a real browser: a built page without a kernel, and JupyterLab.
+
+Driven through chromedriver's own protocol (W3C WebDriver, JSON over HTTP).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+nbformat = pytest.importorskip("nbformat", reason="needs the `book` extra")
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+DRIVER = shutil.which("chromedriver")
+PATIENCE = float(os.environ.get("MEDBUDGET_PATIENCE", "120"))  # seconds
+ARROW_RIGHT = "\ue014"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER),
+        reason="no Chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)",
+    ),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ask(url: str, content: Any = None, method: str | None = None) -> Any:
+    data = None if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=PATIENCE) as answer:
+        return json.load(answer)["value"]
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            found = condition()
+        except OSError:
+            found = None
+        if found:
+            return found
+        time.sleep(0.3)
+    raise AssertionError(f"after {PATIENCE:.0f} s: {what}")
+
+
+class Browser:
+    """As much of WebDriver as the tests need."""
+
+    def __init__(self, url: str) -> None:
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        flags += ["--no-proxy-server", "--window-size=1200,1000"]
+        options = {"binary": CHROMIUM, "args": flags}
+        wanted = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}
+        session = ask(f"{url}/session", {"capabilities": wanted})
+        self.url = f"{url}/session/{session['sessionId']}"
+
+    def open(self, url: str) -> None:
+        ask(f"{self.url}/url", {"url": url})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return ask(f"{self.url}/execute/sync", {"script": script, "args": arguments})
+
+    def find(self, css: str) -> str:
+        found = ask(f"{self.url}/element", {"using": "css selector", "value": css})
+        return str(next(iter(found.values())))
+
+    def wait_for(self, script: str, what: str) -> Any:
+        """Wait until a script returns something true; else tell what the page says."""
+        try:
+            return until(lambda: self.run(script), what)
+        except AssertionError as error:
+            page = self.run("return document.body.innerText")
+            raise AssertionError(f"{error}; the page says:\n{page}") from None
+
+    def type(self, css: str, text: str) -> None:
+        ask(f"{self.url}/element/{self.find(css)}/value", {"text": text})
+
+    def drag(self, *points: tuple[float, float]) -> None:
+        """Press the mouse at the first point, move through the others, let go."""
+        moves = [
+            {"type": "pointerMove", "duration": 50, "x": round(x), "y": round(y)} for x, y in points
+        ]
+        down, up = ({"type": kind, "button": 0} for kind in ("pointerDown", "pointerUp"))
+        actions = [{"type": "pointer", "id": "mouse", "actions": [moves[0], down, *moves[1:], up]}]
+        ask(f"{self.url}/actions", {"actions": actions})
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    port = free_port()
+    driver = subprocess.Popen([str(DRIVER), f"--port={port}"], stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: ask(f"{url}/status")["ready"], "chromedriver does not start")
+        made = Browser(url)
+        yield made
+        ask(made.url, method="DELETE")
+    finally:
+        driver.terminate()
+        driver.wait()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page built by the book's own configuration, with a slider in a notebook's output."""
+    pytest.importorskip("jupyter_book", reason="needs the `book` extra")
+    from medbudget.widgets import show_frames
+
+    folder = tmp_path_factory.mktemp("site")
+    stage = folder / "stage"
+    shutil.copytree(ROOT / "book" / "_static", stage / "book" / "_static")
+    for name in ("_config.yml", "book/logo.png", "book/references.bib"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, stage / name)
+    frames = {str(v): torch.full((1, 3, 8, 8), v, dtype=torch.uint8) for v in (0, 100, 200)}
+    shown = show_frames(frames, label="gray", alt="A gray square.", caption="Synthetic.")
+    output = nbformat.v4.new_output("execute_result", {"text/html": shown.data}, execution_count=1)
+    cells = [
+        nbformat.v4.new_markdown_cell("# A page"),
+        nbformat.v4.new_code_cell("frames", outputs=[output], execution_count=1),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, stage / "page.ipynb")
+    (stage / "_toc.yml").write_text("format: jb-book\nroot: page\n")
+    start = "from jupyter_book.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", start, "build", stage, "--path-output", folder, "--quiet"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "_build" / "html" / "page.html"
+
+
+def test_the_slider_of_a_built_page_changes_the_image(browser: Browser, page: Path) -> None:
+    browser.open(page.as_uri())
+    shown = (
+        "return [...document.querySelectorAll('.medbudget-frames [data-frame]')]"
+        ".filter(e => e.offsetHeight > 0).map(e => e.querySelector('img').alt)"
+    )
+    assert browser.run(shown) == ["A gray square. gray: 0."]
+    pixel = (
+        "const img = document.querySelector('.medbudget-frames [data-frame]:not([hidden]) img');"
+        "const canvas = document.createElement('canvas'); canvas.width = canvas.height = 1;"
+        "const to = canvas.getContext('2d'); to.drawImage(img, 0, 0);"
+        "return to.getImageData(0, 0, 1, 1).data[0]"
+    )
+    assert browser.run(pixel) == 0
+    for gray in (100, 200):
+        browser.type(".medbudget-frames input", ARROW_RIGHT)
+        assert browser.run(shown) == [f"A gray square. gray: {gray}."]
+        assert browser.run(pixel) == gray
+    asked = "return performance.getEntriesByType('resource').map(e => e.name)"
+    scripts = [
+        name for name in browser.run(asked) if "jupyter-widgets" in name or "require" in name
+    ]
+    assert scripts == [], "the page asks for widget scripts that it does not need"
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A JupyterLab server in an empty folder: its address and the folder."""
+    pytest.importorskip("jupyterlab", reason="needs the `book` extra")
+    port = free_port()
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--port={port}", "--IdentityProvider.token=", "--ServerApp.password="]
+    command += [
+        "--LabApp.expose_app_in_browser=True",
+        "--ServerApp.disable_check_xsrf=True",
+        f"--ServerApp.root_dir={tmp_path}",
+    ]
+    home = tmp_path / ".home"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1"}
+    with open(tmp_path / ".log", "wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=tmp_path)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/api") as a:
+            return bool(a.status == 200)
+
+    try:
+        until(answers, "JupyterLab does not start")
+        yield url, tmp_path
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
+    browser: Browser, lab: tuple[str, Path]
+) -> None:
+    url, folder = lab
+    lines = [
+        "import json, torch",
+        "from pathlib import Path",
+        "from medbudget.widgets import MaskPainter",
+        "def save():",
+        "    m = painter.mask",
+        "    Path('mask.json').write_text(json.dumps([len(painter.strokes), m.nonzero().tolist()]))",
+        "painter = MaskPainter(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), changed=save)",
+        "painter",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, folder / "draw.ipynb")
+    browser.open(f"{url}/lab/tree/draw.ipynb")
+    browser.wait_for(
+        "return document.querySelector('.jp-NotebookPanel') && window.jupyterapp.commands"
+        ".isEnabled('notebook:run-all-cells')",
+        "the notebook does not open",
+    )
+    browser.wait_for(
+        "return document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'",
+        "the kernel does not start",
+    )
+    browser.run("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    browser.wait_for(
+        "return document.querySelector('.medbudget-painter img') !== null",
+        "the widget does not show",
+    )
+    place = (
+        "const img = document.querySelector('.medbudget-painter img');"
+        "img.scrollIntoView({block: 'center'}); const box = img.getBoundingClientRect();"
+        "return [box.left, box.top, box.width, box.height]"
+    )
+    left, top, wide, high = browser.run(place)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + x * wide, top + y * high
+
+    def arrived(strokes: int) -> Any:
+        file = folder / "mask.json"
+        found = json.loads(file.read_text() or "[-1, []]") if file.exists() else [-1, []]
+        return found if found[0] == strokes else None
+
+    browser.drag(at(0.25, 0.5), at(0.5, 0.5), at(0.75, 0.5))
+    _, cells = until(lambda: arrived(1), "the stroke does not arrive")
+    rows, columns = {row for row, _ in cells}, {column for _, column in cells}
+    assert min(columns) in range(9, 14) and max(columns) in range(50, 55)
+    assert min(rows) in range(25, 30) and max(rows) in range(34, 39)
+    browser.drag(at(0.5, 0.2), at(0.5, 0.25))
+    until(lambda: arrived(2), "the second stroke does not arrive")
+    click = "document.querySelectorAll('.medbudget-painter button')[0].click()"
+    browser.run(click)
+    until(lambda: arrived(1), "undo does not arrive")
