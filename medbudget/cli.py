@@ -791,12 +791,21 @@ def study_report(
     store: StoreOption = Path("studies"),
     preset: PresetOption = "tiny",
     data: DataOption = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="also into results/, for the book's chapters")
+    ] = False,
 ) -> None:
     """Write the report of what is done: Markdown, HTML, figure."""
-    from medbudget.studies import write_report
+    from medbudget.studies import record_table, write_report
 
     study, results = _plan_study(name, preset, store, data)
     print(f"report: {write_report(study, results, store / f'{name}-{preset}')}")
+    if record:
+        options = f"--preset {preset} --store {store.name}"
+        command = (
+            f"medbudget study {name} {options}; medbudget study report {name} {options} --record"
+        )
+        print(f"recorded: {record_table(study, results, command)}")
 
 
 @study_app.command("clean")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from medbudget import cli
-from medbudget.tiny.trained import FOLDER, SHIPPED, load_trained
+from medbudget.tiny.trained import FOLDER, SPECS, load_trained
 
 
 @pytest.fixture
@@ -205,15 +205,16 @@ def test_evaluate_on_real_x_rays(medbudget, real_data, tmp_path):
     assert Image.open(pairs).width > 500
 
 
-@pytest.mark.parametrize(("kind", "label"), SHIPPED)
-def test_shipped_embeddings_belong_to_the_shipped_base(tiny, kind, label):
-    embedding = load_trained(kind, label, tiny)
-    assert embedding.vectors.shape == (64, 96)
-    assert embedding.record["images"] == 100 and embedding.history["loss"]
+@pytest.mark.parametrize("spec", SPECS)
+def test_shipped_embeddings_belong_to_the_shipped_base(tiny, spec):
+    kind, label, n_vectors, cases = spec
+    embedding = load_trained(kind, label, tiny, n_vectors=n_vectors, cases=cases)
+    assert embedding.vectors.shape == (n_vectors, 96) and embedding.token == f"<{label}>"
+    assert embedding.record["images"] == cases and embedding.history["loss"]
 
 
 def test_nothing_else_is_shipped():
-    assert sorted(p.stem for p in FOLDER.glob("*")) == sorted(f"{k}_{v}" for k, v in SHIPPED)
+    assert len(list(FOLDER.glob("*"))) == len(SPECS) == 14
 
 
 def test_a_study_is_planned_without_computing_and_bad_roles_are_refused(medbudget, tmp_path):

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from medbudget.studies import PRESETS, Store, Task, clean, make_study, plan, run, write_report
+from medbudget.studies import (
+    PRESETS,
+    Store,
+    Task,
+    clean,
+    make_study,
+    plan,
+    run,
+    simulate,
+    write_report,
+)
 from medbudget.studies.engines import parse_shard
 from medbudget.studies.report import read_floor, read_table
 from medbudget.studies.tables import StudySettings
@@ -219,6 +229,19 @@ def test_another_base_than_planned_is_refused(tmp_path):
     study = small("f" * 12)
     with pytest.raises(ValueError, match="planned with ffffffffffff"):
         run(study.tasks, Store(tmp_path))
+
+
+def test_simulated_ends_are_those_worked_out_by_hand():
+    word = Task("embedding", {"n": 0})
+    blocks = [Task("block", {"i": i}, (word,)) for i in range(5)]
+    score = Task("score", {}, tuple(blocks))
+    lengths = {"embedding": 10.0, "block": 2.0, "score": 1.0}
+    for workers, end in ((1, 21), (2, 10 + 6 + 1), (5, 13), (100, 13)):
+        assert simulate([score], lambda t: lengths[t.kind], workers) == (end, 21)
+    two = [Task("embedding", {"n": 1}), Task("embedding", {"n": 2})]
+    assert simulate(two, lambda t: float(t.settings["n"]), 2) == (2, 3)
+    with pytest.raises(ValueError, match="at least one"):
+        simulate(two, lambda t: 1.0, 0)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "-1/2", "1/0", ""])

@@ -5,6 +5,7 @@ All engines call `ensure` on the same tasks in the same blocks, so the results a
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -88,6 +89,43 @@ def plan(tasks: Sequence[Task], store: Store) -> Plan:
             have = sizes.get(kind)
             size = size + len(lacking) * sum(have) / len(have) if have else None
     return Plan(total, done, estimate, None if size is None else round(size))
+
+
+def simulate(
+    tasks: Sequence[Task], seconds: Callable[[Task], float], workers: int
+) -> tuple[float, float]:
+    """Return when a study would end on `workers` machines, and their busy time, in seconds.
+
+    List scheduling (Graham 1966): whoever is free takes the first task whose inputs are there.
+
+    Parameters
+    ----------
+    seconds : callable
+        How long a task takes.
+
+    Raises
+    ------
+    ValueError
+        No workers.
+    """
+    if workers < 1:
+        raise ValueError(f"at least one worker is needed, got {workers}")
+    waiting = in_order(tasks)
+    ends: dict[str, float] = {}
+    running: list[tuple[float, str]] = []
+    now = busy = 0.0
+    while waiting or running:
+        for task in list(waiting):
+            if len(running) == workers:
+                break
+            if all(ends.get(t.key, float("inf")) <= now for t in task.inputs):
+                length = seconds(task)
+                ends[task.key] = now + length
+                busy += length
+                heapq.heappush(running, (now + length, task.key))
+                waiting.remove(task)
+        now, _ = heapq.heappop(running)
+    return now, busy
 
 
 def clean(tasks: Sequence[Task], store: Store, *, delete: bool = False) -> dict[Path, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from medbudget.artifacts import atomic_path, write_text
+from medbudget.artifacts import atomic_path, write_result, write_text
 from medbudget.images import make_grid, to_pil
 from medbudget.studies.engines import plan
 from medbudget.studies.tables import Row, Study
@@ -57,6 +57,32 @@ def read_rows(study: Study, store: Store) -> dict[str, torch.Tensor]:
         for row in study.rows
         if store.has(row.images[0])
     }
+
+
+def record_table(study: Study, store: Store, command: str) -> Path:
+    """Write the finished table to the recorded results, for a chapter to show.
+
+    Raises
+    ------
+    ValueError
+        Results are missing.
+    """
+    missing = [task for task in in_order(study.tasks) if not store.has(task)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} results of {study.name} are missing: run the study before you record it"
+        )
+    rows = []
+    for row in study.rows:
+        found = {"setting": row.group, "value": row.value, "paper": row.paper}
+        found["scores"] = json.loads(store.path(row.score).read_text())
+        if row.compare is not None:
+            found["compare"] = json.loads(store.path(row.compare).read_text())
+        rows.append(found)
+    floor = json.loads(store.path(study.floor).read_text()) if study.floor else {}
+    values = {"rows": rows, "floor": floor}
+    name = f"{study.name}_{study.preset}"
+    return write_result(name, values, command=command, base_hash=study.base_hash)
 
 
 def _format(table: pd.DataFrame) -> list[list[str]]:
