@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,10 @@ def export(work: Path) -> None:
         first = tokenizer.convert_tokens_to_ids("v0000")
         table[first : first + model.N_CELLS] = maps.cell_map(centroids["cells"])
     WEIGHTS.mkdir(exist_ok=True)
+    earlier = []
+    if (WEIGHTS / "training.json").exists():
+        before = json.loads((WEIGHTS / "training.json").read_text())
+        earlier = [*before.get("earlier", []), {key: before[key] for key in ("vae", "unet")}]
     for name, net in (("vae", vae), ("unet", unet), ("text_encoder", text)):
         net.half().save_pretrained(WEIGHTS / name, safe_serialization=True)
     tokenizer.save_pretrained(WEIGHTS / "tokenizer")
@@ -80,13 +85,20 @@ def export(work: Path) -> None:
     )
     record = {
         "words": {"n": words.N_WORDS, "grids": list(words.GRIDS)},
-        "vae": {"steps": vae_state["step"], "seconds": round(vae_state["seconds"])},
-        "unet": {"steps": state["step"], "seconds": round(state["seconds"])},
+        "vae": _summary(vae_state),
+        "unet": _summary(state),
+        "earlier": earlier if state["start"] else [],
         "curves": {name: _curve(work / f"{name}.csv") for name in ("vae", "unet")},
     }
     write_json(WEIGHTS / "training.json", record)
     total = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file())
     print(f"exported {total / 2**20:.1f} MiB to {WEIGHTS}")
+
+
+def _summary(state: dict[str, Any]) -> dict[str, int]:
+    """Return steps, images seen and seconds of a training run."""
+    steps = int(state["step"])
+    return {"steps": steps, "images": steps * state["batch"], "seconds": round(state["seconds"])}
 
 
 def _curve(path: Path, points: int = 60) -> dict[str, list[float]]:

@@ -100,6 +100,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "batch": self.args.batch,
+            "start": self.args.start,
         }
         with atomic_path(self.path) as temporary:
             torch.save(state, temporary)
