@@ -325,7 +325,7 @@ def plot_axis(
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if len(curves) > 1:
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, loc="best")
     return figure
 
 

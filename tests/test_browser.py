@@ -238,8 +238,12 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
         "return document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'",
         "the kernel does not start",
     )
-    browser.run("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    browser.wait_for(
+    browser.wait_for(  # JupyterLab may ask which kernel to take, and forget the run over it
+        "const ask = document.querySelector('.jp-Dialog .jp-mod-accept');"
+        "const prompt = document.querySelector('.jp-InputArea-prompt').innerText;"
+        "if (ask) ask.click();"
+        "else if (prompt.trim() == '[ ]:')"
+        " window.jupyterapp.commands.execute('notebook:run-all-cells');"
         "return document.querySelector('.medbudget-painter img') !== null",
         "the widget does not show",
     )
