@@ -126,7 +126,9 @@ def peak_memory() -> float:
     """Return this process's peak resident memory in MB (`getrusage` inherits the parent's)."""
     status = Path("/proc/self/status")
     if status.exists():
-        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        (line,) = [
+            x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM")
+        ]
         return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

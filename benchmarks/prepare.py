@@ -203,7 +203,7 @@ def main() -> None:
     if args.parts[:1] == ["repeat"]:
         repeat(args.parts[1], args.n, data)
         return
-    out = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    out = json.loads(args.out.read_text(encoding="utf-8")) if args.out and args.out.exists() else {}
     for part in args.parts:
         if part == "picai":
             out[part] = {**compare(args.n, data), "scaling": scale(args.n, args.workers, data)}

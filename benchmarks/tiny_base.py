@@ -307,7 +307,7 @@ def main() -> None:
     base = load_base("tiny")
     record: dict[str, Any] = {}
     if args.out and args.out.exists():
-        record = json.loads(args.out.read_text())
+        record = json.loads(args.out.read_text(encoding="utf-8"))
         if record.get("base_hash") != base.hash:
             print(f"{args.out} is of base {record.get('base_hash')}: its rows are dropped")
             record = {}

@@ -269,8 +269,6 @@ class MaskPainter(ipw.VBox):
     ----------
     strokes : list
         ``(points, radius)`` of each stroke, in fractions of the image's edge.
-    mask : torch.Tensor
-        ``(H, H) float32``, 1 where it was drawn.
     """
 
     def __init__(
@@ -301,7 +299,7 @@ class MaskPainter(ipw.VBox):
 
     @property
     def mask(self) -> torch.Tensor:
-        """The mask drawn so far."""
+        """The mask drawn so far, ``(H, H) float32``, 1 where it was drawn."""
         return brush_mask(self.strokes, size=self.image.shape[-1])
 
     def _stroke(self, change: dict[str, Any]) -> None:

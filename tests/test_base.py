@@ -77,7 +77,7 @@ def test_v_prediction_is_refused(tmp_path):
 
     shutil.copytree(TINY, tmp_path / "b")
     config = tmp_path / "b/scheduler/scheduler_config.json"
-    content = json.loads(config.read_text())
+    content = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**content, "prediction_type": "v_prediction"}))
     with pytest.raises(BaseError, match="epsilon"):
         load_base(tmp_path / "b")

@@ -151,6 +151,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-c", start, "build", stage, "--path-output", folder, "--quiet"],
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return folder / "_build" / "html" / "page.html"
@@ -259,7 +260,11 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
 
     def arrived(strokes: int) -> Any:
         file = folder / "mask.json"
-        found = json.loads(file.read_text() or "[-1, []]") if file.exists() else [-1, []]
+        found = (
+            json.loads(file.read_text(encoding="utf-8") or "[-1, []]")
+            if file.exists()
+            else [-1, []]
+        )
         return found if found[0] == strokes else None
 
     browser.drag(at(0.25, 0.5), at(0.5, 0.5), at(0.75, 0.5))

@@ -56,7 +56,10 @@ def test_one_failing_chapter(
     assert {p: p.read_bytes() for p in (tmp_path / "notebooks").iterdir()} == originals
     good = nbformat.read(build.STAGE / "notebooks" / "01_good.ipynb", as_version=4)
     assert good.cells[0].outputs[0].text == "42\n"
-    assert set(json.loads((build.BUILD / "timings.json").read_text())) == {"00_bad", "01_good"}
+    assert set(json.loads((build.BUILD / "timings.json").read_text(encoding="utf-8"))) == {
+        "00_bad",
+        "01_good",
+    }
 
 
 def test_only_the_chapters_asked_for(

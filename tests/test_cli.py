@@ -46,7 +46,9 @@ def test_the_main_job(medbudget, tmp_path):
     assert code == 0 and len(list(made.glob("*.png"))) == 4
     code, said, _ = medbudget("evaluate", real, made, "--out", tmp_path / "s.json")
     assert code == 0 and "FD (EfficientNet-Lite0)" in said and "n lowered" not in said
-    names = [score["name"] for score in json.loads((tmp_path / "s.json").read_text())]
+    names = [
+        score["name"] for score in json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    ]
     assert "Layout distance" in names and "Layout distance, real vs real" in names
     code, said, _ = medbudget("embedding", "show", out, "--base", "tiny")
     assert code == 0 and "(4, 96)" in said and "same hash" in said
@@ -116,7 +118,7 @@ def test_evaluate_prints_a_table_and_writes_what_it_is_asked_for(medbudget, tmp_
     assert code == 0, err
     lines = said.splitlines()
     assert lines[0].split() == ["score", "value", "95", "%", "interval", "n", "notes"]
-    names = [score["name"] for score in json.loads(out.read_text())]
+    names = [score["name"] for score in json.loads(out.read_text(encoding="utf-8"))]
     assert names == [
         "Layout distance",
         "Layout distance, real vs real",
@@ -193,7 +195,7 @@ def test_evaluate_on_real_x_rays(medbudget, real_data, tmp_path):
     options = ("--permutation", other, "--repeats", 199, "--out", out, "--pairs", pairs)
     code, said, err = medbudget(*command, *options)
     assert code == 0, err
-    scores = {score["name"]: score for score in json.loads(out.read_text())}
+    scores = {score["name"]: score for score in json.loads(out.read_text(encoding="utf-8"))}
     assert all(name in said for name in scores)
     fd, floor = scores["FD (EfficientNet-Lite0)"], scores["FD (EfficientNet-Lite0), real vs real"]
     assert fd["n"] == floor["n"] == 20 and fd["value"] < 1.3 * floor["value"]

@@ -189,7 +189,9 @@ e.save(sys.argv[2])
 def test_killed_with_signal_9_and_resumed_gives_the_same_bytes(tmp_path):
     def start(name):
         command = [sys.executable, "-c", KILLED, tmp_path / f"{name}.ckpt", tmp_path / f"{name}.pt"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=dict(os.environ)
+        )
 
     whole = start("whole")
     whole.communicate(timeout=300)

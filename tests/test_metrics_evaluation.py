@@ -49,7 +49,7 @@ def test_table_and_json_keep_everything(tmp_path):
     assert list(table["low"]) == [s.interval[0] for s in scores]
     path = tmp_path / "scores.json"
     back = json.loads(metrics.to_json(scores, path))
-    assert back == json.loads(path.read_text())
+    assert back == json.loads(path.read_text(encoding="utf-8"))
     assert back[0]["interval"] == list(scores[0].interval)
     assert back[0]["extractor_hash"] == scores[0].extractor_hash != ""
     assert len(metrics.to_table([])) == 0

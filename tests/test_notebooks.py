@@ -197,6 +197,7 @@ def test_chapter_and_solutions_run_in_small_and_in_silence(path: Path, tmp_path:
         env={**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a chapter that writes to stderr fails the book's build"

@@ -57,7 +57,10 @@ def test_writes_images_masks_manifest_settings_and_contact_sheet(tmp_path: Path)
     assert image.shape == (2, 3, 16, 16) and sorted(image[:, 0, 0, 0].tolist()) == [14, 20]
     mask = load_images(tmp_path / "out" / "masks" / "part" / "val" / "a")
     assert mask[:, :, :4].min() == 255 and mask[:, :, 4:].max() == 0
-    assert json.loads((tmp_path / "out" / "settings.json").read_text())["dataset"] == "test"
+    assert (
+        json.loads((tmp_path / "out" / "settings.json").read_text(encoding="utf-8"))["dataset"]
+        == "test"
+    )
     assert load_images(tmp_path / "out" / "contact_sheet.png").shape[1] == 3
     assert not list((tmp_path / "out").rglob("*.tmp")) and not list(tmp_path.rglob(".journal*"))
 
@@ -70,7 +73,7 @@ def test_running_again_makes_only_what_is_missing_or_changed(tmp_path: Path) -> 
     (out / ITEMS[5].file).write_bytes(b"half an image")
     (out / "masks" / "part" / ITEMS[7].file).unlink()
     report = prepare_items(ITEMS, partial(make, log=log), out, settings=SETTINGS)
-    assert sorted(map(int, log.read_text().split())) == [3, 5, 7]
+    assert sorted(map(int, log.read_text(encoding="utf-8").split())) == [3, 5, 7]
     assert (report.made, report.kept) == (3, 9)
     assert files_of(out) == before
 

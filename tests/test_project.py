@@ -24,13 +24,13 @@ def make_targets() -> set[str]:
 
 
 def test_every_make_command_in_prose_is_a_target() -> None:
-    prose = README + "".join(p.read_text() for p in (ROOT / "book").glob("*.md"))
+    prose = README + "".join(p.read_text(encoding="utf-8") for p in (ROOT / "book").glob("*.md"))
     named = set(re.findall(r"(?:^|`)make ([a-z]+)", prose, flags=re.MULTILINE))
     assert {"book", "test"} <= named <= make_targets()
 
 
 def test_ci_runs_the_two_commands_of_the_readme() -> None:
-    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert [line.split(" <")[0] for line in lines if line.startswith("make")] == [
         "make test",
         "make book",
@@ -39,14 +39,14 @@ def test_ci_runs_the_two_commands_of_the_readme() -> None:
 
 
 def test_version_stands_in_one_place() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == medbudget.__version__
     assert 'dynamic = ["version"]' in PYPROJECT
     assert not re.search(r'^version\s*=\s*"', PYPROJECT, flags=re.MULTILINE)
 
 
 def test_citation_is_complete_and_cites_the_paper() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     paper = citation["preferred-citation"]
     assert paper["title"].startswith("Medical diffusion on a budget")
@@ -61,7 +61,7 @@ def test_citation_is_complete_and_cites_the_paper() -> None:
 
 
 def test_conda_environment_installs_what_make_installs() -> None:
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
     command = re.search(r"pip install (.*)", MAKEFILE)
     assert command is not None
@@ -84,7 +84,7 @@ def test_constraints_pin_every_dependency_and_name_no_place() -> None:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    text = (ROOT / "constraints.txt").read_text()
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert not re.search(r"index-url|find-links|file:|://|@", text)
     lines = [Requirement(s) for s in text.splitlines() if not s.startswith("#")]
     pinned = {re.sub(r"[-_.]+", "-", r.name).lower(): r for r in lines}
@@ -112,6 +112,7 @@ def test_makefile_refuses_an_old_python(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert done.returncode != 0
     assert "Python 3.10 or later" in done.stderr
@@ -120,7 +121,7 @@ def test_makefile_refuses_an_old_python(tmp_path: Path) -> None:
 
 
 def test_every_chapter_and_page_of_the_contents_exists() -> None:
-    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     files = [contents["root"]]
     files += [chapter["file"] for part in contents["parts"] for chapter in part["chapters"]]
     for file in files:

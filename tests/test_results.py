@@ -23,7 +23,7 @@ def test_what_is_written_is_read(tmp_path):
     values = {"a": 1.5, "b": [1, 2]}
     path = write_result("x", values, command="python x.py", folder=tmp_path)
     assert load_result("x", folder=tmp_path) == values
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     assert list(record) == ["date", "command", "base_hash", "device", "values"]
     assert record["base_hash"] is None and "cores" in record["device"]
     assert load_result("x", base_hash="any", folder=tmp_path) == values  # needs no base
@@ -68,7 +68,9 @@ def test_every_recorded_result_is_whole_fresh_and_can_be_repeated(path, tiny):
     assert load_result(path.stem, base_hash=tiny.hash), "no values"  # refuses a stale one
     assert datetime.date.fromisoformat(record["date"]) >= datetime.date(2026, 1, 1)
     assert record["device"]
-    assert not re.search(r"/(home|root|work|tmp|mnt|Users)/", path.read_text()), "a machine path"
+    assert not re.search(r"/(home|root|work|tmp|mnt|Users)/", path.read_text(encoding="utf-8")), (
+        "a machine path"
+    )
     words = [w for w in shlex.split(record["command"]) if "=" not in w]
     assert words[0] == "python"
     script = ROOT / words[1] if words[1] != "-m" else ROOT / f"{words[2].replace('.', '/')}.py"

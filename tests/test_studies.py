@@ -128,11 +128,15 @@ def test_the_report_shows_ours_the_papers_and_what_is_missing(tiny, finished, tm
     assert line["Layout distance, low"] < line["Layout distance"] < line["Layout distance, high"]
     floor = read_floor(study, store)["Layout distance"][0]
     assert floor < table["Layout distance"].min()  # two steps of training are no competitor
-    text = (write_report(study, store, tmp_path / "done").parent / "report.md").read_text()
+    text = (write_report(study, store, tmp_path / "done").parent / "report.md").read_text(
+        encoding="utf-8"
+    )
     assert "missing" not in text and "tiny base" in text and "phantoms" in text
     empty = Store(tmp_path / "empty")
     page = write_report(study, empty, tmp_path / "none")
-    assert "results are still missing" in page.read_text() and "missing" in page.read_text()
+    assert "results are still missing" in page.read_text(
+        encoding="utf-8"
+    ) and "missing" in page.read_text(encoding="utf-8")
 
 
 def test_two_shares_side_by_side_make_everything_once(tiny, finished, tmp_path):
@@ -145,7 +149,9 @@ def test_two_shares_side_by_side_make_everything_once(tiny, finished, tmp_path):
     here = Path(__file__).parent
     command = [sys.executable, "-c", script, tiny.hash, tmp_path / "shared"]
     shares = [
-        subprocess.Popen([*command, f"{i}/2"], cwd=here, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, f"{i}/2"], cwd=here, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
         for i in (1, 2)
     ]
     made = [int(share.communicate(timeout=300)[0].strip().splitlines()[-1]) for share in shares]

@@ -32,11 +32,11 @@ def read_table(study: Study, store: Store) -> pd.DataFrame:
 def _read_row(row: Row, store: Store) -> dict[str, Any]:
     found: dict[str, Any] = {"setting": row.group, "value": row.value}
     if store.has(row.score):
-        for name, score in json.loads(store.path(row.score).read_text()).items():
+        for name, score in json.loads(store.path(row.score).read_text(encoding="utf-8")).items():
             found[name] = score["value"]
             found[f"{name}, low"], found[f"{name}, high"] = score["interval"]
     if row.compare is not None and store.has(row.compare):
-        found["p"] = json.loads(store.path(row.compare).read_text())["p_value"]
+        found["p"] = json.loads(store.path(row.compare).read_text(encoding="utf-8"))["p_value"]
     if row.paper is not None:
         found["paper FID"], found["paper MFID"] = row.paper
     return found
@@ -46,7 +46,7 @@ def read_floor(study: Study, store: Store) -> dict[str, tuple[float, float, floa
     """Return the real-versus-real floor: value, low, high by distance; empty if not computed."""
     if study.floor is None or not store.has(study.floor):
         return {}
-    scores = json.loads(store.path(study.floor).read_text())
+    scores = json.loads(store.path(study.floor).read_text(encoding="utf-8"))
     return {name: (score["value"], *score["interval"]) for name, score in scores.items()}
 
 
@@ -75,11 +75,11 @@ def record_table(study: Study, store: Store, command: str) -> Path:
     rows = []
     for row in study.rows:
         found = {"setting": row.group, "value": row.value, "paper": row.paper}
-        found["scores"] = json.loads(store.path(row.score).read_text())
+        found["scores"] = json.loads(store.path(row.score).read_text(encoding="utf-8"))
         if row.compare is not None:
-            found["compare"] = json.loads(store.path(row.compare).read_text())
+            found["compare"] = json.loads(store.path(row.compare).read_text(encoding="utf-8"))
         rows.append(found)
-    floor = json.loads(store.path(study.floor).read_text()) if study.floor else {}
+    floor = json.loads(store.path(study.floor).read_text(encoding="utf-8")) if study.floor else {}
     values = {"rows": rows, "floor": floor}
     name = f"{study.name}_{study.preset}"
     return write_result(name, values, command=command, base_hash=study.base_hash)

@@ -97,7 +97,7 @@ class Store:
         about = self.path(task).with_suffix(".about.json")
         if not (self.has(task) and about.exists()):
             return None
-        value: float = json.loads(about.read_text())["seconds"]
+        value: float = json.loads(about.read_text(encoding="utf-8"))["seconds"]
         return value
 
 
@@ -329,7 +329,7 @@ def _is_stale(lock: Path) -> bool:
     try:
         if time.time() - lock.stat().st_mtime > STALE:
             return True
-        owner = json.loads(lock.read_text())
+        owner = json.loads(lock.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return False
     if owner.get("host") != socket.gethostname():
@@ -354,4 +354,4 @@ def check_shared(folder: Path) -> str:
 def see_shared(folder: Path, word: str) -> bool:
     """Tell whether this machine sees the word that `check_shared` wrote."""
     file = folder / "shared.txt"
-    return file.exists() and file.read_text() == word
+    return file.exists() and file.read_text(encoding="utf-8") == word

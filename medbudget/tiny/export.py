@@ -29,7 +29,7 @@ def make_vocabulary(numbers: np.ndarray, count: int, seed: int = 0) -> torch.Ten
 
 def export(work: Path) -> None:
     """Write VAE, U-Net, text encoder (visual words filled in), tokenizer and training record."""
-    scale = json.loads((work / "scale.json").read_text())["scaling_factor"]
+    scale = json.loads((work / "scale.json").read_text(encoding="utf-8"))["scaling_factor"]
     vae_state = torch.load(work / "vae.ckpt", map_location="cpu", weights_only=True)
     state = torch.load(work / "unet.ckpt", map_location="cpu", weights_only=True)
     vae, unet, maps = model.build_vae(), model.build_unet(), model.WordMap()
@@ -60,7 +60,7 @@ def export(work: Path) -> None:
     WEIGHTS.mkdir(exist_ok=True)
     earlier = []
     if (WEIGHTS / "training.json").exists():
-        before = json.loads((WEIGHTS / "training.json").read_text())
+        before = json.loads((WEIGHTS / "training.json").read_text(encoding="utf-8"))
         earlier = [*before.get("earlier", []), {key: before[key] for key in ("vae", "unet")}]
     for name, net in (("vae", vae), ("unet", unet), ("text_encoder", text)):
         net.half().save_pretrained(WEIGHTS / name, safe_serialization=True)

@@ -250,8 +250,8 @@ def train_unet(work: Path, args) -> None:
     torch.manual_seed(args.seed)
     latents = np.load(work / "latents.npy", mmap_mode="r")
     numbers = torch.from_numpy(np.load(work / "numbers.npy")).float()
-    captions = json.loads((work / "captions.json").read_text())
-    scale = json.loads((work / "scale.json").read_text())["scaling_factor"]
+    captions = json.loads((work / "captions.json").read_text(encoding="utf-8"))
+    scale = json.loads((work / "scale.json").read_text(encoding="utf-8"))["scaling_factor"]
     device, per = args.device, len(latents) // len(captions)
     tokenizer = model.build_tokenizer()
     plain = torch.tensor(
