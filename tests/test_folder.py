@@ -117,6 +117,16 @@ def test_rle_and_lossy_jpeg(tmp_path: Path) -> None:
     assert gap.max() <= 12 and gap.mean() < 3
 
 
+def test_colour_dicom(tmp_path: Path) -> None:
+    red = np.zeros((32, 32, 3), np.uint8)
+    red[:, 16:, 0] = 200
+    write_dicom(tmp_path / "in" / "a.dcm", red)
+    shown(tmp_path / "in", tmp_path / "out")
+    image = load_images(next((tmp_path / "out").glob("train/*/*.png")))[0]
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), red)
+    assert load_manifest(tmp_path / "out")["window"].iloc[0] == "as stored (colour)"
+
+
 def write_series(folder: Path, n: int = 5, **extra: str) -> None:
     """Write a series whose file names run against the order of its slices."""
     for k in range(n):

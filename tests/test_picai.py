@@ -391,6 +391,7 @@ def test_papers_geometry_agrees_with_picai_prep(tree: Path, case_id: str, label:
     assert_agrees(load(tree, case_id, size=512, geometry="paper"), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_papers_geometry_agrees_with_picai_prep_on_the_real_case(real: Path) -> None:
     case = load(real, REAL, size=512, geometry="paper")

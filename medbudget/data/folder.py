@@ -231,10 +231,10 @@ def _read_table(
     for source in sources:
         path = Path(source.files[0])
         names = [p.as_posix() for p in (path, *path.parents)]
-        name = next((n for n in names if n in listed), None)
-        if name is not None:
-            used.add(name)
-            row = listed[name]
+        match = next((n for n in names if n in listed), None)
+        if match is not None:
+            used.add(match)
+            row = listed[match]
             patient = row.get(patient_column) or source.patient
             entries.append(Entry(source, row[label_column], patient))
     if not entries:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from medbudget import artifacts
+from medbudget.data.splits import SPLITS
 from medbudget.images import save_images
 from medbudget.progress import tqdm
 
@@ -231,7 +232,9 @@ def prepare_items(
         for path in (stale, *_masks_of(done[stale]).values()):
             with suppress(FileNotFoundError):
                 (out / path).unlink()
-    counts: dict[tuple[str, str], int] = {(item.split, item.label): 0 for item in items}
+    order = {split: place for place, split in enumerate(SPLITS)}
+    cells = {(item.split, item.label) for item in items}
+    counts = {c: 0 for c in sorted(cells, key=lambda c: (order.get(c[0], len(order)), c))}
     for row in rows.values():
         counts[row["split"], row["label"]] += 1
     _write_manifest(out, rows)
