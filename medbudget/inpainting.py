@@ -186,7 +186,7 @@ def fill_masked(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
             sigma = share * image.shape[-1]
             seen = gaussian_filter(keep, sigma)
             colour = gaussian_filter(image * keep, (0, sigma, sigma)) / np.maximum(seen, 1e-6)
-            filled = filled + np.clip(seen, 0, 1) * (colour - filled)
+            filled = (filled + np.clip(seen, 0, 1) * (colour - filled)).astype(np.float32)
         out[i] = image * keep + filled * mask
     return torch.from_numpy(np.rint(np.clip(out, 0, 255)).astype(np.uint8))
 
