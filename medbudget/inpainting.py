@@ -181,7 +181,7 @@ def fill_masked(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         keep = 1 - mask
         total = keep.sum()
         mean = (image * keep).sum((1, 2)) / total if total > 0.5 else np.full(3, 127.5)
-        filled = np.broadcast_to(mean[:, None, None], image.shape).astype(np.float32)
+        filled: npt.NDArray[np.floating] = np.broadcast_to(mean[:, None, None], image.shape)
         for share in (0.5, 0.125, 0.03, 0.008):
             sigma = share * image.shape[-1]
             seen = gaussian_filter(keep, sigma)
