@@ -288,7 +288,7 @@ def test_folders_of_real_images_replace_phantoms_and_are_checked(tiny, tmp_path)
 
 @pytest.mark.slow
 def test_ray_loses_a_node_and_still_makes_every_result_once(tiny, finished, tmp_path):
-    ray = pytest.importorskip("ray", reason="needs the extra ray: pip install 'medbudget[ray]'")
+    ray = pytest.importorskip("ray", reason="no Ray here: pip install 'medbudget[ray]'")
     from ray.cluster_utils import Cluster
 
     study, store = finished
