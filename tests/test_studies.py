@@ -67,9 +67,9 @@ def finished(tiny, tmp_path_factory):
 
 def test_the_tiny_table1_trains_each_word_once():
     study = make_study("table1", "tiny", base_hash="0" * 12)
-    # The final configuration and 3 others a setting: 13 sets of 96 images in 6 blocks; 7 words.
+    # The final configuration and 3 others a setting: 13 sets of 64 images in 4 blocks; 7 words.
     assert counts(study.tasks) == {
-        "images": 3, "embedding": 7, "block": 13 * 6, "score": 14, "compare": 12,
+        "images": 3, "embedding": 7, "block": 13 * 4, "score": 14, "compare": 12,
     }  # fmt: skip
     assert len(study.rows) == 16
     assert next(r.paper for r in study.rows if r.group == "cases") == (158, 2.55)

@@ -70,7 +70,7 @@ PAPER_GRID = {
 }
 PRESETS = {
     "tiny": StudySettings(
-        base="tiny", inversion="tiny", n=96, steps=25, size=64,
+        base="tiny", inversion="tiny", n=64, steps=25, size=64,
         grid=PAPER_GRID | {"sampling steps": (10, 25, 50, 100)},
         extractors=("efficientnet-lite0", "layout"), phantom=("prostate", "healthy"),
     ),
