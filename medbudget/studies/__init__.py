@@ -1,7 +1,7 @@
 """The paper's tables and figures as studies that run on a laptop, a GPU, a cluster or an array."""
 
 from medbudget.studies.engines import clean, plan, run, simulate
-from medbudget.studies.report import read_table, record_table, write_report
+from medbudget.studies.report import format_recorded, read_table, record_table, write_report
 from medbudget.studies.tables import PRESETS, Study, StudySettings, make_study
 from medbudget.studies.tasks import Store, Task
 
@@ -12,6 +12,7 @@ __all__ = [
     "StudySettings",
     "Task",
     "clean",
+    "format_recorded",
     "make_study",
     "plan",
     "read_table",

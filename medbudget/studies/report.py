@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,21 @@ def record_table(study: Study, store: Store, command: str) -> Path:
     values = {"rows": rows, "floor": floor}
     name = f"{study.name}_{study.preset}"
     return write_result(name, values, command=command, base_hash=study.base_hash)
+
+
+def format_recorded(values: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a table recorded by `record_table` for print: ours with intervals, p, the paper's."""
+    lines: list[dict[str, str]] = []
+    for row in values["rows"]:
+        line = {"setting": row["setting"], "value": f"{row['value']:g}"}
+        for name, score in row["scores"].items():
+            low, high = score["interval"]
+            line[name] = f"{score['value']:.3g} [{low:.3g}, {high:.3g}]"
+        line["p"] = f"{row['compare']['p_value']:.3f}" if "compare" in row else "–"
+        for name, value in zip(("paper FID", "paper MFID"), row["paper"] or ("–", "–")):
+            line[name] = str(value)
+        lines.append(line)
+    return pd.DataFrame(lines).set_index(["setting", "value"])
 
 
 def _format(table: pd.DataFrame) -> list[list[str]]:
