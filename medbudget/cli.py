@@ -180,9 +180,10 @@ def invert(
         checkpoint_every=checkpoint_every,
     )
     pictures = _square(loaded, images)
-    print(
-        f"{len(pictures)} images, {settings.steps} steps of {settings.batch_size} on {loaded.device}"
-    )
+    count = f"{len(pictures)} image{'s' if len(pictures) > 1 else ''}"
+    print(f"{count}, {settings.steps} steps of {settings.batch_size} on {loaded.device}")
+    if len(pictures) < 5:
+        print("note: a word from so few images copies them; the paper's smallest set has 5")
     callback, close = _observer(loaded, token, out, preview_every, log_dir)
     try:
         made = run(
@@ -192,7 +193,7 @@ def invert(
             settings=settings,
             checkpoint=checkpoint,
             callback=callback,
-            data=f"{len(pictures)} images of folder {images.name}",
+            data=f"{count} of folder {images.name}",
         )
     finally:
         close()

@@ -151,10 +151,10 @@ def test_evaluate_refuses_before_it_works(medbudget, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_one_image_is_enough(medbudget, tmp_path):
+def test_one_image_is_enough_and_the_user_is_told_what_it_means(medbudget, tmp_path):
     good = make_folder(tmp_path / "good", a=np.zeros((50, 64), np.uint8))
     code, said, _ = medbudget("invert", good, "--token", "<x>", "--out", tmp_path / "x.pt", *FAST)
-    assert code == 0 and "1 images" in said
+    assert code == 0 and "1 image," in said and "copies them" in said
 
 
 @pytest.mark.realdata
