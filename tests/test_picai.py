@@ -427,3 +427,11 @@ def test_real_case_goes_through_the_command_once_per_class_is_too_much(
     with open(tmp_path / "out" / "manifest.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["patient"] == "10795" and "hbv" in row["window"]
+
+
+@pytest.mark.realdata
+def test_the_same_case_twice_is_the_same_bytes(real_data: Path) -> None:
+    folder = real_data / "picai"
+    load = (folder / "images", folder / "labels", "10795_1000811")
+    first, *others = (picai.load_case(*load, size=64).image for _ in range(6))
+    assert all(torch.equal(first, other) for other in others)

@@ -450,7 +450,7 @@ def _read(file: Path, what: str) -> sitk.Image:
 def _array(image: sitk.Image) -> Array:
     import SimpleITK as sitk
 
-    return np.asarray(sitk.GetArrayViewFromImage(image))
+    return sitk.GetArrayFromImage(image)  # a copy: a view dies with a temporary image
 
 
 def _is_axial(image: sitk.Image) -> bool:

@@ -333,7 +333,7 @@ def _is_inverted_on_reading() -> bool:
         sitk.WriteImage(sitk.Image([2, 2], sitk.sitkUInt8), file)
         content = Path(file).read_bytes()
         Path(file).write_bytes(content.replace(b"MONOCHROME2", b"MONOCHROME1"))
-        return bool(sitk.GetArrayViewFromImage(sitk.ReadImage(file)).max() > 0)
+        return bool(sitk.GetArrayFromImage(sitk.ReadImage(file)).max() > 0)
 
 
 def _turn(image: sitk.Image, plane: str) -> sitk.Image:
