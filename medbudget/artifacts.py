@@ -110,12 +110,18 @@ def results_folder() -> Path:
     return checkout if checkout.is_dir() else Path(__file__).resolve().parent / "results"
 
 
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def describe_device() -> str:
     """Return cores, threads and load in words: what a measured time depends on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    return f"CPU, {cores} cores ({platform.machine()}), OMP_NUM_THREADS {threads}{load}"
+    return f"CPU, {count_cores()} cores ({platform.machine()}), OMP_NUM_THREADS {threads}{load}"
 
 
 def write_result(

@@ -485,8 +485,9 @@ def _finish(report: Any, allow_broken: bool) -> None:
 
 
 def _workers(workers: int | None) -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return workers if workers is not None else available or 1
+    from medbudget.artifacts import count_cores
+
+    return count_cores() if workers is None else workers
 
 
 @prepare_app.command("picai")

@@ -18,6 +18,7 @@ from medbudget.embeddings import Embedding
 from medbudget.images import check_images, load_image
 from medbudget.progress import tqdm
 from medbudget.sampling import (
+    add_first,
     check_numbers,
     default_steps,
     denoise,
@@ -303,12 +304,6 @@ def inpaint(
             ) -> torch.Tensor:
                 return (1 - m) * z0 + m * denoised
 
-            per_step = None
-            if callback is not None:
-
-                def per_step(state: dict[str, Any], first: int = first) -> None:
-                    callback({**state, "first": first})
-
             latents = denoise(
                 base,
                 z0 + noise * sigmas[0],
@@ -318,7 +313,7 @@ def inpaint(
                 cfg_scale=cfg_scale,
                 generators=generators,
                 blend=blend,
-                callback=per_step,
+                callback=add_first(callback, first),
             )
             share = soft[of_mask][:, None]
             mixed = images[of_image] * (1 - share) + base.decode(latents) * share

@@ -195,12 +195,6 @@ def sample(
             seeds = range(seed + first, seed + min(first + batch_size, n))
             generators = [torch.Generator().manual_seed(s) for s in seeds]
             x = draw_noise(generators, shape).to(base.device) * sigmas[0]
-            per_step = None
-            if callback is not None:
-
-                def per_step(state: dict[str, Any], first: int = first) -> None:
-                    callback({**state, "first": first})
-
             latents = denoise(
                 base,
                 x,
@@ -209,7 +203,7 @@ def sample(
                 **conditions,
                 cfg_scale=cfg_scale,
                 generators=generators,
-                callback=per_step,
+                callback=add_first(callback, first),
             )
             out.append(base.decode(latents))
             bar.update(len(seeds))
@@ -263,6 +257,15 @@ def interpolate(
             prompt, embeddings = mixed.token, [mixed]
         axis[float(w)] = sample(base, prompt, embeddings=embeddings, seed=seed, **options)
     return axis
+
+
+def add_first(
+    callback: Callable[[dict[str, Any]], None] | None, first: int
+) -> Callable[[dict[str, Any]], None] | None:
+    """Return a callback of `denoise` that also tells the index of the batch's first image."""
+    if callback is None:
+        return None
+    return lambda state: callback({**state, "first": first})
 
 
 def default_steps(base: Base) -> int:

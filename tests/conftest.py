@@ -31,6 +31,25 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def medbudget(capsys, monkeypatch):
+    """Run a command line; return (exit code, stdout, stderr)."""
+
+    from medbudget import cli
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["medbudget", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
 def pytest_collection_modifyitems(items):
     """Skip, with its reason, what this machine cannot run."""
     network = "set MEDBUDGET_NETWORK=1 to run tests that need the internet"

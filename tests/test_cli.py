@@ -7,26 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medbudget import cli
 from medbudget.tiny.trained import FOLDER, SPECS, load_trained
-
-
-@pytest.fixture
-def medbudget(capsys, monkeypatch):
-    """Run a command line; return (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["medbudget", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
 
 FAST = ("--steps", 4, "--batch-size", 2, "--n-vectors", 4)
 

@@ -7,27 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from medbudget import cli, make_phantoms
+from medbudget import make_phantoms
 from medbudget.data.phantom_trees import write_chexpert, write_pcam, write_picai
 from medbudget.data.prepare import load_manifest
 from medbudget.images import save_images
 
 
 @pytest.fixture
-def prepare(capsys, monkeypatch):
+def prepare(medbudget):
     """Run `medbudget prepare …`; return (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["medbudget", "prepare", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return lambda *arguments: medbudget("prepare", *arguments)
 
 
 SMALL = ("--size", 32, "--workers", 1)

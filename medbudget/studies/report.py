@@ -16,10 +16,29 @@ import torch
 from medbudget.artifacts import atomic_path, write_result, write_text
 from medbudget.images import make_grid, to_pil
 from medbudget.studies.engines import plan
-from medbudget.studies.tables import Row, Study
-from medbudget.studies.tasks import Store, in_order, read_images
+from medbudget.studies.tables import Study
+from medbudget.studies.tasks import Store, Task, in_order, read_images
 
 COLUMNS = 8
+
+
+def read_values(study: Study, store: Store) -> dict[str, Any]:
+    """Return ``rows`` and ``floor`` as JSON types: of each row, what is there of scores and test."""
+
+    def read(task: Task | None) -> dict[str, Any] | None:
+        if task is None or not store.has(task):
+            return None
+        found: dict[str, Any] = json.loads(store.path(task).read_text(encoding="utf-8"))
+        return found
+
+    rows = []
+    for row in study.rows:
+        found: dict[str, Any] = {"setting": row.group, "value": row.value, "paper": row.paper}
+        for name, task in (("scores", row.score), ("compare", row.compare)):
+            if (values := read(task)) is not None:
+                found[name] = values
+        rows.append(found)
+    return {"rows": rows, "floor": read(study.floor) or {}}
 
 
 def read_table(study: Study, store: Store) -> pd.DataFrame:
@@ -27,27 +46,23 @@ def read_table(study: Study, store: Store) -> pd.DataFrame:
 
     Lines that are not computed yet have NaN.
     """
-    return pd.DataFrame([_read_row(row, store) for row in study.rows])
-
-
-def _read_row(row: Row, store: Store) -> dict[str, Any]:
-    found: dict[str, Any] = {"setting": row.group, "value": row.value}
-    if store.has(row.score):
-        for name, score in json.loads(store.path(row.score).read_text(encoding="utf-8")).items():
-            found[name] = score["value"]
-            found[f"{name}, low"], found[f"{name}, high"] = score["interval"]
-    if row.compare is not None and store.has(row.compare):
-        found["p"] = json.loads(store.path(row.compare).read_text(encoding="utf-8"))["p_value"]
-    if row.paper is not None:
-        found["paper FID"], found["paper MFID"] = row.paper
-    return found
+    lines = []
+    for row in read_values(study, store)["rows"]:
+        line = {"setting": row["setting"], "value": row["value"]}
+        for name, score in row.get("scores", {}).items():
+            line[name] = score["value"]
+            line[f"{name}, low"], line[f"{name}, high"] = score["interval"]
+        if "compare" in row:
+            line["p"] = row["compare"]["p_value"]
+        if row["paper"] is not None:
+            line["paper FID"], line["paper MFID"] = row["paper"]
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def read_floor(study: Study, store: Store) -> dict[str, tuple[float, float, float]]:
     """Return the real-versus-real floor: value, low, high by distance; empty if not computed."""
-    if study.floor is None or not store.has(study.floor):
-        return {}
-    scores = json.loads(store.path(study.floor).read_text(encoding="utf-8"))
+    scores = read_values(study, store)["floor"]
     return {name: (score["value"], *score["interval"]) for name, score in scores.items()}
 
 
@@ -73,15 +88,7 @@ def record_table(study: Study, store: Store, command: str) -> Path:
         raise ValueError(
             f"{len(missing)} results of {study.name} are missing: run the study before you record it"
         )
-    rows = []
-    for row in study.rows:
-        found = {"setting": row.group, "value": row.value, "paper": row.paper}
-        found["scores"] = json.loads(store.path(row.score).read_text(encoding="utf-8"))
-        if row.compare is not None:
-            found["compare"] = json.loads(store.path(row.compare).read_text(encoding="utf-8"))
-        rows.append(found)
-    floor = json.loads(store.path(study.floor).read_text(encoding="utf-8")) if study.floor else {}
-    values = {"rows": rows, "floor": floor}
+    values = read_values(study, store)
     name = f"{study.name}_{study.preset}"
     return write_result(name, values, command=command, base_hash=study.base_hash)
 
