@@ -30,16 +30,20 @@ def make_vocabulary(numbers: np.ndarray, count: int, seed: int = 0) -> torch.Ten
 def export(work: Path) -> None:
     """Write VAE, U-Net, text encoder (visual words filled in), tokenizer and training record."""
     scale = json.loads((work / "scale.json").read_text(encoding="utf-8"))["scaling_factor"]
-    vae_state = torch.load(work / "vae.ckpt", map_location="cpu", weights_only=True)
     state = torch.load(work / "unet.ckpt", map_location="cpu", weights_only=True)
     vae, unet, maps = model.build_vae(), model.build_unet(), model.WordMap()
     tokenizer = model.build_tokenizer()
     text = model.build_text_encoder(len(tokenizer))
-    vae.load_state_dict(vae_state["ema"]["vae"])
-    vae.register_to_config(scaling_factor=scale)
+    vae_state = None
+    if (work / "vae.ckpt").exists():
+        vae_state = torch.load(work / "vae.ckpt", map_location="cpu", weights_only=True)
+        vae.load_state_dict(vae_state["ema"]["vae"])
+        vae.register_to_config(scaling_factor=scale)
     for name, net in (("unet", unet), ("text", text), ("map", maps)):
         net.load_state_dict(state["ema"][name])
     vocabulary = work / "words.safetensors"
+    if state["start"]:  # the words keep their meaning
+        vocabulary = WEIGHTS / "words.safetensors"
     if not vocabulary.exists():
         numbers = np.load(work / "numbers.npy", mmap_mode="r")
         sentences = numbers[::8]
@@ -50,7 +54,7 @@ def export(work: Path) -> None:
             },
             vocabulary,
         )
-    centroids = load_file(vocabulary)
+    centroids = {key: value.float() for key, value in load_file(vocabulary).items()}
     with torch.no_grad():
         table = text.embeddings.token_embedding.weight
         first = tokenizer.convert_tokens_to_ids("g0000")
@@ -58,11 +62,11 @@ def export(work: Path) -> None:
         first = tokenizer.convert_tokens_to_ids("v0000")
         table[first : first + model.N_CELLS] = maps.cell_map(centroids["cells"])
     WEIGHTS.mkdir(exist_ok=True)
-    earlier = []
+    before: dict[str, Any] = {}
     if (WEIGHTS / "training.json").exists():
         before = json.loads((WEIGHTS / "training.json").read_text(encoding="utf-8"))
-        earlier = [*before.get("earlier", []), {key: before[key] for key in ("vae", "unet")}]
-    for name, net in (("vae", vae), ("unet", unet), ("text_encoder", text)):
+    trained = {"unet": unet, "text_encoder": text} | ({"vae": vae} if vae_state else {})
+    for name, net in trained.items():
         net.half().save_pretrained(WEIGHTS / name, safe_serialization=True)
     tokenizer.save_pretrained(WEIGHTS / "tokenizer")
     model.build_scheduler().save_pretrained(WEIGHTS / "scheduler")
@@ -83,12 +87,18 @@ def export(work: Path) -> None:
             "requires_safety_checker": False,
         },
     )
+
+    def earlier(part: str, found: Any) -> list[dict[str, int]]:
+        return before.get(part, []) if found is None or found["start"] else []
+
     record = {
         "words": {"n": words.N_WORDS, "grids": list(words.GRIDS)},
-        "vae": _summary(vae_state),
-        "unet": _summary(state),
-        "earlier": earlier if state["start"] else [],
-        "curves": {name: _curve(work / f"{name}.csv") for name in ("vae", "unet")},
+        "vae": [*earlier("vae", vae_state), *([_summary(vae_state)] if vae_state else [])],
+        "unet": [*earlier("unet", state), _summary(state)],
+        "curves": {
+            "vae": _curve(work / "vae.csv") if vae_state else before["curves"]["vae"],
+            "unet": _curve(work / "unet.csv"),
+        },
     }
     write_json(WEIGHTS / "training.json", record)
     total = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file())

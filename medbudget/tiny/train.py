@@ -4,7 +4,8 @@ Stages, in order: ``corpus`` (draws the images), ``vae``, ``latents`` (encodes t
 ``unet`` (U-Net and text encoder together), ``export`` (fp16 weights into the package).
 ``vae`` and ``unet`` resume from their checkpoint; a larger ``--steps`` prolongs them: the learning
 rate is constant and falls to zero over the last ``--decay`` steps. ``--start`` begins a stage that
-has no checkpoint with the weights in the package instead of random ones.
+has no checkpoint with the weights in the package instead of random ones. Without a ``vae.ckpt`` in
+the folder, ``latents`` and ``export`` keep the package's autoencoder.
 """
 
 from __future__ import annotations
@@ -224,8 +225,14 @@ def encode_corpus(work: Path, args) -> None:
     """Encode the corpus: ``latents.npy`` (n, 2, c, 16, 16) float16, mean and spread; numbers."""
     images = np.load(work / "images.npy", mmap_mode="r")
     vae = model.build_vae().to(args.device)
-    state = torch.load(work / "vae.ckpt", map_location=args.device, weights_only=True)
-    vae.load_state_dict(state["ema"]["vae"])
+    scale = None
+    if (work / "vae.ckpt").exists():
+        state = torch.load(work / "vae.ckpt", map_location=args.device, weights_only=True)
+        vae.load_state_dict(state["ema"]["vae"])
+    else:
+        load_shipped("vae", vae)
+        config = json.loads((WEIGHTS / "vae" / "config.json").read_text(encoding="utf-8"))
+        scale = config["scaling_factor"]
     latents = np.empty((len(images), 2, model.LATENTS, 16, 16), np.float16)
     numbers = np.empty((len(images), words.N_WORDS, 6), np.float16)
     with torch.inference_mode():
@@ -237,7 +244,7 @@ def encode_corpus(work: Path, args) -> None:
                 torch.stack([posterior.mean, posterior.std], 1).float().cpu().numpy()
             )
             numbers[i : i + 256] = words.compute_numbers(torch.from_numpy(batch)).numpy()
-    scale = 1 / latents[::16, 0].astype(np.float32).std()
+    scale = scale or 1 / latents[::16, 0].astype(np.float32).std()
     for name, array in (("latents", latents), ("numbers", numbers)):
         with atomic_path(work / f"{name}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, array)
@@ -246,7 +253,11 @@ def encode_corpus(work: Path, args) -> None:
 
 
 def train_unet(work: Path, args) -> None:
-    """Epsilon loss with raised weights at high noise; visual, plain and empty sentences."""
+    """Epsilon loss with raised weights at high noise; visual, plain and empty sentences.
+
+    With raised weights alone, what happens at low noise hardly counts, and edges stay blurred:
+    `--plain` mixes the unweighted loss in.
+    """
     torch.manual_seed(args.seed)
     latents = np.load(work / "latents.npy", mmap_mode="r")
     numbers = torch.from_numpy(np.load(work / "numbers.npy")).float()
@@ -257,7 +268,7 @@ def train_unet(work: Path, args) -> None:
     plain = torch.tensor(
         tokenizer(captions, padding="max_length", max_length=77, truncation=True)["input_ids"]
     )
-    unet = model.build_unet().to(device)
+    unet = model.build_unet().to(device, memory_format=torch.channels_last)
     if device == "cpu":
         from diffusers.models.attention_processor import AttnProcessor
 
@@ -270,7 +281,7 @@ def train_unet(work: Path, args) -> None:
         maps.load_state_dict(solve_maps(text, tokenizer))
     run = Run(work, "unet", {"unet": unet, "text": text, "map": maps}, args)
     alphas = model.build_scheduler().alphas_cumprod.to(device)
-    weights = min_snr_weights(alphas)
+    weights = args.plain + (1 - args.plain) * min_snr_weights(alphas)
     rng = np.random.default_rng([args.seed, run.step])
     held = per * (len(captions) // 100)
     bar = tqdm(total=args.steps, initial=run.step, desc="unet", mininterval=30)
@@ -307,9 +318,10 @@ def train_unet(work: Path, args) -> None:
                 chosen = torch.from_numpy(high & part).to(device)
                 sums.setdefault(name, []).extend(image_error[chosen].tolist())
             sums.setdefault("loss", []).extend(error.tolist())
+            sums.setdefault("low", []).extend(error[t < 200].tolist())
         if run.step % 100 == 0:
             run.record(
-                **{name: float(np.mean(sums[name])) for name in ("loss", "words", "plain", "empty")}
+                **{name: float(np.mean(sums[name])) for name in sums}
             )
             sums = {}
         if run.step % args.save_every == 0 or run.step == args.steps:
@@ -374,6 +386,7 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--start", action="store_true", help="begin with the package's weights")
+    parser.add_argument("--plain", type=float, default=0.25, help="unet: share of the plain loss")
     parser.add_argument("--features", type=float, default=0.0, help="vae: weight of feature loss")
     parser.add_argument("--feature-batch", type=int, default=8, help="vae: images it sees a step")
     args = parser.parse_args()
