@@ -253,11 +253,7 @@ def encode_corpus(work: Path, args) -> None:
 
 
 def train_unet(work: Path, args) -> None:
-    """Epsilon loss with raised weights at high noise; visual, plain and empty sentences.
-
-    With raised weights alone, what happens at low noise hardly counts, and edges stay blurred:
-    `--plain` mixes the unweighted loss in.
-    """
+    """Epsilon loss with raised weights at high noise; visual, plain and empty sentences."""
     torch.manual_seed(args.seed)
     latents = np.load(work / "latents.npy", mmap_mode="r")
     numbers = torch.from_numpy(np.load(work / "numbers.npy")).float()
@@ -281,7 +277,7 @@ def train_unet(work: Path, args) -> None:
         maps.load_state_dict(solve_maps(text, tokenizer))
     run = Run(work, "unet", {"unet": unet, "text": text, "map": maps}, args)
     alphas = model.build_scheduler().alphas_cumprod.to(device)
-    weights = args.plain + (1 - args.plain) * min_snr_weights(alphas)
+    weights = min_snr_weights(alphas)
     rng = np.random.default_rng([args.seed, run.step])
     held = per * (len(captions) // 100)
     bar = tqdm(total=args.steps, initial=run.step, desc="unet", mininterval=30)
@@ -318,10 +314,9 @@ def train_unet(work: Path, args) -> None:
                 chosen = torch.from_numpy(high & part).to(device)
                 sums.setdefault(name, []).extend(image_error[chosen].tolist())
             sums.setdefault("loss", []).extend(error.tolist())
-            sums.setdefault("low", []).extend(error[t < 200].tolist())
         if run.step % 100 == 0:
             run.record(
-                **{name: float(np.mean(sums[name])) for name in sums}
+                **{name: float(np.mean(sums[name])) for name in ("loss", "words", "plain", "empty")}
             )
             sums = {}
         if run.step % args.save_every == 0 or run.step == args.steps:
@@ -386,7 +381,6 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--start", action="store_true", help="begin with the package's weights")
-    parser.add_argument("--plain", type=float, default=0.25, help="unet: share of the plain loss")
     parser.add_argument("--features", type=float, default=0.0, help="vae: weight of feature loss")
     parser.add_argument("--feature-batch", type=int, default=8, help="vae: images it sees a step")
     args = parser.parse_args()
