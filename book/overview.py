@@ -40,13 +40,14 @@ def draw_parts(base: Base) -> list[tuple[str, str, torch.Tensor]]:
     shade = (mask[None, None] > 0.5) * 0.6
     marked = (plain * (1 - shade) + 255 * shade).to(torch.uint8)
     lesion = torch.stack([plain, marked, filled], 1).flatten(0, 1)
-    size = tumour.vectors.numel() * 4 // 1024
+    kilobytes = tumour.vectors.numel() * 4 // 1024
+    learned = f"{len(tumour.vectors)} vectors, {kilobytes} kB: new images"
     return [
         ("1  collect", "100 images of one class", make_grid(cases, columns=3)),
-        ("2  learn a word", f"{len(tumour.vectors)} vectors, {size} kB: new images", make_grid(made, columns=3)),
+        ("2  learn a word", learned, make_grid(made, columns=3)),
         ("3  compose words", "healthy → half → tumour", make_grid(axis, columns=3)),
         ("4  paint it in", "healthy, mask, painted", make_grid(lesion, columns=3)),
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:
