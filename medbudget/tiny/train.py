@@ -32,6 +32,13 @@ from medbudget.progress import tqdm
 from medbudget.tiny import corpus, model, words
 from medbudget.tiny.export import WEIGHTS
 
+NEEDS = {  # files of earlier stages, and which stage writes them
+    "vae": {"images.npy": "corpus"},
+    "latents": {"images.npy": "corpus"},
+    "unet": {"captions.json": "corpus", "latents.npy": "latents", "scale.json": "latents"},
+    "export": {"unet.ckpt": "unet", "scale.json": "latents"},
+}
+
 
 def draw_corpus(work: Path, *, concepts: int, images: int, seed: int, workers: int) -> None:
     """Draw the corpus into ``images.npy`` (n, 3, 64, 64) uint8 and ``captions.json``."""
@@ -384,6 +391,9 @@ def main() -> None:
     parser.add_argument("--features", type=float, default=0.0, help="vae: weight of feature loss")
     parser.add_argument("--feature-batch", type=int, default=8, help="vae: images it sees a step")
     args = parser.parse_args()
+    for file, stage in NEEDS.get(args.stage, {}).items():
+        if not (args.work / file).exists():
+            parser.exit(2, f"{args.work / file} is missing: run the stage `{stage}` first\n")
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage == "corpus":
         draw_corpus(

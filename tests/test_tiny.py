@@ -1,0 +1,137 @@
+"""The embedded base: its corpus, that it needs no network, and that its training can go on."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medbudget import load_base, sample
+from medbudget.tiny import corpus, export, model, train
+
+PACKAGE = Path(corpus.__file__).parent.parent
+
+
+def test_it_loads_and_draws_without_a_socket(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    images = sample(load_base("tiny", device="cpu"), "red ground", n=1, steps=1)
+    assert images.shape == (1, 3, 64, 64)
+
+
+def test_a_colour_word_colours_the_image(tiny):
+    """Means over the image, in gray levels: far from each other, whatever the machine's rounding."""
+    for name, strongest in (("red", 0), ("green", 1), ("blue", 2)):
+        means = sample(tiny, f"smooth {name} ground", n=2, steps=10).float().mean((0, 2, 3))
+        others = [m for i, m in enumerate(means.tolist()) if i != strongest]
+        assert means[strongest] > max(others) + 50, f"{name}: {means.tolist()}"
+
+
+def test_captions_are_words_of_the_vocabulary_and_fit():
+    tokenizer = model.build_tokenizer()
+    for index in range(200):
+        images, caption = corpus.make_concept(7, index, 1)
+        ids = tokenizer(caption)["input_ids"]
+        assert tokenizer.unk_token_id not in ids and len(ids) <= 77
+        assert caption.split()[0] in corpus.AMOUNTS and " ground" in caption
+        assert images.shape == (1, 64, 64, 3) and images.dtype == np.uint8
+
+
+def test_a_caption_says_what_was_drawn():
+    gray = np.full(3, 0.25, np.float32)
+    thing = corpus.Thing(
+        shape="ellipse", fill="flat", colour=np.array([1, 1, 1], np.float32),
+        second=gray, x=0.8, y=0.2, radius=0.15, aspect=1, tilt=0, edge=0.01, opacity=1, wobble=0,
+        pair=False, roam=0, presence=1, period=0.1,
+    )  # fmt: skip
+    concept = corpus.Concept(
+        ground="plain", colours=np.stack([gray] * 3), scale=0.1, angle=0, warp=0, mirrored=False,
+        gray=True, vary=0.15, grain=0, grain_blur=0, grain_shared=True, light=0, blur=0,
+        things=[thing],
+    )  # fmt: skip
+    caption = "smooth charcoal plain ground medium white ellipse top right"
+    assert corpus.make_caption(concept) == caption
+    image = corpus.render(concept, np.random.default_rng(0))
+    assert image[13, 51].min() > 240, "white where the ellipse is"
+    assert abs(int(image[50, 10, 0]) - 64) < 30, "charcoal elsewhere"
+    assert corpus.place_name(0.5, 0.5) == "center" and corpus.place_name(0, 0.99) == "bottom left"
+
+
+def test_corpus_and_phantoms_share_no_drawing_code():
+    modules = {}
+    for name in ("tiny.corpus", "data.phantoms", "data.phantom_trees"):
+        path = PACKAGE / (name.replace(".", "/") + ".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules[name] = {
+            node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+        } | {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    assert not any("medbudget" in (name or "") for name in modules["tiny.corpus"])
+    assert not any("tiny" in (name or "") for name in modules["data.phantoms"])
+
+
+def test_word_maps_are_recovered_from_the_shipped_table(tiny):
+    maps = model.WordMap()
+    maps.load_state_dict(train.solve_maps(tiny.text_encoder, tiny.tokenizer))
+    first = tiny.tokenizer.convert_tokens_to_ids("v0000")
+    table = tiny.text_encoder.get_input_embeddings().weight[first : first + 50]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            maps.cell_map(tiny.words["cells"][:50].float()), table, rtol=0, atol=5e-3
+        )
+
+
+def run_stage(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments, "--no-bf16"])
+    train.main()
+
+
+def test_training_goes_on_from_the_package(tmp_path, monkeypatch):
+    """Corpus, latents, two and then one more step of the U-Net, export: the autoencoder stays."""
+    weights = tmp_path / "weights"
+    shutil.copytree(export.WEIGHTS, weights)
+    monkeypatch.setattr(export, "WEIGHTS", weights)
+    monkeypatch.setattr(train, "WEIGHTS", weights)
+    work = str(tmp_path / "work")
+    run_stage(
+        monkeypatch, "corpus", "--work", work, "--concepts", "4", "--images", "2", "--workers", "1"
+    )
+    run_stage(monkeypatch, "latents", "--work", work)
+    for steps in ("2", "3"):
+        run_stage(
+            monkeypatch, "unet", "--work", work, "--start", "--batch", "4", "--steps", steps,
+            "--decay", "1",
+        )  # fmt: skip
+    (tmp_path / "work" / "unet.csv").write_text("step,loss,words,plain,empty\n1,.1,.2,.3,.4\n")
+    run_stage(monkeypatch, "export", "--work", work)
+    vae = Path("vae") / "diffusion_pytorch_model.safetensors"
+    assert (weights / vae).read_bytes() == (PACKAGE / "tiny" / "weights" / vae).read_bytes()
+    before = json.loads((PACKAGE / "tiny" / "weights" / "training.json").read_text())
+    after = json.loads((weights / "training.json").read_text())
+    assert after["vae"] == before["vae"]
+    assert after["unet"][:-1] == before["unet"]
+    assert after["unet"][-1]["steps"] == 3 and after["unet"][-1]["images"] == 12
+    old, new = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for folder in (PACKAGE / "tiny" / "weights", weights)
+    )
+    changed = [not torch.equal(old[name], new[name]) for name in old]
+    assert np.mean(changed) > 0.5, "the U-Net was trained"
+    assert load_base(weights, device="cpu").hash != load_base("tiny", device="cpu").hash
+
+
+@pytest.mark.parametrize("stage", ["latents", "unet"])
+def test_a_stage_without_the_one_before_says_so(tmp_path, monkeypatch, capsys, stage):
+    with pytest.raises(SystemExit) as stop:
+        run_stage(monkeypatch, stage, "--work", str(tmp_path / "new"), "--start")
+    assert stop.value.code == 2 and "run the stage `corpus` first" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
