@@ -696,7 +696,7 @@ PresetOption = Annotated[str, typer.Option(help="tiny, colab or paper")]
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="ROLE=FOLDER of real images, for the roles train, reference and floor "
+        help="ROLE=FOLDER of real images; of table1: train, reference, floor "
         "(tiny without --data: phantoms)"
     ),
 ]
@@ -704,19 +704,19 @@ DataOption = Annotated[
 
 def _plan_study(name: str, preset: str, store: Path, data: list[str] | None) -> tuple[Any, Any]:
     from medbudget import load_base
-    from medbudget.studies import PRESETS, Store, make_study
+    from medbudget.studies import Store, make_study
+    from medbudget.studies.catalogue import find_recipe
 
+    recipe = find_recipe(name, preset)
     sources = {}
     for item in data or []:
         role, equals, folder = item.partition("=")
-        if role not in ("train", "reference", "floor") or not equals:
+        if not equals:
             raise ValueError(
-                f"--data {item!r} is not ROLE=FOLDER with a role of train, reference, floor"
+                f"--data {item!r} is not ROLE=FOLDER; roles of {name}: {', '.join(recipe.roles)}"
             )
         sources[role] = Path(folder)
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; allowed are {', '.join(PRESETS)}")
-    base = load_base(PRESETS[preset].base)
+    base = load_base(recipe.presets[preset].base)
     study = make_study(name, preset, base_hash=base.hash, sources=sources)
     return study, Store(store, sources)
 
@@ -725,7 +725,7 @@ def _print_plan(study: Any, store: Any) -> None:
     from medbudget.studies import plan
 
     found = plan(study.tasks, store)
-    print(f"{study.name}, preset {study.preset}, base {study.settings.base} {study.base_hash}")
+    print(f"{study.name}, preset {study.preset}, base {study.base} {study.base_hash}")
     print(f"{'tasks':<12}{'done':>6}{'of':>6}   estimated time of the rest")
     for kind, total in found.total.items():
         seconds = found.seconds[kind]

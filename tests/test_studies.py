@@ -25,7 +25,7 @@ from medbudget.studies import (
     write_report,
 )
 from medbudget.studies.engines import parse_shard
-from medbudget.studies.report import read_floor, read_table
+from medbudget.studies.report import format_values, read_values
 from medbudget.studies.tables import StudySettings
 from medbudget.studies.tasks import ensure, in_order
 
@@ -72,7 +72,8 @@ def test_the_tiny_table1_trains_each_word_once():
         "images": 3, "embedding": 7, "block": 13 * 4, "score": 14, "compare": 12,
     }  # fmt: skip
     assert len(study.rows) == 16
-    assert next(r.paper for r in study.rows if r.group == "cases") == (158, 2.55)
+    first = next(r.paper for r in study.rows if r.group == "cases")
+    assert first == {"FID": 158, "MFID": 2.55}
 
 
 def test_figure5_needs_the_first_block_of_each_line_and_no_score():
@@ -122,12 +123,14 @@ def test_a_second_run_makes_nothing_and_reports_the_same_bytes(finished, tmp_pat
 
 def test_the_report_shows_ours_the_papers_and_what_is_missing(tiny, finished, tmp_path):
     study, store = finished
-    table = read_table(study, store)
-    line = table[(table.setting == "CFG scale") & (table.value == 1)].iloc[0]
-    assert line["paper FID"] == 85 and 0 < line["p"] <= 1
-    assert line["Layout distance, low"] < line["Layout distance"] < line["Layout distance, high"]
-    floor = read_floor(study, store)["Layout distance"][0]
-    assert floor < table["Layout distance"].min()  # two steps of training are no competitor
+    values = read_values(study, store)
+    line = next(r for r in values["rows"] if (r["setting"], r["value"]) == ("CFG scale", 1))
+    assert line["paper"]["FID"] == 85 and 0 < line["compare"]["p_value"] <= 1
+    score = line["scores"]["Layout distance"]
+    assert score["interval"][0] < score["value"] < score["interval"][1]
+    floor = values["floor"]["Layout distance"]["value"]
+    found = [row["scores"]["Layout distance"]["value"] for row in values["rows"]]
+    assert floor < min(found)  # two steps of training are no competitor
     text = (write_report(study, store, tmp_path / "done").parent / "report.md").read_text(
         encoding="utf-8"
     )
@@ -137,6 +140,23 @@ def test_the_report_shows_ours_the_papers_and_what_is_missing(tiny, finished, tm
     assert "results are still missing" in page.read_text(
         encoding="utf-8"
     ) and "missing" in page.read_text(encoding="utf-8")
+
+
+def test_values_are_printed_with_intervals_tests_and_the_papers_numbers():
+    score = {"value": 0.12345, "interval": [0.1, 0.2]}
+    rows = [
+        {"setting": "a", "value": 2.0, "paper": {"FID": 85}, "scores": {"FD": score}},
+        {"setting": "b", "value": "long", "paper": {}, "compare": {"p_value": 0.01},
+         "scores": {"FD": {"value": 217.53, "interval": [208.868, 226.2]}}},
+        {"setting": "c", "value": 1, "paper": {"AUC": ".8"}},
+    ]  # fmt: skip
+    table = format_values({"rows": rows}, ("what", "how"))
+    assert list(table) == ["what", "how", "FD", "p", "FID (paper)", "AUC (paper)"]
+    assert table.to_numpy().tolist() == [
+        ["a", "2", "0.123 [0.100, 0.200]", "–", "85", "–"],
+        ["b", "long", "217.5 [208.9, 226.2]", "0.010", "–", "–"],
+        ["c", "1", "missing", "–", "–", ".8"],
+    ]
 
 
 def test_two_shares_side_by_side_make_everything_once(tiny, finished, tmp_path):
@@ -261,6 +281,8 @@ def test_unknown_names_list_what_is_allowed(tmp_path):
         make_study("table9", "tiny", base_hash="0")
     with pytest.raises(ValueError, match="colab"):
         make_study("table1", "small", base_hash="0")
+    with pytest.raises(ValueError, match="no folder 'test'; its roles are train, reference"):
+        make_study("table1", "tiny", base_hash="0", sources={"test": tmp_path})
     with pytest.raises(ValueError, match="--data"):
         make_study("table1", "paper", base_hash="0")
     with pytest.raises(ValueError, match="local, ray"):

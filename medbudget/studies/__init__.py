@@ -1,21 +1,23 @@
 """The paper's tables and figures as studies that run on a laptop, a GPU, a cluster or an array."""
 
+from medbudget.studies.catalogue import STUDIES, make_study
 from medbudget.studies.engines import clean, plan, run, simulate
-from medbudget.studies.report import format_recorded, read_table, record_table, write_report
-from medbudget.studies.tables import PRESETS, Study, StudySettings, make_study
+from medbudget.studies.report import format_values, read_values, record_table, write_report
+from medbudget.studies.tables import PRESETS, Study, StudySettings
 from medbudget.studies.tasks import Store, Task
 
 __all__ = [
     "PRESETS",
+    "STUDIES",
     "Store",
     "Study",
     "StudySettings",
     "Task",
     "clean",
-    "format_recorded",
+    "format_values",
     "make_study",
     "plan",
-    "read_table",
+    "read_values",
     "record_table",
     "run",
     "simulate",

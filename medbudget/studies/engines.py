@@ -50,16 +50,6 @@ class Plan:
     bytes: int | None
 
 
-def _cost(task: Task) -> float:
-    """Relative cost within a kind: steps count, and so does guidance's second pass."""
-    s = task.settings
-    if task.kind == "embedding":
-        return float(s["inversion"]["steps"] * s["inversion"]["batch_size"])
-    if task.kind == "block":
-        return float(s["steps"] * (1 if s["cfg_scale"] == 1 else 2))
-    return 1.0
-
-
 def plan(tasks: Sequence[Task], store: Store) -> Plan:
     """Count what is there and what is missing, and estimate time and disk from measured ones."""
     total: dict[str, int] = {}
@@ -75,7 +65,7 @@ def plan(tasks: Sequence[Task], store: Store) -> Plan:
             sizes.setdefault(task.kind, []).append(store.path(task).stat().st_size)
             seconds = store.seconds(task)
             if seconds is not None:
-                rates.setdefault(task.kind, []).append(seconds / _cost(task))
+                rates.setdefault(task.kind, []).append(seconds / KINDS[task.kind].cost(task))
         else:
             missing.append(task)
     estimate: dict[str, float | None] = {}
@@ -83,7 +73,7 @@ def plan(tasks: Sequence[Task], store: Store) -> Plan:
     for kind in total:
         lacking = [task for task in missing if task.kind == kind]
         known = rates.get(kind)
-        cost = sum(map(_cost, lacking))
+        cost = sum(map(KINDS[kind].cost, lacking))
         estimate[kind] = cost * sum(known) / len(known) if known else (None if lacking else 0.0)
         if size is not None and lacking:
             have = sizes.get(kind)

@@ -206,19 +206,41 @@ def _run_compare(task: Task, store: Store, path: Path, scratch: Path) -> None:
     write_json(path, {"difference": test.difference, "p_value": test.p_value})
 
 
+def _steps_of_training(task: Task) -> float:
+    inversion = task.settings["inversion"]
+    return float(inversion["steps"] * inversion["batch_size"])
+
+
+def _passes_of_sampling(task: Task) -> float:
+    return float(task.settings["steps"] * (1 if task.settings["cfg_scale"] == 1 else 2))
+
+
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of task runs and which file it makes."""
+    """What a kind of task runs and which file it makes.
+
+    Attributes
+    ----------
+    run : callable
+        ``run(task, store, path, scratch)`` writes the result to `path`, from the inputs'
+        ``store.path(…)``; `scratch` is a path for checkpoints that outlive an interruption.
+    suffix : str
+    heavy : bool
+        Whether it wants a GPU where there is one.
+    cost : callable
+        Relative cost within the kind, to estimate the time of those that are missing.
+    """
 
     run: Callable[[Task, Store, Path, Path], None]
     suffix: str
     heavy: bool = False
+    cost: Callable[[Task], float] = lambda task: 1.0
 
 
 KINDS = {
     "images": Kind(_run_images, ".safetensors"),
-    "embedding": Kind(_run_embedding, ".safetensors", heavy=True),
-    "block": Kind(_run_block, ".safetensors", heavy=True),
+    "embedding": Kind(_run_embedding, ".safetensors", heavy=True, cost=_steps_of_training),
+    "block": Kind(_run_block, ".safetensors", heavy=True, cost=_passes_of_sampling),
     "score": Kind(_run_score, ".json"),
     "compare": Kind(_run_compare, ".json"),
 }
