@@ -1,7 +1,8 @@
 """The paper's tables and figures as studies that run on a laptop, a GPU, a cluster or an array."""
 
 from medbudget.studies.catalogue import STUDIES, make_study
-from medbudget.studies.engines import clean, plan, run, simulate
+from medbudget.studies.engines import run
+from medbudget.studies.planning import Plan, clean, measure_speed, plan, simulate
 from medbudget.studies.report import format_values, read_values, record_table, write_report
 from medbudget.studies.tables import PRESETS, Study, StudySettings
 from medbudget.studies.tasks import Store, Task
@@ -9,6 +10,7 @@ from medbudget.studies.tasks import Store, Task
 __all__ = [
     "PRESETS",
     "STUDIES",
+    "Plan",
     "Store",
     "Study",
     "StudySettings",
@@ -16,6 +18,7 @@ __all__ = [
     "clean",
     "format_values",
     "make_study",
+    "measure_speed",
     "plan",
     "read_values",
     "record_table",

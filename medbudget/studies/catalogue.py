@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medbudget.studies import tables
+from medbudget.studies import interpolation, tables
 from medbudget.studies.tables import Study
 
 
@@ -34,6 +34,7 @@ _CASES = ("train", "reference", "floor")
 STUDIES = {
     "table1": Recipe(tables.make_table1, tables.PRESETS, _CASES),
     "figure5": Recipe(tables.make_figure5, tables.PRESETS, _CASES),
+    "interpolation": Recipe(interpolation.make_interpolation, interpolation.PRESETS, ()),
 }
 
 
@@ -81,6 +82,7 @@ def make_study(
     unknown = sorted(set(sources or {}) - set(recipe.roles))
     if unknown:
         raise ValueError(
-            f"study {name} takes no folder {unknown[0]!r}; its roles are {', '.join(recipe.roles)}"
+            f"study {name} takes no folder {unknown[0]!r}; its roles are "
+            f"{', '.join(recipe.roles) or 'none'}"
         )
     return recipe.make(name, preset, settings or recipe.presets[preset], base_hash, sources or {})

@@ -15,7 +15,7 @@ import torch
 
 from medbudget.artifacts import atomic_path, write_result, write_text
 from medbudget.images import make_grid, to_pil
-from medbudget.studies.engines import plan
+from medbudget.studies.planning import plan
 from medbudget.studies.tables import Study
 from medbudget.studies.tasks import Store, Task, in_order, read_images
 

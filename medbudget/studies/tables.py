@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -142,14 +142,21 @@ class Study:
     head: tuple[str, str] = ("setting", "value")
 
 
+def make_phantom_cases(kind: str, label: str, split: str, n: int, size: int) -> Task:
+    """Return the task of `n` phantoms of a class."""
+    settings = {
+        "source": "phantoms", "kind": kind, "label": label, "split": split, "seed": 0, "n": n,
+        "size": size,
+    }  # fmt: skip
+    return Task("images", settings)
+
+
 def make_cases(s: StudySettings, sources: Mapping[str, Path], role: str, n: int, size: int) -> Task:
     """Return the task of real images for a role: ``train``, ``reference`` or ``floor``."""
     if s.phantom is not None and not sources:
-        kind, label = s.phantom
         split = {"train": "train", "reference": "test", "floor": "val"}[role]
-        found = {"source": "phantoms", "kind": kind, "label": label, "split": split, "seed": 0}
-    else:
-        found = {"source": role, "hash": hash_tensors({"images": read_source(sources, role, size)})}
+        return make_phantom_cases(*s.phantom, split, n, size)
+    found = {"source": role, "hash": hash_tensors({"images": read_source(sources, role, size)})}
     return Task("images", found | {"n": n, "size": size})
 
 
@@ -167,13 +174,18 @@ def make_embedding(s: StudySettings, base_hash: str, train: Task, vectors: int, 
 
 def make_blocks(
     s: StudySettings, base_hash: str, words: tuple[Task, ...], prompt: str, *, n: int,
-    steps: int, cfg_scale: float, seed: int = 0,
+    steps: int, cfg_scale: float, seed: int = 0, tokens: Sequence[str] = (),
 ) -> tuple[Task, ...]:  # fmt: skip
-    """Return the tasks of `n` images in blocks of 16, the last one filled up."""
-    settings = {
+    """Return the tasks of `n` images in blocks of 16, the last one filled up.
+
+    All words are learned as ``<class>``; `tokens` renames them for a prompt of several.
+    """
+    settings: dict[str, Any] = {
         "base": s.base, "base_hash": base_hash, "prompt": prompt, "steps": steps,
         "cfg_scale": float(cfg_scale), "size": s.size, "seed": seed,
     }  # fmt: skip
+    if tokens:
+        settings["tokens"] = list(tokens)
     blocks = range(-(-n // BLOCK))
     return tuple(Task("block", settings | {"block": i}, words) for i in blocks)
 
