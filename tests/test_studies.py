@@ -29,7 +29,7 @@ from medbudget.studies import (
     write_report,
 )
 from medbudget.studies.engines import parse_shard
-from medbudget.studies.live import format_line, format_time
+from medbudget.studies.live import format_left, format_line, format_time
 from medbudget.studies.planning import Speed
 from medbudget.studies.report import format_values, read_values
 from medbudget.studies.tables import StudySettings
@@ -302,6 +302,9 @@ def test_progress_tells_counts_and_time_left(finished, tmp_path):
     none = format_line(study.tasks, Store(tmp_path), 1)
     assert "embedding 0/3 · block 0/10" in none and none.endswith("time left not known yet")
     assert "about 0 s left" in format_line(study.tasks, store, 1)
+    found = replace(plan(study.tasks, store), seconds={"embedding": 600.0, "compare": None})
+    assert format_left(found, 2) == "at least 5 min left"
+    assert format_left(replace(found, seconds={"embedding": 600.0}), 1) == "about 10 min left"
 
 
 def test_progress_in_a_log_is_lines_and_no_bars(tiny, finished, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from medbudget.progress import is_off, quiet, tqdm
-from medbudget.studies.planning import plan
+from medbudget.studies.planning import Plan, plan
 from medbudget.studies.tasks import Store, Task, in_order
 
 LOOK = 1.0  # seconds between two looks at the store
@@ -34,9 +34,16 @@ def format_line(tasks: Sequence[Task], store: Store, workers: int) -> str:
             mine = [t for t in in_order(tasks) if t.kind == kind]
             each = f" ({format_time(sum(map(measured.seconds, mine)) / total)} each)"
         parts.append(f"{kind} {found.done[kind]}/{total}{each}")
-    left = found.all_seconds
-    end = "time left not known yet" if left is None else f"about {format_time(left / workers)} left"
-    return " · ".join(parts) + f"; {end}"
+    return " · ".join(parts) + f"; {format_left(found, workers)}"
+
+
+def format_left(found: Plan, workers: int) -> str:
+    """Return what is left to do in words; a lower bound where a kind was not measured yet."""
+    known = sum(seconds for seconds in found.seconds.values() if seconds is not None)
+    if found.all_seconds is None and not known:
+        return "time left not known yet"
+    least = "about" if found.all_seconds is not None else "at least"
+    return f"{least} {format_time(known / workers)} left"
 
 
 @contextmanager
@@ -94,9 +101,8 @@ def _bars(tasks: Sequence[Task], store: Store, workers: int, done: threading.Eve
                 bar.refresh()
             start = False
         if there:
-            left = plan(tasks, store).all_seconds
-            text = "" if left is None else f"study: {format_time(left / workers)} left"
-            next(iter(bars.values())).set_postfix_str(text)
+            left = format_left(plan(tasks, store), workers)
+            next(iter(bars.values())).set_postfix_str(f"study: {left}")
         if over:
             break
         over = done.wait(LOOK)
