@@ -696,7 +696,7 @@ PresetOption = Annotated[str, typer.Option(help="tiny, colab or paper")]
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="ROLE=FOLDER of real images, for the roles train, reference and floor "
+        help="ROLE=FOLDER of real images; of table1: train, reference, floor "
         "(tiny without --data: phantoms)"
     ),
 ]
@@ -704,56 +704,88 @@ DataOption = Annotated[
 
 def _plan_study(name: str, preset: str, store: Path, data: list[str] | None) -> tuple[Any, Any]:
     from medbudget import load_base
-    from medbudget.studies import PRESETS, Store, make_study
+    from medbudget.studies import Store, make_study
+    from medbudget.studies.catalogue import find_recipe
 
+    recipe = find_recipe(name, preset)
     sources = {}
     for item in data or []:
         role, equals, folder = item.partition("=")
-        if role not in ("train", "reference", "floor") or not equals:
+        if not equals:
             raise ValueError(
-                f"--data {item!r} is not ROLE=FOLDER with a role of train, reference, floor"
+                f"--data {item!r} is not ROLE=FOLDER; roles of {name}: "
+                f"{', '.join(recipe.roles) or 'none'}"
             )
         sources[role] = Path(folder)
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; allowed are {', '.join(PRESETS)}")
-    base = load_base(PRESETS[preset].base)
+    base = load_base(recipe.presets[preset].base)
     study = make_study(name, preset, base_hash=base.hash, sources=sources)
     return study, Store(store, sources)
 
 
-def _print_plan(study: Any, store: Any) -> None:
-    from medbudget.studies import plan
+def _print_plan(study: Any, store: Any, found: Any) -> None:
+    from medbudget.studies import simulate
+    from medbudget.studies.live import format_time
+    from medbudget.studies.planning import TRIAL
 
-    found = plan(study.tasks, store)
-    print(f"{study.name}, preset {study.preset}, base {study.settings.base} {study.base_hash}")
-    print(f"{'tasks':<12}{'done':>6}{'of':>6}   estimated time of the rest")
+    print(f"{study.name}, preset {study.preset}, base {study.base} {study.base_hash}")
+    print(f"{'tasks':<12}{'done':>6}{'of':>6}   {'made from':<18}{'the rest':<10}measured by")
     for kind, total in found.total.items():
-        seconds = found.seconds[kind]
-        left = "unknown until one is done" if seconds is None else f"{seconds / 3600:.2f} h"
-        print(f"{kind:<12}{found.done[kind]:>6}{total:>6}   {left}")
-    known = [s for s in found.seconds.values() if s is not None]
-    if len(known) == len(found.seconds):
-        print(f"in all {sum(known) / 3600:.2f} h on one worker")
-    if found.bytes is not None:
-        print(f"{found.bytes / 2**20:.1f} MiB of disk")
+        seconds, speed = found.seconds[kind], found.speed.get(kind)
+        left = "unknown" if seconds is None else format_time(seconds)
+        needs = ", ".join(found.needs[kind]) or "–"
+        source = speed.source if speed else ""
+        print(f"{kind:<12}{found.done[kind]:>6}{total:>6}   {needs:<18}{left:<10}{source}")
+    if found.all_seconds is None:
+        print("the rest is unknown until one of each kind is done; --dry-run tries a small one")
+    elif found.all_seconds:
+        ends = {
+            workers: simulate(
+                study.tasks,
+                lambda task: 0.0 if store.has(task) else found.speed[task.kind].seconds(task),
+                workers,
+            )[0]
+            for workers in (1, 2, 8)
+        }
+        print(
+            "estimated: "
+            + ", ".join(
+                f"{format_time(end)} on {n} worker{'s'[: n - 1]}" for n, end in ends.items()
+            )
+        )
+    if any(speed.source == TRIAL for speed in found.speed.values()):
+        print("small trials are timed on one core; while other programs run, they are too slow")
+    if found.bytes:
+        print(f"estimated: {found.bytes / 2**20:.1f} MiB of disk for what is missing")
 
 
 def _run_study(
     name: str, store: Path, preset: str, data: list[str] | None, engine: str,
-    address: str | None, shard: str, dry_run: bool,
+    workers: int | None, address: str | None, shard: str, dry_run: bool,
 ) -> None:  # fmt: skip
-    from medbudget.studies import run, write_report
+    import torch
+
+    from medbudget.artifacts import count_cores
+    from medbudget.studies import measure_speed, plan, run, write_report
 
     study, results = _plan_study(name, preset, store, data)
     if dry_run:
-        _print_plan(study, results)
+        if None in plan(study.tasks, results).seconds.values():
+            print("timing a small task of each kind …", file=sys.stderr)
+            measure_speed(study.tasks, results)
+        _print_plan(study, results, plan(study.tasks, results))
         return
-    made = run(study.tasks, results, engine=engine, address=address, shard=shard)
+    if engine == "local" and workers is None and not torch.cuda.is_available():
+        workers = min(count_cores(), 4)
+    made = run(study.tasks, results, engine=engine, workers=workers, address=address, shard=shard)
     print(f"made {made} results in {store}")
     if shard == "1/1":
         print(f"report: {write_report(study, results, store / f'{name}-{preset}')}")
     else:
-        print(f"when all shards are done: medbudget study report {name} --store {store}")
+        options = "".join(f" --data {item}" for item in data or [])
+        print(
+            "when all shards are done: "
+            f"medbudget study report {name} --preset {preset} --store {store}{options}"
+        )
 
 
 def _add_study(name: str, doc: str) -> None:
@@ -762,11 +794,17 @@ def _add_study(name: str, doc: str) -> None:
         preset: PresetOption = "tiny",
         data: DataOption = None,
         engine: Annotated[str, typer.Option(help="local, or ray")] = "local",
+        workers: Annotated[
+            int | None,
+            typer.Option(help="processes of engine local; default: GPUs, else cores up to 4"),
+        ] = None,
         address: Annotated[str | None, typer.Option(help="of a Ray cluster")] = None,
         shard: Annotated[str, typer.Option(help="i/k: the i-th of k shares of the tasks")] = "1/1",
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan only")] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="print the plan, and what it will take")
+        ] = False,
     ) -> None:
-        _run_study(name, store, preset, data, engine, address, shard, dry_run)
+        _run_study(name, store, preset, data, engine, workers, address, shard, dry_run)
 
     command.__doc__ = doc
     study_app.command(name)(command)
@@ -774,6 +812,7 @@ def _add_study(name: str, doc: str) -> None:
 
 _add_study("table1", "Table 1: sampling steps, guidance, vectors and cases.")
 _add_study("figure5", "Figure 5: the same seeds on every line of Table 1.")
+_add_study("interpolation", "Figures 2 and 8: a disease score along each axis from healthy.")
 
 
 @study_app.command("status")
@@ -784,7 +823,10 @@ def study_status(
     data: DataOption = None,
 ) -> None:
     """Print what is done, what is missing and how long that will take."""
-    _print_plan(*_plan_study(name, preset, store, data))
+    from medbudget.studies import plan
+
+    study, results = _plan_study(name, preset, store, data)
+    _print_plan(study, results, plan(study.tasks, results))
 
 
 @study_app.command("report")

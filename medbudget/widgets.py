@@ -217,6 +217,7 @@ class PromptMixer(ipw.VBox):
             slider.observe(self._changed, names="value")
         row = ipw.HBox([self.button, self.status])
         super().__init__([*self.sliders, self.scale, row, self.picture])
+        self.add_class("medbudget-mixer")
         self._report("move a slider")
 
     @property

@@ -212,24 +212,13 @@ def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server.wait()
 
 
-def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
-    browser: Browser, lab: tuple[str, Path]
-) -> None:
+def open_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], shown: str) -> None:
+    """Run one cell in a new notebook, and wait for what a CSS selector names."""
     url, folder = lab
-    lines = [
-        "import json, torch",
-        "from pathlib import Path",
-        "from medbudget.widgets import MaskPainter",
-        "def save():",
-        "    m = painter.mask",
-        "    Path('mask.json').write_text(json.dumps([len(painter.strokes), m.nonzero().tolist()]))",
-        "painter = MaskPainter(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), changed=save)",
-        "painter",
-    ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, folder / "draw.ipynb")
-    browser.open(f"{url}/lab/tree/draw.ipynb")
+    nbformat.write(notebook, folder / "play.ipynb")
+    browser.open(f"{url}/lab/tree/play.ipynb")
     browser.wait_for(
         "return document.querySelector('.jp-NotebookPanel') && window.jupyterapp.commands"
         ".isEnabled('notebook:run-all-cells')",
@@ -245,9 +234,26 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
         "if (ask) ask.click();"
         "else if (prompt.trim() == '[ ]:')"
         " window.jupyterapp.commands.execute('notebook:run-all-cells');"
-        "return document.querySelector('.medbudget-painter img') !== null",
+        f"return document.querySelector('{shown}') !== null",
         "the widget does not show",
     )
+
+
+def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
+    browser: Browser, lab: tuple[str, Path]
+) -> None:
+    _, folder = lab
+    lines = [
+        "import json, torch",
+        "from pathlib import Path",
+        "from medbudget.widgets import MaskPainter",
+        "def save():",
+        "    m = painter.mask",
+        "    Path('mask.json').write_text(json.dumps([len(painter.strokes), m.nonzero().tolist()]))",
+        "painter = MaskPainter(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), changed=save)",
+        "painter",
+    ]
+    open_notebook(browser, lab, lines, ".medbudget-painter img")
     place = (
         "const img = document.querySelector('.medbudget-painter img');"
         "img.scrollIntoView({block: 'center'}); const box = img.getBoundingClientRect();"
@@ -277,3 +283,43 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
     click = "document.querySelectorAll('.medbudget-painter button')[0].click()"
     browser.run(click)
     until(lambda: arrived(1), "undo does not arrive")
+
+
+def test_a_weight_slider_in_jupyterlab_draws_and_stops(
+    browser: Browser, lab: tuple[str, Path]
+) -> None:
+    lines = [
+        "from medbudget import load_base",
+        "from medbudget.tiny.trained import load_trained",
+        "from medbudget.widgets import PromptMixer",
+        "base = load_base('tiny', device='cpu')",
+        "words = [load_trained('chest', label, base) for label in ('healthy', 'pneumonia')]",
+        "PromptMixer(base, words, n=1, steps=3, delay=1)",
+    ]
+    open_notebook(browser, lab, lines, ".medbudget-mixer .noUi-handle")
+    status = (
+        "const said = document.querySelector('.medbudget-mixer .widget-hbox .widget-label').innerText;"
+        "const image = document.querySelector('.medbudget-mixer img');"
+    )
+    browser.type(".medbudget-mixer .noUi-handle", ARROW_RIGHT)
+    browser.wait_for(
+        f"{status} return said.startsWith('done · <healthy>:0.55 AND') && image.naturalWidth > 60",
+        "moving the slider draws nothing",
+    )
+    first = browser.run(f"{status} return image.src")
+    browser.type(".medbudget-mixer .noUi-handle", ARROW_RIGHT * 4)
+    browser.wait_for(
+        f"{status} return said.startsWith('done · <healthy>:0.75 AND') && image.src !== '{first}'",
+        "moving the slider further draws nothing",
+    )
+    second = browser.run(f"{status} return image.src")
+    browser.run(  # in one go: the request must still wait when Stop comes
+        "const handle = document.querySelector('.medbudget-mixer .noUi-handle');"
+        "handle.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));"
+        "document.querySelector('.medbudget-mixer button').click()"
+    )
+    browser.wait_for(
+        f"{status} return said.startsWith('stopped · <healthy>:0.80 AND')", "Stop does not stop"
+    )
+    time.sleep(2)
+    assert browser.run(f"{status} return image.src") == second

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from medbudget.studies import (
     PRESETS,
@@ -19,15 +22,18 @@ from medbudget.studies import (
     Task,
     clean,
     make_study,
+    measure_speed,
     plan,
     run,
     simulate,
     write_report,
 )
 from medbudget.studies.engines import parse_shard
-from medbudget.studies.report import read_floor, read_table
+from medbudget.studies.live import format_left, format_line, format_time
+from medbudget.studies.planning import Speed
+from medbudget.studies.report import format_values, read_values
 from medbudget.studies.tables import StudySettings
-from medbudget.studies.tasks import ensure, in_order
+from medbudget.studies.tasks import cut_sets, ensure, in_order
 
 SMALL = StudySettings(
     base="tiny", inversion="tiny", n=20, steps=2, size=64,
@@ -72,7 +78,8 @@ def test_the_tiny_table1_trains_each_word_once():
         "images": 3, "embedding": 7, "block": 13 * 4, "score": 14, "compare": 12,
     }  # fmt: skip
     assert len(study.rows) == 16
-    assert next(r.paper for r in study.rows if r.group == "cases") == (158, 2.55)
+    first = next(r.paper for r in study.rows if r.group == "cases")
+    assert first == {"FID": 158, "MFID": 2.55}
 
 
 def test_figure5_needs_the_first_block_of_each_line_and_no_score():
@@ -122,12 +129,14 @@ def test_a_second_run_makes_nothing_and_reports_the_same_bytes(finished, tmp_pat
 
 def test_the_report_shows_ours_the_papers_and_what_is_missing(tiny, finished, tmp_path):
     study, store = finished
-    table = read_table(study, store)
-    line = table[(table.setting == "CFG scale") & (table.value == 1)].iloc[0]
-    assert line["paper FID"] == 85 and 0 < line["p"] <= 1
-    assert line["Layout distance, low"] < line["Layout distance"] < line["Layout distance, high"]
-    floor = read_floor(study, store)["Layout distance"][0]
-    assert floor < table["Layout distance"].min()  # two steps of training are no competitor
+    values = read_values(study, store)
+    line = next(r for r in values["rows"] if (r["setting"], r["value"]) == ("CFG scale", 1))
+    assert line["paper"]["FID"] == 85 and 0 < line["compare"]["p_value"] <= 1
+    score = line["scores"]["Layout distance"]
+    assert score["interval"][0] < score["value"] < score["interval"][1]
+    floor = values["floor"]["Layout distance"]["value"]
+    found = [row["scores"]["Layout distance"]["value"] for row in values["rows"]]
+    assert floor < min(found)  # two steps of training are no competitor
     text = (write_report(study, store, tmp_path / "done").parent / "report.md").read_text(
         encoding="utf-8"
     )
@@ -137,6 +146,23 @@ def test_the_report_shows_ours_the_papers_and_what_is_missing(tiny, finished, tm
     assert "results are still missing" in page.read_text(
         encoding="utf-8"
     ) and "missing" in page.read_text(encoding="utf-8")
+
+
+def test_values_are_printed_with_intervals_tests_and_the_papers_numbers():
+    score = {"value": 0.12345, "interval": [0.1, 0.2]}
+    rows = [
+        {"setting": "a", "value": 2.0, "paper": {"FID": 85}, "scores": {"FD": score}},
+        {"setting": "b", "value": "long", "paper": {}, "compare": {"p_value": 0.01},
+         "scores": {"FD": {"value": 217.53, "interval": [208.868, 226.2]}}},
+        {"setting": "c", "value": 1, "paper": {"AUC": ".8"}},
+    ]  # fmt: skip
+    table = format_values({"rows": rows}, ("what", "how"))
+    assert list(table) == ["what", "how", "FD", "p", "FID (paper)", "AUC (paper)"]
+    assert table.to_numpy().tolist() == [
+        ["a", "2", "0.123 [0.100, 0.200]", "–", "85", "–"],
+        ["b", "long", "217.5 [208.9, 226.2]", "0.010", "–", "–"],
+        ["c", "1", "missing", "–", "–", ".8"],
+    ]
 
 
 def test_two_shares_side_by_side_make_everything_once(tiny, finished, tmp_path):
@@ -216,8 +242,6 @@ def test_claims_of_the_living_are_respected_and_of_the_dead_taken_over(tmp_path)
 
 
 def test_unused_results_are_found_and_only_deleted_on_request(tiny, finished, tmp_path):
-    import shutil
-
     study, store = finished
     copy = Store(tmp_path / "copy")
     shutil.copytree(store.folder, copy.folder)
@@ -235,6 +259,92 @@ def test_another_base_than_planned_is_refused(tmp_path):
     study = small("f" * 12)
     with pytest.raises(ValueError, match="planned with ffffffffffff"):
         run(study.tasks, Store(tmp_path))
+
+
+def test_a_trial_estimates_before_anything_is_done(tiny, tmp_path):
+    study = small(tiny.hash)
+    store = Store(tmp_path / "new")
+    before = plan(study.tasks, store)
+    assert before.all_seconds is None and before.bytes is None
+    assert before.needs["embedding"] == ["images"] and before.needs["images"] == []
+    assert set(before.needs["score"]) == {"images", "block"}
+    measure_speed(study.tasks, store)
+    assert [p.name for p in store.folder.iterdir()] == ["speed.json"]  # nothing else is kept
+    found = plan(study.tasks, store)
+    assert found.all_seconds > 0 and sum(found.done.values()) == 0
+    assert {one.source for one in found.speed.values()} == {"small trial"}
+    # blocks of 16 RGB images of 64 px are most of it, beside three sets of up to 100 images
+    blocks = found.total["block"] * 16 * 3 * 64 * 64
+    assert blocks < found.bytes < 1.6 * blocks
+    longer = plan(small(tiny.hash, overrides={"steps": 400, "batch_size": 1}).tasks, store)
+    assert longer.seconds["embedding"] > 5 * found.seconds["embedding"]
+
+
+def test_speed_is_fixed_and_by_cost():
+    task = Task("block", {"steps": 10, "cfg_scale": 2.0})
+    assert Speed(1.0, 0.5, 0, "").seconds(task) == 11  # two passes a step
+    assert Speed(1.0, 0.5, 0, "").seconds(Task("block", {"steps": 10, "cfg_scale": 1})) == 6
+    sets = Task(
+        "score", {"sets": [[4, 64], [1, 64]]}, tuple(Task("block", {"i": i}) for i in range(5))
+    )
+    small = cut_sets(sets, 2)
+    assert small.settings["sets"] == [[2, 32], [1, 32]]
+    assert [t.settings["i"] for t in small.inputs] == [0, 1, 4]
+
+
+def test_progress_tells_counts_and_time_left(finished, tmp_path):
+    study, store = finished
+    assert (
+        format_time(89) == "89 s"
+        and format_time(720) == "12 min"
+        and format_time(36000) == "10.0 h"
+    )
+    none = format_line(study.tasks, Store(tmp_path), 1)
+    assert "embedding 0/3 · block 0/10" in none and none.endswith("time left not known yet")
+    assert "about 0 s left" in format_line(study.tasks, store, 1)
+    found = replace(plan(study.tasks, store), seconds={"embedding": 600.0, "compare": None})
+    assert format_left(found, 2) == "at least 5 min left"
+    assert format_left(replace(found, seconds={"embedding": 600.0}), 1) == "about 10 min left"
+
+
+def test_progress_in_a_log_is_lines_and_no_bars(tiny, finished, tmp_path):
+    study, store = finished
+    shutil.copytree(store.folder, tmp_path / "log")
+    Store(tmp_path / "log").path(study.rows[0].score).unlink()
+    script = (
+        "import sys; from test_studies import small; from medbudget.studies import *;"
+        "from pathlib import Path; run(small(sys.argv[1]).tasks, Store(Path(sys.argv[2])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tiny.hash, tmp_path / "log"], cwd=Path(__file__).parent,
+        env={**os.environ, "TQDM_DISABLE": "0"}, capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 0 and "\r" not in done.stderr
+    assert all(re.match(r"\d\d:\d\d:\d\d images 3/3", line) for line in lines)
+    assert "score 6/6" in lines[-1] and lines[-1].endswith("about 0 s left")
+
+
+def test_workers_make_the_same_bytes(tiny, finished, tmp_path, monkeypatch):
+    """Two processes, as on a machine with two GPUs: the number of devices is pretended."""
+    study, store = finished
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    two = Store(tmp_path / "two")
+    assert run(study.tasks, two) == len(in_order(study.tasks))
+    assert contents(two.folder) == contents(store.folder)
+
+
+def test_bytes_do_not_depend_on_the_threads_of_the_process(tiny, finished, tmp_path):
+    study, store = finished
+    word = next(t for t in in_order(study.tasks) if t.kind == "embedding")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run([word], Store(tmp_path))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert Store(tmp_path).path(word).read_bytes() == store.path(word).read_bytes()
 
 
 def test_simulated_ends_are_those_worked_out_by_hand():
@@ -261,10 +371,16 @@ def test_unknown_names_list_what_is_allowed(tmp_path):
         make_study("table9", "tiny", base_hash="0")
     with pytest.raises(ValueError, match="colab"):
         make_study("table1", "small", base_hash="0")
+    with pytest.raises(ValueError, match="no folder 'test'; its roles are train, reference"):
+        make_study("table1", "tiny", base_hash="0", sources={"test": tmp_path})
     with pytest.raises(ValueError, match="--data"):
         make_study("table1", "paper", base_hash="0")
     with pytest.raises(ValueError, match="local, ray"):
         run([], Store(tmp_path), engine="slurm")
+    with pytest.raises(ValueError, match="at least one worker"):
+        run([], Store(tmp_path), workers=0)
+    with pytest.raises(ValueError, match="workers are for the local engine"):
+        run([], Store(tmp_path), engine="ray", workers=2)
 
 
 def test_folders_of_real_images_replace_phantoms_and_are_checked(tiny, tmp_path):
@@ -287,35 +403,62 @@ def test_folders_of_real_images_replace_phantoms_and_are_checked(tiny, tmp_path)
 
 
 @pytest.mark.slow
-def test_ray_loses_a_node_and_still_makes_every_result_once(tiny, finished, tmp_path):
-    ray = pytest.importorskip("ray", reason="no Ray here: pip install 'medbudget[ray]'")
+def test_ray_loses_a_node_and_its_driver_and_makes_every_result_once(
+    tiny, finished, tmp_path, monkeypatch
+):
+    pytest.importorskip("ray", reason="no Ray here: pip install 'medbudget[ray]'")
     from ray.cluster_utils import Cluster
 
-    study, store = finished
-    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-    root = str(Path(__file__).parents[1])
+    _, store = finished
+    grid = {"CFG scale": (1, 2), "vectors": (4, 64)}
+    study = small(tiny.hash, grid=grid)
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", f"{here.parent}{os.pathsep}{here}")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    target = Store(tmp_path / "ray")
+    script = (
+        "import sys; from test_studies import small; from medbudget.studies import *;"
+        "from pathlib import Path;"
+        "print('made', run(small(sys.argv[1], grid=GRID).tasks, Store(Path(sys.argv[2])),"
+        " engine='ray', address=sys.argv[3]))".replace("GRID", repr(grid))
+    )
+
+    def blocks() -> int:
+        return len(list((target.folder / "block").glob("*.safetensors")))
+
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
-    second = cluster.add_node(num_cpus=1, num_gpus=1)
     try:
-        ray.init(
-            address=cluster.address,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
-        )
-        target = Store(tmp_path / "ray")
-        import threading
+        second = cluster.add_node(num_cpus=1, num_gpus=1)  # as if each had a GPU
+        command = [sys.executable, "-c", script, tiny.hash, target.folder, cluster.address]
 
-        def remove() -> None:
-            blocks = target.folder / "block"
-            while not (blocks.is_dir() and len(list(blocks.glob("*.safetensors"))) >= 2):
-                time.sleep(0.05)
-            cluster.remove_node(second)
+        def start() -> subprocess.Popen[str]:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
 
-        thread = threading.Thread(target=remove, daemon=True)
-        thread.start()
-        run(study.tasks, target, engine="ray", gpus=1)
-        thread.join(60)
-        assert contents(target.folder) == contents(store.folder)
+        def wait_for(count: int, driver: subprocess.Popen[str]) -> None:
+            deadline = time.monotonic() + 240
+            while blocks() < count:
+                assert driver.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+
+        driver = start()
+        wait_for(1, driver)
+        cluster.remove_node(second)
+        wait_for(3, driver)
+        driver.kill()
+        driver.wait()
+        before = {
+            path: (path.stat().st_ino, path.stat().st_mtime_ns)
+            for path in map(target.path, in_order(study.tasks))
+            if path.exists()
+        }
+        output = start().communicate(timeout=300)[0]
+        made = int(output.split("made")[-1])
+        total = len(in_order(study.tasks))
+        # one node, so one task was in flight; Ray may have let it end or not
+        assert total - len(before) - 1 <= made <= total - len(before) < total
+        for path, was in before.items():
+            assert (path.stat().st_ino, path.stat().st_mtime_ns) == was, f"{path} was made twice"
+        for task in in_order(study.tasks):
+            assert target.path(task).read_bytes() == store.path(task).read_bytes()
     finally:
-        ray.shutdown()
         cluster.shutdown()

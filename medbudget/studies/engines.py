@@ -1,22 +1,19 @@
-"""Where a study runs: here, on several GPUs, in k shares of a job array, or on a Ray cluster.
+"""Where a study runs: here, in several processes, in k shares of a job array, or on a Ray cluster.
 
 All engines call `ensure` on the same tasks in the same blocks, so the results are the same bytes.
 """
 
 from __future__ import annotations
 
-import heapq
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from medbudget.progress import tqdm
+from medbudget.studies.live import show_progress
 from medbudget.studies.tasks import (
     KINDS,
     Store,
@@ -28,124 +25,6 @@ from medbudget.studies.tasks import (
 )
 
 ENGINES = ("local", "ray")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a study has and lacks.
-
-    Attributes
-    ----------
-    total, done : dict of str to int
-        Tasks by kind.
-    seconds : dict of str to float or None
-        Estimated time of the missing ones by kind, from those that are done; None where none is.
-    bytes : int or None
-        Estimated size of what is missing.
-    """
-
-    total: dict[str, int]
-    done: dict[str, int]
-    seconds: dict[str, float | None]
-    bytes: int | None
-
-
-def _cost(task: Task) -> float:
-    """Relative cost within a kind: steps count, and so does guidance's second pass."""
-    s = task.settings
-    if task.kind == "embedding":
-        return float(s["inversion"]["steps"] * s["inversion"]["batch_size"])
-    if task.kind == "block":
-        return float(s["steps"] * (1 if s["cfg_scale"] == 1 else 2))
-    return 1.0
-
-
-def plan(tasks: Sequence[Task], store: Store) -> Plan:
-    """Count what is there and what is missing, and estimate time and disk from measured ones."""
-    total: dict[str, int] = {}
-    done: dict[str, int] = {}
-    rates: dict[str, list[float]] = {}
-    sizes: dict[str, list[int]] = {}
-    missing: list[Task] = []
-    for task in in_order(tasks):
-        total[task.kind] = total.get(task.kind, 0) + 1
-        done.setdefault(task.kind, 0)
-        if store.has(task):
-            done[task.kind] += 1
-            sizes.setdefault(task.kind, []).append(store.path(task).stat().st_size)
-            seconds = store.seconds(task)
-            if seconds is not None:
-                rates.setdefault(task.kind, []).append(seconds / _cost(task))
-        else:
-            missing.append(task)
-    estimate: dict[str, float | None] = {}
-    size: float | None = 0.0
-    for kind in total:
-        lacking = [task for task in missing if task.kind == kind]
-        known = rates.get(kind)
-        cost = sum(map(_cost, lacking))
-        estimate[kind] = cost * sum(known) / len(known) if known else (None if lacking else 0.0)
-        if size is not None and lacking:
-            have = sizes.get(kind)
-            size = size + len(lacking) * sum(have) / len(have) if have else None
-    return Plan(total, done, estimate, None if size is None else round(size))
-
-
-def simulate(
-    tasks: Sequence[Task], seconds: Callable[[Task], float], workers: int
-) -> tuple[float, float]:
-    """Return when a study would end on `workers` machines, and their busy time, in seconds.
-
-    List scheduling (Graham 1966): whoever is free takes the first task whose inputs are there.
-
-    Parameters
-    ----------
-    seconds : callable
-        How long a task takes.
-
-    Raises
-    ------
-    ValueError
-        No workers.
-    """
-    if workers < 1:
-        raise ValueError(f"at least one worker is needed, got {workers}")
-    waiting = in_order(tasks)
-    ends: dict[str, float] = {}
-    running: list[tuple[float, str]] = []
-    now = busy = 0.0
-    while waiting or running:
-        for task in list(waiting):
-            if len(running) == workers:
-                break
-            if all(ends.get(t.key, float("inf")) <= now for t in task.inputs):
-                length = seconds(task)
-                ends[task.key] = now + length
-                busy += length
-                heapq.heappush(running, (now + length, task.key))
-                waiting.remove(task)
-        now, _ = heapq.heappop(running)
-    return now, busy
-
-
-def clean(tasks: Sequence[Task], store: Store, *, delete: bool = False) -> dict[Path, int]:
-    """Return files of the store that `tasks` do not use, with their sizes, and delete them if told.
-
-    Only what `ensure` writes is looked at: results by kind, what is said about them, and scratch.
-    """
-    used = {store.path(task) for task in in_order(tasks)}
-    used |= {path.with_suffix(".about.json") for path in used}
-    folders = [store.folder / name for name in (*KINDS, "scratch")]
-    found = {
-        path: path.stat().st_size
-        for folder in folders
-        if folder.is_dir()
-        for path in sorted(folder.iterdir())
-        if path not in used and path.is_file() and path.suffix != ".claim"
-    }
-    for path in found if delete else ():
-        path.unlink(missing_ok=True)
-    return found
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -170,60 +49,65 @@ def run(
     store: Store,
     *,
     engine: str = "local",
+    workers: int | None = None,
     shard: str = "1/1",
     address: str | None = None,
     gpus: float | None = None,
-    on_done: Callable[[Task], None] | None = None,
 ) -> int:
     """Make the results that are missing; return how many this call made.
+
+    Every engine makes the same bytes on machines of one kind: tasks compute on one thread each.
 
     Parameters
     ----------
     tasks : sequence of Task
         The wanted results; what they need is made too.
     engine : {"local", "ray"}
-        ``local``: this process, or one process per GPU where there are several. ``ray``: the
-        cluster at `address`, or one that is started here.
+        ``local``: this process, or `workers` of them. ``ray``: the cluster at `address`, or one
+        that is started here.
+    workers : int, optional
+        Processes of the local engine; default one for each GPU, without a GPU one. Each loads the
+        base, about 1 GB for ``tiny``.
     shard : str
         ``"i/k"``: only every k-th task, from the i-th. Shares may run side by side on one folder.
     address : str, optional
         Of a Ray cluster.
     gpus : float, optional
         GPUs that a heavy Ray task asks for; default 1 where the cluster has any, else 0.
-    on_done : callable, optional
-        Called in this process with each task that is there (local engine with one process).
 
     Raises
     ------
     ValueError
-        Unknown engine or shard, or a store that Ray's nodes do not share.
+        Unknown engine or shard, no workers, or a store that Ray's nodes do not share.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; allowed are {', '.join(ENGINES)}")
     i, k = parse_shard(shard)
     mine = in_order(tasks)[i - 1 :: k]
     if engine == "ray":
+        if workers is not None:
+            raise ValueError("workers are for the local engine; Ray takes what its cluster has")
         return _run_ray(mine, store, address, gpus)
-    count = torch.cuda.device_count()
-    if count > 1:
-        return _run_gpus(mine, store, count)
-    made = 0
-    for task in tqdm(mine, desc="study", unit="task"):
-        made += ensure(task, store)
-        if on_done is not None:
-            on_done(task)
-    return made
+    devices = torch.cuda.device_count()
+    count = max(1, devices) if workers is None else workers
+    if count < 1:
+        raise ValueError(f"at least one worker is needed, got {count}")
+    with show_progress(mine, store, count):
+        if count == 1:
+            return sum(ensure(task, store) for task in mine)
+        context = get_context("spawn")
+        with ProcessPoolExecutor(count, mp_context=context) as pool:
+            work = [
+                pool.submit(_work, mine[first::count], store, first % devices if devices else None)
+                for first in range(count)
+            ]
+            return sum(future.result() for future in work)
 
 
-def _work_on_gpu(number: int, count: int, tasks: Sequence[Task], store: Store) -> int:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
-    return sum(ensure(task, store) for task in tasks[number::count])
-
-
-def _run_gpus(tasks: Sequence[Task], store: Store, count: int) -> int:
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        work = [pool.submit(_work_on_gpu, i, count, tasks, store) for i in range(count)]
-        return sum(future.result() for future in work)
+def _work(tasks: Sequence[Task], store: Store, device: int | None) -> int:
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+    return sum(ensure(task, store) for task in tasks)
 
 
 def _run_ray(tasks: Sequence[Task], store: Store, address: str | None, gpus: float | None) -> int:
@@ -260,10 +144,7 @@ def _run_ray(tasks: Sequence[Task], store: Store, address: str | None, gpus: flo
             needed = [refs[t.key] for t in task.inputs if t.key in refs]
             share = gpus if KINDS[task.kind].heavy else 0
             refs[task.key] = remote.options(num_gpus=share).remote(task, store, *needed)
-    made, waiting = 0, list(refs.values())
-    with tqdm(total=len(waiting), desc="study on Ray", unit="task") as bar:
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            made += sum(ray.get(ready))
-            bar.update(len(ready))
-    return made
+    resources = ray.cluster_resources()
+    workers = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 1)
+    with show_progress(tasks, store, max(1, int(workers))):
+        return sum(ray.get(list(refs.values())))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from medbudget.artifacts import atomic_path, write_result, write_text
 from medbudget.images import make_grid, to_pil
-from medbudget.studies.engines import plan
+from medbudget.studies.planning import plan
 from medbudget.studies.tables import Study
 from medbudget.studies.tasks import Store, Task, in_order, read_images
 
@@ -33,7 +33,7 @@ def read_values(study: Study, store: Store) -> dict[str, Any]:
 
     rows = []
     for row in study.rows:
-        found: dict[str, Any] = {"setting": row.group, "value": row.value, "paper": row.paper}
+        found: dict[str, Any] = {"setting": row.group, "value": row.value, "paper": dict(row.paper)}
         for name, task in (("scores", row.score), ("compare", row.compare)):
             if (values := read(task)) is not None:
                 found[name] = values
@@ -41,37 +41,50 @@ def read_values(study: Study, store: Store) -> dict[str, Any]:
     return {"rows": rows, "floor": read(study.floor) or {}}
 
 
-def read_table(study: Study, store: Store) -> pd.DataFrame:
-    """Return one row a line: setting, value, our distances with interval, p, the paper's numbers.
+def format_values(
+    values: Mapping[str, Any], head: Sequence[str] = ("setting", "value")
+) -> pd.DataFrame:
+    """Return a table for print of what `read_values` or `record_table` gave.
 
-    Lines that are not computed yet have NaN.
+    Scores with their intervals, p where there are tests, the paper's numbers; "missing" where a
+    score is not computed yet.
     """
-    lines = []
-    for row in read_values(study, store)["rows"]:
-        line = {"setting": row["setting"], "value": row["value"]}
-        for name, score in row.get("scores", {}).items():
-            line[name] = score["value"]
-            line[f"{name}, low"], line[f"{name}, high"] = score["interval"]
-        if "compare" in row:
-            line["p"] = row["compare"]["p_value"]
-        if row["paper"] is not None:
-            line["paper FID"], line["paper MFID"] = row["paper"]
+    columns = [name for row in values["rows"] for name in row.get("scores", {})]
+    papers = [name for row in values["rows"] for name in row["paper"]]
+    tests = any("compare" in row for row in values["rows"])
+    lines: list[dict[str, str]] = []
+    for row in values["rows"]:
+        value = row["value"]
+        cells = (row["setting"], value if isinstance(value, str) else f"{value:g}")
+        line = dict(zip(head, cells))
+        for name in dict.fromkeys(columns or ["score"]):
+            score = row.get("scores", {}).get(name)
+            line[name] = (
+                _format_score(score) if score else "missing" if "scores" not in row else "–"
+            )
+        if tests:
+            line["p"] = f"{row['compare']['p_value']:.3f}" if "compare" in row else "–"
+        for name in dict.fromkeys(papers):
+            line[f"{name} (paper)"] = str(row["paper"].get(name, "–"))
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def read_floor(study: Study, store: Store) -> dict[str, tuple[float, float, float]]:
-    """Return the real-versus-real floor: value, low, high by distance; empty if not computed."""
-    scores = read_values(study, store)["floor"]
-    return {name: (score["value"], *score["interval"]) for name, score in scores.items()}
+def _format_score(score: Mapping[str, Any]) -> str:
+    """Value and interval, both with the same number of decimals."""
+    numbers = [score["value"], *(score["interval"] or ())]
+    size = max(abs(number) for number in numbers)
+    decimals = 1 if size >= 100 else 2 if size >= 1 else 3
+    value, *interval = (f"{number:.{decimals}f}" for number in numbers)
+    return f"{value} [{', '.join(interval)}]" if interval else value
 
 
 def read_rows(study: Study, store: Store) -> dict[str, torch.Tensor]:
     """Return the first images of every line that is there, the same seeds on each."""
     return {
-        f"{row.group} {row.value:g}": read_images(store, row.images[:1])[:COLUMNS]
+        f"{row.group} {row.value}": read_images(store, row.images[:1])[:COLUMNS]
         for row in study.rows
-        if store.has(row.images[0])
+        if row.images and store.has(row.images[0])
     }
 
 
@@ -93,68 +106,26 @@ def record_table(study: Study, store: Store, command: str) -> Path:
     return write_result(name, values, command=command, base_hash=study.base_hash)
 
 
-def format_recorded(values: Mapping[str, Any]) -> pd.DataFrame:
-    """Return a table recorded by `record_table` for print: ours with intervals, p, the paper's."""
-    lines: list[dict[str, str]] = []
-    for row in values["rows"]:
-        line = {"setting": row["setting"], "value": f"{row['value']:g}"}
-        for name, score in row["scores"].items():
-            low, high = score["interval"]
-            line[name] = f"{score['value']:.3g} [{low:.3g}, {high:.3g}]"
-        line["p"] = f"{row['compare']['p_value']:.3f}" if "compare" in row else "–"
-        for name, value in zip(("paper FID", "paper MFID"), row["paper"] or ("–", "–")):
-            line[name] = str(value)
-        lines.append(line)
-    return pd.DataFrame(lines).set_index(["setting", "value"])
-
-
-def _format(table: pd.DataFrame) -> list[list[str]]:
-    distances = [str(name) for name in table if f"{name}, low" in table]
-    lines = []
-    for row in table.to_dict("records"):
-        line = [row["setting"], f"{row['value']:g}"]
-        for name in distances:
-            value, low, high = row[name], row[f"{name}, low"], row[f"{name}, high"]
-            line.append("missing" if pd.isna(value) else f"{value:.4g} [{low:.4g}, {high:.4g}]")
-        p = row.get("p")
-        line.append("–" if p is None or pd.isna(p) else f"{p:.3g}")
-        for name in ("paper FID", "paper MFID"):
-            value = row.get(name)
-            line.append("–" if value is None or pd.isna(value) else f"{value:g}")
-        lines.append(line)
-    head = ["setting", "value", *distances, "p", "FID (paper)", "MFID (paper)"]
-    return [head, *lines]
-
-
 def write_report(study: Study, store: Store, folder: Path) -> Path:
     """Write ``report.md``, ``report.html`` and ``figure.png`` into `folder`; return the page.
 
     The same results give the same bytes; times and machine stand in ``environment.json`` beside.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    s = study.settings
-    cells = _format(read_table(study, store))
+    values = read_values(study, store)
+    table = format_values(values, study.head)
+    cells = [list(table.columns), *table.to_numpy().tolist()]
     state = plan(study.tasks, store)
-    where = "phantoms" if s.phantom else "the images given"
-    kind = "on the tiny base, " if s.base == "tiny" else f"on base {s.base}, "
-    intro = (
-        f"Study {study.name}, preset {study.preset}: synthetic images {kind}compared with {where}. "
-        f"One setting at a time is changed from {s.steps} sampling steps, CFG {s.cfg_scale:g}, "
-        f"{s.vectors} vectors and {s.cases} cases; n = {s.n} generated against {s.n} real. "
-        f"In brackets 95 % intervals. p: permutation test of {cells[0][2] if len(cells[0]) > 5 else 'FD'} "
-        "against the unchanged configuration, images paired by seed. The paper's FID and MFID have "
-        "other features, images and n: compare directions, not values."
-    )
-    floor = "; ".join(
-        f"{name} {value:.4g} [{low:.4g}, {high:.4g}]"
-        for name, (value, low, high) in read_floor(study, store).items()
-    )
-    notes = [f"Real against real (floor, n = {s.n}): {floor or 'not computed'}."]
+    intro = f"Study {study.name}, preset {study.preset}. {study.about} In brackets 95 % intervals."
+    notes = []
+    if study.floor is not None:
+        floor = "; ".join(f"{name} {_format_score(s)}" for name, s in values["floor"].items())
+        notes.append(f"Real against real (floor): {floor or 'not computed'}.")
     missing = sum(state.total.values()) - sum(state.done.values())
     if missing:
         notes.append(f"{missing} of {sum(state.total.values())} results are still missing.")
     notes.append(
-        f"Base hash {study.base_hash}; results named by a hash of settings and inputs. "
+        f"Base {study.base} {study.base_hash}; results named by a hash of settings and inputs. "
         "Not for clinical use."
     )
     rows = read_rows(study, store)

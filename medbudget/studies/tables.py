@@ -1,8 +1,8 @@
-"""The paper's tables and figures as data: which settings, which tasks, which numbers beside them."""
+"""What studies are made of, and the paper's Table 1 and Figure 5: settings, tasks, its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,56 +87,76 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: one setting changed from the final configuration.
+    """A line of a table.
 
     Attributes
     ----------
-    group, value : str, float
-        Which setting, and what it is here.
-    images : tuple of Task
-        Blocks of 16 generated images, the first from the study's first seed.
+    group, value : str, float or str
+        What is changed here, and to what: the line's first two cells.
     score : Task
+        Its result is JSON: column to `Score.to_dict`.
     compare : Task or None
-        Permutation test against the final configuration; None for that itself.
-    paper : tuple or None
-        The paper's numbers for this line.
+        Test against another line; its result is JSON with ``difference`` and ``p_value``.
+    paper : mapping of str to float or str
+        The paper's numbers for this line, by column; empty where it has none.
+    images : tuple of Task
+        Blocks of 16 generated images for the report's figure, the first from the study's first
+        seed; empty where the line has none.
     """
 
     group: str
-    value: float
-    images: tuple[Task, ...]
+    value: float | str
     score: Task
-    compare: Task | None
-    paper: tuple[float, float] | None
+    compare: Task | None = None
+    paper: Mapping[str, float | str] = field(default_factory=dict)
+    images: tuple[Task, ...] = ()
 
 
 @dataclass(frozen=True)
 class Study:
-    """A named list of rows and the real-versus-real floor beside them.
+    """A named list of lines, and what a reader must know of them.
 
     Attributes
     ----------
+    base, base_hash : str
+        The base that the images are drawn with.
+    rows : tuple of Row
     tasks : tuple of Task
         The results that the report needs, without what they are made from.
+    about : str
+        Sentences above the report's table: what was compared, n, what p tests, caveats.
+    floor : Task or None
+        Scores of real against real images.
+    head : (str, str)
+        Heads of the first two columns.
     """
 
     name: str
     preset: str
-    settings: StudySettings
-    rows: tuple[Row, ...]
-    floor: Task | None
+    base: str
     base_hash: str
+    rows: tuple[Row, ...]
     tasks: tuple[Task, ...]
+    about: str
+    floor: Task | None = None
+    head: tuple[str, str] = ("setting", "value")
+
+
+def make_phantom_cases(kind: str, label: str, split: str, n: int, size: int) -> Task:
+    """Return the task of `n` phantoms of a class."""
+    settings = {
+        "source": "phantoms", "kind": kind, "label": label, "split": split, "seed": 0, "n": n,
+        "size": size,
+    }  # fmt: skip
+    return Task("images", settings)
 
 
 def make_cases(s: StudySettings, sources: Mapping[str, Path], role: str, n: int, size: int) -> Task:
     """Return the task of real images for a role: ``train``, ``reference`` or ``floor``."""
     if s.phantom is not None and not sources:
-        kind, label = s.phantom
         split = {"train": "train", "reference": "test", "floor": "val"}[role]
-        found = {"source": "phantoms", "kind": kind, "label": label, "split": split, "seed": 0}
-    else:
-        found = {"source": role, "hash": hash_tensors({"images": read_source(sources, role, size)})}
+        return make_phantom_cases(*s.phantom, split, n, size)
+    found = {"source": role, "hash": hash_tensors({"images": read_source(sources, role, size)})}
     return Task("images", found | {"n": n, "size": size})
 
 
@@ -154,15 +174,34 @@ def make_embedding(s: StudySettings, base_hash: str, train: Task, vectors: int, 
 
 def make_blocks(
     s: StudySettings, base_hash: str, words: tuple[Task, ...], prompt: str, *, n: int,
-    steps: int, cfg_scale: float, seed: int = 0,
+    steps: int, cfg_scale: float, seed: int = 0, tokens: Sequence[str] = (),
 ) -> tuple[Task, ...]:  # fmt: skip
-    """Return the tasks of `n` images in blocks of 16, the last one filled up."""
-    settings = {
+    """Return the tasks of `n` images in blocks of 16, the last one filled up.
+
+    All words are learned as ``<class>``; `tokens` renames them for a prompt of several.
+    """
+    settings: dict[str, Any] = {
         "base": s.base, "base_hash": base_hash, "prompt": prompt, "steps": steps,
         "cfg_scale": float(cfg_scale), "size": s.size, "seed": seed,
     }  # fmt: skip
+    if tokens:
+        settings["tokens"] = list(tokens)
     blocks = range(-(-n // BLOCK))
     return tuple(Task("block", settings | {"block": i}, words) for i in blocks)
+
+
+def make_fd(made: tuple[Task, ...], real: Task, n: int, extractors: tuple[str, ...]) -> Task:
+    """Return the task of the Fréchet distances of `n` images from as many real ones."""
+    settings = {"sets": [[len(made), n], [1, n]], "extractors": list(extractors)}
+    return Task("score", settings, (*made, real))
+
+
+def describe_images(base: str, phantoms: bool) -> str:
+    """Return what the images are, as every report says it."""
+    kind = "on the tiny base" if base == "tiny" else f"on base {base}"
+    return (
+        f"Synthetic images {kind}, {'phantoms' if phantoms else 'the images given'} as real ones."
+    )
 
 
 def make_table1(
@@ -184,10 +223,6 @@ def make_table1(
             cfg_scale=chosen["CFG scale"],
         )  # fmt: skip
 
-    def score(made: tuple[Task, ...], other: Task) -> Task:
-        sets = [[len(made), s.n], [1, s.n]]
-        return Task("score", {"sets": sets, "extractors": list(s.extractors)}, (*made, other))
-
     best = images(final)
     rows = []
     for group, values in s.grid.items():
@@ -200,14 +235,24 @@ def make_table1(
                     "sets": sets, "extractor": s.extractors[0], "paired": True, "repeats": 1000
                 }  # fmt: skip
                 compare = Task("compare", settings, (*made, *best, real))
-            paper = TABLE1.get((group, int(value)))
-            rows.append(Row(group, value, made, score(made, real), compare, paper))
+            paper = dict(zip(("FID", "MFID"), TABLE1.get((group, int(value)), ())))
+            score = make_fd(made, real, s.n, s.extractors)
+            rows.append(Row(group, value, score, compare, paper, made))
     floor = None
     if (s.phantom and not sources) or "floor" in sources:
-        floor = score((make_cases(s, sources, "floor", s.n, s.size),), real)
+        floor = make_fd((make_cases(s, sources, "floor", s.n, s.size),), real, s.n, s.extractors)
     wanted = [floor, *(task for row in rows for task in (row.images[0], row.score, row.compare))]
-    tasks = tuple(task for task in wanted if task)
-    return Study(name, preset, s, tuple(rows), floor, base_hash, tasks)
+    about = (
+        f"{describe_images(s.base, s.phantom is not None and not sources)} One setting at a time is "
+        f"changed from {s.steps} sampling steps, CFG {s.cfg_scale:g}, {s.vectors} vectors and "
+        f"{s.cases} cases; n = {s.n} generated against {s.n} real. p: permutation test of the first "
+        "distance against the unchanged configuration, images paired by seed. The paper's FID and "
+        "MFID have other features, images and n: compare directions, not values."
+    )
+    return Study(
+        name, preset, s.base, base_hash, tuple(rows), tuple(task for task in wanted if task), about,
+        floor,
+    )  # fmt: skip
 
 
 def make_figure5(
@@ -217,36 +262,3 @@ def make_figure5(
     study = make_table1(name, preset, s, base_hash, sources)
     real = study.rows[0].score.inputs[-1]
     return replace(study, tasks=(real, *(row.images[0] for row in study.rows)))
-
-
-STUDIES = {"table1": make_table1, "figure5": make_figure5}
-
-
-def make_study(
-    name: str, preset: str, *, base_hash: str, sources: Mapping[str, Path] | None = None,
-    settings: StudySettings | None = None,
-) -> Study:  # fmt: skip
-    """Plan a study.
-
-    Parameters
-    ----------
-    name : {"table1", "figure5"}
-    preset : {"tiny", "colab", "paper"}
-    base_hash : str
-        `Base.hash` of the base that the preset names.
-    sources : mapping of str to path, optional
-        Folders ``train``, ``reference`` and, for the floor, ``floor``; needed where the preset
-        has no phantoms.
-    settings : StudySettings, optional
-        In place of the preset's.
-
-    Raises
-    ------
-    ValueError
-        Unknown study or preset, or images that are needed and not given.
-    """
-    if name not in STUDIES:
-        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; allowed are {', '.join(PRESETS)}")
-    return STUDIES[name](name, preset, settings or PRESETS[preset], base_hash, sources or {})

@@ -170,7 +170,8 @@ def _run_embedding(task: Task, store: Store, path: Path, scratch: Path) -> None:
 
 def _run_block(task: Task, store: Store, path: Path, scratch: Path) -> None:
     s = task.settings
-    words = [Embedding.load(store.path(t)) for t in task.inputs]
+    tokens = s.get("tokens") or ["<class>"] * len(task.inputs)
+    words = [Embedding.load(store.path(t), token=name) for t, name in zip(task.inputs, tokens)]
     images = sample(
         get_base(s), s["prompt"], embeddings=words, n=BLOCK, steps=s["steps"],
         cfg_scale=s["cfg_scale"], seed=s["seed"] + BLOCK * s["block"], batch_size=BLOCK,
@@ -179,7 +180,7 @@ def _run_block(task: Task, store: Store, path: Path, scratch: Path) -> None:
     save_file({"images": images}, path)
 
 
-def _split(task: Task, store: Store) -> list[torch.Tensor]:
+def read_sets(task: Task, store: Store) -> list[torch.Tensor]:
     """Return the sets of images that a task's settings ``sets`` cut its inputs into."""
     found, first = [], 0
     for count, n in task.settings["sets"]:
@@ -189,7 +190,7 @@ def _split(task: Task, store: Store) -> list[torch.Tensor]:
 
 
 def _run_score(task: Task, store: Store, path: Path, scratch: Path) -> None:
-    made, real = _split(task, store)
+    made, real = read_sets(task, store)
     scores: dict[str, Any] = {}
     for name in task.settings["extractors"]:
         extractor = load_extractor(name)
@@ -199,29 +200,88 @@ def _run_score(task: Task, store: Store, path: Path, scratch: Path) -> None:
 
 
 def _run_compare(task: Task, store: Store, path: Path, scratch: Path) -> None:
-    a, b, real = (features(x, task.settings["extractor"]) for x in _split(task, store))
+    a, b, real = (features(x, task.settings["extractor"]) for x in read_sets(task, store))
     test = permutation_test(
         a, b, real, paired=task.settings["paired"], repeats=task.settings["repeats"], seed=0
     )
     write_json(path, {"difference": test.difference, "p_value": test.p_value})
 
 
+def _steps_of_training(task: Task) -> float:
+    inversion = task.settings["inversion"]
+    return float(inversion["steps"] * inversion["batch_size"])
+
+
+def _passes_of_sampling(task: Task) -> float:
+    return float(task.settings["steps"] * (1 if task.settings["cfg_scale"] == 1 else 2))
+
+
+def count_images(task: Task) -> float:
+    """Return how many images the sets of a task hold: the cost of kinds that compare sets."""
+    return float(sum(n for _, n in task.settings["sets"]))
+
+
+def _cut_training(task: Task, parts: int) -> Task:
+    inversion = task.settings["inversion"] | {"steps": 4 * parts}
+    return Task(task.kind, dict(task.settings) | {"inversion": inversion}, task.inputs)
+
+
+def _cut_sampling(task: Task, parts: int) -> Task:
+    return Task(task.kind, dict(task.settings) | {"steps": 2 * parts}, task.inputs)
+
+
+def cut_sets(task: Task, parts: int) -> Task:
+    """Keep so many blocks of each set, or all of a set that is one file, but as few images."""
+    sets: list[list[int]] = []
+    inputs: list[Task] = []
+    first = 0
+    for count, n in task.settings["sets"]:
+        keep = min(count, parts)
+        sets.append([keep, min(n, BLOCK * parts)])
+        inputs += task.inputs[first : first + keep]
+        first += count
+    return Task(task.kind, dict(task.settings) | {"sets": sets}, tuple(inputs))
+
+
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of task runs and which file it makes."""
+    """What a kind of task runs and which file it makes.
+
+    Attributes
+    ----------
+    run : callable
+        ``run(task, store, path, scratch)`` writes the result to `path`, from the inputs'
+        ``store.path(…)``; `scratch` is a path for checkpoints that outlive an interruption.
+    suffix : str
+    heavy : bool
+        Whether it wants a GPU where there is one.
+    cost : callable
+        Relative cost within the kind, to estimate the time of those that are missing.
+    cut : callable, optional
+        ``cut(task, parts)``: a small version, of 1 or 2 parts, to time before any is done; as it
+        is where None.
+    """
 
     run: Callable[[Task, Store, Path, Path], None]
     suffix: str
     heavy: bool = False
+    cost: Callable[[Task], float] = lambda task: 1.0
+    cut: Callable[[Task, int], Task] | None = None
 
 
 KINDS = {
     "images": Kind(_run_images, ".safetensors"),
-    "embedding": Kind(_run_embedding, ".safetensors", heavy=True),
-    "block": Kind(_run_block, ".safetensors", heavy=True),
-    "score": Kind(_run_score, ".json"),
-    "compare": Kind(_run_compare, ".json"),
+    "embedding": Kind(_run_embedding, ".safetensors", True, _steps_of_training, _cut_training),
+    "block": Kind(_run_block, ".safetensors", True, _passes_of_sampling, _cut_sampling),
+    "score": Kind(_run_score, ".json", cost=count_images, cut=cut_sets),
+    "compare": Kind(_run_compare, ".json", cost=count_images, cut=cut_sets),
 }
+
+
+def warm_up(task: Task) -> None:
+    """Load what a task's process loads once, so that it is not in the task's measured time."""
+    if "base_hash" in task.settings:
+        get_base(task.settings)
 
 
 def in_order(tasks: Sequence[Task]) -> list[Task]:
@@ -267,7 +327,7 @@ def _make(task: Task, store: Store, path: Path) -> None:
     for left in path.parent.glob(f".{path.stem}*.tmp*"):  # by one who died; the claim is ours
         left.unlink(missing_ok=True)
     start = time.monotonic()
-    with atomic_path(path) as temporary:
+    with one_thread(), atomic_path(path) as temporary:
         named = temporary.with_suffix(path.suffix)  # Embedding.save goes by the ending
         try:
             KINDS[task.kind].run(task, store, named, scratch)
@@ -284,6 +344,25 @@ def _make(task: Task, store: Store, path: Path) -> None:
             },
         )
     scratch.with_suffix(".ckpt").unlink(missing_ok=True)
+
+
+_threads: list[int] = []  # what to go back to, once for each thread of Python that is at work
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: sums in another order would make the bytes depend on the cores.
+
+    Studies use more cores by more workers, which is faster too where matrices are small.
+    """
+    _threads.append(torch.get_num_threads())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        before = _threads.pop()
+        if not _threads:
+            torch.set_num_threads(before)
 
 
 @contextmanager
