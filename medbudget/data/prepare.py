@@ -243,12 +243,19 @@ def prepare_items(
     return Report(out, counts, len(rows) - kept, kept, tuple(broken), short, tuple(notes))
 
 
-def check_settings(*, size: int, seed: int, workers: int = 1) -> None:
-    """Raise ValueError for a size, seed or number of workers that cannot be."""
-    if size < 8 or seed < 0 or workers < 1:
-        raise ValueError(
-            f"size >= 8, seed >= 0 and workers >= 1 are needed, got {size}, {seed}, {workers}"
-        )
+def check_settings(
+    *, size: int, seed: int, workers: int = 1, per_class: int = 1, reference: int = 0
+) -> None:
+    """Raise ValueError for numbers that cannot be."""
+    for name, value, least in (
+        ("size", size, 8),
+        ("seed", seed, 0),
+        ("workers", workers, 1),
+        ("per_class", per_class, 1),
+        ("reference", reference, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
