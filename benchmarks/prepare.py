@@ -168,7 +168,7 @@ def command(n: int, data: Path) -> dict[str, float]:
 
 
 def describe_geometry(data: Path) -> dict[str, Any]:
-    """What alignment and window change, in millimetres and gray levels."""
+    """What alignment and window change in T2W, ADC and DWI, in millimetres and gray levels."""
     with tempfile.TemporaryDirectory() as name:
         images, labels, case = find_case(data, Path(name))
         load = {"paper": {"geometry": "paper"}, "volume": {"window": "volume"}, "default": {}}
@@ -186,9 +186,8 @@ def describe_geometry(data: Path) -> dict[str, Any]:
             "case": "real" if case == CASE else "phantom",
             "shift_mm": {key: np.round(mm, 3).tolist() for key, mm in
                          picai.measure_shift(images, case).items()},
-            "gray_levels_paper_against_physical_same_window": gap("paper", "volume"),
-            "mean_gray_level_in_the_gland_volume_window": level("volume"),
-            "mean_gray_level_in_the_gland_percentile_window": level("default"),
+            "geometry_gray_levels": gap("paper", "volume"),
+            "gland_level": {"volume": level("volume"), "percentile": level("default")},
         }  # fmt: skip
 
 
