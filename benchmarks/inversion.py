@@ -4,24 +4,21 @@ Side by side in one run, same base, same batch: our step; what diffusers' exampl
 the whole token table, the other rows restored after each step, the VAE at every step); and the
 floor (text encoder and U-Net forward and backward, nothing else).
 
-    python benchmarks/inversion.py [--steps 30] [--batch 8]
+    python benchmarks/inversion.py [--steps 30] [--batch 8] [--record]
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import resource
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from medbudget import InversionSettings, invert, load_base, make_phantoms, sample
-from medbudget.artifacts import write_json
+from medbudget.artifacts import write_result
 from medbudget.base import Base
 
 
@@ -78,11 +75,11 @@ def seconds_per_step(step: Callable[[], None], steps: int) -> float:
 
 
 def main() -> None:
-    """Print the table, and write it where --out says."""
+    """Print the table; record it if --record says so."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--record", action="store_true", help="write results/inversion.json")
     args = parser.parse_args()
     base = load_base("tiny", device="cpu")
     images = make_phantoms("prostate", "tumour", 100).images
@@ -114,18 +111,15 @@ def main() -> None:
     print(f"tiny base {base.hash}, batch {args.batch}, {torch.get_num_threads()} threads")
     for name, value in rows.items():
         print(f"{name:<40}{value:>10.2f}")
-    if args.out:
-        write_json(
-            args.out,
-            {
-                "date": date.today().isoformat(),
-                "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-                "command": f"python benchmarks/inversion.py --steps {args.steps} --batch {args.batch}",
-                "torch": torch.__version__,
-                "base": base.hash,
-                "rows": {name: round(value, 3) for name, value in rows.items()},
-            },
+    if args.record:
+        values = {
+            "torch": torch.__version__,
+            "rows": {name: round(value, 3) for name, value in rows.items()},
+        }
+        command = (
+            f"python benchmarks/inversion.py --steps {args.steps} --batch {args.batch} --record"
         )
+        print(f"wrote {write_result('inversion', values, command=command, base_hash=base.hash)}")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import judge, peak_memory, run_alone, timed
 from scipy.linalg import sqrtm
 
 from medbudget.artifacts import write_result
@@ -42,13 +37,6 @@ def make_features(n: int, d: int, seed: int, *, scale: float = 1.0, shift: float
     x = rng.normal(size=(n, d)) * np.arange(1, d + 1) ** -0.5 * 10
     mix = np.linalg.qr(np.random.default_rng(99).normal(size=(d, d)))[0]
     return (x @ mix) * scale + shift
-
-
-def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """Return the value, wall-clock seconds, and processor seconds of all threads."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    value = function()
-    return value, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def by_sqrtm(x: Any, y: Any) -> float:
@@ -104,11 +92,22 @@ def speed(quick: bool, count: int) -> dict[str, Any]:
         "permutations": lambda: permutation_test(y, other, x, repeats=count),
     }
     seconds = {name: timed(run)[1] for name, run in work.items()}
-    command = [sys.executable, __file__, "memory"]
-    # the project's MALLOC settings trade memory for speed; the figure is for the system's defaults
-    plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
-    imports, peak = map(float, done.stdout.split())
+    imports, peak = run_alone(__file__, "memory")
+    goals = [
+        ("relative error", rows["medbudget"]["relative_error"], "<=", 1e-6),
+        ("interval, s", seconds["interval"]["wall"], "<=", 1),
+        ("peak memory, MB", peak, "<=", 1000),
+    ]
+    if not quick:
+        goals += [
+            ("times as fast as scipy sqrtm", rows["scipy sqrtm"]["ratio"]["wall"], ">=", 50),
+            ("times as fast as torchmetrics", rows["torchmetrics"]["ratio"]["wall"], ">=", 10),
+        ]
+    if count == 1000:
+        goals += [
+            ("1000 bootstrap replicates, s", seconds["bootstrap"]["wall"], "<=", 120),
+            ("1000 permutations, s", seconds["permutations"]["wall"], "<=", 480),
+        ]
     return {
         "n": N,
         "d": D,
@@ -119,18 +118,8 @@ def speed(quick: bool, count: int) -> dict[str, Any]:
         "bootstrap_seconds": seconds["bootstrap"],
         "permutations_seconds": seconds["permutations"],
         "peak_memory_mb": {"after_imports": round(imports), "peak": round(peak)},
+        "goals": judge(goals),
     }
-
-
-def peak_memory() -> float:
-    """Return this process's peak resident memory in MB (`getrusage` inherits the parent's)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [
-            x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM")
-        ]
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def memory() -> None:

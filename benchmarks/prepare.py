@@ -1,33 +1,34 @@
 """Data preparation: cases per second and peak memory, beside the released script's way.
 
-    python benchmarks/prepare.py [picai] [geometry] [chexpert] [pcam] [--n 10] [--workers 1 2]
-        [--data ../shared/data] [--out results/prepare.json]
+    python benchmarks/prepare.py [speed] [geometry] [--n 20] [--data ../shared/data] [--record]
 
-`picai` repeats the real case of shared/data (or, without it, a phantom of its size). The released
-script's way resamples each sequence and mask to the whole volume, through picai_prep, before the
-slice is chosen. Both read the same files and write a PNG. Seconds are those of the processor where
-there is one worker (other work on the machine does not count), and of the wall clock for several.
-`geometry` prints what alignment and window change in that case.
+`speed` repeats the real case of shared/data (or, without it, a phantom of its size) with one worker
+and with two. The released script's way resamples each sequence and mask to the whole volume,
+through picai_prep, before the slice is chosen. Both read the same files and write a PNG, each way
+in a fresh process. Then the whole command on copies of the case, and the CheXpert and PatchCamelyon
+paths, on phantoms in files of the real ones' size. `geometry` tells what alignment and window
+change in that case. `--record` writes results/prepare_speed.json and prepare_geometry.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import judge, peak_memory, run_alone, timed
 from PIL import Image
 
-from medbudget.artifacts import write_json
+from medbudget.artifacts import write_result
 from medbudget.data import chexpert, pcam, phantom_trees, picai
 
 CASE = "10795_1000811"
@@ -71,59 +72,83 @@ def by_us(images: Path, labels: Path, case: str, out: Path) -> None:
     save_images(made.image[None], out, names=[case])
 
 
-def repeat(way: str, n: int, data: Path) -> None:
-    """Print processor seconds of a case, and peak memory in MB after imports and at the end."""
-    import SimpleITK as sitk
+WAYS = {"script": by_the_script, "medbudget": by_us}
+WORKERS = (1, 2)
 
+
+def start_worker() -> None:
+    """Keep each worker on one thread, as `medbudget prepare` does."""
+    import SimpleITK as sitk
+    import torch
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    torch.set_num_threads(1)
+
+
+def make_one(i: int, *, way: str, found: tuple[Path, Path, str], out: Path) -> float:
+    """Make the case once more; return this process's peak memory in MB."""
+    place = out / str(i)
+    place.mkdir(parents=True)
+    WAYS[way](*found, place)
+    return peak_memory()
+
+
+def repeat(way: str, n: int, workers: int, data: Path) -> None:
+    """Print cases a second, processor seconds a case, memory in MB after imports and at its peak."""
     if way == "script":
         import picai_prep.preprocessing  # noqa: F401
-    function = {"script": by_the_script, "medbudget": by_us}[way]
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    start_worker()
     with tempfile.TemporaryDirectory() as name:
-        images, labels, case = find_case(data, Path(name))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        function(images, labels, case, Path(name))  # first calls load libraries
-        start = time.process_time()
-        for _ in range(n):
-            function(images, labels, case, Path(name))
-        seconds = (time.process_time() - start) / n
-        print(seconds, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        found = find_case(data, Path(name) / "phantom")
+        imports = peak_memory()
+        make_one(n, way=way, found=found, out=Path(name))  # first calls load libraries
+        run = partial(make_one, way=way, found=found, out=Path(name))
+        before = os.times()
+        start = time.perf_counter()
+        if workers == 1:
+            peaks = [run(i) for i in range(n)]
+        else:
+            context = multiprocessing.get_context("fork")
+            with ProcessPoolExecutor(workers, context, start_worker) as pool:
+                peaks = list(pool.map(run, range(n)))
+        wall = time.perf_counter() - start
+        after = os.times()
+        cpu = sum(after[:4]) - sum(before[:4])
+        print(n / wall, cpu / n, imports, max(peaks))
 
 
 def compare(n: int, data: Path) -> dict[str, Any]:
-    """Run both ways in processes of their own."""
+    """Run both ways, with one worker and with two, each in a process of its own."""
     out: dict[str, Any] = {}
-    plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    for way in ("medbudget", "script"):
-        command = [sys.executable, __file__, "repeat", way, "--n", str(n), "--data", str(data)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
-        seconds, before, peak = map(float, done.stdout.split()[-3:])
-        out[way] = {
-            "processor_seconds_a_case": seconds,
-            "cases_a_second": 1 / seconds,
-            "memory_mb_after_imports": round(before),
-            "memory_mb_peak": round(peak),
-        }
-    ratio = out["script"]["processor_seconds_a_case"] / out["medbudget"]["processor_seconds_a_case"]
-    return {**out, "speed_up": ratio}
+    for way in WAYS:
+        for workers in WORKERS:
+            line = ("repeat", way, workers, "--n", n, "--data", data)
+            rate, cpu, imports, peak = run_alone(__file__, *line)
+            out[f"{way}, {workers} worker{'s' * (workers > 1)}"] = {
+                "cases_a_second": rate,
+                "processor_seconds_a_case": cpu,
+                "memory_mb_after_imports": round(imports),
+                "peak_memory_mb_of_a_worker": round(peak),
+            }
+    return out
 
 
-def scale(n: int, workers: list[int], data: Path) -> dict[str, Any]:
-    """Wall-clock time of the whole command on n copies of the case, by number of workers."""
+def command(n: int, data: Path) -> dict[str, float]:
+    """Cases a second of the whole command on n copies of the case, by number of workers."""
     out = {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         images, labels, case = find_case(data, place / "phantom")
         study = case.split("_")[1]
         rows = ["patient_id,study_id,case_csPCa"]
+        target = place / "labels" / picai.GLAND
+        target.mkdir(parents=True)
         for i in range(n):
             patient = str(50000 + i)
             (place / "images" / patient).mkdir(parents=True)
             for key in picai.SEQUENCES:
                 source = images / case.split("_")[0] / f"{case}_{key}.mha"
                 (place / "images" / patient / f"{patient}_{study}_{key}.mha").symlink_to(source)
-            target = place / "labels" / picai.GLAND
-            target.mkdir(parents=True, exist_ok=True)
             (target / f"{patient}_{study}.nii.gz").symlink_to(
                 labels / picai.GLAND / f"{case}.nii.gz"
             )
@@ -131,23 +156,19 @@ def scale(n: int, workers: list[int], data: Path) -> dict[str, Any]:
         sheet = place / "labels" / picai.MARKSHEET
         sheet.parent.mkdir(parents=True)
         sheet.write_text("\n".join(rows) + "\n")
-        for count in workers:
+        for count in WORKERS:
             start = time.perf_counter()
             picai.prepare_picai(
                 place / "images", place / "labels", place / f"out{count}", per_class=n,
                 allow_fewer=True, workers=count,
             )  # fmt: skip
-            out[f"{count} workers"] = n / (time.perf_counter() - start)
+            out[f"{count} worker{'s' * (count > 1)}"] = n / (time.perf_counter() - start)
             shutil.rmtree(place / f"out{count}")
-    return {
-        "cases_a_second": out,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-    }
+    return out
 
 
 def describe_geometry(data: Path) -> dict[str, Any]:
-    """What alignment and window change, in millimetres and gray levels."""
+    """What alignment and window change in T2W, ADC and DWI, in millimetres and gray levels."""
     with tempfile.TemporaryDirectory() as name:
         images, labels, case = find_case(data, Path(name))
         load = {"paper": {"geometry": "paper"}, "volume": {"window": "volume"}, "default": {}}
@@ -165,55 +186,73 @@ def describe_geometry(data: Path) -> dict[str, Any]:
             "case": "real" if case == CASE else "phantom",
             "shift_mm": {key: np.round(mm, 3).tolist() for key, mm in
                          picai.measure_shift(images, case).items()},
-            "gray_levels_paper_against_physical_same_window": gap("paper", "volume"),
-            "mean_gray_level_in_the_gland_volume_window": level("volume"),
-            "mean_gray_level_in_the_gland_percentile_window": level("default"),
+            "geometry_gray_levels": gap("paper", "volume"),
+            "gland_level": {"volume": level("volume"), "percentile": level("default")},
         }  # fmt: skip
 
 
-def images_a_second(what: str, n: int) -> dict[str, Any]:
-    """Processor time of the CheXpert and PatchCamelyon paths, at the size of the real files."""
+def images_a_second(n: int) -> dict[str, float]:
+    """Images a second, one worker, of the CheXpert and PatchCamelyon paths: wall clock."""
+    out = {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        if what == "chexpert":
-            root = phantom_trees.write_chexpert(place, n, pixels=320)
-            start = time.process_time()
-            report = chexpert.prepare_chexpert(root, place / "out", per_class=n, allow_fewer=True)
-        else:
-            folder = phantom_trees.write_pcam(place, {"train": 4 * n, "valid": 4 * n, "test": 8})
-            start = time.process_time()
-            report = pcam.prepare_pcam(folder, place / "out", per_class=n)
-        out = {"written_a_second": report.made / (time.process_time() - start)}
-        if what == "pcam":
-            start = time.process_time()
-            count = sum(len(labels) for _, labels in pcam.iterate_patches(place, "val"))
-            out["read_from_hdf5_a_second"] = count / (time.process_time() - start)
+        root = phantom_trees.write_chexpert(place, n, pixels=320)
+        folder = phantom_trees.write_pcam(place, {"train": 4 * n, "valid": 4 * n, "test": 8})
+        options: dict[str, Any] = {"per_class": n, "allow_fewer": True}
+        for label, run in (
+            ("chexpert", partial(chexpert.prepare_chexpert, root, place / "x", **options)),
+            ("pcam, written", partial(pcam.prepare_pcam, folder, place / "p", **options)),
+        ):
+            report, seconds = timed(run)
+            out[label] = report.made / seconds["wall"]
+        count, seconds = timed(
+            lambda: sum(len(labels) for _, labels in pcam.iterate_patches(folder, "val"))
+        )
+        out["pcam, read from HDF5"] = count / seconds["wall"]
     return out
+
+
+def speed(n: int, data: Path) -> dict[str, Any]:
+    """Everything that is timed, and the goals."""
+    ways, whole = compare(n, data), command(n, data)
+    seconds = {way: ways[f"{way}, 1 worker"]["processor_seconds_a_case"] for way in WAYS}
+    goals = [
+        ("times as fast as the script's way, 1 core", seconds["script"] / seconds["medbudget"], ">=", 3),
+        ("two workers against one, whole command", whole["2 workers"] / whole["1 worker"], ">=", 1.8),
+    ]  # fmt: skip
+    return {
+        "case": "real" if (data / "picai").is_dir() else "phantom",
+        "n": n,
+        "a_case": ways,
+        "whole_command_cases_a_second": whole,
+        "images_a_second": images_a_second(n),
+        "goals": judge(goals),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", default=["picai", "geometry", "chexpert", "pcam"])
-    parser.add_argument("--n", type=int, default=10)
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("parts", nargs="*", default=["speed", "geometry"])
+    parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, help="JSON to write or to update")
+    parser.add_argument("--record", action="store_true", help="write into results/")
     args = parser.parse_args()
     data = args.data.resolve()
     if args.parts[:1] == ["repeat"]:
-        repeat(args.parts[1], args.n, data)
+        repeat(args.parts[1], args.n, int(args.parts[2]), data)
         return
-    out = json.loads(args.out.read_text(encoding="utf-8")) if args.out and args.out.exists() else {}
+    known = {"speed": partial(speed, args.n, data), "geometry": partial(describe_geometry, data)}
+    if unknown := set(args.parts) - set(known):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; allowed are speed, geometry")
+    if args.record and not (data / "picai").is_dir():
+        parser.error(f"no real case in {data}: what is recorded is about it; name --data")
     for part in args.parts:
-        if part == "picai":
-            out[part] = {**compare(args.n, data), "scaling": scale(args.n, args.workers, data)}
-        elif part == "geometry":
-            out[part] = describe_geometry(data)
-        else:
-            out[part] = images_a_second(part, args.n)
-        print(json.dumps({part: out[part]}, indent=1), flush=True)
-        if args.out:
-            write_json(args.out, out)
+        values = known[part]()
+        print(json.dumps({part: values}, indent=1), flush=True)
+        if args.record:
+            size = f" --n {args.n}" if part == "speed" else ""
+            line = f"python benchmarks/prepare.py {part}{size} --record"
+            print(f"wrote {write_result(f'prepare_{part}', values, command=line)}")
 
 
 if __name__ == "__main__":

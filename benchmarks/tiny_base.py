@@ -13,9 +13,7 @@ same n.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from medbudget import (
     make_phantoms,
     sample,
 )
-from medbudget.artifacts import write_json
+from medbudget.artifacts import StaleResultError, load_result, write_result
 from medbudget.base import Base
 from medbudget.images import find_images
 from medbudget.metrics import auc, frechet_distance, precision_recall
@@ -305,12 +303,14 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown bar {', '.join(unknown)}; allowed are {', '.join(BARS)}")
     base = load_base("tiny")
-    record: dict[str, Any] = {}
-    if args.out and args.out.exists():
-        record = json.loads(args.out.read_text(encoding="utf-8"))
-        if record.get("base_hash") != base.hash:
-            print(f"{args.out} is of base {record.get('base_hash')}: its rows are dropped")
-            record = {}
+    values: dict[str, Any] = {}
+    if args.out:
+        try:
+            values = load_result(args.out.stem, base_hash=base.hash, folder=args.out.parent)
+        except FileNotFoundError:
+            pass
+        except StaleResultError as error:
+            print(f"its rows are dropped: {error}")
     for name in args.bars or list(BARS):
         rows = []
         print(f"{name}", flush=True)
@@ -322,16 +322,15 @@ def main() -> None:
                 flush=True,
             )
         if args.out:
-            values = record.get("values", {}) | {name: rows}
+            values |= {name: rows}
             seeds = f" --seeds {args.seeds}" if name == "trends" else ""
-            record = {
-                "date": date.today().isoformat(),
-                "command": f"python benchmarks/tiny_base.py --n {args.n}{seeds}",
-                "base_hash": base.hash,
-                "device": f"{base.device.type}, {torch.get_num_threads()} threads",
-                "values": values,
-            }
-            write_json(args.out, record)
+            write_result(
+                args.out.stem,
+                values,
+                command=f"python benchmarks/tiny_base.py --n {args.n}{seeds}",
+                base_hash=base.hash,
+                folder=args.out.parent,
+            )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ PUBLISHED = ("book", "notebooks", "results", "_config.yml", "_toc.yml", "README.
 
 def set_environment() -> None:
     """Make runs quiet, offline, and the same whoever starts them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    from medbudget.artifacts import count_cores
+
     defaults = {
-        "OMP_NUM_THREADS": str(min(cores or 1, 8)),  # the embedded base is too small for more
+        "OMP_NUM_THREADS": str(min(count_cores(), 8)),  # the embedded base is too small for more
         "TQDM_DISABLE": "1",  # progress bars write to stderr, which counts as a warning
         "HF_HUB_OFFLINE": "1",
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one of the user's

@@ -44,6 +44,9 @@ WorkersOption = Annotated[int | None, typer.Option(help="processes; default: one
 ReferenceOption = Annotated[
     int, typer.Option(help="also write that many healthy cases for distances")
 ]
+EachReferenceOption = Annotated[
+    int, typer.Option(help="also write that many of each class for distances")
+]
 DisjointOption = Annotated[
     bool,
     typer.Option("--disjoint/--overlap", help="may the reference share patients with the splits?"),
@@ -476,18 +479,21 @@ def describe(
     print(run(loaded, _square(loaded, images)))
 
 
-def _finish(report: Any, allow_broken: bool) -> None:
-    """Print what a preparation did; broken cases make the exit code 1."""
+def _prepare(
+    run: Callable[..., Any],
+    *folders: Path,
+    workers: int | None,
+    allow_broken: bool,
+    **options: Any,
+) -> None:
+    """Run a preparation and print what it did; broken cases make the exit code 1."""
+    from medbudget.artifacts import count_cores
+
+    report = run(*folders, workers=count_cores() if workers is None else workers, **options)
     print(report)
     print(f"look at {report.out / 'contact_sheet.png'}")
     if report.broken and not allow_broken:
         raise typer.Exit(1)
-
-
-def _workers(workers: int | None) -> int:
-    from medbudget.artifacts import count_cores
-
-    return count_cores() if workers is None else workers
 
 
 @prepare_app.command("picai")
@@ -510,7 +516,8 @@ def prepare_picai(
     """Prostate MRI: one axial slice a case, with tumour and gland masks."""
     from medbudget.data.picai import prepare_picai as run
 
-    report = run(
+    _prepare(
+        run,
         images,
         labels,
         out,
@@ -523,9 +530,9 @@ def prepare_picai(
         sequences=sequences,
         geometry=geometry,
         window=window,
-        workers=_workers(workers),
+        workers=workers,
+        allow_broken=allow_broken,
     )
-    _finish(report, allow_broken)
 
 
 @prepare_app.command("chexpert")
@@ -547,7 +554,8 @@ def prepare_chexpert(
     """Chest X-rays: AP views with exactly one finding, one image a patient."""
     from medbudget.data.chexpert import prepare_chexpert as run
 
-    report = run(
+    _prepare(
+        run,
         root,
         out,
         size=size,
@@ -557,9 +565,9 @@ def prepare_chexpert(
         uncertain=uncertain,
         reference=reference,
         disjoint=disjoint,
-        workers=_workers(workers),
+        workers=workers,
+        allow_broken=allow_broken,
     )
-    _finish(report, allow_broken)
 
 
 @prepare_app.command("pcam")
@@ -570,22 +578,25 @@ def prepare_pcam(
     seed: SeedOption = 0,
     per_class: PerClassOption = 100,
     allow_fewer: FewerOption = False,
+    reference: EachReferenceOption = 0,
     workers: WorkersOption = None,
     allow_broken: BrokenOption = False,
 ) -> None:
     """Histology: random training patches; validation and test stay in their HDF5 files."""
     from medbudget.data.pcam import prepare_pcam as run
 
-    report = run(
+    _prepare(
+        run,
         folder,
         out,
         size=size,
         seed=seed,
         per_class=per_class,
         allow_fewer=allow_fewer,
-        workers=_workers(workers),
+        reference=reference,
+        workers=workers,
+        allow_broken=allow_broken,
     )
-    _finish(report, allow_broken)
 
 
 @prepare_app.command("folder")
@@ -607,6 +618,8 @@ def prepare_folder(
         int | None, typer.Option(help="patients of each class in each split, instead of all")
     ] = None,
     allow_fewer: FewerOption = False,
+    reference: EachReferenceOption = 0,
+    disjoint: DisjointOption = True,
     slices: Annotated[str, typer.Option(help="of volumes: middle, mask or every:K")] = "middle",
     masks: Annotated[Path | None, typer.Option(help="folder of masks, for --slices mask")] = None,
     plane: Annotated[str, typer.Option(help="native, axial, coronal or sagittal")] = "native",
@@ -626,7 +639,8 @@ def prepare_folder(
         proportions = [float(value) for value in split.split(",")]
     except ValueError:
         raise ValueError(f"--split {split}: numbers with commas, such as 0.6,0.2,0.2") from None
-    report = run(
+    _prepare(
+        run,
         root,
         out,
         labels=labels,
@@ -637,6 +651,8 @@ def prepare_folder(
         proportions=proportions,
         per_class=per_class,
         allow_fewer=allow_fewer,
+        reference=reference,
+        disjoint=disjoint,
         slices=slices,
         masks=masks,
         plane=plane,
@@ -644,9 +660,9 @@ def prepare_folder(
         size=size,
         seed=seed,
         key=key,
-        workers=_workers(workers),
+        workers=workers,
+        allow_broken=allow_broken,
     )
-    _finish(report, allow_broken)
 
 
 @embedding_app.command("show")

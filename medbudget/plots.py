@@ -313,20 +313,13 @@ def plot_axis(
         raise ValueError(
             "no scores to plot; pass a mapping of label to a mapping of place to Score"
         )
-    figure, axes = _axes(title, note, height=3.2)
-    for i, (label, curve) in enumerate(curves.items()):
-        places, scores = list(curve), list(curve.values())
-        colour = PALETTE[i % len(PALETTE)]
-        marker = "os^DvPX"[i % 7]  # told apart without colour too
-        axes.plot(places, [s.value for s in scores], marker + "-", color=colour, label=label)
-        for place, score in zip(places, scores):
-            if score.interval is not None:
-                axes.plot([place, place], score.interval, color=colour, linewidth=1.5, alpha=0.6)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    if len(curves) > 1:
-        axes.legend(fontsize=9, loc="best")
-    return figure
+    drawn = {}
+    for label, curve in curves.items():
+        intervals = [score.interval or (score.value,) * 2 for score in curve.values()]
+        low, high = zip(*intervals)
+        values = [score.value for score in curve.values()]
+        drawn[label] = {"x": list(curve), "y": values, "low": low, "high": high}
+    return plot_curves(drawn, xlabel=xlabel, ylabel=ylabel, title=title, note=note)
 
 
 def plot_curves(
@@ -338,7 +331,7 @@ def plot_curves(
     title: str | None = None,
     note: str | None = None,
 ) -> Figure:
-    """Plot one line for each label, with a band where an interval is given.
+    """Plot one line for each label, with a bar at each point where an interval is given.
 
     Parameters
     ----------
@@ -355,15 +348,16 @@ def plot_curves(
     """
     if not curves:
         raise ValueError("no curves to plot; pass a mapping of label to {'x': …, 'y': …}")
-    figure, axes = _axes(title, note, height=3)
-    for label, curve in curves.items():
+    figure, axes = _axes(title, note, height=3.2)
+    for i, (label, curve) in enumerate(curves.items()):
         lengths = {key: len(values) for key, values in curve.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"curve {label!r} has parts of different lengths: {lengths}")
-        (line,) = axes.plot(curve["x"], curve["y"], "o-", label=label, linewidth=1.5, markersize=4)
+        colour = PALETTE[i % len(PALETTE)]
+        marker = "os^DvPX"[i % 7]  # told apart without colour too
+        axes.plot(curve["x"], curve["y"], marker + "-", color=colour, label=label, markersize=5)
         if "low" in curve:
-            colour = line.get_color()
-            axes.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.2)
+            axes.vlines(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.6)
     if log:
         ticks = sorted({x for curve in curves.values() for x in curve["x"]})
         axes.set_xscale("log")
@@ -371,7 +365,7 @@ def plot_curves(
         axes.minorticks_off()
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    if any(curves):
+    if len(curves) > 1:
         figure.legend(loc="outside upper right", ncols=3)
     return figure
 

@@ -15,6 +15,23 @@ def _own_cache(tmp_path_factory):
     os.environ["MEDBUDGET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache of features and weights."""
+    monkeypatch.setenv("MEDBUDGET_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def noise():
+    """Make n RGB images of noise."""
+
+    def make(n, size=64, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def tiny():
     from medbudget import load_base

@@ -82,6 +82,24 @@ def test_monochrome1_is_inverted_after_its_window(tmp_path: Path, dtype, bits: i
     assert "inverted" in load_manifest(tmp_path / "out1")["window"].iloc[0]
 
 
+def compress_lossy(file: Path, comment: str = "") -> None:
+    """Turn an uncompressed 8-bit file into JPEG baseline, with a comment in the stream."""
+    pydicom = pytest.importorskip("pydicom")
+    from io import BytesIO
+
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEGBaseline8Bit
+
+    data = pydicom.dcmread(file)
+    stream = BytesIO()
+    image = Image.fromarray(data.pixel_array)
+    image.save(stream, format="JPEG", quality=95, comment=comment)
+    data.PixelData = encapsulate([stream.getvalue()])
+    data["PixelData"].is_undefined_length = True
+    data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    data.save_as(file)
+
+
 @pytest.mark.parametrize("compressor", [None, "JPEG", "JPEG2000", "JPEGLS"])
 def test_lossless_transfer_syntaxes(tmp_path: Path, compressor: str | None) -> None:
     write_dicom(tmp_path / "a.dcm", ramp(64, 64), compressor=compressor)
@@ -94,10 +112,7 @@ def test_lossless_transfer_syntaxes(tmp_path: Path, compressor: str | None) -> N
 
 def test_rle_and_lossy_jpeg(tmp_path: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
-    from io import BytesIO
-
-    from pydicom.encaps import encapsulate
-    from pydicom.uid import JPEGBaseline8Bit, RLELossless
+    from pydicom.uid import RLELossless
 
     gray = ramp(64, 64, np.uint8, 3)
     write_dicom(tmp_path / "rle" / "a.dcm", gray)
@@ -106,13 +121,7 @@ def test_rle_and_lossy_jpeg(tmp_path: Path) -> None:
     data.save_as(tmp_path / "rle" / "a.dcm")
     assert np.array_equal(read(tmp_path / "rle").values[0], gray)
     write_dicom(tmp_path / "jpeg" / "a.dcm", gray)
-    data = pydicom.dcmread(tmp_path / "jpeg" / "a.dcm")
-    stream = BytesIO()
-    Image.fromarray(gray).save(stream, format="JPEG", quality=95)
-    data.PixelData = encapsulate([stream.getvalue()])
-    data["PixelData"].is_undefined_length = True
-    data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
-    data.save_as(tmp_path / "jpeg" / "a.dcm")
+    compress_lossy(tmp_path / "jpeg" / "a.dcm")
     gap = np.abs(read(tmp_path / "jpeg").values[0].astype(int) - gray)
     assert gap.max() <= 12 and gap.mean() < 3
 
@@ -161,11 +170,20 @@ def test_images_of_a_series_at_one_position_are_refused(tmp_path: Path) -> None:
     assert len(report.broken) == 1 and "one position" in report.broken[0][1]
 
 
-def test_nothing_of_the_patient_is_in_what_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compressor", [None, "JPEG", "JPEG2000", "JPEGLS", "lossy JPEG"])
+def test_nothing_of_the_patient_is_in_what_is_written(
+    tmp_path: Path, compressor: str | None
+) -> None:
     for label in ("sick", "well"):
         for i in range(3):
             person = {"0010|0010": NAME, "0010|0020": f"{ID}{label}{i}", "0028|0301": "YES"}
-            write_dicom(tmp_path / "in" / label / f"{NAME}{i}.dcm", ramp() + i, person)
+            file = tmp_path / "in" / label / f"{NAME}{i}.dcm"
+            if compressor == "lossy JPEG":
+                write_dicom(file, ramp(dtype=np.uint8, scale=5) + np.uint8(i), person)
+                compress_lossy(file, comment=f"{NAME} {ID}")
+            else:
+                write_dicom(file, ramp() + i, person, compressor=compressor)
+            assert NAME.encode() in file.read_bytes()
     out, key = tmp_path / "out", tmp_path / "key.csv"
     report = prepare_folder(tmp_path / "in", out, size=32, key=key)
     assert report.made == 6
@@ -374,6 +392,32 @@ def test_per_class_takes_patients(tmp_path: Path) -> None:
     assert set(report.counts.values()) == {2} and len(report.counts) == 6
     with pytest.raises(ValueError, match="there are 8"):
         prepare_folder(tmp_path / "in", tmp_path / "x", per_class=5)
+
+
+def test_reference_of_each_class(tmp_path: Path) -> None:
+    write_pictures(
+        tmp_path / "in", [f"{c}/p{i}_{v}.png" for c in "ab" for i in range(9) for v in "xy"]
+    )
+    options = {"size": 32, "patient_pattern": r"(\w/p\d)", "reference": 3}
+    report = prepare_folder(tmp_path / "in", tmp_path / "out", per_class=2, **options)
+    assert report.counts["reference", "a"] == report.counts["reference", "b"] == 6
+    table = load_manifest(tmp_path / "out")
+    assert_patients_kept_together(table)
+    assert table["patient"].nunique() == 18 and len(table) == 36
+    with pytest.raises(ValueError, match="no patient is left"):
+        prepare_folder(tmp_path / "in", tmp_path / "x", **options)
+    report = prepare_folder(tmp_path / "in", tmp_path / "over", disjoint=False, **options)
+    table = load_manifest(tmp_path / "over")
+    twice = table[table["split"] == "reference"]
+    assert len(twice) == 12 and set(twice["note"]) <= {
+        "also in test",
+        "also in val",
+        "also in train",
+    }
+    rest = table[table["split"] != "reference"].set_index("sha256")
+    for row in twice.itertuples():
+        assert row.note == f"also in {rest.loc[row.sha256, 'split']}"
+    assert len([note for note in report.notes if "shares patients" in note]) == 2
 
 
 def test_wrong_folders_and_tables(tmp_path: Path) -> None:

@@ -10,11 +10,6 @@ from medbudget import metrics
 from medbudget.metrics import Score, evaluate
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDBUDGET_CACHE", str(tmp_path / "cache"))
-
-
 def blobs(n, *, seed, shift=0, size=32):
     """Bright squares in random places on noise: cheap images with a layout."""
     rng = np.random.default_rng(seed)

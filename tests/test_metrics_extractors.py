@@ -8,15 +8,7 @@ from medbudget import metrics
 from medbudget.metrics import WeightsError, extractors
 from medbudget.metrics.features import resize_bilinear
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDBUDGET_CACHE", str(tmp_path / "cache"))
-
-
-def noise(n, size=64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def randomise(network, seed=0):
@@ -34,7 +26,7 @@ def randomise(network, seed=0):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (400, 300)])
-def test_tf1_resize_agrees_with_torch_fidelity(size):
+def test_tf1_resize_agrees_with_torch_fidelity(size, noise):
     tf1 = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
     images = noise(2, 400)[..., : size[0], : size[1]]
     want = tf1.interpolate_bilinear_2d_like_tensorflow1x(
@@ -53,7 +45,7 @@ def test_resize_rules_differ_on_a_checkerboard():
     assert resize_bilinear(board, 224).mean() == pytest.approx(127.5, abs=1)
 
 
-def test_inception_agrees_with_torch_fidelity_at_random_weights(tmp_path):
+def test_inception_agrees_with_torch_fidelity_at_random_weights(tmp_path, noise):
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     path = tmp_path / "inception.pth"
     torch.save(randomise(extractors.inception_network()).state_dict(), path)
@@ -70,7 +62,7 @@ def test_inception_agrees_with_torch_fidelity_at_random_weights(tmp_path):
     )
 
 
-def test_radimagenet_conventions_are_two_networks_with_two_input_rules(tmp_path):
+def test_radimagenet_conventions_are_two_networks_with_two_input_rules(tmp_path, noise):
     from torchvision.models import resnet50
 
     reference = randomise(resnet50(weights=None)).eval()
@@ -99,7 +91,7 @@ def test_radimagenet_conventions_are_two_networks_with_two_input_rules(tmp_path)
     assert other.hash != ours.hash and other.input_rule != ours.input_rule
 
 
-def test_dinov2_from_a_local_file(tmp_path, monkeypatch):
+def test_dinov2_from_a_local_file(tmp_path, monkeypatch, noise):
     import timm
     from safetensors.torch import save_file
 
@@ -144,6 +136,9 @@ def test_a_download_is_announced_and_checked(tmp_path, capsys):
     with pytest.raises(WeightsError, match="could not be downloaded"):
         extractors.download("other", source.as_uri(), "00000000")
     assert not extractors._stored("other").exists()
+    path.write_bytes(b"damaged since")  # found out, and fetched again
+    assert extractors.download("thing", source.as_uri(), right) == path
+    assert path.read_bytes() == source.read_bytes()
 
 
 class _Evil:
@@ -151,15 +146,42 @@ class _Evil:
         return (print, ("code ran",))
 
 
-def test_no_code_from_a_weights_file_runs(tmp_path, capsys):
-    path = tmp_path / "evil.pth"
-    torch.save(_Evil(), path)
-    with pytest.raises(WeightsError, match="without running code"):
-        metrics.load_extractor("radimagenet-torch", weights=path)
+OFFERED = ("inception", "radimagenet-keras", "radimagenet-torch", "dinov2", "efficientnet-lite0")
+
+
+@pytest.fixture
+def small_dinov2(monkeypatch):
+    monkeypatch.setattr(extractors, "DINOV2", "vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_wrong_files_are_refused_and_no_code_from_them_runs(tmp_path, capsys, small_dinov2, name):
+    good = {f"layer{i}.weight": torch.ones(3, 3) for i in range(4)}
+    torch.save(good, tmp_path / "other.pth")
+    torch.save(_Evil(), tmp_path / "evil.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    whole = (tmp_path / "other.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.safetensors").write_bytes(whole[:100])
+    for file, said in (
+        ("evil.pth", "without running code"),
+        ("cut.pth", "cannot be read"),
+        ("cut.safetensors", "cannot be read"),
+        ("list.pth", "holds list, not a state dict"),
+        ("other.pth", "does not hold the weights of"),
+        ("absent.pth", "efficientnet-lite0"),
+    ):
+        with pytest.raises(WeightsError, match=said):
+            metrics.load_extractor(f"{name}={tmp_path / file}", device="cpu")
     assert "code ran" not in capsys.readouterr().out
-    torch.save([1, 2], path)
-    with pytest.raises(WeightsError, match="holds list, not a state dict"):
-        metrics.load_extractor("radimagenet-torch", weights=path)
+
+
+def test_one_tensor_of_another_shape_is_named(tmp_path):
+    state = extractors.torch_resnet50().state_dict()
+    state["layer3.0.conv1.weight"] = state["layer3.0.conv1.weight"][:-1]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"1 of \d+ tensors .* e\.g\. layer3\.0\.conv1\.weight"):
+        metrics.load_extractor(f"radimagenet-torch={tmp_path / 'w.pth'}", device="cpu")
 
 
 @pytest.mark.network

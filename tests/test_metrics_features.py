@@ -7,15 +7,7 @@ import torch
 from medbudget import metrics
 from medbudget.metrics.features import _cache_key, cache_folder, resize_bilinear, thumbnails
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDBUDGET_CACHE", str(tmp_path / "cache"))
-
-
-def noise(n, size=64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_thumbnail_is_the_mean_of_each_cell():
@@ -68,7 +60,7 @@ def test_efficientnet_knows_a_photograph():
     assert timm.data.ImageNetInfo().index_to_description(int(logits.argmax())).startswith("daisy")
 
 
-def test_features_do_not_depend_on_the_batch():
+def test_features_do_not_depend_on_the_batch(noise):
     images = noise(5)
     one = metrics.features(images, batch_size=1, cache=False)
     all_ = metrics.features(images, batch_size=5, cache=False)
@@ -76,7 +68,7 @@ def test_features_do_not_depend_on_the_batch():
     np.testing.assert_allclose(one, all_, atol=2e-5 * np.abs(all_).max())
 
 
-def test_cache_is_used_and_keyed_by_content():
+def test_cache_is_used_and_keyed_by_content(noise):
     images = noise(3)
     first = metrics.features(images, "layout")
     (file,) = (cache_folder() / "features").glob("*.npy")
@@ -95,7 +87,7 @@ def test_cache_is_used_and_keyed_by_content():
     assert len(keys) == 4
 
 
-def test_a_damaged_or_unwritable_cache_is_passed_over(tmp_path, monkeypatch):
+def test_a_damaged_or_unwritable_cache_is_passed_over(tmp_path, monkeypatch, noise):
     images = noise(2)
     first = metrics.features(images, "layout")
     (file,) = (cache_folder() / "features").glob("*.npy")
@@ -118,7 +110,7 @@ def test_paper_normalisation_by_hand():
     assert metrics.normalize_images(image, "none") is image
 
 
-def test_paper_normalisation_hides_darkness():
+def test_paper_normalisation_hides_darkness(noise):
     images = noise(40, 32) // 2 + 100
     dark = images // 4
     other = noise(40, 32, seed=1) // 2 + 100
@@ -133,7 +125,7 @@ def test_paper_normalisation_hides_darkness():
     assert distance(other, dark, "paper") < 1.2 * distance(other, images, "paper")
 
 
-def test_clear_errors():
+def test_clear_errors(noise):
     images = noise(2)
     with pytest.raises(ValueError, match=r"unknown extractor 'resnet'.*efficientnet-lite0"):
         metrics.features(images, "resnet")

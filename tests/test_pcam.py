@@ -81,7 +81,7 @@ def test_prepares_random_training_patches_of_both_classes(folder: Path, tmp_path
     other = prepare_pcam(folder, tmp_path / "other", size=96, per_class=5, seed=1)
     assert other.made == 10
     assert list(load_manifest(tmp_path / "other")["file"]) != list(table["file"])
-    with pytest.raises(ValueError, match="100 patches wanted, there are 12"):
+    with pytest.raises(ValueError, match="100 wanted for train, there are 12"):
         prepare_pcam(folder, tmp_path / "many")
     fewer = prepare_pcam(folder, tmp_path / "fewer", size=32, allow_fewer=True)
     assert fewer.made == 24
@@ -99,6 +99,26 @@ def test_slides_are_patients_where_they_are_known(folder: Path, tmp_path: Path) 
     meta.write_text("\n".join(lines[:-1]))
     with pytest.raises(ValueError, match="23 rows"):
         prepare_pcam(folder, tmp_path / "x", per_class=4)
+
+
+def test_reference_patches_are_of_the_validation_split(folder: Path, tmp_path: Path) -> None:
+    """Its slides are others, by the design of the data set."""
+    report = prepare_pcam(folder, tmp_path / "out", size=96, per_class=2, reference=3)
+    assert report.counts["reference", "normal"] == report.counts["reference", "metastasis"] == 3
+    table = load_manifest(tmp_path / "out")
+    extra = table[table["split"] == "reference"]
+    values, labels = raw(folder, "valid"), load_labels(folder, "val")
+    for row in extra.itertuples():
+        index = int(Path(row.file).stem.split("_")[1])
+        assert row.sources == f"camelyonpatch_level_2_split_valid_x.h5[{index}]"
+        assert labels[index] == pcam.LABELS.index(row.label)
+        image = load_images(tmp_path / "out" / row.file)[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(image, values[index])
+    with pytest.raises(ValueError, match="official val split: normal: 9 wanted for reference"):
+        prepare_pcam(folder, tmp_path / "x", per_class=2, reference=9)
+    for wrong in ({"reference": -1}, {"per_class": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
+            prepare_pcam(folder, tmp_path / "x", **wrong)
 
 
 def test_packed_files_are_unpacked_once_and_damage_is_told(folder: Path) -> None:

@@ -115,7 +115,7 @@ def test_scores_of_different_kinds_are_not_plotted_together() -> None:
         plots.plot_scores({"a": score(1), "b": score(1, name="FID")})
 
 
-def test_curves_have_bands_and_a_tick_for_each_n() -> None:
+def test_curves_have_bars_and_a_tick_for_each_n() -> None:
     curve = {"x": [8, 16, 64], "y": [3, 2, 1], "low": [2, 1, 0], "high": [4, 3, 2]}
     figure = plots.plot_curves({"floor": curve}, xlabel="n", ylabel="FD", log=True, note="phantoms")
     (axes,) = figure.axes
@@ -169,7 +169,9 @@ def test_axis_shows_every_curve_with_its_intervals():
     (axes,) = figure.axes
     lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
     assert [list(line.get_ydata()) for line in lines] == [[0, 0.5, 1], [3, 3.5, 4]]
-    assert len(axes.lines) == 2 + 6 and axes.get_xlabel() == "share"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    assert axes.get_xlabel() == "share"
+    bars = [[segment[:, 1].tolist() for segment in c.get_segments()] for c in axes.collections]
+    assert bars == [[[-1, 1], [-0.5, 1.5], [0, 2]], [[2, 4], [2.5, 4.5], [3, 5]]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
     with pytest.raises(ValueError, match="no scores"):
         plots.plot_axis({}, xlabel="", ylabel="")

@@ -35,9 +35,18 @@ def make(item: Item, *, broken: tuple[int, ...] = (), log: Path | None = None) -
     return Made(image, (f"{item.job}.raw",), "fixed", item.job, (0.5, 0.25), masks={"part": mask})
 
 
-def slow(item: Item) -> Made:
-    time.sleep(0.15)
+def slow(item: Item, *, log: Path) -> Made:
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(0.3)
     return make(item)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -84,9 +93,10 @@ def test_two_workers_give_the_same_files(tmp_path: Path) -> None:
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_killed_and_resumed_leaves_nothing_half_written(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run = partial(prepare_items, ITEMS, slow, out, settings=SETTINGS)
+    out, log = tmp_path / "out", tmp_path / "log"
+    run = partial(prepare_items, ITEMS, partial(slow, log=log), out, settings=SETTINGS, workers=2)
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     limit = time.monotonic() + 60
@@ -95,17 +105,22 @@ def test_killed_and_resumed_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    workers = {int(line) for line in log.read_text().split()}
+    assert len(workers) == 2 and process.pid not in workers
+    while any(map(is_running, workers)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not any(map(is_running, workers)), "workers outlive a killed parent"
     assert not (out / "manifest.csv").exists()
     written = [p for p in out.rglob("p*.png") if not p.name.startswith(".")]
     assert 2 <= len(written) < 24
     load_images(written)  # each is whole
     with open(out / ".journal.jsonl", "a") as journal:
         journal.write('{"file": "train/a/p0.p')  # the line being written when it was killed
+    (out / "train" / "a" / ".p0.png.1-2.tmp").write_bytes(b"half")
     report = prepare_items(ITEMS, make, out, settings=SETTINGS)
     assert report.kept >= 1 and report.made + report.kept == 12
     prepare_items(ITEMS, make, tmp_path / "fresh", settings=SETTINGS)
-    fresh = files_of(tmp_path / "fresh")
-    assert {name: files_of(out)[name] for name in fresh} == fresh
+    assert files_of(out) == files_of(tmp_path / "fresh")
 
 
 def test_broken_cases_are_listed_and_replaced_by_spares(tmp_path: Path) -> None:

@@ -87,10 +87,15 @@ def test_one_image_per_patient_of_their_rarest_label() -> None:
 
 def test_reference_is_disjoint_or_lists_the_overlap() -> None:
     splits = {"t1": "train", "t2": "train", "v": "val", "e": "test"}
-    assert choose_reference(splits, ["x", "y"], 5) == {"x": "", "y": ""}
-    overlapping = choose_reference(splits, ["x", "y"], 5, disjoint=False)
-    assert overlapping == {"x": "", "y": "", "e": "test", "v": "val", "t1": "train"}
+    chosen, (note,) = choose_reference(splits, ["x", "y"], 5)
+    assert chosen == {"x": "", "y": ""} and "has 2 of 5 patients" in note
+    assert choose_reference(splits, ["x", "y"], 2) == ({"x": "", "y": ""}, [])
+    chosen, (note,) = choose_reference(splits, ["x", "y"], 5, disjoint=False)
+    assert chosen == {"x": "", "y": "", "e": "test", "v": "val", "t1": "train"}
+    assert "1 with train, 1 with val, 1 with test" in note
     with pytest.raises(ValueError, match="no patient is left"):
         choose_reference(splits, [], 5)
     with pytest.raises(ValueError, match="there are 6"):
         choose_reference(splits, ["x", "y"], 9, disjoint=False)
+    with pytest.raises(ValueError, match="at least 1 patient"):
+        choose_reference(splits, ["x"], 0)

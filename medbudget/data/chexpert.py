@@ -150,9 +150,7 @@ def prepare_chexpert(
     """
     import pandas as pd
 
-    check_settings(size=size, seed=seed, workers=workers)
-    if per_class < 1:
-        raise ValueError(f"per_class must be at least 1, got {per_class}")
+    check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     root = Path(root)
     if not (root / "train.csv").is_file():
         raise FileNotFoundError(f"no train.csv in {root}; name the folder CheXpert-v1.0-small")
@@ -175,15 +173,13 @@ def prepare_chexpert(
         return Item(patient, label, split, patient, chosen[patient], note)
 
     items = [item(patient, split) for patient, split in splits.items()]
-    notes = []
+    notes: list[str] = []
     if reference:
         healthy = TRAINED[0]
         mine = {p: s for p, s in splits.items() if of_patient[p] == healthy}
-        extra = choose_reference(mine, left[healthy], reference, disjoint=disjoint)
+        extra, notes = choose_reference(mine, left[healthy], reference, disjoint=disjoint)
         items += [item(patient, "reference", also) for patient, also in extra.items()]
         left[healthy] = [p for p in left[healthy] if p not in extra]
-        if len(extra) < reference:
-            notes.append(f"the reference set has {len(extra)} of {reference} patients")
     spares = {
         label.lower().replace(" ", "_"): [item(patient, "") for patient in queue]
         for label, queue in left.items()

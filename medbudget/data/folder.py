@@ -31,7 +31,13 @@ from medbudget.data.readers import (
     find_sources,
     read_pixels,
 )
-from medbudget.data.splits import SPLITS, shuffle, split_in_proportion, split_patients
+from medbudget.data.splits import (
+    SPLITS,
+    choose_reference,
+    shuffle,
+    split_in_proportion,
+    split_patients,
+)
 from medbudget.images import fit_square, from_pil
 
 PERCENTILES = (0.5, 99.5)
@@ -63,6 +69,8 @@ def prepare_folder(
     proportions: Sequence[float] = PROPORTIONS,
     per_class: int | None = None,
     allow_fewer: bool = False,
+    reference: int = 0,
+    disjoint: bool = True,
     slices: str = "middle",
     masks: str | os.PathLike[str] | None = None,
     plane: str = "native",
@@ -94,6 +102,9 @@ def prepare_folder(
         Of patients in train, val and test, or in train alone.
     per_class : int, optional
         Patients of each class in each split, instead of all in proportion.
+    reference : int
+        Also write the images of that many patients of each class to ``reference``, for distances.
+        With `disjoint` these stand in no split, so `per_class` has to leave some.
     slices : str
         Of a volume: ``middle``, ``mask`` (where the mask is largest), or ``every:K``.
     masks : path, optional
@@ -118,7 +129,10 @@ def prepare_folder(
     ValueError
         Options that do not exist, nothing to read, a table that does not fit, too few patients.
     """
-    check_settings(size=size, seed=seed, workers=workers)
+    check_settings(
+        size=size, seed=seed, workers=workers, per_class=1 if per_class is None else per_class,
+        reference=reference,
+    )  # fmt: skip
     step = _check_options(slices, masks, plane, window, proportions)
     root, out = Path(root), Path(out)
     if key is not None and Path(key).resolve().is_relative_to(out.resolve()):
@@ -140,15 +154,24 @@ def prepare_folder(
     flagged = sum(entry.source.burnt_in for entry in entries)
     if flagged:
         notes.append(f"{flagged} DICOM images say that they have text in their pixels")
-    splits = _split(entries, proportions, per_class, allow_fewer, seed)
-    numbers = {p: f"p{i + 1:05d}" for i, p in enumerate(shuffle({*splits}, seed=seed))}
-    items = _list_items(root, entries, splits, numbers, step, slices, plane)
+    strata = _stratify(entries)
+    splits, left = _split(strata, proportions, per_class, allow_fewer, seed)
+    extra: dict[str, str] = {}
+    for label, queue in left.items() if reference else ():
+        mine = {p: split for p, split in splits.items() if strata[p] == label}
+        chosen, said = choose_reference(mine, queue, reference, disjoint=disjoint)
+        extra |= chosen
+        notes += [f"class {label}: {text}" for text in said]
+    numbers = {p: f"p{i + 1:05d}" for i, p in enumerate(shuffle({*splits, *extra}, seed=seed))}
+    items = _list_items(root, entries, splits, extra, numbers, step, slices, plane)
     settings = {
         "dataset": "folder",
         "size": size,
         "seed": seed,
         "proportions": list(proportions) if per_class is None else None,
         "per_class": per_class,
+        "reference": reference,
+        "disjoint": disjoint,
         "slices": slices,
         "plane": plane,
         "window": window,
@@ -281,14 +304,8 @@ def _name_patients(entries: Sequence[Entry], pattern: str | None, notes: list[st
     return [Entry(e.source, e.label, e.patient or f"file:{e.source.files[0]}") for e in entries]
 
 
-def _split(
-    entries: Sequence[Entry],
-    proportions: Sequence[float],
-    per_class: int | None,
-    allow_fewer: bool,
-    seed: int,
-) -> dict[str, str]:
-    """Split patients; one with several classes counts for that which the fewest patients have."""
+def _stratify(entries: Sequence[Entry]) -> dict[str, str]:
+    """Patient to class; one with several classes counts for that which the fewest patients have."""
     having: dict[str, set[str]] = {}
     for entry in entries:
         having.setdefault(entry.label, set()).add(entry.patient)
@@ -296,25 +313,35 @@ def _split(
     for label in sorted(having, key=lambda one: (len(having[one]), one)):
         for patient in having[label]:
             strata.setdefault(patient, label)
-    parts = dict(zip(SPLITS, proportions))
+    return strata
+
+
+def _split(
+    strata: Mapping[str, str],
+    proportions: Sequence[float],
+    per_class: int | None,
+    allow_fewer: bool,
+    seed: int,
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Split patients; also return class to those that are left."""
+    parts, labels = dict(zip(SPLITS, proportions)), sorted({*strata.values()})
     if per_class is None:
-        return split_in_proportion(strata, parts, seed=seed)
-    if per_class < 1:
-        raise ValueError(f"per_class must be at least 1, got {per_class}")
-    sizes = {split: dict.fromkeys(having, per_class) for split in parts}
-    return split_patients(strata, sizes, seed=seed, allow_fewer=allow_fewer)[0]
+        return split_in_proportion(strata, parts, seed=seed), {label: [] for label in labels}
+    sizes = {split: dict.fromkeys(labels, per_class) for split in parts}
+    return split_patients(strata, sizes, seed=seed, allow_fewer=allow_fewer)
 
 
 def _list_items(
     root: Path,
     entries: Sequence[Entry],
     splits: Mapping[str, str],
+    extra: Mapping[str, str],
     numbers: Mapping[str, str],
     step: int | None,
     slices: str,
     plane: str,
 ) -> list[Item]:
-    """One item an image, or one for every K-th slice."""
+    """One item an image, or one for every K-th slice; again for patients of the reference set."""
     folders: dict[str, str] = {}
     for label in sorted({entry.label for entry in entries}):
         folder = re.sub(r"[^\w.-]+", "_", label).strip("._")
@@ -324,7 +351,13 @@ def _list_items(
     items = []
     counts: dict[str, int] = {}
     for entry in sorted(entries, key=lambda e: e.source.files):
-        if entry.patient not in splits:
+        places = {}
+        if entry.patient in splits:
+            places[splits[entry.patient]] = ""
+        if entry.patient in extra:
+            other = extra[entry.patient]
+            places["reference"] = f"also in {other}" if other else ""
+        if not places:
             continue
         rules: list[str | int] = [slices]
         if step is not None:
@@ -338,7 +371,8 @@ def _list_items(
             counts[number] = counts.get(number, 0) + 1
             name = f"{number}_{counts[number]:03d}"
             job = (entry.source, rule)
-            items.append(Item(name, folders[entry.label], splits[entry.patient], number, job))
+            for split, note in places.items():
+                items.append(Item(name, folders[entry.label], split, number, job, note))
     return items
 
 

@@ -150,6 +150,7 @@ def prepare_pcam(
     seed: int = 0,
     per_class: int = 100,
     allow_fewer: bool = False,
+    reference: int = 0,
     workers: int = 1,
 ) -> Report:
     """Write random training patches of both classes; validation and test stay in their files.
@@ -158,9 +159,12 @@ def prepare_pcam(
     ----------
     folder : path
         With ``camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5`` or ``.h5.gz``; the slide of
-        a patch is noted as its patient if the ``…_train_meta.csv`` is there too.
+        a patch is noted as its patient if the ``…_meta.csv`` of its split is there too.
     out, size, seed, per_class, allow_fewer, workers
         See `medbudget.data.picai.prepare_picai`; paper: 100 of each class.
+    reference : int
+        Also write that many patches of each class of the official validation split, whose slides
+        are not those of the training split, to ``reference``: for distances.
 
     Raises
     ------
@@ -169,42 +173,54 @@ def prepare_pcam(
     ValueError
         Fewer patches than asked for.
     """
-    check_settings(size=size, seed=seed, workers=workers)
-    if per_class < 1:
-        raise ValueError(f"per_class must be at least 1, got {per_class}")
+    check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     folder = Path(folder)
-    labels = load_labels(folder, "train").numpy()
-    open_pcam(folder, "train", "x").close()  # unpack here, once, before there are workers
-    slides = _read_slides(folder, len(labels))
-    items, spares, short = [], {}, []
-    for value, label in enumerate(LABELS):
-        queue = [int(n) for n in shuffle(map(str, np.flatnonzero(labels == value)), seed=seed)]
-        if len(queue) < per_class:
-            short.append(f"{label}: {per_class} patches wanted, there are {len(queue)}")
-        made = [
-            Item(f"train_{i:06d}", label, "train", slides[i] if slides else f"train_{i:06d}", i)
-            for i in queue[: 2 * per_class]
-        ]
-        items += made[:per_class]
-        spares[label] = made[per_class:]
-    if short and not allow_fewer:
-        raise ValueError("too few patches: " + "; ".join(short) + "; ask for fewer (--per-class)")
+    items: list[Item] = []
     notes = [
         "validation and test are read from the HDF5 files when they are used "
         "(medbudget.data.pcam.iterate_patches)"
     ]
-    if not slides:
-        notes.append("slides are unknown without camelyonpatch_level_2_split_train_meta.csv")
-    settings = {"dataset": "pcam", "size": size, "seed": seed, "per_class": per_class}
+    for split, source, n in (("train", "train", per_class), ("reference", "val", reference)):
+        if n:
+            items += _choose_patches(folder, split, source, n, seed, allow_fewer, notes)
+    settings = {
+        "dataset": "pcam", "size": size, "seed": seed, "per_class": per_class,
+        "reference": reference,
+    }  # fmt: skip
     make = partial(_make, folder=folder, size=size)
-    return prepare_items(
-        items, make, out, settings=settings, spares=spares, notes=notes, workers=workers
-    )
+    return prepare_items(items, make, out, settings=settings, notes=notes, workers=workers)
 
 
-def _read_slides(folder: Path, n: int) -> list[str]:
-    """Return the slide of each training patch, or nothing if the table is not there."""
-    file = folder / "camelyonpatch_level_2_split_train_meta.csv"
+def _choose_patches(
+    folder: Path, split: str, source: str, n: int, seed: int, allow_fewer: bool, notes: list[str]
+) -> list[Item]:
+    """Choose n random patches of each class of an official split, for a split of ours."""
+    labels = load_labels(folder, source).numpy()
+    open_pcam(folder, source, "x").close()  # unpack here, once, before there are workers
+    slides = _read_slides(folder, source, len(labels))
+    if not slides:
+        notes.append(f"slides are unknown without {_meta(source)}")
+    items = []
+    for value, label in enumerate(LABELS):
+        queue = [int(i) for i in shuffle(map(str, np.flatnonzero(labels == value)), seed=seed)]
+        if len(queue) < n and not allow_fewer:
+            raise ValueError(
+                f"too few patches in the official {source} split: {label}: {n} wanted for {split}, "
+                f"there are {len(queue)}; ask for fewer, or take what there is (--allow-fewer)"
+            )
+        for i in queue[:n]:
+            name = f"{source}_{i:06d}"
+            items.append(Item(name, label, split, slides[i] if slides else name, (source, i)))
+    return items
+
+
+def _meta(split: str) -> str:
+    return f"camelyonpatch_level_2_split_{SPLITS[split]}_meta.csv"
+
+
+def _read_slides(folder: Path, split: str, n: int) -> list[str]:
+    """Return the slide of each patch, or nothing if the table is not there."""
+    file = folder / _meta(split)
     if not file.is_file():
         return []
     with open(file, newline="", encoding="utf-8") as opened:
@@ -217,10 +233,11 @@ def _read_slides(folder: Path, n: int) -> list[str]:
 
 
 def _make(item: Item, *, folder: Path, size: int) -> Made:
-    (image,) = load_patches(folder, "train", [item.job], size=size)
+    split, index = item.job
+    (image,) = load_patches(folder, split, [index], size=size)
     return Made(
         image,
-        (f"camelyonpatch_level_2_split_train_x.h5[{item.job}]",),
+        (f"camelyonpatch_level_2_split_{SPLITS[split]}_x.h5[{index}]",),
         window="as stored (8 bit)",
         spacing=(SPACING_MM * EDGE / size,) * 2,
         crop=f"all {EDGE} x {EDGE} px",

@@ -197,9 +197,7 @@ def prepare_picai(
         No such folder, or no marksheet.
     """
     _check_options(size, geometry, window, sequences)
-    check_settings(size=size, seed=seed, workers=workers)
-    if per_class < 1:
-        raise ValueError(f"per_class must be at least 1, got {per_class}")
+    check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     images, labels = Path(images), Path(labels)
     studies = read_marksheet(labels)
     files = _find_images(images)
@@ -228,18 +226,10 @@ def prepare_picai(
     notes = _describe_selection(files, studies, known, chosen)
     if reference:
         mine = {p: s for p, s in splits.items() if of_patient[p] == LABELS[0]}
-        extra = choose_reference(mine, left[LABELS[0]], reference, disjoint=disjoint)
+        extra, said = choose_reference(mine, left[LABELS[0]], reference, disjoint=disjoint)
         items += [item(patient, "reference", also) for patient, also in extra.items()]
         left[LABELS[0]] = [p for p in left[LABELS[0]] if p not in extra]
-        if len(extra) < reference:
-            notes.append(
-                f"the reference set has {len(extra)} of {reference} patients: no more are left "
-                "outside the splits (--overlap would take them from there)"
-            )
-        also = {split: sum(s == split for s in extra.values()) for split in SPLITS}
-        if any(also.values()):
-            shared = ", ".join(f"{n} with {split}" for split, n in also.items() if n)
-            notes.append(f"the reference set shares patients: {shared}; see the manifest's notes")
+        notes += said
     make = partial(
         _make,
         images=images,

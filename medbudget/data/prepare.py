@@ -12,11 +12,13 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,8 @@ def prepare_items(
         raise ValueError(f"two items would be written to {twice}")
     out = Path(out)
     _settle(out, settings, items)
+    for stray in out.rglob(".*.tmp"):  # of a run that was killed
+        stray.unlink()
     done = _read_done(out)
     earlier = set(done)
     queues = {label: list(queue) for label, queue in (spares or {}).items()}
@@ -243,12 +247,19 @@ def prepare_items(
     return Report(out, counts, len(rows) - kept, kept, tuple(broken), short, tuple(notes))
 
 
-def check_settings(*, size: int, seed: int, workers: int = 1) -> None:
-    """Raise ValueError for a size, seed or number of workers that cannot be."""
-    if size < 8 or seed < 0 or workers < 1:
-        raise ValueError(
-            f"size >= 8, seed >= 0 and workers >= 1 are needed, got {size}, {seed}, {workers}"
-        )
+def check_settings(
+    *, size: int, seed: int, workers: int = 1, per_class: int = 1, reference: int = 0
+) -> None:
+    """Raise ValueError for numbers that cannot be."""
+    for name, value, least in (
+        ("size", size, 8),
+        ("seed", seed, 0),
+        ("workers", workers, 1),
+        ("per_class", per_class, 1),
+        ("reference", reference, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
@@ -340,8 +351,19 @@ def _run(
 
 
 def _start_worker() -> None:
-    """One thread a worker: threads started before a fork are not there after it."""
+    """One thread a worker (threads started before a fork are not there after it); end with parent.
+
+    A parent that was killed cannot tell its workers, which would wait for work for ever.
+    """
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def _make_one(

