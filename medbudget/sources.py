@@ -113,12 +113,16 @@ def build_tokenizer(pad_token: str) -> Any:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+
+    class ClipTokenizer(PreTrainedTokenizerFast):
+        # named as a special token, "!" would no longer be tokenized as a word of a prompt
+        pad_token_id = words.index(pad_token)
+
+    return ClipTokenizer(
         tokenizer_object=tokenizer,
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
-        pad_token=pad_token,
         model_max_length=77,
     )
 
