@@ -13,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medbudget import Embedding, InversionSettings, invert, load_base, make_phantoms, sample, sources
+from medbudget import (
+    Embedding,
+    InversionSettings,
+    invert,
+    load_base,
+    make_phantoms,
+    sample,
+    sources,
+)
 from medbudget.base import hash_weights, verify_base
 from medbudget.sources import BaseError, build_networks, build_tokenizer, read_architectures
 
@@ -236,8 +244,9 @@ def test_a_single_file_gives_the_outputs_of_diffusers_layout(kind, monkeypatch, 
         torch.save({"state_dict": state, "global_step": 1}, path)
     loaded = load_base(path, device="cpu")
     assert loaded.hash == base.hash and loaded.note == ""
-    assert loaded.checkpoint_hash == (
-        hashlib.sha256(path.read_bytes()[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
+    assert (
+        loaded.checkpoint_hash
+        == (hashlib.sha256(path.read_bytes()[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8])
     )
     images = make_phantoms("chest", "healthy", 2, size=64).images
     assert torch.equal(loaded.encode(images), base.encode(images))
