@@ -133,6 +133,7 @@ def make_card(
     ]
     if e.base in BASES:
         header.append(f"base_model: {BASES[e.base]}")
+    name = "sd2" if e.base in BASES or not e.base else e.base
     settings = e.record.get("settings", {})
     rows = {
         "token": f"`{e.token}`",
@@ -174,7 +175,7 @@ def make_card(
         "the images' descriptions, within the terms of the data.",
         "- Distances between image sets are no evidence of clinical value.", "",
         "## Use", "", "```bash",
-        f'medbudget sample "{e.token}" --embeddings FILE --base {"sd2" if e.base in BASES else e.base or "sd2"} --out made',
+        f'medbudget sample "{e.token}" --embeddings FILE --base {name} --out made',
         "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
