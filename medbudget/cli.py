@@ -131,7 +131,7 @@ def _what_fits(free: float) -> list[tuple[str, bool]]:
     }
     for name, (job, checkpointing) in jobs.items():
         need = plan_memory(job, checkpointing=checkpointing).total
-        batch = largest_batch(job, free, checkpointing=checkpointing)
+        batch = largest_batch(job, free, checkpointing=checkpointing) if free >= need else 0
         words = f"fits up to batch {batch}" if batch else f"does not fit {free:.1f} GiB"
         lines.append((f"{name} at 512 px takes {need:.1f} GiB at batch 1 and {words}", batch > 0))
     return lines

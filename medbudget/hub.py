@@ -215,3 +215,36 @@ def read_scores(path: str | os.PathLike[str] | None) -> list[dict[str, Any]] | N
     if not isinstance(scores, list) or not all("name" in s and "value" in s for s in scores):
         raise ValueError(f"{path} holds no scores; write them with medbudget evaluate --out")
     return scores
+
+
+_AUTHORS = {
+    ("prostate", "healthy"): "prostate_neg",
+    ("prostate", "tumour"): "prostate_pos",
+    ("histology", "normal"): "pcam_neg",
+    ("histology", "metastasis"): "pcam_pos",
+    **{
+        ("chest", label): f"chexpert_{label}"
+        for label in ("healthy", "cardiomegaly", "pleural_effusion", "pneumonia")
+    },
+}
+
+
+def load_word(kind: str, label: str, folder: str | os.PathLike[str] = "") -> Embedding:
+    """Return the word ``<label>`` for Stable Diffusion 2.0: yours, or the authors' by default.
+
+    Parameters
+    ----------
+    kind, label : str
+        As in `make_phantoms`, e.g. ``"chest", "cardiomegaly"``.
+    folder : path
+        With your ``chest_cardiomegaly.safetensors``; "" fetches the authors' into
+        ``~/.cache/medbudget`` (or ``MEDBUDGET_CACHE``).
+    """
+    if folder:
+        return Embedding.load(Path(folder) / f"{kind}_{label}.safetensors", token=f"<{label}>")
+    if (kind, label) not in _AUTHORS:
+        known = ", ".join(" ".join(pair) for pair in _AUTHORS)
+        raise ValueError(f"the authors released no embedding of {kind} {label}; they have: {known}")
+    cache = os.environ.get("MEDBUDGET_CACHE") or Path.home() / ".cache" / "medbudget"
+    path = fetch_paper_embedding(_AUTHORS[kind, label], Path(cache) / "embeddings")
+    return Embedding.load(path, token=f"<{label}>")

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -98,6 +99,12 @@ def _without_data(networks: tuple[Any, Any, Any], dtype: torch.dtype) -> list[An
     return copies
 
 
+@cache
+def _sd2() -> tuple[Any, Any, Any]:
+    with torch.device("meta"):
+        return build_networks(read_architectures()["sd2"])
+
+
 @contextmanager
 def _counting() -> Iterator[PeakMemory]:
     # Meta tensors would take the plain attention, with its matrix of all pairs.
@@ -134,10 +141,7 @@ def plan_memory(
     """
     if job not in JOBS:
         raise ValueError(f"unknown job {job!r}; allowed are {', '.join(JOBS)}")
-    if networks is None:
-        with torch.device("meta"):
-            networks = build_networks(read_architectures()["sd2"])
-    vae, unet, text = _without_data(networks, dtype)
+    vae, unet, text = _without_data(networks or _sd2(), dtype)
     cells = size // 2 ** (len(vae.config.block_out_channels) - 1)
     shape = (vae.config.latent_channels, cells, cells)
     ids = torch.zeros(1, 77, dtype=torch.long, device="meta")

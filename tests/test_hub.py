@@ -172,3 +172,22 @@ def test_an_embedding_names_its_checkpoint_by_a1111s_hash(medbudget, tmp_path, m
     assert code == 0 and "the checkpoint that it names" in said
     code, said, _ = medbudget("embedding", "show", tmp_path / "x.pt", "--base", "deadbeef")
     assert code == 0 and "! made on a base with hash 09dd2ae4" in said
+
+
+def test_the_chapters_take_the_authors_words_unless_they_are_given_a_folder(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(name, folder):
+        asked.append(name)
+        return MINE.save(tmp_path / "m.pt")
+
+    monkeypatch.setattr(hub, "fetch_paper_embedding", fetch)
+    assert hub.load_word("prostate", "tumour").token == "<tumour>"
+    assert hub.load_word("chest", "pleural_effusion").token == "<pleural_effusion>"
+    assert hub.load_word("histology", "normal").token == "<normal>"
+    assert asked == ["prostate_pos", "chexpert_pleural_effusion", "pcam_neg"]
+    assert set(hub._AUTHORS.values()) == {e.name for e in PAPER_EMBEDDINGS}
+    MINE.save(tmp_path / "prostate_tumour.safetensors")
+    assert len(hub.load_word("prostate", "tumour", tmp_path).vectors) == 4 and len(asked) == 3
+    with pytest.raises(ValueError, match="no embedding of chest tumour; they have: prostate"):
+        hub.load_word("chest", "tumour")
