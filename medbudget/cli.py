@@ -85,11 +85,11 @@ def doctor() -> None:
     if torch.cuda.is_available():
         free, total = (value / 2**30 for value in torch.cuda.mem_get_info())
         print(f"GPU {torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GiB free")
-        for line, fits in _what_fits(free):
-            if fits:
-                print(f"  {line}")
-            else:
-                problems.append(f"{line}: close other programs, or use --base tiny")
+        lines = _what_fits(free)
+        for line, _ in lines:
+            print(f"  {line}")
+        if not all(fits for _, fits in lines[1:]):  # training can do without the first
+            problems.append("too little GPU memory: close other programs, or use --base tiny")
     else:
         print("GPU none: everything runs on the CPU; --base tiny is made for that")
     if hasattr(os, "sysconf"):

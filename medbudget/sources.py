@@ -174,6 +174,8 @@ def load_folder(folder: Path, name: str) -> Parts:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=stored)
         text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=stored)
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        if len(tokenizer) == 49408:  # CLIP's: the same words from every source
+            tokenizer = build_tokenizer(tokenizer.pad_token or "<|endoftext|>")
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseError(f"{folder} cannot be loaded ({error})") from error

@@ -264,6 +264,29 @@ def test_a_single_file_gives_the_outputs_of_diffusers_layout(kind, monkeypatch, 
         assert word.vectors.shape == (2, 768) and word.base == "x.safetensors"
 
 
+def test_a_folder_and_a_file_of_the_same_weights_are_the_same_base(monkeypatch, tmp_path):
+    from diffusers import DDIMScheduler
+    from transformers import PreTrainedTokenizerFast
+
+    base = small(monkeypatch)
+    folder = tmp_path / "base"
+    for part in ("vae", "unet", "text_encoder"):
+        getattr(base, part).save_pretrained(folder / part)
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    DDIMScheduler(**schedule).save_pretrained(folder / "scheduler")
+    PreTrainedTokenizerFast(
+        tokenizer_object=base.tokenizer.backend_tokenizer, pad_token="!", eos_token="<|endoftext|>",
+        bos_token="<|startoftext|>",
+    ).save_pretrained(folder / "tokenizer")  # fmt: skip
+    save_file(to_ldm(base, openclip=True), tmp_path / "x.safetensors")
+    a, b = load_base(folder, device="cpu"), load_base(tmp_path / "x.safetensors", device="cpu")
+    assert a.hash == b.hash == base.hash and a.checkpoint_hash == "" != b.checkpoint_hash
+    torch.testing.assert_close(a.alphas_cumprod, b.alphas_cumprod, rtol=1e-5, atol=0)
+    with torch.no_grad():  # "!" is a word although SD 2 pads with it
+        assert torch.equal(a.text("wow! a cat"), b.text("wow! a cat"))
+        assert not torch.equal(a.text("wow! a cat"), a.text("wow a cat"))
+
+
 def test_what_predicts_v_is_refused(monkeypatch, tmp_path):
     base = small(monkeypatch)
     base.unet.conv_out.weight.data.mul_(-1)  # at the last step v is minus the image, not the noise
