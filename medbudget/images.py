@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from medbudget.artifacts import atomic_path
 
@@ -183,11 +186,16 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 
 def save_images(
-    images: torch.Tensor, folder: str | os.PathLike[str], *, names: Iterable[str] | None = None
+    images: torch.Tensor,
+    folder: str | os.PathLike[str],
+    *,
+    names: Iterable[str] | None = None,
+    record: dict[str, Any] | None = None,
 ) -> list[Path]:
     """Write ``(N, 3, H, W) uint8`` images as PNG files, each atomically, and return the paths.
 
-    `names` are file names without suffix; by default ``00000``, ``00001``, …
+    `names` are file names without suffix; by default ``00000``, ``00001``, … `record` (JSON
+    values: prompt, base hash, …) goes into each file's ``medbudget`` text, with its place.
     """
     check_images(images)
     folder = Path(folder)
@@ -196,10 +204,14 @@ def save_images(
     if len(stems) != len(images):
         raise ValueError(f"{len(stems)} names for {len(images)} images")
     paths = []
-    for image, stem in zip(images, stems):
+    for i, (image, stem) in enumerate(zip(images, stems)):
         path = folder / f"{stem}.png"
+        text = None
+        if record is not None:
+            text = PngInfo()
+            text.add_text("medbudget", json.dumps({**record, "image": i}))
         with atomic_path(path) as temporary:
-            to_pil(image).save(temporary, format="PNG")
+            to_pil(image).save(temporary, format="PNG", pnginfo=text)
         paths.append(path)
     return paths
 

@@ -16,12 +16,12 @@ from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from medbudget.base import Base
 from medbudget.embeddings import Embedding
 from medbudget.images import check_images, load_image
-from medbudget.progress import tqdm
 from medbudget.sampling import (
     add_first,
     check_numbers,
     default_steps,
     denoise,
+    draw_in_batches,
     draw_noise,
     encode_prompt,
     fitting_batch,
@@ -281,45 +281,37 @@ def inpaint(
         under = fill_masked(images.expand(pairs, -1, -1, -1), soft.expand(pairs, -1, -1))
     means, stds = base.encode_posterior(under)
     order = torch.arange(pairs).repeat_interleave(n)
-    batch_size = batch_size or fitting_batch(base)
-    out = []
-    with tqdm(total=len(order), desc="inpaint", unit="image") as bar:
-        for first in range(0, len(order), batch_size):
-            which = order[first : first + batch_size]
-            of_image, of_mask, of_under = (which % len(x) for x in (images, soft, under))
-            seeds = range(seed + first, seed + first + len(which))
-            generators = [torch.Generator().manual_seed(s) for s in seeds]
 
-            def draw(generators: list[torch.Generator] = generators) -> torch.Tensor:
-                return draw_noise(generators, shape).to(base.device)
+    def draw(first: int, count: int) -> torch.Tensor:
+        which = order[first : first + count]
+        of_image, of_mask, of_under = (which % len(x) for x in (images, soft, under))
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(count)]
 
-            m = cells[of_mask].to(base.device)
-            z0 = means[of_under] + stds[of_under] * draw()
-            noise = draw()
-            if content in ("noise", "zeros"):
-                z0 = (1 - m) * z0 + (m * draw() if content == "noise" else 0)
+        def fresh() -> torch.Tensor:
+            return draw_noise(generators, shape).to(base.device)
 
-            def blend(
-                denoised: torch.Tensor, z0: torch.Tensor = z0, m: torch.Tensor = m
-            ) -> torch.Tensor:
-                return (1 - m) * z0 + m * denoised
+        m = cells[of_mask].to(base.device)
+        z0 = means[of_under] + stds[of_under] * fresh()
+        noise = fresh()
+        if content in ("noise", "zeros"):
+            z0 = (1 - m) * z0 + (m * fresh() if content == "noise" else 0)
+        latents = denoise(
+            base,
+            z0 + noise * sigmas[0],
+            sigmas,
+            timesteps,
+            **conditions,
+            cfg_scale=cfg_scale,
+            generators=generators,
+            blend=lambda denoised: (1 - m) * z0 + m * denoised,
+            callback=add_first(callback, first),
+        )
+        share = soft[of_mask][:, None]
+        mixed = images[of_image] * (1 - share) + base.decode(latents) * share
+        return mixed.round().clamp(0, 255).to(torch.uint8)
 
-            latents = denoise(
-                base,
-                z0 + noise * sigmas[0],
-                sigmas,
-                timesteps,
-                **conditions,
-                cfg_scale=cfg_scale,
-                generators=generators,
-                blend=blend,
-                callback=add_first(callback, first),
-            )
-            share = soft[of_mask][:, None]
-            mixed = images[of_image] * (1 - share) + base.decode(latents) * share
-            out.append(mixed.round().clamp(0, 255).to(torch.uint8))
-            bar.update(len(which))
-    return torch.cat(out)
+    batch_size = batch_size or fitting_batch(base, size)
+    return draw_in_batches(draw, len(order), batch_size, desc="inpaint")
 
 
 def seam_ratio(images: torch.Tensor, mask: Mask) -> npt.NDArray[np.float64]:

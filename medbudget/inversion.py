@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from medbudget.artifacts import atomic_path, check_writable, hash_tensors
 from medbudget.base import Base
 from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
 from medbudget.images import check_images
+from medbudget.memory import GIB, plan_memory
 from medbudget.progress import tqdm
 
 LATENT_POLICIES = ("once", "mean", "resample")
@@ -140,16 +142,16 @@ def compute_loss(
     t : torch.Tensor
         ``(B,)`` integer timesteps 0..999.
     weights : torch.Tensor, optional
-        ``(1000,)`` weight of each timestep.
+        ``(1000,)`` weight of each timestep, on the base's device.
     """
-    alpha = base.alphas_cumprod.to(latents.device)[t].view(-1, 1, 1, 1)
+    alpha = base.device_alphas[t].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     context = base.text(vectors).expand(len(latents), -1, -1)
     predicted = base.predict_noise(noisy, t, context)
     if weights is None:
         return F.mse_loss(predicted, noise)
     error = ((predicted - noise) ** 2).mean((1, 2, 3))
-    return (error * weights.to(error.device)[t]).mean()
+    return (error * weights[t]).mean()
 
 
 def make_init(base: Base, settings: InversionSettings) -> torch.Tensor:
@@ -267,15 +269,20 @@ def invert(
     }
     if settings.schedule == "constant":
         identity["settings"].pop("steps")  # a longer run may go on from a shorter one
-    losses: list[float] = []
+    state = _State(vectors, optimizer, MAX_SCALE if base.dtype == torch.float16 else 1.0)
     if checkpoint is not None and Path(checkpoint).exists():
-        losses = _resume(Path(checkpoint), identity, vectors, optimizer)
-    weights = min_snr_weights(base.alphas_cumprod) if settings.loss == "min_snr" else None
-    scale = 2.0**16 if base.dtype == torch.float16 else 1.0
+        _resume(Path(checkpoint), identity, state)
+    losses = state.losses
+    weights = None
+    if settings.loss == "min_snr":
+        weights = min_snr_weights(base.alphas_cumprod).to(device)
     seconds = time.monotonic()
     done = len(losses)
     bar = tqdm(total=settings.steps, initial=done, desc=f"invert {token}", unit="step")
-    with base.vae_offloaded() if device.type == "cuda" else nullcontext():
+    with base.vae_offloaded() if device.type == "cuda" else nullcontext(), _fitting(base) as fit:
+        if device.type == "cuda" and not fit.is_on:
+            fit.plan(images.shape[2], settings.batch_size)
+        compute: Callable[..., Any] | None = None
         try:
             while len(losses) < settings.steps:
                 step = len(losses)
@@ -283,18 +290,32 @@ def invert(
                 latents = mean[pick]
                 if settings.latents == "resample":
                     latents = latents + std[pick] * posterior.to(device)
+                inputs = (latents, t.to(device), noise.to(device))
                 rate = settings.lr
                 if settings.schedule == "linear":
                     rate *= 1 - step / settings.steps
-                loss, norm, scale = _step(
-                    base, vectors, optimizer, latents, t, noise, weights, rate, scale, step
-                )
-                losses.append(loss)
+                short = False
+                try:
+                    if compute is None:
+                        compute = _prepare_step(base, vectors, inputs, weights)
+                    loss, norm = _step(compute, state, inputs, rate)
+                except torch.cuda.OutOfMemoryError:
+                    if fit.is_on:
+                        raise InversionError(
+                            f"out of GPU memory at step {step + 1} in spite of checkpointing: close "
+                            f"other programs, lower batch_size ({settings.batch_size}) or the size "
+                            f"({images.shape[2]} px). The last checkpoint is untouched"
+                        ) from None
+                    short = True
+                if short:  # only now has the exception let go of the tensors
+                    compute = None
+                    fit.turn_on(f"out of GPU memory at step {step + 1}")
+                    continue
                 bar.update()
                 if step % 50 == 0:
                     bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
                 if checkpoint is not None and len(losses) % settings.checkpoint_every == 0:
-                    _save(Path(checkpoint), identity, vectors, optimizer, losses)
+                    _save(Path(checkpoint), identity, state)
                 if callback is not None:
                     callback(
                         {
@@ -306,14 +327,15 @@ def invert(
                             "vectors": vectors.detach(),
                         }
                     )
-                if step + 1 == done + 100 and torch.equal(vectors.detach().cpu(), start):
+                first = min(done + 100, settings.steps)
+                if step + 1 == first and torch.equal(vectors.detach().cpu(), start):
                     raise InversionError(
-                        "after 100 steps the vectors have not moved at all: the gradient is zero; "
-                        "use dtype float32, or a higher learning rate"
+                        f"after {first} steps the vectors have not moved at all: the gradient is "
+                        "zero; use dtype float32, or a higher learning rate"
                     )
         except KeyboardInterrupt:
             if checkpoint is not None:
-                _save(Path(checkpoint), identity, vectors, optimizer, losses)
+                _save(Path(checkpoint), identity, state)
                 bar.write(
                     f"stopped at step {len(losses)}; the same command goes on from {checkpoint}"
                 )
@@ -321,7 +343,7 @@ def invert(
         finally:
             bar.close()
     if checkpoint is not None:
-        _save(Path(checkpoint), identity, vectors, optimizer, losses)
+        _save(Path(checkpoint), identity, state)
     return Embedding(
         vectors=vectors.detach(),
         token=token,
@@ -341,20 +363,119 @@ def invert(
     )
 
 
-def _step(base, vectors, optimizer, latents, t, noise, weights, rate, scale, step):
-    """One optimizer step; in float16 the loss scale is halved until the gradient is finite."""
-    while True:
-        loss = compute_loss(
-            base, vectors, latents, t.to(base.device), noise.to(base.device), weights
+MAX_SCALE = 2.0**16
+GROW_EVERY = 2000
+
+
+@dataclass
+class _State:
+    """What a run changes: vectors, optimizer, losses, and the loss scale of float16."""
+
+    vectors: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    max_scale: float
+    losses: list[float] = field(default_factory=list)
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.scale = self.max_scale
+
+
+class _fitting:
+    """Checkpointing of the U-Net, turned on where memory is short and off again at the end."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.is_on = self.was_on = bool(base.unet.is_gradient_checkpointing)
+
+    def __enter__(self) -> _fitting:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.is_on and not self.was_on:
+            self.base.unet.disable_gradient_checkpointing()
+
+    def plan(self, size: int, batch_size: int) -> None:
+        """Turn it on if a step without it will not fit the free memory."""
+        base = self.base
+        networks = (base.vae, base.unet, base.text_encoder)
+        needed = plan_memory(
+            "invert", networks=networks, size=size, batch_size=batch_size, dtype=base.dtype
         )
+        free = torch.cuda.mem_get_info(base.device)[0]
+        if needed.activations > free:
+            self.turn_on(
+                f"a step takes about {needed.activations / GIB:.1f} GiB beside the weights, "
+                f"{free / GIB:.1f} GiB are free"
+            )
+
+    def turn_on(self, reason: str) -> None:
+        """Say why, and recompute activations from now on: about a third slower, same results."""
+        self.base.unet.enable_gradient_checkpointing()
+        self.is_on = True
+        torch.cuda.empty_cache()
+        warnings.warn(
+            f"{reason}: checkpointing is on from here (slower, equal up to rounding)", stacklevel=3
+        )
+
+
+def _prepare_step(
+    base: Base,
+    vectors: torch.Tensor,
+    inputs: tuple[torch.Tensor, ...],
+    weights: torch.Tensor | None,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Return ``compute(latents, t, noise, scale) -> (loss, gradient)``.
+
+    On a GPU with a fast base it is a CUDA graph: recorded once, then replayed without Python.
+    """
+
+    def compute(
+        latents: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, scale: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = compute_loss(base, vectors, latents, t, noise, weights)
+        (gradient,) = torch.autograd.grad(loss * scale, vectors)
+        return loss.detach(), gradient / scale
+
+    if not (base.fast and base.device.type == "cuda"):
+        return compute
+    held = [x.clone() for x in (*inputs, torch.ones((), device=base.device))]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, and fills every cache
+            compute(*held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compute(*held)
+
+    def replay(*values: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        for place, value in zip(held[:-1], values):
+            place.copy_(value)
+        held[-1].fill_(values[-1])
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _step(
+    compute: Callable[..., Any], state: _State, inputs: tuple[torch.Tensor, ...], rate: float
+) -> tuple[float, float]:
+    """One optimizer step; in float16 the loss scale is halved until the gradient is finite."""
+    step = len(state.losses)
+    if step and step % GROW_EVERY == 0:
+        state.scale = min(state.max_scale, 2 * state.scale)
+    while True:
+        scale = state.scale
+        loss, gradient = compute(*inputs, scale)
         if not torch.isfinite(loss):
             raise InversionError(
                 f"the loss became {loss.item()} at step {step + 1}: this happens with a too high "
                 "learning rate or in float16; lower lr, or use bfloat16 or float32. The last "
                 "checkpoint is untouched"
             )
-        (gradient,) = torch.autograd.grad(loss * scale, vectors)
-        gradient = gradient / scale
         norm = gradient.norm()
         if torch.isfinite(norm):
             break
@@ -363,12 +484,13 @@ def _step(base, vectors, optimizer, latents, t, noise, weights, rate, scale, ste
                 f"the gradient became {norm.item()} at step {step + 1} though the loss is finite; "
                 "use float32, or a lower learning rate. The last checkpoint is untouched"
             )
-        scale /= 2
-    for group in optimizer.param_groups:
+        state.scale /= 2
+    for group in state.optimizer.param_groups:
         group["lr"] = rate
-    vectors.grad = gradient
-    optimizer.step()
-    return float(loss.detach()), float(norm), scale
+    state.vectors.grad = gradient
+    state.optimizer.step()
+    state.losses.append(float(loss))
+    return state.losses[-1], float(norm)
 
 
 def _history(losses: list[float], points: int = 200) -> dict[str, list[float]]:
@@ -382,23 +504,24 @@ def _history(losses: list[float], points: int = 200) -> dict[str, list[float]]:
     }
 
 
-def _save(path: Path, identity: dict, vectors, optimizer, losses: list[float]) -> None:
+def _save(path: Path, identity: dict[str, Any], state: _State) -> None:
     with atomic_path(path) as temporary:
         torch.save(
             {
                 "identity": identity,
-                "vectors": vectors.detach().cpu(),
-                "optimizer": optimizer.state_dict(),
-                "losses": losses,
+                "vectors": state.vectors.detach().cpu(),
+                "optimizer": state.optimizer.state_dict(),
+                "losses": state.losses,
+                "scale": state.scale,
             },
             temporary,
         )
 
 
-def _resume(path: Path, identity: dict, vectors, optimizer) -> list[float]:
+def _resume(path: Path, identity: dict[str, Any], state: _State) -> None:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found, losses = state["identity"], state["losses"]
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        found, losses = stored["identity"], stored["losses"]
     except Exception as error:
         raise ValueError(
             f"{path} is no readable checkpoint ({type(error).__name__}); remove it to start anew"
@@ -418,9 +541,10 @@ def _resume(path: Path, identity: dict, vectors, optimizer) -> list[float]:
             "checkpoint, or remove this one to start anew"
         )
     with torch.no_grad():
-        vectors.copy_(state["vectors"])
-    optimizer.load_state_dict(state["optimizer"])
-    return list(losses)
+        state.vectors.copy_(stored["vectors"])
+    state.optimizer.load_state_dict(stored["optimizer"])
+    state.losses[:] = losses
+    state.scale = stored.get("scale", state.max_scale)
 
 
 __all__ = ["PRESETS", "InversionError", "InversionSettings", "compute_loss", "invert"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from medbudget.base import Base
 from medbudget.embeddings import Embedding
+from medbudget.memory import GIB, largest_batch, plan_memory
 from medbudget.progress import tqdm
 from medbudget.prompts import parse_prompt
 
@@ -174,7 +176,8 @@ def sample(
     size : int, optional
         Pixels, default the base's own.
     batch_size : int, optional
-        Default 16, on a GPU less where memory is short.
+        Default 16, on a GPU less where memory is short. A batch that does not fit after all is
+        halved, with a warning.
     callback : callable, optional
         Called after every step with ``{"step", "steps", "sigma", "denoised", "x", "first"}``.
 
@@ -188,25 +191,55 @@ def sample(
     shape = base.latent_shape(size)
     conditions = encode_prompt(base, prompt, negative_prompt, embeddings)
     sigmas, timesteps = make_sigmas(base.alphas_cumprod, steps)
-    batch_size = batch_size or fitting_batch(base)
-    out = []
-    with tqdm(total=n, desc="sample", unit="image") as bar:
-        for first in range(0, n, batch_size):
-            seeds = range(seed + first, seed + min(first + batch_size, n))
-            generators = [torch.Generator().manual_seed(s) for s in seeds]
-            x = draw_noise(generators, shape).to(base.device) * sigmas[0]
-            latents = denoise(
-                base,
-                x,
-                sigmas,
-                timesteps,
-                **conditions,
-                cfg_scale=cfg_scale,
-                generators=generators,
-                callback=add_first(callback, first),
-            )
-            out.append(base.decode(latents))
-            bar.update(len(seeds))
+    batch_size = batch_size or fitting_batch(base, size)
+
+    def draw(first: int, count: int) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(count)]
+        latents = denoise(
+            base,
+            draw_noise(generators, shape).to(base.device) * sigmas[0],
+            sigmas,
+            timesteps,
+            **conditions,
+            cfg_scale=cfg_scale,
+            generators=generators,
+            callback=add_first(callback, first),
+        )
+        return base.decode(latents)
+
+    return draw_in_batches(draw, n, batch_size, desc="sample")
+
+
+def draw_in_batches(
+    draw: Callable[[int, int], torch.Tensor], n: int, batch_size: int, *, desc: str
+) -> torch.Tensor:
+    """Return what ``draw(first, count)`` makes of 0 to `n`; a batch that does not fit is halved."""
+    out: list[torch.Tensor] = []
+    first = 0
+    with tqdm(total=n, desc=desc, unit="image") as bar:
+        while first < n:
+            count = min(batch_size, n - first)
+            made = None
+            try:
+                made = draw(first, count)
+            except torch.cuda.OutOfMemoryError as error:
+                if count == 1:
+                    raise torch.cuda.OutOfMemoryError(
+                        "not even one image at a time fits the GPU's memory: close other programs, "
+                        f"choose a smaller size, or device='cpu' ({str(error).splitlines()[0]})"
+                    ) from None
+            if made is None:  # only now has the exception let go of the tensors
+                batch_size = count // 2
+                torch.cuda.empty_cache()
+                warnings.warn(
+                    f"a batch of {count} images does not fit the GPU's memory: going on with "
+                    f"{batch_size} (the same images up to 1 gray level)",
+                    stacklevel=3,
+                )
+                continue
+            out.append(made)
+            first += count
+            bar.update(count)
     return torch.cat(out)
 
 
@@ -297,9 +330,13 @@ def encode_prompt(
     }
 
 
-def fitting_batch(base: Base) -> int:
-    """Return how many images to draw at once: 16, on a GPU less where memory is short."""
+def fitting_batch(base: Base, size: int | None = None) -> int:
+    """Return how many images to draw at once: 16, on a GPU fewer where memory is short."""
     if base.device.type != "cuda":
         return BLOCK
-    free = torch.cuda.mem_get_info(base.device)[0] / 2**30
-    return max(1, min(BLOCK, int(free / 1.5))) if base.size > 64 else BLOCK
+    free = torch.cuda.mem_get_info(base.device)[0] / GIB
+    networks = (base.vae, base.unet, base.text_encoder)
+    loaded = plan_memory("sample", networks=networks, size=base.size, dtype=base.dtype)
+    free += (loaded.weights + loaded.overhead) / GIB  # those are in place already
+    options = {"networks": networks, "size": size or base.size, "dtype": base.dtype}
+    return max(1, min(BLOCK, largest_batch("sample", free, **options)))

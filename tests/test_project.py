@@ -133,3 +133,69 @@ def test_every_chapter_and_page_of_the_contents_exists() -> None:
 def test_links_of_the_readme_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+COLAB = {  # a Colab runtime's own packages, older than what we pin; none may be replaced
+    "torch": "2.6.0+cu124",
+    "torchvision": "0.21.0+cu124",
+    "transformers": "4.51.3",
+    "diffusers": "0.33.1",
+    "numpy": "2.0.2",
+    "scipy": "1.14.1",
+    "pandas": "2.2.2",
+    "pillow": "11.1.0",
+    "huggingface_hub": "0.30.2",
+    "safetensors": "0.5.3",
+    "scikit-learn": "1.6.1",
+    "matplotlib": "3.10.0",
+    "tqdm": "4.67.1",
+    "h5py": "3.13.0",
+    "timm": "1.0.22",
+    "typer": "0.15.2",
+}
+
+
+def colab_install(tmp_path: Path, packages: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Ask pip what the setup cell would install where `packages` stand; nothing is fetched."""
+    python = tmp_path / "venv" / "bin" / "python"
+    command = [sys.executable, "-m", "venv", "--without-pip", "--copies", tmp_path / "venv"]
+    subprocess.run(command, check=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    for name, number in packages.items():
+        info = site / f"{name.replace('-', '_')}-{number}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+        (info / "INSTALLER").write_text("pip\n")
+        (info / "RECORD").write_text("")
+    lines = re.findall(r"^dependencies = \[(.*?)^\]", PYPROJECT, flags=re.DOTALL | re.MULTILINE)[0]
+    wanted = re.findall(r'"([^"]+)"', lines)
+    ours = [w for w in wanted if re.split(r"[><=~!]", w)[0] in packages]
+    pip = [sys.executable, "-m", "pip", "--isolated", "--python", python, "install", "--dry-run"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+    return subprocess.run(
+        [*pip, "--no-index", *ours],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**environment, "PIP_CONFIG_FILE": os.devnull},
+    )
+
+
+def test_colabs_own_torch_is_left_alone(tmp_path: Path) -> None:
+    done = colab_install(tmp_path, COLAB)
+    assert done.returncode == 0, done.stderr  # all satisfied: pip has nothing to look for
+    assert "Would install" not in done.stdout
+    old = colab_install(tmp_path / "old", {**COLAB, "torch": "2.1.0"})
+    assert old.returncode != 0 and "torch>=2.4" in old.stderr  # the test can see a replacement
+
+
+def test_the_colab_cell_pins_nothing() -> None:
+    import json
+
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        setup = next("".join(c["source"]) for c in cells if "google.colab" in "".join(c["source"]))
+        (command,) = re.findall(r"subprocess\.run\((\[.*?\])", setup)
+        assert '"install"' in command and '"medbudget"' in command, path.stem
+        for replacing in ("--upgrade", "-U", "--force", "constraints", "torch"):
+            assert replacing not in command, (path.stem, replacing)

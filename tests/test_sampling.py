@@ -186,8 +186,28 @@ def test_conditions_go_together_and_one_by_one_where_memory_is_short(tiny, monke
     split = sample(tiny, prompt, embeddings=[MINE, OTHER], **options)
     assert sizes == [6, *[2] * 9]
     assert gray_levels(whole, split) <= 1
-    with pytest.raises(torch.cuda.OutOfMemoryError):  # not even one fits
-        sample(tiny, prompt, embeddings=[MINE, OTHER], **{**options, "n": 3})
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_images_stay(tiny, monkeypatch):
+    options = {"embeddings": [MINE], "n": 5, "steps": 3, "seed": 2}
+    whole = sample(tiny, "<mine>", **options)
+    predict, limit, sizes = type(tiny).predict_noise, 2, []
+
+    def short_of_memory(self, x, t, context):
+        sizes.append(len(x))
+        if len(x) > limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return predict(self, x, t, context)
+
+    monkeypatch.setattr(type(tiny), "predict_noise", short_of_memory)
+    with pytest.warns(UserWarning, match="batch of 5 images does not fit .* going on with 2"):
+        halved = sample(tiny, "<mine>", **options)
+    # first both conditions of 5, then one of them, then 2 + 2 + 1 images one condition at a time
+    assert sizes == [10, 5, 4, *[2] * 6, 4, *[2] * 6, *[2] * 3]
+    assert halved.shape == whole.shape and gray_levels(whole, halved) <= 1
+    limit = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="not even one image"):
+        sample(tiny, "<mine>", **{**options, "n": 1})
 
 
 def test_total_guidance():

@@ -1,0 +1,72 @@
+"""Fill the page `timings` with what benchmarks/results holds; book/build.py calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MARK = "<!-- {name} -->"
+MISSING = "```{{note}}\nNot measured yet: there is no `benchmarks/results/{name}.json`. {how}\n```"
+COLUMNS = ("batch", "ms", "images per s", "peak GiB", "share of ceiling", "note")
+# each section of the page: the file that it reads, and what to do where that is missing
+SECTIONS = {
+    "gpu": "Every figure of a GPU is missing here until someone with one runs "
+    "`python benchmarks/gpu.py --out benchmarks/results/gpu.json` (under 8 minutes, no download).",
+    "full_size": "`python benchmarks/full_size.py --out benchmarks/results/full_size.json` "
+    "makes it: minutes, and about 8 GB of memory.",
+    "inversion": "`python benchmarks/inversion.py --out benchmarks/results/inversion.json` "
+    "makes it.",
+}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *([_cell(v) for v in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def format_record(record: dict[str, Any]) -> str:
+    """Return a record of benchmarks/results as Markdown: device, date and versions, then rows."""
+    versions = record.get("versions") or {"torch": record["torch"]}
+    parts = [
+        f"Measured on {record['device']}, {record['date']}, {_cell(versions)}, with "
+        f"`{record['command']}`."
+    ]
+    rows = record["rows"]
+    if isinstance(rows, dict):
+        parts.append(_table(["measured", "value"], [[k, v] for k, v in rows.items()]))
+    else:
+        ceiling = record["matmul ceiling, TFLOP/s"]
+        parts[0] += f" The matrix-multiply ceiling of the same run: {ceiling} TFLOP/s."
+        used = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
+        body = [[row["name"], *(row.get(c) for c in used)] for row in rows]
+        parts.append(_table(["measured", *used], body))
+        goals = record["goals"].items()
+        body = [[name, found["measured"], found["goal"]] for name, found in goals]
+        parts.append(_table(["against the goals", "measured", "goal"], body))
+    return "\n\n".join(parts)
+
+
+def fill_timings(page: str, results: Path) -> str:
+    """Put each section's record, or a note that it is missing, in the place of its mark."""
+    for name, how in SECTIONS.items():
+        file = results / f"{name}.json"
+        if file.is_file():
+            text = format_record(json.loads(file.read_text(encoding="utf-8")))
+        else:
+            text = MISSING.format(name=name, how=how)
+        mark = MARK.format(name=name)
+        if page.count(mark) != 1:
+            raise ValueError(
+                f"book/timings.md must have {mark} once, it has it {page.count(mark)}x"
+            )
+        page = page.replace(mark, text)
+    return page

@@ -1,0 +1,99 @@
+"""Benchmarks run and record what the book's page reads; full size only where it is asked for."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def timings():
+    return load(ROOT / "book" / "timings.py")
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_dry_and_the_page_shows_it(timings, tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    record = load(ROOT / "benchmarks" / "gpu.py").main(
+        ["--device", "cpu", "--small", "--no-fast", "--out", str(out)]
+    )
+    rows = {(row["name"], row["batch"]): row for row in record["rows"]}
+    floor, ours = rows["TI: floor (networks only)", 1], rows["TI: ours, eager", 1]
+    assert ours["images per s"] == pytest.approx(1000 / ours["ms"], rel=0.01)
+    assert 0 < floor["share of ceiling"] < 1.5 and ours["peak GiB"] is None
+    two = rows["TI: ours, eager", 2]
+    assert two["images per s"] == pytest.approx(2000 / two["ms"], rel=0.01)
+    goals = record["goals"]
+    theirs = rows["TI: diffusers' loop", 1]["ms"]
+    assert goals["diffusers' loop / ours"]["measured"] == pytest.approx(
+        theirs / ours["ms"], rel=0.01
+    )
+    minutes = goals["50,000 steps at batch 1, minutes"]["measured"]
+    assert minutes == pytest.approx(50_000 * ours["ms"] / 6e4, rel=0.01)
+    said = capsys.readouterr().out
+    assert "goal: under 15" in said and "TI: diffusers' loop" in said
+    page = timings.format_record(json.loads(out.read_text(encoding="utf-8")))
+    assert f"| TI: diffusers' loop | 1 | {theirs} |" in page and "matrix-multiply" in page
+
+
+def test_what_runs_out_of_memory_or_time_is_named_not_dropped(monkeypatch):
+    import torch
+
+    gpu = load(ROOT / "benchmarks" / "gpu.py")
+    bench = gpu.Bench(torch.device("cpu"), 0.01, deadline=float("inf"))
+
+    def short():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    assert bench.add("a", 8, short) is None
+    bench.deadline = 0
+    assert bench.add("b", 1, lambda: 1.0) is None
+    assert [row["note"] for row in bench.rows] == ["out of memory", "skipped: time was up"]
+
+
+def test_the_page_shows_every_record_and_says_what_is_missing(timings, tmp_path):
+    page = (ROOT / "book" / "timings.md").read_text(encoding="utf-8")
+    real = timings.fill_timings(page, ROOT / "benchmarks" / "results")
+    assert "diffusers' way, ms per step" in real and "<!--" not in real
+    empty = timings.fill_timings(page, tmp_path)
+    assert empty.count("Not measured yet") == 3
+    assert "Every figure of a GPU is missing" in empty
+    with pytest.raises(ValueError, match="must have <!-- gpu --> once"):
+        timings.fill_timings("nothing", tmp_path)
+
+
+def test_recorded_benchmarks_name_device_date_and_versions():
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert record["date"] and record["device"] and record["rows"]
+        assert record.get("versions") or record["torch"]
+        assert record["command"].startswith(f"python benchmarks/{path.stem}.py")
+
+
+@pytest.mark.slow
+def test_stable_diffusion_2_at_full_size():
+    if not os.environ.get("MEDBUDGET_FULL_SIZE"):
+        pytest.skip("takes 8 GB and minutes: set MEDBUDGET_FULL_SIZE=1")
+    rows = load(ROOT / "benchmarks" / "full_size.py").main([])
+    assert all(0 < loss < 100 for loss in rows["losses"]) and len(rows["losses"]) == 2
+    assert rows["image"]["shape"] == [1, 3, 512, 512] and rows["image"]["std"] > 0
+    assert rows["peak after sampling, GiB"] < 12
+
+
+def test_the_full_size_run_works_in_small(capsys):
+    rows = load(ROOT / "benchmarks" / "full_size.py").main(["--base", "small-random"])
+    assert len(rows["losses"]) == 2 and rows["image"]["shape"] == [1, 3, 64, 64]
+    assert rows["peak after loading, GiB"] <= rows["peak after sampling, GiB"] < 8

