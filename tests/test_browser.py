@@ -1,126 +1,31 @@
-"""The widgets in a real browser: a built page without a kernel, and JupyterLab.
-
-Driven through chromedriver's own protocol (W3C WebDriver, JSON over HTTP).
-"""
+"""The widgets in a real browser: a built page without a kernel, and JupyterLab."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from webdriver import ARROW_RIGHT, Browser, free_port, needs_browser, open_browser, until
 
 nbformat = pytest.importorskip("nbformat", reason="needs the `book` extra")
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-DRIVER = shutil.which("chromedriver")
-PATIENCE = float(os.environ.get("MEDBUDGET_PATIENCE", "120"))  # seconds
-ARROW_RIGHT = "\ue014"
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER),
-        reason="no Chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)",
-    ),
-]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def ask(url: str, content: Any = None, method: str | None = None) -> Any:
-    data = None if content is None else json.dumps(content).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=PATIENCE) as answer:
-        return json.load(answer)["value"]
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        try:
-            found = condition()
-        except OSError:
-            found = None
-        if found:
-            return found
-        time.sleep(0.3)
-    raise AssertionError(f"after {PATIENCE:.0f} s: {what}")
-
-
-class Browser:
-    """As much of WebDriver as the tests need."""
-
-    def __init__(self, url: str) -> None:
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        flags += ["--no-proxy-server", "--window-size=1200,1000"]
-        options = {"binary": CHROMIUM, "args": flags}
-        wanted = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}
-        session = ask(f"{url}/session", {"capabilities": wanted})
-        self.url = f"{url}/session/{session['sessionId']}"
-
-    def open(self, url: str) -> None:
-        ask(f"{self.url}/url", {"url": url})
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return ask(f"{self.url}/execute/sync", {"script": script, "args": arguments})
-
-    def find(self, css: str) -> str:
-        found = ask(f"{self.url}/element", {"using": "css selector", "value": css})
-        return str(next(iter(found.values())))
-
-    def wait_for(self, script: str, what: str) -> Any:
-        """Wait until a script returns something true; else tell what the page says."""
-        try:
-            return until(lambda: self.run(script), what)
-        except AssertionError as error:
-            page = self.run("return document.body.innerText")
-            raise AssertionError(f"{error}; the page says:\n{page}") from None
-
-    def type(self, css: str, text: str) -> None:
-        ask(f"{self.url}/element/{self.find(css)}/value", {"text": text})
-
-    def drag(self, *points: tuple[float, float]) -> None:
-        """Press the mouse at the first point, move through the others, let go."""
-        moves = [
-            {"type": "pointerMove", "duration": 50, "x": round(x), "y": round(y)} for x, y in points
-        ]
-        down, up = ({"type": kind, "button": 0} for kind in ("pointerDown", "pointerUp"))
-        actions = [{"type": "pointer", "id": "mouse", "actions": [moves[0], down, *moves[1:], up]}]
-        ask(f"{self.url}/actions", {"actions": actions})
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    port = free_port()
-    driver = subprocess.Popen([str(DRIVER), f"--port={port}"], stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: ask(f"{url}/status")["ready"], "chromedriver does not start")
-        made = Browser(url)
+    with open_browser() as made:
         yield made
-        ask(made.url, method="DELETE")
-    finally:
-        driver.terminate()
-        driver.wait()
 
 
 @pytest.fixture(scope="module")
