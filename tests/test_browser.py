@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from webdriver import ARROW_RIGHT, Browser, free_port, needs_browser, open_browser, until
+from webdriver import (
+    ARROW_LEFT,
+    ARROW_RIGHT,
+    Browser,
+    free_port,
+    needs_browser,
+    open_browser,
+    until,
+)
 
 nbformat = pytest.importorskip("nbformat", reason="needs the `book` extra")
 
@@ -117,24 +126,13 @@ def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server.wait()
 
 
-def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
-    browser: Browser, lab: tuple[str, Path]
-) -> None:
+def run_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], *, shows: str) -> None:
+    """Open a notebook of one cell in JupyterLab, run it, wait for what it shows."""
     url, folder = lab
-    lines = [
-        "import json, torch",
-        "from pathlib import Path",
-        "from medbudget.widgets import MaskPainter",
-        "def save():",
-        "    m = painter.mask",
-        "    Path('mask.json').write_text(json.dumps([len(painter.strokes), m.nonzero().tolist()]))",
-        "painter = MaskPainter(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), changed=save)",
-        "painter",
-    ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, folder / "draw.ipynb")
-    browser.open(f"{url}/lab/tree/draw.ipynb")
+    nbformat.write(notebook, folder / "page.ipynb")
+    browser.open(f"{url}/lab/tree/page.ipynb")
     browser.wait_for(
         "return document.querySelector('.jp-NotebookPanel') && window.jupyterapp.commands"
         ".isEnabled('notebook:run-all-cells')",
@@ -150,9 +148,26 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
         "if (ask) ask.click();"
         "else if (prompt.trim() == '[ ]:')"
         " window.jupyterapp.commands.execute('notebook:run-all-cells');"
-        "return document.querySelector('.medbudget-painter img') !== null",
+        f"return document.querySelector('{shows}') !== null",
         "the widget does not show",
     )
+
+
+def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
+    browser: Browser, lab: tuple[str, Path]
+) -> None:
+    _, folder = lab
+    lines = [
+        "import json, torch",
+        "from pathlib import Path",
+        "from medbudget.widgets import MaskPainter",
+        "def save():",
+        "    m = painter.mask",
+        "    Path('mask.json').write_text(json.dumps([len(painter.strokes), m.nonzero().tolist()]))",
+        "painter = MaskPainter(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), changed=save)",
+        "painter",
+    ]
+    run_notebook(browser, lab, lines, shows=".medbudget-painter img")
     place = (
         "const img = document.querySelector('.medbudget-painter img');"
         "img.scrollIntoView({block: 'center'}); const box = img.getBoundingClientRect();"
@@ -182,3 +197,57 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
     click = "document.querySelectorAll('.medbudget-painter button')[0].click()"
     browser.run(click)
     until(lambda: arrived(1), "undo does not arrive")
+
+
+def test_pairs_answered_by_keys_in_jupyterlab_arrive_in_python(
+    browser: Browser, lab: tuple[str, Path]
+) -> None:
+    from medbudget import save_images
+    from medbudget.reader import ReaderStudy
+
+    _, folder = lab
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        save_images(images, folder / name)
+    study = ReaderStudy.create(folder / "a", folder / "b", folder / "s", seed=1, n_pairs=4)
+    lines = [
+        "from medbudget.reader import ReaderStudy",
+        "from medbudget.widgets import ReaderWidget",
+        "ReaderWidget(ReaderStudy.load('s'), 'ann')",
+    ]
+    run_notebook(browser, lab, lines, shows=".medbudget-reader img")
+    ann = study.reader("ann")
+
+    def arrived(*choices: str) -> None:
+        until(
+            lambda: [r["choice"] for r in ann.records()] == [*choices], f"{choices} do not arrive"
+        )
+        pair = f"Pair {ann.next() + 1} of 4" if ann.next() is not None else "All 4 pairs"
+        browser.wait_for(
+            f"return document.querySelector('.medbudget-reader').innerText.includes('{pair}')",
+            f"{pair} does not show",
+        )
+        time.sleep(0.3)  # faster answers count as double clicks
+
+    sources = "return [...document.querySelectorAll('.medbudget-reader img')].map(i => i.src)"
+    assert browser.run(sources) == study.urls(0)
+    time.sleep(0.3)
+    browser.click(".medbudget-reader [tabindex]")
+    browser.press(ARROW_LEFT)
+    arrived("left")
+    assert browser.run(sources) == study.urls(1)
+    browser.press(" ")
+    arrived("left", "none")
+    browser.press("u")
+    arrived("left", "none", "undo")
+    browser.press(ARROW_RIGHT)
+    arrived("left", "none", "undo", "right")
+    browser.type(".medbudget-reader input", "blurred")
+    time.sleep(0.3)
+    browser.click(".medbudget-right")
+    arrived("left", "none", "undo", "right", "right")
+    browser.click(".medbudget-left")
+    arrived("left", "none", "undo", "right", "right", "left")
+    assert [a["note"] for a in ann.answers()] == ["", "", "blurred", ""]
+    assert browser.run("return document.querySelectorAll('.jp-Cell').length") == 1

@@ -5,8 +5,6 @@ import signal
 import struct
 import subprocess
 import sys
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -76,7 +76,13 @@ class Browser:
         options: dict[str, Any] = {"binary": CHROMIUM, "args": flags}
         if downloads is not None:
             options["prefs"] = {"download.default_directory": str(downloads)}
-        wanted = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}
+        wanted = {
+            "alwaysMatch": {
+                "browserName": "chrome",
+                "goog:chromeOptions": options,
+                "goog:loggingPrefs": {"browser": "ALL"},
+            }
+        }
         session = ask(f"{url}/session", {"capabilities": wanted})
         self.url = f"{url}/session/{session['sessionId']}"
 
@@ -94,8 +100,19 @@ class Browser:
     def click(self, css: str) -> None:
         ask(f"{self.url}/element/{self.find(css)}/click", {})
 
+    def command(self, name: str, **parameters: Any) -> Any:
+        """Send a command of the DevTools protocol."""
+        return ask(f"{self.url}/goog/cdp/execute", {"cmd": name, "params": parameters})
+
     def resize(self, width: int, height: int) -> None:
-        ask(f"{self.url}/window/rect", {"width": width, "height": height})
+        """Make the page this wide and high, as a phone's screen would."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
+        self.command("Emulation.setDeviceMetricsOverride", **size)
+
+    def read_console(self) -> list[str]:
+        """Return the errors that the console got since the last call."""
+        logged = ask(f"{self.url}/se/log", {"type": "browser"})
+        return [entry["message"] for entry in logged if entry["level"] == "SEVERE"]
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(ask(f"{self.url}/screenshot")))
