@@ -27,6 +27,10 @@ embeddings_app = typer.Typer(no_args_is_help=True, help="Embeddings that others 
 app.add_typer(embeddings_app, name="embeddings")
 study_app = typer.Typer(no_args_is_help=True, help="The paper's tables and figures as studies.")
 app.add_typer(study_app, name="study")
+reader_app = typer.Typer(
+    no_args_is_help=True, help="Which of two images looks better? A blinded study with readers."
+)
+app.add_typer(reader_app, name="reader-study")
 prepare_app = typer.Typer(
     no_args_is_help=True,
     help="Turn data sets, or your own images, into image sets split by patient.",
@@ -1047,6 +1051,90 @@ def study_clean(
     print(f"{'deleted' if yes else 'would delete'} {len(found)} files, {size:.1f} MiB")
     if found and not yes:
         print("add --yes to delete them")
+
+
+@reader_app.command("create")
+def reader_create(
+    a: Annotated[Path, typer.Argument(help="folder of images: the source that should win")],
+    b: Annotated[Path, typer.Argument(help="folder of as many images of the other source")],
+    out: Annotated[Path, typer.Option(help="the study's folder, for readers")],
+    seed: Annotated[int, typer.Option(help="any number; tell no reader: it gives the key away")],
+    key: Annotated[Path | None, typer.Option(help="key file; default OUT.key.json")] = None,
+    n_pairs: Annotated[int, typer.Option(help="paper: 50")] = 50,
+    repeats: Annotated[float, typer.Option(help="share of the pairs that is asked twice")] = 0.1,
+    question: Annotated[
+        str | None, typer.Option(help="default: Which image looks more like a real one?")
+    ] = None,
+) -> None:
+    """Make blinded pairs of two folders' images, and the key in another file."""
+    from medbudget.reader import QUESTION, ReaderStudy, compute_power, default_key
+
+    study = ReaderStudy.create(
+        a,
+        b,
+        out,
+        seed=seed,
+        n_pairs=n_pairs,
+        repeats=repeats,
+        question=question or QUESTION,
+        key=key,
+    )
+    print(f"wrote {out}: study {study.id}, {len(study.pairs)} questions on {n_pairs} pairs")
+    print(f"wrote {key or default_key(out)}: the key; keep it from the readers")
+    found = ", ".join(f"{p:.0%}: {compute_power(n_pairs, p):.0%}" for p in (0.6, 0.7, 0.8))
+    print(f"chance of finding a true preference of {found}")
+
+
+@reader_app.command("export")
+def reader_export(
+    study: Annotated[Path, typer.Argument(help="the study's folder")],
+    out: Annotated[Path, typer.Option(help="HTML file")],
+) -> None:
+    """Write the study as one page that works offline in a browser, without Python."""
+    from medbudget.artifacts import check_writable
+    from medbudget.reader import ReaderStudy
+
+    check_writable(out)
+    ReaderStudy.load(study).export(out)
+    print(
+        f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB): send it to readers, without the key"
+    )
+
+
+@reader_app.command("analyse")
+def reader_analyse(
+    study: Annotated[Path, typer.Argument(help="the study's folder")],
+    key: Annotated[Path | None, typer.Option(help="key file; default STUDY.key.json")] = None,
+    answers: Annotated[
+        list[Path] | None, typer.Option(help="file that a page gave; imported first; repeatable")
+    ] = None,
+    power: Annotated[float, typer.Option(help="for the size of a next study")] = 0.8,
+    out: Annotated[Path | None, typer.Option(help="also write the scores as JSON")] = None,
+) -> None:
+    """Import answers, open the key, test preference, sides and agreement."""
+    from medbudget.artifacts import check_writable
+    from medbudget.metrics import format_table, to_json
+    from medbudget.reader import ReaderStudy, required_pairs
+
+    if out is not None:
+        check_writable(out)
+    loaded = ReaderStudy.load(study)
+    for file in answers or []:
+        reading = loaded.import_answers(file)
+        print(f"{reading.name}: {len(reading.answers())} answers")
+    scores = loaded.analyse(key)
+    print(format_table(scores))
+    first = scores[0]
+    for name, share in zip(("as found", "lower limit"), (first.value, *(first.interval or ())[:1])):
+        try:
+            n = required_pairs(share, power=power)
+        except ValueError as error:
+            print(f"next study, {name}: {error}")
+        else:
+            print(f"next study, {name}: {n} pairs show {share:.1%} with a power of {power:.0%}")
+    if out is not None:
+        to_json(scores, out)
+        print(f"wrote {out}")
 
 
 def main() -> None:

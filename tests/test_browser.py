@@ -1,126 +1,40 @@
-"""The widgets in a real browser: a built page without a kernel, and JupyterLab.
-
-Driven through chromedriver's own protocol (W3C WebDriver, JSON over HTTP).
-"""
+"""The widgets in a real browser: a built page without a kernel, and JupyterLab."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from webdriver import (
+    ARROW_LEFT,
+    ARROW_RIGHT,
+    Browser,
+    free_port,
+    needs_browser,
+    open_browser,
+    until,
+)
 
 nbformat = pytest.importorskip("nbformat", reason="needs the `book` extra")
 
 ROOT = Path(__file__).resolve().parent.parent
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-DRIVER = shutil.which("chromedriver")
-PATIENCE = float(os.environ.get("MEDBUDGET_PATIENCE", "120"))  # seconds
-ARROW_RIGHT = "\ue014"
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER),
-        reason="no Chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)",
-    ),
-]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def ask(url: str, content: Any = None, method: str | None = None) -> Any:
-    data = None if content is None else json.dumps(content).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=PATIENCE) as answer:
-        return json.load(answer)["value"]
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        try:
-            found = condition()
-        except OSError:
-            found = None
-        if found:
-            return found
-        time.sleep(0.3)
-    raise AssertionError(f"after {PATIENCE:.0f} s: {what}")
-
-
-class Browser:
-    """As much of WebDriver as the tests need."""
-
-    def __init__(self, url: str) -> None:
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        flags += ["--no-proxy-server", "--window-size=1200,1000"]
-        options = {"binary": CHROMIUM, "args": flags}
-        wanted = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}
-        session = ask(f"{url}/session", {"capabilities": wanted})
-        self.url = f"{url}/session/{session['sessionId']}"
-
-    def open(self, url: str) -> None:
-        ask(f"{self.url}/url", {"url": url})
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return ask(f"{self.url}/execute/sync", {"script": script, "args": arguments})
-
-    def find(self, css: str) -> str:
-        found = ask(f"{self.url}/element", {"using": "css selector", "value": css})
-        return str(next(iter(found.values())))
-
-    def wait_for(self, script: str, what: str) -> Any:
-        """Wait until a script returns something true; else tell what the page says."""
-        try:
-            return until(lambda: self.run(script), what)
-        except AssertionError as error:
-            page = self.run("return document.body.innerText")
-            raise AssertionError(f"{error}; the page says:\n{page}") from None
-
-    def type(self, css: str, text: str) -> None:
-        ask(f"{self.url}/element/{self.find(css)}/value", {"text": text})
-
-    def drag(self, *points: tuple[float, float]) -> None:
-        """Press the mouse at the first point, move through the others, let go."""
-        moves = [
-            {"type": "pointerMove", "duration": 50, "x": round(x), "y": round(y)} for x, y in points
-        ]
-        down, up = ({"type": kind, "button": 0} for kind in ("pointerDown", "pointerUp"))
-        actions = [{"type": "pointer", "id": "mouse", "actions": [moves[0], down, *moves[1:], up]}]
-        ask(f"{self.url}/actions", {"actions": actions})
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    port = free_port()
-    driver = subprocess.Popen([str(DRIVER), f"--port={port}"], stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: ask(f"{url}/status")["ready"], "chromedriver does not start")
-        made = Browser(url)
+    with open_browser() as made:
         yield made
-        ask(made.url, method="DELETE")
-    finally:
-        driver.terminate()
-        driver.wait()
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +126,13 @@ def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server.wait()
 
 
-def open_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], shown: str) -> None:
-    """Run one cell in a new notebook, and wait for what a CSS selector names."""
+def run_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], *, shows: str) -> None:
+    """Open a notebook of one cell in JupyterLab, run it, wait for what it shows."""
     url, folder = lab
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, folder / "play.ipynb")
-    browser.open(f"{url}/lab/tree/play.ipynb")
+    nbformat.write(notebook, folder / "page.ipynb")
+    browser.open(f"{url}/lab/tree/page.ipynb")
     browser.wait_for(
         "return document.querySelector('.jp-NotebookPanel') && window.jupyterapp.commands"
         ".isEnabled('notebook:run-all-cells')",
@@ -234,7 +148,7 @@ def open_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], sho
         "if (ask) ask.click();"
         "else if (prompt.trim() == '[ ]:')"
         " window.jupyterapp.commands.execute('notebook:run-all-cells');"
-        f"return document.querySelector('{shown}') !== null",
+        f"return document.querySelector('{shows}') !== null",
         "the widget does not show",
     )
 
@@ -253,7 +167,7 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
         "painter = MaskPainter(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), changed=save)",
         "painter",
     ]
-    open_notebook(browser, lab, lines, ".medbudget-painter img")
+    run_notebook(browser, lab, lines, shows=".medbudget-painter img")
     place = (
         "const img = document.querySelector('.medbudget-painter img');"
         "img.scrollIntoView({block: 'center'}); const box = img.getBoundingClientRect();"
@@ -296,7 +210,7 @@ def test_a_weight_slider_in_jupyterlab_draws_and_stops(
         "words = [load_trained('chest', label, base) for label in ('healthy', 'pneumonia')]",
         "PromptMixer(base, words, n=1, steps=3, delay=1)",
     ]
-    open_notebook(browser, lab, lines, ".medbudget-mixer .noUi-handle")
+    run_notebook(browser, lab, lines, shows=".medbudget-mixer .noUi-handle")
     status = (
         "const said = document.querySelector('.medbudget-mixer .widget-hbox .widget-label').innerText;"
         "const image = document.querySelector('.medbudget-mixer img');"
@@ -323,3 +237,57 @@ def test_a_weight_slider_in_jupyterlab_draws_and_stops(
     )
     time.sleep(2)
     assert browser.run(f"{status} return image.src") == second
+
+
+def test_pairs_answered_by_keys_in_jupyterlab_arrive_in_python(
+    browser: Browser, lab: tuple[str, Path]
+) -> None:
+    from medbudget import save_images
+    from medbudget.reader import ReaderStudy
+
+    _, folder = lab
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        save_images(images, folder / name)
+    study = ReaderStudy.create(folder / "a", folder / "b", folder / "s", seed=1, n_pairs=4)
+    lines = [
+        "from medbudget.reader import ReaderStudy",
+        "from medbudget.widgets import ReaderWidget",
+        "ReaderWidget(ReaderStudy.load('s'), 'ann')",
+    ]
+    run_notebook(browser, lab, lines, shows=".medbudget-reader img")
+    ann = study.reader("ann")
+
+    def arrived(*choices: str) -> None:
+        until(
+            lambda: [r["choice"] for r in ann.records()] == [*choices], f"{choices} do not arrive"
+        )
+        pair = f"Pair {ann.next() + 1} of 4" if ann.next() is not None else "All 4 pairs"
+        browser.wait_for(
+            f"return document.querySelector('.medbudget-reader').innerText.includes('{pair}')",
+            f"{pair} does not show",
+        )
+        time.sleep(0.3)  # faster answers count as double clicks
+
+    sources = "return [...document.querySelectorAll('.medbudget-reader img')].map(i => i.src)"
+    assert browser.run(sources) == study.urls(0)
+    time.sleep(0.3)
+    browser.click(".medbudget-reader [tabindex]")
+    browser.press(ARROW_LEFT)
+    arrived("left")
+    assert browser.run(sources) == study.urls(1)
+    browser.press(" ")
+    arrived("left", "none")
+    browser.press("u")
+    arrived("left", "none", "undo")
+    browser.press(ARROW_RIGHT)
+    arrived("left", "none", "undo", "right")
+    browser.type(".medbudget-reader input", "blurred")
+    time.sleep(0.3)
+    browser.click(".medbudget-right")
+    arrived("left", "none", "undo", "right", "right")
+    browser.click(".medbudget-left")
+    arrived("left", "none", "undo", "right", "right", "left")
+    assert [a["note"] for a in ann.answers()] == ["", "", "blurred", ""]
+    assert browser.run("return document.querySelectorAll('.jp-Cell').length") == 1

@@ -1,5 +1,6 @@
 """The widgets' Python side; tests/test_browser.py moves them with a mouse."""
 
+import html
 import json
 import re
 import threading
@@ -11,8 +12,18 @@ import torch
 pytest.importorskip("ipywidgets")
 
 from medbudget import Embedding, make_phantoms
+from medbudget.images import save_images
 from medbudget.inpainting import brush_mask
-from medbudget.widgets import Inpainter, Live, MaskPainter, PromptMixer, show_frames
+from medbudget.reader import ReaderStudy
+from medbudget.widgets import (
+    Inpainter,
+    Live,
+    MaskPainter,
+    PromptMixer,
+    ReaderWidget,
+    show_frames,
+    show_reader_study,
+)
 
 VECTORS = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
 A, B = Embedding(VECTORS, "<a>"), Embedding(1 - 3 * VECTORS, "<b>")
@@ -132,3 +143,44 @@ def test_inpainter_paints_under_the_drawn_mask(tiny):
     assert bytes(studio.result.value) != first and "done" in studio.status.value
     studio.painter.clear.click()
     assert "stopped" in studio.status.value
+
+
+@pytest.fixture
+def study(tmp_path):
+    for name, label in (("a", "healthy"), ("b", "tumour")):
+        save_images(make_phantoms("prostate", label, 3, size=32).images, tmp_path / name)
+    return ReaderStudy.create(
+        tmp_path / "a", tmp_path / "b", tmp_path / "s", seed=1, n_pairs=3, repeats=1 / 3
+    )
+
+
+def press(widget, choice):
+    widget.shown -= 1  # a second ago
+    widget.buttons[choice].click()
+
+
+def test_reader_widget_writes_each_answer_and_goes_on(study):
+    widget = ReaderWidget(study, "ann")
+    assert "Pair 1 of 4" in widget.status.value and widget.buttons["undo"].disabled
+    assert all(url in widget.picture.value for url in study.urls(0))
+    widget.note.value = "odd"
+    press(widget, "left")
+    widget.buttons["left"].click()  # a double click
+    assert [(a["choice"], a["note"]) for a in study.reader("ann").answers()] == [("left", "odd")]
+    assert study.reader("ann").answers()[0]["seconds"] == pytest.approx(1, abs=0.5)
+    assert "Pair 2 of 4" in widget.status.value and widget.note.value == ""
+    press(widget, "undo")
+    assert "Pair 1 of 4" in widget.status.value and widget.note.value == "odd"
+    again = ReaderWidget(study, "ann")
+    for choice in ("right", "none", "left", "left"):
+        press(again, choice)
+    assert "All 4 pairs are answered" in again.status.value and again.picture.value == ""
+    assert again.buttons["left"].disabled and not again.buttons["undo"].disabled
+    press(widget, "left")  # a window that is behind
+    assert len(study.reader("ann").answers()) == 4 and "is not the next one" in widget.status.value
+
+
+def test_reader_study_in_a_frame_is_the_exported_page(study):
+    text = show_reader_study(study).data
+    (page,) = re.findall(r'srcdoc="([^"]*)"', text)
+    assert html.unescape(page) == study.export()
