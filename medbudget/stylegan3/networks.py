@@ -185,7 +185,7 @@ class SynthesisLayer(nn.Module):
         size = (self.canvas - 1) * self.down + len(self.down_filter)
         x = upsample(x, self.up_filter, self.up, size)
         x = F.leaky_relu(x, SLOPE)
-        return downsample(x, self.down_filter * GAIN, self.down)
+        return downsample(x, self.down_filter * math.sqrt(GAIN), self.down)  # on two axes
 
 
 class ToRGB(nn.Module):
