@@ -225,7 +225,6 @@ def test_r1_by_hand_with_its_gradient():
     assert torch.allclose(network.a.grad, 4 * network.a)
 
 
-
 def test_r1_of_the_discriminator_against_finite_differences():
     network = make_stylegan3(SMALL).discriminator.double()
     network.architecture = replace(SMALL, mbstd_group=1)

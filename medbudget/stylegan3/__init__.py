@@ -2,6 +2,7 @@
 
 from medbudget.stylegan3.equivariance import translation_equivariance
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
+from medbudget.stylegan3.official import import_official
 from medbudget.stylegan3.training import (
     PRESETS,
     TINY,
@@ -21,6 +22,7 @@ __all__ = [
     "Generator",
     "StyleGAN3",
     "StyleGAN3Settings",
+    "import_official",
     "make_stylegan3",
     "train_stylegan3",
     "translation_equivariance",

@@ -105,4 +105,3 @@ def downsample(x: torch.Tensor, kernel: torch.Tensor, factor: int) -> torch.Tens
         stride = (factor, 1) if axis == 2 else (1, factor)
         x = F.conv2d(x, _along(kernel, x.shape[1], axis), stride=stride, groups=x.shape[1])
     return x
-

@@ -6,6 +6,7 @@ Written from the papers: Karras et al. 2021 (arXiv 2106.12423, "the paper" here)
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -326,7 +327,7 @@ class Discriminator(nn.Module):
         steps = [a.size // 2**k for k in range(int(math.log2(a.size)) - 1)]  # size, ..., 4
         channels = [min(a.channel_base // step, a.channel_max) for step in steps]
         self.from_rgb = Convolution(3, channels[0], 1)
-        self.blocks = nn.ModuleList(Block(*pair) for pair in zip(channels, channels[1:]))
+        self.blocks = nn.ModuleList(Block(*pair) for pair in itertools.pairwise(channels))
         last = channels[-1]
         self.last = Convolution(last + 1, last, 3)
         self.dense = Dense(last * 16, last, active=True)

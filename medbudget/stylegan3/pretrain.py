@@ -16,8 +16,9 @@ import torch
 
 from medbudget.images import save_images
 from medbudget.stylegan3.training import (
-    SHIPPED,
+    PRETRAINED,
     TINY,
+    WEIGHTS,
     StyleGAN3Settings,
     make_stylegan3,
     train_stylegan3,
@@ -35,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder of images.npy")
     parser.add_argument("--kimg", type=float, default=100, help="thousands of images to see")
-    parser.add_argument("--out", type=Path, default=SHIPPED)
+    parser.add_argument("--out", type=Path, default=WEIGHTS / f"{PRETRAINED}.safetensors")
     args = parser.parse_args()
     images = torch.from_numpy(np.load(args.work / "images.npy"))
 

@@ -29,7 +29,8 @@ from medbudget.progress import tqdm
 from medbudget.stylegan3.augment import adapt, augment
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
 
-SHIPPED = Path(__file__).parent / "weights" / "corpus64.safetensors"
+WEIGHTS = Path(__file__).parent / "weights"
+PRETRAINED = "corpus64"  # networks that ship, made by medbudget.stylegan3.pretrain
 
 
 class GanError(RuntimeError):
@@ -167,15 +168,23 @@ class StyleGAN3:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str] = SHIPPED, *, device: str | torch.device = "cpu"
+        cls, path: str | os.PathLike[str] = PRETRAINED, *, device: str | torch.device = "cpu"
     ) -> StyleGAN3:
-        """Read what `save` wrote; by default the shipped networks, pretrained on the corpus.
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+            A file, or the name of networks that ship: ``corpus64``, pretrained on the corpus of
+            the tiny base, or ``prostate_healthy64``, fine-tuned from it on 100 phantoms.
 
         Raises
         ------
         ValueError
             A file that is not of this kind.
         """
+        if (shipped := WEIGHTS / f"{path}.safetensors").is_file():
+            path = shipped
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["medbudget_stylegan3"])
@@ -262,8 +271,8 @@ def update_ema(average: nn.Module, network: nn.Module, keep: float) -> None:
     """Move running means towards the weights by ``1 - keep``; buffers are copied."""
     for a, b in zip(average.parameters(), network.parameters()):
         a.lerp_(b, 1 - keep)
-    for a, b in zip(average.buffers(), network.buffers()):
-        a.copy_(b)
+    for mine, theirs in zip(average.buffers(), network.buffers()):
+        mine.copy_(theirs)
 
 
 @contextmanager
@@ -498,7 +507,7 @@ def train_stylegan3(
                         f"a loss is no longer finite after {trainer.seen} images: {means}; lower "
                         "the learning rates or raise gamma. The last checkpoint is untouched"
                     )
-                line = {"images": trainer.seen, "seconds": round(trainer.seconds, 1),
+                line: dict[str, Any] = {"images": trainer.seen, "seconds": round(trainer.seconds, 1),
                         "p": round(trainer.p, 4), **means}  # fmt: skip
                 trainer.history.append(line)
                 snapshot = made()
