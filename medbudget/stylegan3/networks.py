@@ -182,7 +182,10 @@ class SynthesisLayer(nn.Module):
         demodulate = (style.square() @ square.T + 1e-8).rsqrt()
         x = x * (style * _track(self, x))[:, :, None, None]
         x = F.conv2d(x, self.weight, padding=1)
-        x = x * demodulate[:, :, None, None] + self.bias[:, None, None]
+        return self.activate(x * demodulate[:, :, None, None] + self.bias[:, None, None])
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the leaky ReLU at a higher rate, so that what it adds can be filtered out."""
         size = (self.canvas - 1) * self.down + len(self.down_filter)
         x = upsample(x, self.up_filter, self.up, size)
         x = F.leaky_relu(x, SLOPE)
