@@ -27,7 +27,7 @@ from medbudget.metrics.scores import Score
 from medbudget.sampling import sample
 from medbudget.studies.tasks import read_source
 from medbudget.stylegan3 import StyleGAN3, StyleGAN3Settings, train_stylegan3
-from medbudget.stylegan3.training import WEIGHTS
+from medbudget.stylegan3.training import WEIGHTS, measure_distance
 from medbudget.tiny.trained import load_trained
 
 ROLES = ("train", "reference")
@@ -52,6 +52,8 @@ class ComparisonSettings:
         Features of the distances.
     phantom : tuple of str or None
         Kind and label of phantoms, used where no folders are given; None needs folders.
+    overrides : mapping
+        Changes to the preset of `StyleGAN3Settings`.
     """
 
     base: str
@@ -124,8 +126,9 @@ def run_comparison(
     Returns
     -------
     dict
-        JSON types: ``stylegan3`` and ``diffusion`` with seconds and images seen, ``scores`` of
-        both with and without the paper's normalisation, ``settings``.
+        JSON types: ``stylegan3`` and ``diffusion`` with seconds, images seen and ``fd``, the
+        distance of 100 images to the training cases (StyleGAN3's by snapshot, in its history);
+        ``scores`` of both with and without the paper's normalisation; ``settings``.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; allowed are {', '.join(PRESETS)}")
@@ -150,7 +153,8 @@ def run_comparison(
         "diffusion": _images(folder / "diffusion", lambda: _diffuse(folder, s, base, train)),
     }
     values = {"settings": asdict(s), "stylegan3": _about(network), "diffusion": _word(folder)}
-    values["scores"] = compare(real, made["stylegan3"], made["diffusion"], train, s.extractors)
+    values["diffusion"]["fd"] = measure_distance(train, made["diffusion"][:100], s.extractors[0])
+    values["scores"] = compare(real, made["stylegan3"], made["diffusion"], s.extractors)
     write_json(folder / "scores.json", values)
     return values
 
@@ -159,7 +163,6 @@ def compare(
     real: torch.Tensor,
     stylegan3: torch.Tensor,
     diffusion: torch.Tensor,
-    train: torch.Tensor,
     extractors: tuple[str, ...],
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Score both generators against the same real images, as JSON.
@@ -170,7 +173,7 @@ def compare(
     scores: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for rule in ("none", "paper"):
         options: dict[str, Any] = {
-            "features": list(extractors), "train": train, "normalize": rule, "floor": False
+            "features": list(extractors), "normalize": rule, "floor": False
         }  # fmt: skip
         scores[rule] = {
             "stylegan3": _json(evaluate(real, stylegan3, permutation=diffusion, **options)),
@@ -214,7 +217,6 @@ def _train(
             names = _names(state["images_seen"])
             save_images(now.sample(SNAPSHOT_IMAGES), folder / "snapshots", names=names)
 
-    source = " ".join(s.phantom) + " phantoms" if s.phantom else "images"
     network = train_stylegan3(
         train,
         settings,
@@ -223,10 +225,10 @@ def _train(
         callback=keep,
         extractor=s.extractors[0],
         device=device,
-        data=f"{len(train)} {source}",
+        data=f"{len(train)} cases of a study",
     )
     network.save(path)
-    return network
+    return StyleGAN3.load(path, device=device)  # in half precision, as whoever runs this again
 
 
 def _names(seen: int) -> list[str]:
