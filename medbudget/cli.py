@@ -997,6 +997,66 @@ _add_study("figure5", "Figure 5: the same seeds on every line of Table 1.")
 _add_study("interpolation", "Figures 2 and 8: a disease score along each axis from healthy.")
 
 
+@study_app.command("stylegan3")
+def study_stylegan3(
+    store: StoreOption = Path("studies/stylegan3"),
+    preset: Annotated[str, typer.Option(help="tiny or paper")] = "tiny",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="ROLE=FOLDER of real images, for train and reference"),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="networks to fine-tune: *.safetensors, or an official .pkl; paper: AFHQv2"
+        ),
+    ] = None,
+    kimg: Annotated[float | None, typer.Option(help="thousands of images seen; paper: 100")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="also into results/ and the package, for the book")
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Section 4.2: StyleGAN3 and Textual Inversion on the same cases."""
+    from dataclasses import replace
+
+    from medbudget.studies import stylegan3 as study
+    from medbudget.stylegan3 import StyleGAN3, import_official
+
+    if preset not in study.PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; allowed are {', '.join(study.PRESETS)}")
+    if record and (preset != "tiny" or data or start):
+        raise ValueError("--record keeps preset tiny on phantoms from the shipped networks only")
+    sources = {}
+    for item in data or []:
+        role, equals, folder = item.partition("=")
+        if not equals:
+            raise ValueError(
+                f"--data {item!r} is not ROLE=FOLDER with a role of {', '.join(study.ROLES)}"
+            )
+        sources[role] = Path(folder)
+    settings = study.PRESETS[preset]
+    if kimg is not None:
+        settings = replace(settings, overrides={"kimg": kimg})
+    networks = None
+    if start is not None:
+        read = import_official if start.suffix == ".pkl" else StyleGAN3.load
+        networks = read(start)
+    values = study.run_comparison(
+        store, preset=preset, settings=settings, sources=sources, start=networks, device=device
+    )
+    for name in ("stylegan3", "diffusion"):
+        about = values[name]
+        print(f"{name}: {about['images_seen']} images seen in {about['seconds'] / 60:.1f} min")
+        for score in values["scores"]["none"][name]:
+            print(f"  {score['name']}: {score['value']:.4g}")
+    print(f"images and scores in {store}")
+    if record:
+        options = f" --kimg {kimg:g}" if kimg is not None else ""
+        command = f"medbudget study stylegan3 --store {store.name} --preset tiny{options} --record"
+        print(f"recorded: {study.record_comparison(store, command)}")
+
+
 @study_app.command("status")
 def study_status(
     name: str,

@@ -258,6 +258,17 @@ def test_attack_is_the_librarys() -> None:
     assert want > 0.6 and float(attack(members, others)) == pytest.approx(want, abs=1e-6)
 
 
+def test_gan_losses_are_the_librarys() -> None:
+    from medbudget.stylegan3.training import discriminator_loss, generator_loss
+
+    gan_losses = equation("gan_losses")
+    real, fake = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    generator, discriminator = gan_losses(real, fake)
+    torch.testing.assert_close(generator, generator_loss(fake))
+    torch.testing.assert_close(discriminator, discriminator_loss(real, fake))
+    assert not torch.isclose(generator, discriminator)
+
+
 @pytest.mark.parametrize(("weights", "scale"), [([1.0], 2.0), ([0.5] * 3, 3.0), ([-0.5, 1.5], 1.0)])
 def test_composition_is_the_librarys(weights: list[float], scale: float) -> None:
     from medbudget import sampling

@@ -1,0 +1,107 @@
+"""Low-pass filters and the table of cut-offs: StyleGAN3's section 3.2 and appendix C.
+
+Frequencies are in cycles per image, sampling rates in pixels per image, so that a signal of rate
+``s`` can hold frequencies up to ``s / 2``. Positions are those of pixel centres, and every canvas
+has its centre at the image's: no resampling here shifts anything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.signal import firwin
+
+TAPS = 6  # n of the paper: taps of a filter for each sample of the lower of its two rates
+
+
+def design_filter(taps: int, cutoff: float, half_width: float, rate: float) -> torch.Tensor:
+    """Return a Kaiser-windowed low-pass filter (appendix C), ``(taps,) float32`` that sums to 1.
+
+    Parameters
+    ----------
+    taps : int
+        Length.
+    cutoff, half_width : float
+        Centre of the transition band and half its width, cycles per image.
+    rate : float
+        Sampling rate at which the filter runs.
+    """
+    return torch.from_numpy(firwin(taps, cutoff, width=2 * half_width, fs=rate)).float()
+
+
+def attenuation(taps: int, half_width: float, rate: float) -> float:
+    """Kaiser's estimate of the stop band's attenuation in dB: equation of appendix C."""
+    return 2.285 * (taps - 1) * math.pi * (2 * half_width / (rate / 2)) + 7.95
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a synthesis layer's output can hold (figure 4c of the paper).
+
+    Attributes
+    ----------
+    cutoff, half_width : float
+        Of its low-pass filter, cycles per image.
+    rate : int
+        Sampling rate, pixels per image.
+    """
+
+    cutoff: float
+    half_width: float
+    rate: int
+
+
+def make_rates(
+    size: int,
+    n_layers: int = 14,
+    n_critical: int = 2,
+    *,
+    first_cutoff: float = 2.0,
+    first_stop: float = 2**2.1,
+    last_stop: float = 2**0.3,
+) -> list[Rates]:
+    """Return the rates of ``n_layers`` synthesis layers and of ToRGB: the paper's section 3.2.
+
+    Cut-off and stop frequency grow geometrically; the last ``n_critical`` layers are critically
+    sampled. `last_stop` is a multiple of half the image's size.
+    """
+    rates = []
+    for i in range(n_layers + 1):
+        share = min(i / (n_layers - n_critical), 1)
+        cutoff = first_cutoff * (size / 2 / first_cutoff) ** share
+        stop = first_stop * (size / 2 * last_stop / first_stop) ** share
+        rate = 2 ** math.ceil(math.log2(min(2 * stop, size)))
+        rates.append(Rates(cutoff, max(stop, rate / 2) - cutoff, rate))
+    return rates
+
+
+def _along(kernel: torch.Tensor, channels: int, axis: int) -> torch.Tensor:
+    shape = (1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1)
+    return kernel.view(shape).expand(channels, -1, -1, -1)
+
+
+def upsample(x: torch.Tensor, kernel: torch.Tensor, factor: int, size: int) -> torch.Tensor:
+    """Insert zeros and filter, on both axes: ``(B, C, H, W)`` to ``(B, C, size, size)``.
+
+    Outside the canvas the signal is zero; `size` cuts the result around its centre.
+    """
+    for axis in (2, 3):
+        stride = (factor, 1) if axis == 2 else (1, factor)
+        over = (x.shape[axis] - 1) * factor + len(kernel) - size
+        padding = (over // 2, 0) if axis == 2 else (0, over // 2)
+        x = F.conv_transpose2d(
+            x, _along(kernel * factor, x.shape[1], axis), stride=stride, padding=padding,
+            groups=x.shape[1],
+        )  # fmt: skip
+    return x
+
+
+def downsample(x: torch.Tensor, kernel: torch.Tensor, factor: int) -> torch.Tensor:
+    """Filter and keep every `factor`-th sample, on both axes, where the filter lies inside."""
+    for axis in (2, 3):
+        stride = (factor, 1) if axis == 2 else (1, factor)
+        x = F.conv2d(x, _along(kernel, x.shape[1], axis), stride=stride, groups=x.shape[1])
+    return x

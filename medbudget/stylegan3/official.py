@@ -1,0 +1,246 @@
+"""Read NVIDIA's StyleGAN3 files without running what is in them.
+
+An official ``.pkl`` is a pickle that carries Python source and runs it when it is loaded. Here an
+unpickler with a short list of what it may name replaces every persistent object by an inert box of
+its state; source is never looked at. What comes out are tensors, which are then fitted to our own
+networks: names, shapes and filters have to agree. Tested on files of the same structure made by
+the tests, not on an official file.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
+from medbudget.stylegan3.training import StyleGAN3
+
+
+class RefusedError(ValueError):
+    """A file that names what it must not, or that holds other networks than ours."""
+
+
+class _Box(dict):
+    """State of an object whose class is not looked at."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, Mapping):
+            self.update(state)
+
+
+class _Call:
+    """A function that a pickle may call, but not change."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise RefusedError("it changes a function")
+
+
+def _persistent(meta: Any) -> _Box:
+    """Stand in for the function that would run the file's source."""
+    state = meta.get("state") if isinstance(meta, Mapping) else None
+    return _Box(state if isinstance(state, Mapping) else {})
+
+
+def _storage(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("dnnlib.util", "EasyDict"): _Box,
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Call(_persistent),
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(torch._utils._rebuild_tensor_v2),
+    ("torch._utils", "_rebuild_parameter"): _Call(lambda data, requires_grad, hooks: data),
+    ("torch.storage", "_load_from_bytes"): _Call(_storage),
+    ("torch", "device"): torch.device,
+    ("torch", "Size"): torch.Size,
+    ("builtins", "set"): set,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+}
+_array: Any = np.empty(0).__reduce__()
+_scalar: Any = np.float64(0).__reduce__()
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    ALLOWED[_module, "_reconstruct"] = _Call(_array[0])
+    ALLOWED[_module, "scalar"] = _Call(_scalar[0])
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        try:
+            return ALLOWED[module, name]
+        except KeyError:
+            raise RefusedError(f"it names {module}.{name}, which is not on the list") from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise RefusedError("it refers to objects outside of the file")
+
+
+def read_pickle(path: str | os.PathLike[str]) -> Any:
+    """Return what a pickle holds, executing nothing but the rebuilding of tensors and arrays.
+
+    Raises
+    ------
+    RefusedError
+        The pickle names anything else, or is none.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _Unpickler(file).load()
+        except RefusedError as reason:
+            raise RefusedError(
+                f"{Path(path).name} is refused: {reason}. Only tensors, arrays and plain "
+                "containers are read, and nothing of the file was run"
+            ) from None
+        except Exception as error:
+            raise RefusedError(
+                f"{Path(path).name} is no readable pickle ({type(error).__name__}: {error})"
+            ) from None
+
+
+def _flatten(box: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return a module's parameters and buffers by dotted name."""
+    found: dict[str, torch.Tensor] = {}
+    if not isinstance(box, Mapping):
+        return found
+    for group in ("_parameters", "_buffers"):
+        for name, tensor in (box.get(group) or {}).items():
+            if isinstance(tensor, torch.Tensor):
+                found[prefix + name] = tensor.detach().float()
+    for name, module in (box.get("_modules") or {}).items():
+        found |= _flatten(module, f"{prefix}{name}.")
+    return found
+
+
+_GENERATOR = (
+    (r"mapping\.fc(\d+)\.(weight|bias)", r"mapping.layers.\1.\2"),
+    (r"mapping\.w_avg", "mapping.mean"),
+    (r"synthesis\.input\.freqs", "input.frequencies"),
+    (r"synthesis\.input\.(phases|weight|affine\.weight|affine\.bias)", r"input.\1"),
+    (r"synthesis\.L(\d+)_\d+_\d+\.magnitude_ema", r"layers.\1.magnitude"),
+    (r"synthesis\.L(\d+)_\d+_\d+\.(\w+\.)?(weight|bias|up_filter|down_filter)", r"layers.\1.\2\3"),
+)
+_DISCRIMINATOR = (
+    (r"b(\d+)\.fromrgb\.(weight|bias)", r"from_rgb.\2"),
+    (r"b(\d+)\.conv0\.(weight|bias)", r"blocks.\1.first.\2"),
+    (r"b(\d+)\.conv1\.(weight|bias)", r"blocks.\1.second.\2"),
+    (r"b(\d+)\.skip\.weight", r"blocks.\1.skip.weight"),
+    (r"b4\.conv\.(weight|bias)", r"last.\1"),
+    (r"b4\.fc\.(weight|bias)", r"dense.\1"),
+    (r"b4\.out\.(weight|bias)", r"out.\1"),
+)
+_DERIVED = r"(.*\.)?resample_filter|synthesis\.input\.transform"
+
+
+def _rename(tensors: Mapping[str, torch.Tensor], rules: Any, what: str) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        if re.fullmatch(_DERIVED, name):
+            continue
+        for pattern, ours in rules:
+            if match := re.fullmatch(pattern, name):
+                renamed[match.expand(ours)] = tensor
+                break
+        else:
+            raise RefusedError(f"{what} has {name}, which no network of configuration T has")
+    return renamed
+
+
+def _fit(network: Generator | Discriminator, found: dict[str, torch.Tensor], what: str) -> None:
+    own = network.state_dict()
+    if missing := sorted(set(own) - set(found)):
+        raise RefusedError(f"{what} lacks {missing[0]} ({len(missing)} tensors in all)")
+    if extra := sorted(set(found) - set(own)):
+        raise RefusedError(f"{what} has {len(extra)} tensors too many, such as {extra[0]}")
+    for name, tensor in found.items():
+        if tensor.shape != own[name].shape:
+            raise RefusedError(
+                f"{what}: {name} is {tuple(tensor.shape)}, configuration T of this size has "
+                f"{tuple(own[name].shape)}"
+            )
+        if name.endswith("_filter") and not torch.allclose(tensor, own[name], atol=1e-4):
+            raise RefusedError(f"{what}: {name} is another filter than configuration T's")
+    network.load_state_dict(found)
+
+
+def import_official(path: str | os.PathLike[str]) -> StyleGAN3:
+    """Read generator (the running mean) and discriminator of an official StyleGAN3-T file.
+
+    Nothing of the file is run; see `read_pickle`.
+
+    Parameters
+    ----------
+    path : path
+        A pickle of a mapping with ``G_ema`` and ``D``, as the official training writes it. Its
+        weights have a licence of their own: for research only.
+
+    Returns
+    -------
+    StyleGAN3
+
+    Raises
+    ------
+    RefusedError
+        A pickle that names what is not on the list, or that holds other networks (configuration
+        R, StyleGAN2, a conditional model).
+    """
+    name = Path(path).name
+    data = read_pickle(path)
+    if not isinstance(data, Mapping) or not {"G_ema", "D"} <= set(data):
+        keys = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+        raise RefusedError(f"{name} holds {keys}, not a mapping with G_ema and D")
+    g, d = _flatten(data["G_ema"]), _flatten(data["D"])
+    layers = {}
+    for key, tensor in g.items():
+        if match := re.fullmatch(r"synthesis\.L(\d+)_\d+_\d+\.weight", key):
+            layers[int(match[1])] = tensor
+    sizes = [int(m[1]) for key in d if (m := re.match(r"b(\d+)\.", key))]
+    if not layers or not sizes or sorted(layers) != list(range(len(layers))) or len(layers) < 4:
+        raise RefusedError(f"{name} holds no synthesis layers, or no discriminator's blocks")
+    size, top = max(sizes), max(layers)
+    width = g["mapping.w_avg"].numel() if "mapping.w_avg" in g else 512
+    try:
+        architecture = Architecture(
+            size=size,
+            channel_base=layers[top - 1].shape[0] * size,
+            channel_max=max(layer.shape[0] for layer in layers.values()),
+            width=width,
+            n_layers=top,
+        )
+    except ValueError as error:
+        raise RefusedError(f"{name}: {error}") from None
+    generator, discriminator = Generator(architecture), Discriminator(architecture)
+    rgb = f"layers.{top}."
+    found = {
+        f"to_rgb.{key.removeprefix(rgb)}" if key.startswith(rgb) else key: tensor
+        for key, tensor in _rename(g, _GENERATOR, f"{name}, G_ema").items()
+        if key not in (f"{rgb}up_filter", f"{rgb}down_filter")
+    }
+    _fit(generator, found, f"{name}, G_ema")
+    blocks = sorted({s for s in sizes if s > 4}, reverse=True)
+    found = {}
+    for key, tensor in _rename(d, _DISCRIMINATOR, f"{name}, D").items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.(.*)", key):
+            key = f"blocks.{blocks.index(int(match[1]))}.{match[2]}"
+        found[key] = tensor
+    _fit(discriminator, found, f"{name}, D")
+    return StyleGAN3(generator.eval(), discriminator.eval(), {"data": name})
