@@ -696,7 +696,8 @@ PresetOption = Annotated[str, typer.Option(help="tiny, colab or paper")]
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="ROLE=FOLDER of real images; of table1: train, reference, floor "
+        help="ROLE=FOLDER of real images; of table1: train, reference, floor; of table2: "
+        "prostate, chest, histology as prepare writes them "
         "(tiny without --data: phantoms)"
     ),
 ]
@@ -774,6 +775,7 @@ def _add_study(name: str, doc: str) -> None:
 
 _add_study("table1", "Table 1: sampling steps, guidance, vectors and cases.")
 _add_study("figure5", "Figure 5: the same seeds on every line of Table 1.")
+_add_study("table2", "Table 2: classifiers trained on real and synthetic images.")
 
 
 @study_app.command("status")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medbudget.studies import tables
+from medbudget.studies import table2, tables
 from medbudget.studies.tables import Study
 
 
@@ -34,6 +34,7 @@ _CASES = ("train", "reference", "floor")
 STUDIES = {
     "table1": Recipe(tables.make_table1, tables.PRESETS, _CASES),
     "figure5": Recipe(tables.make_figure5, tables.PRESETS, _CASES),
+    "table2": Recipe(table2.make_table2, table2.PRESETS, tuple(table2.PROBLEMS)),
 }
 
 
