@@ -25,7 +25,14 @@ from medbudget import __version__
 from medbudget.artifacts import atomic_path, check_writable, hash_tensors, write_json
 from medbudget.augment import LEVELS, augment
 from medbudget.images import ImageError, check_images, find_images, load_images
-from medbudget.metrics.auc import auc, delong
+from medbudget.metrics.auc import (
+    Difference,
+    auc,
+    bootstrap_auc,
+    calibration,
+    delong,
+    detectable_difference,
+)
 from medbudget.metrics.extractors import download, fit, load_state
 from medbudget.metrics.features import efficientnet_network
 from medbudget.metrics.scores import Score
@@ -429,6 +436,45 @@ class Classifier:
         return probabilities, score
 
 
+def saliency(
+    classifier: Classifier, images: torch.Tensor, *, stage: int = -1
+) -> npt.NDArray[np.float32]:
+    """Return where an image speaks for class 1: Grad-CAM (Selvaraju et al. 2017), by captum.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        ``(N, 3, H, W) uint8``.
+    stage : int
+        Whose output is weighed; earlier stages have finer grids and see less of the image.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(N, size, size)`` from 0 to 1, 1 at the image's own maximum; all 0 where nothing speaks
+        for class 1. A map of what the network used, not of where a disease is.
+
+    Raises
+    ------
+    ImportError
+        captum is not installed.
+    """
+    try:
+        from captum.attr import LayerAttribution, LayerGradCam
+    except ImportError:
+        raise ImportError("saliency maps need captum: pip install captum") from None
+    check_images(images)
+    s, network = classifier.settings, classifier.network.eval()
+    place = next(network.parameters()).device
+    small = resize(images.to(place), s.size, antialias=s.antialias) / 255
+    cam = LayerGradCam(network, network.stages[stage])
+    coarse = cam.attribute(small, target=1, relu_attributions=True)
+    maps = LayerAttribution.interpolate(coarse, (s.size, s.size), "bilinear")[:, 0].detach()
+    top = maps.amax((1, 2), keepdim=True)
+    scaled: npt.NDArray[np.float32] = (maps / top.clamp(min=1e-12)).cpu().numpy()
+    return scaled
+
+
 def _autocast(device: torch.device, precision: str) -> tuple[Any, torch.dtype]:
     if precision == "auto":
         kind = torch.float32
@@ -705,3 +751,36 @@ def _read_run(path: Path, identity: Mapping[str, Any]) -> npt.NDArray[np.float64
             "remove it"
         )
     return scores
+
+
+def score_runs(labels: npt.ArrayLike, scores: npt.ArrayLike, *, repeats: int = 2000) -> list[Score]:
+    """Return the mean AUC of repeated runs with its interval, their spread, and calibration.
+
+    Parameters
+    ----------
+    labels : array_like
+        ``(n,)`` of 0 and 1.
+    scores : array_like
+        ``(runs, n)``: probabilities of class 1.
+    repeats : int
+        Of the two-level bootstrap, over cases and runs.
+    """
+    truth, values = np.asarray(labels), np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    n = (int((truth == 0).sum()), int((truth == 1).sum()))
+    found = bootstrap_auc(truth, values, repeats=repeats)
+    note = f"mean of {len(values)} runs; two-level bootstrap over cases and runs"
+    rows = [Score("AUC", found.value, found.interval, n, note=note)]
+    if len(values) > 1:
+        sd = float(np.std([auc(truth, one) for one in values], ddof=1))
+        rows.append(Score("sd of runs", sd, None, n, note="training noise on one test set"))
+    error = calibration(truth, values).error
+    return [*rows, Score("ECE", error, None, n, note="calibration error, 10 bins, all runs")]
+
+
+def score_gain(gain: Difference, n: tuple[int, int]) -> list[Score]:
+    """Return a gain of `bootstrap_auc` as a score, and the gain that could have been detected."""
+    least = detectable_difference(gain.se)
+    return [
+        Score("gain", gain.value, gain.interval, n, note=f"p = {gain.p_value:.3g}; same cases"),
+        Score("detectable", least, None, n, note="a true gain found with power 80 % at 5 %"),
+    ]

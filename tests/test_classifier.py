@@ -18,6 +18,9 @@ from medbudget.classifier import (
     make_network,
     repeat_classifier,
     resize,
+    saliency,
+    score_gain,
+    score_runs,
     train_classifier,
 )
 from medbudget.images import save_images
@@ -179,6 +182,20 @@ def test_runs_are_saved_taken_up_again_and_never_mixed(splits, tmp_path):
         repeat_classifier(train, val, dots(12, 8), short, runs=1, folder=tmp_path)
 
 
+def test_scores_of_runs_by_hand():
+    from medbudget.metrics import Difference
+
+    labels = [0, 0, 1, 1]
+    runs = [[0.1, 0.4, 0.6, 0.9], [0.1, 0.7, 0.6, 0.9]]  # AUC 1 and .75
+    found = {score.name: score for score in score_runs(labels, runs, repeats=50)}
+    assert found["AUC"].value == 0.875 and found["AUC"].n == (2, 2)
+    assert found["sd of runs"].value == pytest.approx(0.25 / 2**0.5)
+    assert "sd of runs" not in {s.name for s in score_runs(labels, runs[0], repeats=50)}
+    gain, least = score_gain(Difference(0.02, 0.01, (0.0, 0.04), "bootstrap", 0.05), (2, 2))
+    assert gain.value == 0.02 and "p = 0.05" in gain.note
+    assert least.value == pytest.approx(2.801585 * 0.01, rel=1e-5)
+
+
 # -------------------------------------------------------------------------------------- folders
 
 
@@ -251,6 +268,21 @@ def test_missing_resnet_weights_say_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(WeightsError, match="could not be downloaded"):
         make_network(ClassifierSettings.preset("paper"))
+
+
+def test_saliency_lies_where_the_classes_differ():
+    pytest.importorskip("captum", reason="no captum here: pip install 'medbudget[book]'")
+
+    def corner(n, seed):  # class 1 has a bright upper left quarter
+        cases = dots(n, seed, gap=0, size=64)
+        cases.images[n:, :, :24, :24] = 250
+        return cases
+
+    settings = replace(FAST, size=64, steps=40, augment="none", frozen=5)
+    made = train_classifier(corner(16, 0), corner(12, 1), settings)
+    maps = saliency(made, corner(6, 2).images[6:], stage=5)
+    assert maps.shape == (6, 64, 64) and maps.min() >= 0 and maps.max() == pytest.approx(1)
+    assert maps[:, :32, :32].mean() > 2 * maps[:, 32:, 32:].mean()
 
 
 @pytest.mark.gpu

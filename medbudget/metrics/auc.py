@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +88,24 @@ def delong_difference(
     return Difference(value, se, (value - Z95 * se, value + Z95 * se), "DeLong", p)
 
 
+@overload
+def bootstrap_auc(
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    other: None = None,
+    *,
+    repeats: int = ...,
+    seed: int = ...,
+) -> Estimate: ...
+@overload
+def bootstrap_auc(
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    other: npt.ArrayLike,
+    *,
+    repeats: int = ...,
+    seed: int = ...,
+) -> Difference: ...
 def bootstrap_auc(
     labels: npt.ArrayLike,
     scores: npt.ArrayLike,

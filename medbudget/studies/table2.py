@@ -18,14 +18,21 @@ import numpy.typing as npt
 import torch
 
 from medbudget.artifacts import hash_tensors, write_json
-from medbudget.classifier import Cases, ClassifierSettings, check_splits, train_classifier
+from medbudget.classifier import (
+    Cases,
+    ClassifierSettings,
+    check_splits,
+    score_gain,
+    score_runs,
+    train_classifier,
+)
 from medbudget.embeddings import Embedding
 from medbudget.metrics.auc import (
+    Difference,
     auc,
     bootstrap_auc,
     calibration,
     delong_difference,
-    detectable_difference,
 )
 from medbudget.metrics.scores import Score
 from medbudget.studies.tables import Row, Study, StudySettings, make_blocks, make_embedding
@@ -242,8 +249,8 @@ def _run_gain(task: Task, store: Store, path: Path, scratch: Path) -> None:
     result = {
         "difference": found.value,
         "interval": list(found.interval),
-        "p_value": getattr(found, "p_value"),  # noqa: B009
-        "detectable": detectable_difference(found.se),
+        "se": found.se,
+        "p_value": found.p_value,
         "delong": {
             "difference": one.value, "interval": list(one.interval), "p_value": one.p_value
         },
@@ -256,20 +263,13 @@ def _run_auc(task: Task, store: Store, path: Path, scratch: Path) -> None:
     count = task.settings["runs"]
     runs = read_runs(task.inputs[:count], store)
     labels, scores = _scores(runs)
-    n = (labels.count(0), labels.count(1))
-    found = bootstrap_auc(labels, scores, repeats=task.settings["repeats"])
-    note = f"mean of {count} runs; two-level bootstrap over cases and runs"
-    rows = [Score("AUC", found.value, found.interval, n, note=note)]
-    if count > 1:
-        sd = float(np.std([run["auc"] for run in runs], ddof=1))
-        rows.append(Score("sd of runs", sd, None, n, note="training noise on one test set"))
+    rows = score_runs(labels, scores, repeats=task.settings["repeats"])
     if len(task.inputs) > count:
         gain = json.loads(store.path(task.inputs[count]).read_text(encoding="utf-8"))
-        rows += [
-            Score("gain", gain["difference"], tuple(gain["interval"]), n, note="over real alone"),
-            Score("detectable", gain["detectable"], None, n, note="with power 80 % at 5 %"),
-        ]
-    rows.append(Score("ECE", calibration(labels, scores).error, None, n, note="10 bins, all runs"))
+        found = Difference(
+            gain["difference"], gain["se"], tuple(gain["interval"]), "bootstrap", gain["p_value"]
+        )
+        rows[-1:-1] = score_gain(found, (labels.count(0), labels.count(1)))
     if "also" in runs[0]:
         truth = runs[0]["also"]["labels"]
         reverse = auc(truth, [run["also"]["scores"] for run in runs])
