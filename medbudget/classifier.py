@@ -453,16 +453,9 @@ def saliency(
     numpy.ndarray
         ``(N, size, size)`` from 0 to 1, 1 at the image's own maximum; all 0 where nothing speaks
         for class 1. A map of what the network used, not of where a disease is.
-
-    Raises
-    ------
-    ImportError
-        captum is not installed.
     """
-    try:
-        from captum.attr import LayerAttribution, LayerGradCam
-    except ImportError:
-        raise ImportError("saliency maps need captum: pip install captum") from None
+    from captum.attr import LayerAttribution, LayerGradCam
+
     check_images(images)
     s, network = classifier.settings, classifier.network.eval()
     place = next(network.parameters()).device

@@ -271,8 +271,6 @@ def test_missing_resnet_weights_say_what_to_do(monkeypatch, tmp_path):
 
 
 def test_saliency_lies_where_the_classes_differ():
-    pytest.importorskip("captum", reason="no captum here: pip install 'medbudget[book]'")
-
     def corner(n, seed):  # class 1 has a bright upper left quarter
         cases = dots(n, seed, gap=0, size=64)
         cases.images[n:, :, :24, :24] = 250
