@@ -207,11 +207,14 @@ def _run_classifier(task: Task, store: Store, path: Path, scratch: Path) -> None
     cases = {role: Cases.of(both[0], both[1]) for role, both in parts.items()}
     kept: list[int] = []
     if judges := read_runs(task.inputs[first:], store):
-        made = cases["synthetic"]
+        made, real = cases.pop("synthetic"), cases["real"]
         keep = keep_agreed(made.labels, [run["also"]["scores"] for run in judges])
         kept = [int((keep & (made.labels.numpy() == label)).sum()) for label in (0, 1)]
-        which = torch.from_numpy(keep)
-        cases["synthetic"] = Cases(made.images[which], made.labels[which])
+        which = torch.from_numpy(keep)  # perhaps of one class only, so no Cases of their own
+        cases["real"] = Cases(
+            torch.cat([real.images, made.images[which]]),
+            torch.cat([real.labels, made.labels[which]]),
+        )
     check_splits({role: cases[role] for role in cases if role != "also"})
     both = [cases[role] for role in ("real", "synthetic") if role in cases]
     train = both[0] if len(both) == 1 else both[0] + both[1]
