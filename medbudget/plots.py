@@ -284,7 +284,7 @@ def plot_scores(
     else:
         axes.axvline(0, color=GRAY, linewidth=1)
     axes.margins(x=0.35)
-    n = " vs ".join(map(str, first.n)) if isinstance(first.n, tuple) else str(first.n)
+    n = " vs ".join(map(str, first.n)) if isinstance(first.n, tuple | list) else str(first.n)
     same = len({str(s.n) for s in scores.values()}) == 1
     lower = "" if title else "; lower is closer"
     axes.set_xlabel(first.name + (f", n = {n}" if same else "") + lower)

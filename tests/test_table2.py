@@ -190,6 +190,11 @@ def test_a_test_case_among_the_training_cases_is_refused(tiny, tmp_path):
         run(study.tasks, Store(tmp_path / "store", sources))
 
 
+def test_fewer_synthetic_images_than_the_lines_need_are_refused():
+    with pytest.raises(ValueError, match=r"number of real images \(200\), got 100"):
+        replace(PRESETS["tiny"], many=100)
+
+
 def test_a_word_of_another_base_is_refused(tmp_path):
     study = make_study("table2", "tiny", base_hash="f" * 12)
     word = next(t for t in in_order(study.tasks) if t.kind == "word")

@@ -127,6 +127,13 @@ class Table2Settings:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     repeats: int = 2000
 
+    def __post_init__(self) -> None:
+        if self.many < max(2 * self.cases, self.some) or self.many % 2 or self.some % 2:
+            raise ValueError(
+                f"many and some must be even, and many at least some ({self.some}) and the number "
+                f"of real images ({2 * self.cases}), got {self.many}"
+            )
+
 
 PRESETS = {
     "tiny": Table2Settings(
