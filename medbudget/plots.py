@@ -279,9 +279,12 @@ def plot_scores(
     axes.set_yticks(range(len(scores)), list(scores))
     axes.invert_yaxis()
     axes.set_ylim(len(scores) - 0.4, -0.6)
-    axes.set_xlim(left=0)
+    if min(min(s.interval or (s.value,)) for s in scores.values()) >= 0:
+        axes.set_xlim(left=0)
+    else:
+        axes.axvline(0, color=GRAY, linewidth=1)
     axes.margins(x=0.35)
-    n = " vs ".join(map(str, first.n)) if isinstance(first.n, tuple) else str(first.n)
+    n = " vs ".join(map(str, first.n)) if isinstance(first.n, tuple | list) else str(first.n)
     same = len({str(s.n) for s in scores.values()}) == 1
     lower = "" if title else "; lower is closer"
     axes.set_xlabel(first.name + (f", n = {n}" if same else "") + lower)

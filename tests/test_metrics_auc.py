@@ -6,8 +6,11 @@ import pytest
 from medbudget.metrics import (
     auc,
     bootstrap_auc,
+    calibration,
     delong,
     delong_difference,
+    detectable_difference,
+    hanley_mcneil,
     membership_inference,
 )
 
@@ -54,6 +57,78 @@ def test_paired_difference_is_narrower_and_agrees_with_the_bootstrap():
     assert delong_difference(labels, a, a).p_value == 1
     worse = delong_difference(labels, a, -a)
     assert worse.value > 0 and worse.p_value < 1e-6
+
+
+def slow_delong(positive_scores, negative_scores):
+    """DeLong et al. 1988 as written: the kernel psi over all pairs, covariances of its means."""
+    psi = [
+        [[1.0 if x > y else 0.5 if x == y else 0.0 for y in n] for x in p]
+        for p, n in zip(positive_scores, negative_scores)
+    ]
+    v10 = [[sum(row) / len(row) for row in one] for one in psi]
+    v01 = [[sum(column) / len(column) for column in zip(*one)] for one in psi]
+    s = np.cov(v10) / len(v10[0]) + np.cov(v01) / len(v01[0])
+    areas = [sum(v) / len(v) for v in v10]
+    return areas[0] - areas[1], np.sqrt(s[0, 0] + s[1, 1] - 2 * s[0, 1])
+
+
+def test_delongs_paired_test_equals_its_slow_exact_computation_with_ties():
+    rng = np.random.default_rng(0)
+    a = np.round(rng.normal(np.repeat([1.0, 0.0], [30, 45]), 1), 1)
+    b = np.round(a + rng.normal(0, 0.7, 75), 1)
+    found = delong_difference(np.repeat([1, 0], [30, 45]), a, b)
+    value, se = slow_delong([a[:30], b[:30]], [a[30:], b[30:]])
+    assert found.value == pytest.approx(value) and found.se == pytest.approx(se)
+
+
+def test_p_values_of_the_two_level_bootstrap_hold_their_level_and_find_what_is_there():
+    def study(seed, gain):
+        rng = np.random.default_rng(seed)
+        labels = np.repeat([1, 0], 40)
+        case = rng.normal(labels.astype(float), 1)  # what is easy is so in every run
+        noise = rng.normal(0, 0.5, (2, 4, 80))
+        return labels, case + noise[0] + gain * labels, case + noise[1]
+
+    p = [bootstrap_auc(*study(seed, 0.0), repeats=200).p_value for seed in range(60)]
+    assert np.mean(np.array(p) < 0.05) < 0.15 and 0.3 < np.mean(p) < 0.7
+    found = bootstrap_auc(*study(0, 1.5), repeats=400)
+    assert found.p_value == 2 / 400 and found.interval[0] > 0
+    other = study(0, 1.5)
+    assert bootstrap_auc(other[0], other[2], other[1], repeats=400).value == -found.value
+    same = study(1, 0.0)
+    assert bootstrap_auc(same[0], same[1], same[1], repeats=100).p_value > 0.2
+
+
+def test_the_papers_test_set_cannot_show_the_papers_gain():
+    # .78 with 100 and 100: q1 = .78 / 1.22, q2 = 2 * .6084 / 1.78
+    variance = (0.78 * 0.22 + 99 * (0.78 / 1.22 - 0.6084) + 99 * (1.2168 / 1.78 - 0.6084)) / 1e4
+    se = hanley_mcneil(0.78, 100, 100)
+    assert se == pytest.approx(variance**0.5) and round(se, 3) == 0.033
+    assert detectable_difference(se) == pytest.approx((1.959964 + 0.841621) * se, rel=1e-6)
+    assert detectable_difference(se, power=0.9) > detectable_difference(se) > 0.023
+    with pytest.raises(ValueError, match="level < power"):
+        detectable_difference(0.1, power=0.01)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        hanley_mcneil(1.2, 10, 10)
+
+
+def test_detectable_differences_are_found_with_the_power_promised():
+    rng = np.random.default_rng(0)
+    gain = detectable_difference(1.0)
+    z = rng.normal(gain, 1, 200_000)
+    assert np.mean(np.abs(z) > 1.959964) == pytest.approx(0.8, abs=0.005)
+
+
+def test_calibration_by_hand():
+    # bins of width .5: (.2, .4) with 1 of 2 positive, (.9, .7) with 2 of 2
+    found = calibration([0, 1, 1, 1, 0, 0], [0.2, 0.4, 0.9, 0.7, 0.1, 0.1], bins=2)
+    assert found.count == (4, 2)
+    assert found.predicted == pytest.approx((0.2, 0.8)) and found.observed == (0.25, 1.0)
+    assert found.error == pytest.approx((4 * 0.05 + 2 * 0.2) / 6)
+    perfect = calibration([0, 0, 1, 1], [[0.0, 0.0, 1.0, 1.0]] * 3)
+    assert perfect.error == 0 and perfect.count == (6, 6)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        calibration([0, 0, 1, 1], [0.0, 0.0, 1.0, 1.5])
 
 
 def test_two_level_bootstrap_adds_the_spread_between_runs():

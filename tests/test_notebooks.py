@@ -269,6 +269,23 @@ def test_gan_losses_are_the_librarys() -> None:
     assert not torch.isclose(generator, discriminator)
 
 
+def test_resampled_gains_are_the_librarys() -> None:
+    from medbudget.metrics import bootstrap_auc
+
+    resampled_gain = equation("resampled_gain")
+    generator = torch.Generator().manual_seed(0)
+    case = torch.randn(60, generator=generator) + (torch.arange(60) < 25)  # 25 positive cases
+    a, b = (case + 0.7 * torch.randn(4, 60, generator=generator) for _ in range(2))
+    labels = (torch.arange(60) < 25).long()
+    want = bootstrap_auc(labels.numpy(), a.numpy(), b.numpy(), repeats=2000)
+    both = torch.stack([a, b])
+    gains = torch.stack(
+        [resampled_gain(both[:, :, :25], both[:, :, 25:], generator) for _ in range(2000)]
+    )
+    assert float(gains.std()) == pytest.approx(want.se, rel=0.06)
+    assert float(gains.mean()) == pytest.approx(want.value, abs=0.1 * want.se)
+
+
 @pytest.mark.parametrize(("weights", "scale"), [([1.0], 2.0), ([0.5] * 3, 3.0), ([-0.5, 1.5], 1.0)])
 def test_composition_is_the_librarys(weights: list[float], scale: float) -> None:
     from medbudget import sampling

@@ -1,10 +1,15 @@
 """How good, how certain, how copied: metrics for small sets of images."""
 
 from medbudget.metrics.auc import (
+    Calibration,
+    Difference,
     auc,
     bootstrap_auc,
+    calibration,
     delong,
     delong_difference,
+    detectable_difference,
+    hanley_mcneil,
     membership_inference,
 )
 from medbudget.metrics.disease import disease_axis, disease_score
@@ -34,6 +39,8 @@ from medbudget.metrics.permutation import PermutationTest, permutation_test
 from medbudget.metrics.scores import Score, format_table, to_json, to_table
 
 __all__ = [
+    "Calibration",
+    "Difference",
     "Estimate",
     "Extractor",
     "Memorisation",
@@ -43,8 +50,10 @@ __all__ = [
     "auc",
     "bootstrap_auc",
     "bootstrap_distances",
+    "calibration",
     "delong",
     "delong_difference",
+    "detectable_difference",
     "disease_axis",
     "disease_score",
     "evaluate",
@@ -55,6 +64,7 @@ __all__ = [
     "frechet_distance",
     "frechet_interval",
     "frechet_score",
+    "hanley_mcneil",
     "kernel_distance",
     "load_extractor",
     "membership_inference",

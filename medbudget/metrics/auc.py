@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +88,24 @@ def delong_difference(
     return Difference(value, se, (value - Z95 * se, value + Z95 * se), "DeLong", p)
 
 
+@overload
+def bootstrap_auc(
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    other: None = None,
+    *,
+    repeats: int = ...,
+    seed: int = ...,
+) -> Estimate: ...
+@overload
+def bootstrap_auc(
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    other: npt.ArrayLike,
+    *,
+    repeats: int = ...,
+    seed: int = ...,
+) -> Difference: ...
 def bootstrap_auc(
     labels: npt.ArrayLike,
     scores: npt.ArrayLike,
@@ -103,8 +122,9 @@ def bootstrap_auc(
 
     Returns
     -------
-    Estimate
-        The standard error is the bootstrap's standard deviation.
+    Estimate or Difference
+        The standard error is the bootstrap's standard deviation. With `other`, a `Difference`,
+        whose p-value is twice the share of draws on the other side of 0, at least 2 / repeats.
     """
     positive, first = _check(labels, scores)
     if repeats < 2:
@@ -138,8 +158,94 @@ def bootstrap_auc(
         draws[i] = values[0] - (values[1] if len(values) > 1 else 0.0)
     value = auc(labels, scores) - (auc(labels, other) if other is not None else 0.0)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(
-        value, float(draws.std(ddof=1)), (float(low), float(high)), "stratified bootstrap"
+    found = (value, float(draws.std(ddof=1)), (float(low), float(high)), "stratified bootstrap")
+    if other is None:
+        return Estimate(*found)
+    beyond = min((draws <= 0).sum(), (draws >= 0).sum())
+    return Difference(*found, p_value=min(1.0, 2 * max(1, int(beyond)) / repeats))
+
+
+def hanley_mcneil(value: float, n_positive: int, n_negative: int) -> float:
+    """Return the standard error of an AUC from its value and the numbers of cases alone.
+
+    Hanley and McNeil 1982, for exponential score distributions.
+    """
+    if not 0 <= value <= 1 or min(n_positive, n_negative) < 2:
+        raise ValueError(
+            f"an AUC from 0 to 1 and at least 2 cases of each class are needed, got {value}, "
+            f"{n_positive} and {n_negative}"
+        )
+    q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
+    variance = (
+        value * (1 - value)
+        + (n_positive - 1) * (q1 - value**2)
+        + (n_negative - 1) * (q2 - value**2)
+    ) / (n_positive * n_negative)
+    return float(np.sqrt(variance))
+
+
+def detectable_difference(se: float, *, power: float = 0.8, level: float = 0.05) -> float:
+    """Return the smallest true difference that a two-sided test finds with probability `power`.
+
+    Parameters
+    ----------
+    se : float
+        Standard error of the difference, e.g. of `bootstrap_auc` with `other`. It falls with the
+        root of the number of cases.
+    """
+    if se < 0 or not (0 < level < power < 1):
+        raise ValueError(
+            f"se >= 0 and 0 < level < power < 1 are needed, got se={se}, level={level}, "
+            f"power={power}"
+        )
+    return float((norm.ppf(1 - level / 2) + norm.ppf(power)) * se)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far probabilities are from frequencies.
+
+    Attributes
+    ----------
+    error : float
+        Expected calibration error: the mean over cases of |predicted - observed| of their bin.
+    predicted, observed : tuple of float
+        Mean probability and share of positives in each bin that has cases.
+    count : tuple of int
+        Cases in those bins.
+    """
+
+    error: float
+    predicted: tuple[float, ...]
+    observed: tuple[float, ...]
+    count: tuple[int, ...]
+
+
+def calibration(
+    labels: npt.ArrayLike, probabilities: npt.ArrayLike, *, bins: int = 10
+) -> Calibration:
+    """Compare probabilities with what happened, in bins of equal width (Guo et al. 2017).
+
+    Parameters
+    ----------
+    labels : array_like
+        ``(n,)`` of 0 and 1.
+    probabilities : array_like
+        ``(n,)`` or ``(runs, n)``, of class 1; all runs go into the same bins.
+    """
+    positive, score = _check(labels, probabilities)
+    if bins < 1 or score.min() < 0 or score.max() > 1:
+        raise ValueError("probabilities from 0 to 1 and at least one bin are needed")
+    flat = score.ravel()
+    truth = np.broadcast_to(positive, score.shape).ravel()
+    place = np.minimum((flat * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    used = count > 0
+    predicted = np.bincount(place, flat, bins)[used] / count[used]
+    observed = np.bincount(place, truth, bins)[used] / count[used]
+    error = float((count[used] * np.abs(predicted - observed)).sum() / len(flat))
+    return Calibration(
+        error, tuple(predicted.tolist()), tuple(observed.tolist()), tuple(count[used].tolist())
     )
 
 

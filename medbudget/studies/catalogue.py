@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medbudget.studies import interpolation, tables
+from medbudget.studies import interpolation, table2, tables
 from medbudget.studies.tables import Study
 
 
@@ -35,6 +35,7 @@ STUDIES = {
     "table1": Recipe(tables.make_table1, tables.PRESETS, _CASES),
     "figure5": Recipe(tables.make_figure5, tables.PRESETS, _CASES),
     "interpolation": Recipe(interpolation.make_interpolation, interpolation.PRESETS, ()),
+    "table2": Recipe(table2.make_table2, table2.PRESETS, tuple(table2.PROBLEMS)),
 }
 
 

@@ -34,7 +34,11 @@ def read_values(study: Study, store: Store) -> dict[str, Any]:
     rows = []
     for row in study.rows:
         found: dict[str, Any] = {"setting": row.group, "value": row.value, "paper": dict(row.paper)}
-        for name, task in (("scores", row.score), ("compare", row.compare)):
+        for name, task in (
+            ("scores", row.score),
+            ("compare", row.compare),
+            ("details", row.details),
+        ):
             if (values := read(task)) is not None:
                 found[name] = values
         rows.append(found)

@@ -102,6 +102,8 @@ class Row:
     images : tuple of Task
         Blocks of 16 generated images for the report's figure, the first from the study's first
         seed; empty where the line has none.
+    details : Task or None
+        Whatever else is recorded of the line; its result is JSON.
     """
 
     group: str
@@ -110,6 +112,7 @@ class Row:
     compare: Task | None = None
     paper: Mapping[str, float | str] = field(default_factory=dict)
     images: tuple[Task, ...] = ()
+    details: Task | None = None
 
 
 @dataclass(frozen=True)

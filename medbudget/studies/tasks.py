@@ -135,7 +135,7 @@ def _run_images(task: Task, store: Store, path: Path, scratch: Path) -> None:
         images = read_source(store.sources, s["source"], s["size"])
         if hash_tensors({"images": images}) != s["hash"]:
             raise ValueError(
-                f"the images of {store.sources[s['source']]} are not those that the study was "
+                f"the images of {s['source']} are not those that the study was "
                 "planned with: restore them, or plan anew"
             )
         images = images[: s["n"]]
@@ -143,17 +143,18 @@ def _run_images(task: Task, store: Store, path: Path, scratch: Path) -> None:
 
 
 def read_source(sources: Mapping[str, Path], name: str, size: int) -> torch.Tensor:
-    """Return the images of a named folder.
+    """Return the images of a named folder, or of one in it: ``role/train/healthy``.
 
     Raises
     ------
     ValueError
         No folder was given under this name.
     """
-    if name not in sources:
+    role, _, inner = name.partition("/")
+    if role not in sources:
         have = ", ".join(sources) or "none"
         raise ValueError(f"no folder of images {name!r} was given (given: {have}); use --data")
-    return load_images(sources[name], size=size)
+    return load_images(sources[role] / inner, size=size)
 
 
 def _run_embedding(task: Task, store: Store, path: Path, scratch: Path) -> None:

@@ -1,8 +1,8 @@
 """Embeddings that ship with the package, trained on phantoms: chapters load them.
 
 ``python -m medbudget.tiny.trained`` trains those that are missing or stale with the ``tiny``
-preset and writes them beside this file: the eight classes, and on healthy prostates the vectors and
-cases of the paper's Table 1.
+preset and writes them beside this file: the eight classes, on healthy prostates the vectors and
+cases of the paper's Table 1, and prostates with a tumour from 10 cases for its Table 2.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ SPECS = (
     *((kind, label, VECTORS, CASES) for kind, label in SHIPPED),
     *(("prostate", "healthy", n, CASES) for n in (8, 16, 32)),
     *(("prostate", "healthy", VECTORS, cases) for cases in (5, 10, 50)),
+    ("prostate", "tumour", VECTORS, 10),  # Table 2's rows with an asterisk
 )
 
 
@@ -35,6 +36,21 @@ def _path(kind: str, label: str, n_vectors: int, cases: int) -> Path:
     if (n_vectors, cases) != (VECTORS, CASES):
         name += f"_{n_vectors}vectors_{cases}cases"
     return FOLDER / f"{name}.safetensors"
+
+
+def find_trained(kind: str, label: str, *, n_vectors: int = VECTORS, cases: int = CASES) -> Path:
+    """Return the file of a shipped embedding.
+
+    Raises
+    ------
+    ValueError
+        None for this class.
+    """
+    path = _path(kind, label, n_vectors, cases)
+    if not path.exists():
+        have = ", ".join(sorted(p.stem for p in FOLDER.glob("*.safetensors"))) or "none"
+        raise ValueError(f"no trained embedding {path.stem}; there are: {have}")
+    return path
 
 
 def load_trained(
@@ -47,10 +63,7 @@ def load_trained(
     ValueError
         None for this class, or one trained on other weights than `base` has.
     """
-    path = _path(kind, label, n_vectors, cases)
-    if not path.exists():
-        have = ", ".join(sorted(p.stem for p in FOLDER.glob("*.safetensors"))) or "none"
-        raise ValueError(f"no trained embedding {path.stem}; there are: {have}")
+    path = find_trained(kind, label, n_vectors=n_vectors, cases=cases)
     embedding = Embedding.load(path)
     if embedding.base_hash != base.hash:
         raise ValueError(

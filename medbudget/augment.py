@@ -1,0 +1,247 @@
+"""Augmentation of a batch at once, on its device, with every sample's own draws.
+
+What de Wilde et al. (2024) did with albumentations 1.3.0 at their level "heavy": in their order,
+flip, noise, gamma, shift + scale + rotation, contrast and brightness, optical distortion, dropped
+channel. Here both warps are one resampling, and contrast follows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strong each transformation is; the defaults are the paper's "heavy", 0 (gamma 1) is none.
+
+    Attributes
+    ----------
+    flip : float
+        Probability of a left-right flip.
+    noise : float
+        Largest variance of Gaussian noise, for images in [0, 1]; each sample draws its own.
+    gamma : float
+        Smallest exponent, up to 1: smaller is brighter.
+    shift, scale : float
+        Largest shift as a share of the edge, largest change of size.
+    rotate : float
+        Largest rotation, degrees.
+    distortion : float
+        Largest coefficient of the radial distortion, of either sign.
+    contrast, brightness : float
+        Largest change of the factor 1, and of the offset 0.
+    drop_channel : float
+        Probability that one channel is set to 0.
+    """
+
+    flip: float = 0.5
+    noise: float = 0.1
+    gamma: float = 0.1
+    shift: float = 0.1
+    scale: float = 0.2
+    rotate: float = 45.0
+    distortion: float = 0.05
+    contrast: float = 0.2
+    brightness: float = 0.2
+    drop_channel: float = 0.8
+
+    def __post_init__(self) -> None:
+        bounds = dict.fromkeys(("flip", "drop_channel", "shift"), 1.0) | {"rotate": 180.0}
+        for name, value in vars(self).items():
+            low, high = (0.01, 1.0) if name == "gamma" else (0.0, bounds.get(name, 0.99))
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be {low:g} to {high:g}, got {value}")
+
+
+HEAVY = Augmentation()
+NONE = Augmentation(
+    flip=0, noise=0, gamma=1, shift=0, scale=0, rotate=0, distortion=0, contrast=0, brightness=0,
+    drop_channel=0,
+)  # fmt: skip
+LEVELS = {"heavy": HEAVY, "none": NONE}
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What each of B samples undergoes; tensors ``(B,)``, `shift` ``(B, 2)`` (x, y).
+
+    Attributes
+    ----------
+    flip : bool
+    variance : of the noise.
+    gamma : exponent.
+    angle : radians, counter-clockwise.
+    scale : factor; above 1 enlarges.
+    shift : share of width and height.
+    distortion : coefficient of the radial distortion.
+    contrast, brightness : factor and offset.
+    dropped : int64, the channel that is set to 0, or -1.
+    """
+
+    flip: torch.Tensor
+    variance: torch.Tensor
+    gamma: torch.Tensor
+    angle: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    distortion: torch.Tensor
+    contrast: torch.Tensor
+    brightness: torch.Tensor
+    dropped: torch.Tensor
+
+
+def draw_augmentation(
+    n: int, settings: Augmentation = HEAVY, *, generator: torch.Generator
+) -> Draws:
+    """Draw what `n` samples undergo, each on its own, on the generator's device."""
+    u = torch.rand(12, n, generator=generator, device=generator.device)
+    signed = 2 * u - 1
+    channel = (3 * u[10]).long().clamp(max=2)
+    return Draws(
+        flip=u[0] < settings.flip,
+        variance=u[1] * settings.noise,
+        gamma=1 - u[2] * (1 - settings.gamma),
+        angle=signed[3] * (settings.rotate * torch.pi / 180),
+        scale=1 + signed[4] * settings.scale,
+        shift=signed[5:7].T * settings.shift,
+        distortion=signed[7] * settings.distortion,
+        contrast=1 + signed[8] * settings.contrast,
+        brightness=signed[9] * settings.brightness,
+        dropped=torch.where(u[11] < settings.drop_channel, channel, -1),
+    )
+
+
+def _each(values: torch.Tensor) -> torch.Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def flip(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Flip left and right where `which` ``(B,) bool`` says so: ``(B, C, H, W)`` both ways."""
+    return torch.where(_each(which), images.flip(3), images)
+
+
+def add_noise(
+    images: torch.Tensor, variance: torch.Tensor, *, generator: torch.Generator
+) -> torch.Tensor:
+    """Add Gaussian noise of `variance` ``(B,)`` and clip to [0, 1]."""
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    return noise.mul_(_each(variance.sqrt())).add_(images).clamp_(0, 1)
+
+
+def adjust_gamma(images: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """Raise images in [0, 1] to the power `gamma` ``(B,)``."""
+    return images ** _each(gamma)
+
+
+def warp(
+    images: torch.Tensor,
+    *,
+    angle: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    distortion: torch.Tensor,
+) -> torch.Tensor:
+    """Rotate, scale and shift about the centre, then distort radially: one bilinear resampling.
+
+    With d from the centre as a share of the width, output at d shows what the moved image has at
+    d (1 + k |d|^2 + k |d|^4). What lies outside is mirrored at the centre of the border pixels.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        ``(B, C, H, W)`` float.
+    angle, scale, distortion : torch.Tensor
+        ``(B,)``, see `Draws`.
+    shift : torch.Tensor
+        ``(B, 2)``.
+    """
+    height, width = images.shape[2:]
+    x = torch.arange(width, device=images.device) - (width - 1) / 2
+    y = torch.arange(height, device=images.device) - (height - 1) / 2
+    square = (x[None, :] ** 2 + y[:, None] ** 2) / width**2
+
+    def each(values: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, 1, 1)
+
+    factor = 1 + each(distortion) * (square + square**2)
+    dx = x * factor - each(shift[:, 0] * width)
+    dy = y[:, None] * factor - each(shift[:, 1] * height)
+    cos, sin = each(angle.cos() / scale), each(angle.sin() / scale)
+    # y points down, so that a counter-clockwise turn has these signs; in grid_sample's units
+    grid = torch.stack(
+        [
+            (cos * dx - sin * dy) * (2 / max(width - 1, 1)),
+            (sin * dx + cos * dy) * (2 / max(height - 1, 1)),
+        ],
+        -1,
+    )
+    return F.grid_sample(
+        images, grid.to(images.dtype), mode="bilinear", padding_mode="reflection",
+        align_corners=True,
+    )  # fmt: skip
+
+
+def adjust_contrast(
+    images: torch.Tensor, contrast: torch.Tensor, brightness: torch.Tensor
+) -> torch.Tensor:
+    """Multiply by `contrast`, add `brightness` (both ``(B,)``), clip to [0, 1]."""
+    return (images * _each(contrast)).add_(_each(brightness)).clamp_(0, 1)
+
+
+def drop_channel(images: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """Set channel `dropped` ``(B,) int64`` of each sample to 0; -1 drops none."""
+    channels = torch.arange(images.shape[1], device=images.device)
+    keep = channels != dropped[:, None]
+    return images * keep[:, :, None, None].to(images.dtype)
+
+
+def augment(
+    images: torch.Tensor, settings: Augmentation = HEAVY, *, generator: torch.Generator
+) -> torch.Tensor:
+    """Augment a batch: the same generator state gives the same result.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        ``(B, 3, H, W)`` float in [0, 1], on the generator's device.
+
+    Returns
+    -------
+    torch.Tensor
+        As `images`, in [0, 1]; `images` itself is left as it is.
+
+    Raises
+    ------
+    ValueError
+        Images that are not float and four-dimensional, or on another device.
+    """
+    if not images.is_floating_point() or images.ndim != 4:
+        raise ValueError(
+            f"images must be float (B, C, H, W) in [0, 1], got {images.dtype} "
+            f"{tuple(images.shape)}; divide uint8 images by 255"
+        )
+    if images.device.type != generator.device.type:
+        raise ValueError(
+            f"images are on {images.device}, the generator on {generator.device}; make it with "
+            "torch.Generator(images.device)"
+        )
+    draws = draw_augmentation(len(images), settings, generator=generator)
+    if settings.flip:
+        images = flip(images, draws.flip)
+    if settings.noise:
+        images = add_noise(images, draws.variance, generator=generator)
+    if settings.gamma < 1:
+        images = adjust_gamma(images, draws.gamma)
+    if settings.shift or settings.scale or settings.rotate or settings.distortion:
+        images = warp(
+            images, angle=draws.angle, scale=draws.scale, shift=draws.shift,
+            distortion=draws.distortion,
+        )  # fmt: skip
+    if settings.contrast or settings.brightness:
+        images = adjust_contrast(images, draws.contrast, draws.brightness)
+    if settings.drop_channel:
+        images = drop_channel(images, draws.dropped)
+    return images

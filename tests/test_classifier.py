@@ -1,0 +1,290 @@
+"""The classifier: what it learns, what it refuses, and that a killed run ends as a whole one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from medbudget.classifier import (
+    Cases,
+    ClassifierSettings,
+    _pick,
+    check_splits,
+    load_cases,
+    make_network,
+    repeat_classifier,
+    resize,
+    saliency,
+    score_gain,
+    score_runs,
+    train_classifier,
+)
+from medbudget.images import save_images
+
+FAST = ClassifierSettings.preset(
+    "tiny", size=32, steps=12, batch_size=8, validate_every=3, frozen=8, checkpoint_every=3
+)
+
+
+def dots(n, seed, gap=70, size=32):
+    """Noise; class 1 has a brighter middle."""
+    rng = np.random.default_rng(seed)
+    images = rng.normal(100, 25, (2 * n, 3, size, size))
+    images[n:, :, 8:24, 8:24] += gap
+    images = torch.from_numpy(images.clip(0, 255).astype(np.uint8))
+    return Cases.of(images[:n], images[n:])
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return dots(16, 0), dots(12, 1), dots(12, 2)
+
+
+@pytest.fixture(scope="module")
+def trained(splits):
+    train, val, _ = splits
+    return train_classifier(train, val, replace(FAST, steps=40))
+
+
+def test_it_learns_what_can_be_seen_and_guesses_where_there_is_nothing(splits, trained):
+    _, score = trained.test(splits[2])
+    assert score.value > 0.9 and score.interval[0] > 0.7
+    none = dots(12, 0, gap=0), dots(12, 1, gap=0)
+    blind = train_classifier(*none, FAST)
+    assert blind.test(dots(60, 2, gap=0))[1].value == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_best_validation_is_kept(splits, trained):
+    history = trained.record["history"]
+    best = max(history["aucs"])
+    assert trained.record["best_auc"] == best
+    assert trained.record["best_step"] == history["steps"][history["aucs"].index(best)]
+    from medbudget.metrics import auc
+
+    assert auc(splits[1].labels.numpy(), trained.predict(splits[1].images)) == best
+
+
+def test_testing_twice_is_visible(splits, trained):
+    before = len(trained.record["tests"])
+    other = dots(4, 9)
+    assert "tested once" in trained.test(other)[1].note
+    assert "tested 2 times" in trained.test(other)[1].note
+    assert len(trained.record["tests"]) == before + 2
+    with pytest.raises(ValueError, match="these are the val cases"):
+        trained.test(splits[1])
+
+
+def test_same_seed_same_scores_and_another_seed_others(splits):
+    train, val, test = splits
+    a, b = (train_classifier(train, val, FAST).predict(test.images) for _ in range(2))
+    assert np.array_equal(a, b)
+    c = train_classifier(train, val, replace(FAST, seed=1)).predict(test.images)
+    assert not np.array_equal(a, c)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", [Killed, KeyboardInterrupt])
+def test_a_killed_run_goes_on_and_gives_the_same_test_scores(splits, tmp_path, how):
+    train, val, test = splits
+    whole = train_classifier(train, val, FAST)
+    path = tmp_path / "run.ckpt"
+
+    def kill(state):
+        if state["step"] == 9:  # after the checkpoint of step 6, before that of step 9
+            raise how
+
+    with pytest.raises(how):
+        train_classifier(train, val, FAST, checkpoint=path, callback=kill)
+    steps = []
+    resumed = train_classifier(
+        train, val, FAST, checkpoint=path, callback=lambda state: steps.append(state["step"])
+    )
+    assert steps == [9, 12]
+    assert resumed.record["history"] == whole.record["history"]
+    assert np.array_equal(resumed.predict(test.images), whole.predict(test.images))
+    with pytest.raises(ValueError, match="another run: train differ"):
+        train_classifier(dots(16, 5), val, FAST, checkpoint=path)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        train_classifier(train, val, FAST, checkpoint=path)
+
+
+def test_frozen_stages_stay_and_the_others_move(splits):
+    train, val, _ = splits
+    settings = replace(FAST, frozen=7, steps=3)
+    start = make_network(settings).state_dict()
+    end = train_classifier(train, val, settings).network.state_dict()
+    moved = {k.split(".")[1] for k in start if k[:6] == "stages" and not start[k].equal(end[k])}
+    assert moved == {"7", "8"}
+    assert not start["head.weight"].equal(end["head.weight"])
+
+
+def test_the_networks_are_those_of_torchvision_and_timm():
+    import timm
+    from torchvision.models import resnet18
+
+    from medbudget.metrics.features import efficientnet_network
+
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    paper = ClassifierSettings.preset("paper", weights="none")
+    mine = make_network(paper).eval()
+    theirs = resnet18(weights=None).eval()
+    names = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+    parts = [mine.stages[0][0], mine.stages[0][1], *mine.stages[1:]]
+    for name, part in zip(names, parts):
+        part.load_state_dict(getattr(theirs, name).state_dict())
+    theirs.fc = mine.head
+    assert torch.allclose(mine(images), theirs(images), atol=1e-4)
+    assert sum(p.numel() for p in mine.parameters()) == 11_177_538  # ResNet-18 with two classes
+    lite = make_network(ClassifierSettings.preset("tiny")).eval()
+    features, _ = efficientnet_network(torch.device("cpu"))
+    want = lite.head(features((images * 255 - 127) / 128))
+    assert torch.allclose(lite(images), want, atol=1e-3)
+    assert isinstance(timm.create_model("tf_efficientnet_lite0"), torch.nn.Module)
+
+
+def test_an_epoch_shows_every_image_once():
+    seen = torch.cat([_pick(10, 4, step, seed=3) for step in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_the_papers_resize_takes_neighbours_and_the_modern_one_averages():
+    lines = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    lines[..., ::2] = 200
+    assert resize(lines, 16, antialias=True).float().std() < 30
+    sharp = torch.nn.functional.interpolate(lines.float(), (16, 16), mode="bilinear")
+    assert torch.equal(resize(lines, 16, antialias=False).float(), sharp.round())
+    assert torch.equal(resize(lines, 64, antialias=True), lines)
+
+
+def test_runs_are_saved_taken_up_again_and_never_mixed(splits, tmp_path):
+    train, val, test = splits
+    short = replace(FAST, steps=3)
+    first = repeat_classifier(train, val, test, short, runs=2, folder=tmp_path)
+    assert first.shape == (2, 24) and not np.array_equal(*first)
+    saved = json.loads((tmp_path / "run_1.json").read_text(encoding="utf-8"))
+    assert saved["scores"] == first[1].tolist() and saved["labels"] == test.labels.tolist()
+    assert len(saved["record"]["tests"]) == 1
+    (tmp_path / "run_0.json").unlink()
+    again = repeat_classifier(train, val, test, short, runs=2, folder=tmp_path)
+    assert np.array_equal(first, again) and not list(tmp_path.glob("*.ckpt"))
+    with pytest.raises(ValueError, match="another study: settings differ"):
+        repeat_classifier(train, val, test, replace(short, lr=0.1), runs=1, folder=tmp_path)
+    with pytest.raises(ValueError, match="another study: test differ"):
+        repeat_classifier(train, val, dots(12, 8), short, runs=1, folder=tmp_path)
+
+
+def test_scores_of_runs_by_hand():
+    from medbudget.metrics import Difference
+
+    labels = [0, 0, 1, 1]
+    runs = [[0.1, 0.4, 0.6, 0.9], [0.1, 0.7, 0.6, 0.9]]  # AUC 1 and .75
+    found = {score.name: score for score in score_runs(labels, runs, repeats=50)}
+    assert found["AUC"].value == 0.875 and found["AUC"].n == (2, 2)
+    assert found["sd of runs"].value == pytest.approx(0.25 / 2**0.5)
+    assert "sd of runs" not in {s.name for s in score_runs(labels, runs[0], repeats=50)}
+    gain, least = score_gain(Difference(0.02, 0.01, (0.0, 0.04), "bootstrap", 0.05), (2, 2))
+    assert gain.value == 0.02 and "p = 0.05" in gain.note
+    assert least.value == pytest.approx(2.801585 * 0.01, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------- folders
+
+
+def write(folder, cases, names=("healthy", "ill")):
+    for label, name in enumerate(names):
+        save_images(cases.images[cases.labels == label], folder / name)
+
+
+def test_folders_become_cases_and_either_class_can_be_the_positive(tmp_path, splits):
+    write(tmp_path, splits[0])
+    cases = load_cases(tmp_path)
+    assert cases.classes == ("healthy", "ill") and torch.equal(cases.images, splits[0].images)
+    assert cases.names[0] == "healthy/00000.png" and cases.names[-1] == "ill/00015.png"
+    other = load_cases(tmp_path, positive="healthy")
+    assert other.classes == ("ill", "healthy")
+    assert torch.equal(other.images[other.labels == 0], cases.images[cases.labels == 1])
+
+
+def test_folders_that_cannot_be_are_refused_with_a_reason(tmp_path, splits):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_cases(tmp_path / "nothing")
+    save_images(splits[0].images[:2], tmp_path / "healthy")
+    with pytest.raises(ValueError, match=r"1 class folders \(healthy\); two are needed"):
+        load_cases(tmp_path)
+    save_images(dots(1, 0, size=48).images, tmp_path / "ill")
+    with pytest.raises(ValueError, match="a classifier could learn the size"):
+        load_cases(tmp_path)
+    assert load_cases(tmp_path, size=32).images.shape == (4, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"no class 'sick'.*healthy, ill"):
+        load_cases(tmp_path, positive="sick")
+
+
+def test_splits_that_do_not_fit_are_refused_with_a_reason(splits):
+    train, val, test = splits
+    check_splits({"train": train, "val": val, "test": test})
+    leak = Cases(
+        torch.cat([test.images, train.images[:2]]), torch.cat([test.labels, val.labels[-2:]])
+    )
+    with pytest.raises(ValueError, match=r"2 images are in two splits.*test: image 24 is train"):
+        check_splits({"train": train, "val": val, "test": leak})
+    with pytest.raises(ValueError, match="the sizes differ"):
+        check_splits({"train": train, "val": dots(2, 0, size=48)})
+    named = Cases.of(val.images[:2], val.images[-2:], classes=("benign", "malignant"))
+    with pytest.raises(ValueError, match=r"class folders differ.*benign, malignant"):
+        check_splits({"train": train, "val": named})
+
+
+def test_cases_and_settings_that_cannot_be_are_refused(splits):
+    images = splits[0].images
+    with pytest.raises(ValueError, match="two classes"):
+        Cases(images, torch.zeros(32, dtype=torch.int64))
+    with pytest.raises(ValueError, match="one label for each"):
+        Cases(images, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="resnet18, efficientnet-lite0"):
+        ClassifierSettings(network="vgg")
+    with pytest.raises(ValueError, match="paper, modern, tiny"):
+        ClassifierSettings.preset("best")
+    with pytest.raises(ValueError, match="frozen must be 0 to 9"):
+        make_network(replace(FAST, frozen=10))
+
+
+def test_missing_resnet_weights_say_what_to_do(monkeypatch, tmp_path):
+    from medbudget.metrics import WeightsError
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(WeightsError, match="could not be downloaded"):
+        make_network(ClassifierSettings.preset("paper"))
+
+
+def test_saliency_lies_where_the_classes_differ():
+    def corner(n, seed):  # class 1 has a bright upper left quarter
+        cases = dots(n, seed, gap=0, size=64)
+        cases.images[n:, :, :24, :24] = 250
+        return cases
+
+    settings = replace(FAST, size=64, steps=40, augment="none", frozen=5)
+    made = train_classifier(corner(16, 0), corner(12, 1), settings)
+    maps = saliency(made, corner(6, 2).images[6:], stage=5)
+    assert maps.shape == (6, 64, 64) and maps.min() >= 0 and maps.max() == pytest.approx(1)
+    assert maps[:, :32, :32].mean() > 2 * maps[:, 32:, 32:].mean()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_learns_too(splits):
+    train, val, test = splits
+    made = train_classifier(train, val, replace(FAST, steps=40), device="cuda")
+    assert made.test(test)[1].value > 0.9

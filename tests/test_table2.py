@@ -1,0 +1,204 @@
+"""Table 2 as a study: what is trained on what, and numbers that follow from the saved scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from medbudget import make_phantoms, save_images
+from medbudget.metrics import auc, bootstrap_auc, calibration
+from medbudget.studies import Store, make_study, plan, run, write_report
+from medbudget.studies.report import read_values
+from medbudget.studies.table2 import (
+    PRESETS,
+    Table2Settings,
+    _read_part,
+    add_noise,
+    keep_agreed,
+    read_runs,
+)
+from medbudget.studies.tasks import Task, in_order
+
+SMALL = Table2Settings(
+    base="tiny", inversion="tiny", classifier="tiny", runs=2, many=32, some=8, steps=2, size=64,
+    phantoms=True, cases=8, few_cases=3, repeats=100, noise={"prostate": 10.0},
+    changes={"size": 32, "steps": 4, "batch_size": 8, "validate_every": 2, "frozen": 8},
+    overrides={"steps": 2, "batch_size": 1},
+)  # fmt: skip
+
+
+def counts(tasks):
+    found: dict[str, int] = {}
+    for task in in_order(tasks):
+        found[task.kind] = found.get(task.kind, 0) + 1
+    return found
+
+
+def write_prostates(folder, cases=8):
+    for split in ("train", "val", "test"):
+        for name, label in (("negative", "healthy"), ("positive", "tumour")):
+            images = make_phantoms("prostate", label, cases, split=split, seed=5).images
+            save_images(images, folder / split / name)
+    return {"prostate": folder}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table2")
+    sources = write_prostates(folder / "prostate")
+    study = make_study("table2", "tiny", base_hash=tiny.hash, sources=sources, settings=SMALL)
+    store = Store(folder / "store", sources)
+    assert run(study.tasks, store) == len(in_order(study.tasks))
+    return study, store
+
+
+def line(study, value):
+    return next(row for row in study.rows if row.value == value)
+
+
+def test_the_tiny_study_has_the_papers_lines_and_uses_shipped_words(tiny):
+    study = make_study("table2", "tiny", base_hash=tiny.hash)
+    # 7 + 2 lines of prostate, 2 of chest and of histology; 13 blocks of 16 for 200 images
+    assert counts(study.tasks) == {
+        "images": 18, "word": 8, "block": 8 * 13, "classifier": 13 * 5, "gain": 10, "auc": 13,
+        "runs": 13,
+    }  # fmt: skip
+    assert [row.group for row in study.rows].count("prostate") == 9
+    assert {row.value: dict(row.paper) for row in study.rows}["400 synthetic*"] == {
+        "AUC": ".562 ± .036"
+    }
+    assert sum(bool(row.paper) for row in study.rows) == 11
+
+
+def test_the_papers_own_study_has_its_numbers(tmp_path, tiny):
+    sources = write_prostates(tmp_path, cases=2)
+    study = make_study("table2", "paper", base_hash="0", sources=sources)
+    # 4 words of 1000 images in 63 blocks; 8 lines (no curve) of 10 runs
+    found = counts(study.tasks)
+    assert found["block"] == 4 * 63 and found["embedding"] == 4 and found["classifier"] == 80
+    runs = [t for t in in_order(study.tasks) if t.kind == "classifier"]
+    assert all(t.settings["classifier"]["steps"] == 6250 for t in runs)
+    with pytest.raises(ValueError, match="prostate=FOLDER"):
+        make_study("table2", "paper", base_hash="0")
+
+
+def test_every_score_of_every_case_in_every_run_is_kept_and_the_table_follows_from_them(finished):
+    study, store = finished
+    values = {row["value"]: row for row in read_values(study, store)["rows"]}
+    real, more = (line(study, v) for v in ("16 real", "16 real + 32 synthetic"))
+    own = np.array([r["scores"] for r in read_runs(more.details.inputs, store)])
+    base = np.array([r["scores"] for r in read_runs(real.details.inputs, store)])
+    assert own.shape == base.shape == (2, 16)
+    labels = [0] * 8 + [1] * 8
+    scores = values["16 real + 32 synthetic"]["scores"]
+    assert scores["AUC"]["value"] == pytest.approx(auc(labels, own))
+    gain = bootstrap_auc(labels, own, base, repeats=100)
+    assert scores["gain"]["value"] == pytest.approx(gain.value)
+    assert scores["gain"]["interval"] == pytest.approx(list(gain.interval))
+    compare = values["16 real + 32 synthetic"]["compare"]
+    assert compare["p_value"] == gain.p_value and compare["delong"]["p_value"] > 0
+    assert scores["ECE"]["value"] == calibration(labels, own).error
+    runs = [auc(labels, one) for one in own]
+    assert scores["sd of runs"]["value"] == pytest.approx(np.std(runs, ddof=1))
+    written = values["16 real + 32 synthetic"]["details"]["scores"]
+    assert np.allclose([[float(x) for x in text.split()] for text in written], own, atol=5e-5)
+    assert "gain" not in values["16 real"]["scores"]
+    assert 0 <= values["16 real"]["scores"]["AUC on synthetic"]["value"] <= 1
+
+
+def test_lines_differ_in_their_training_images_and_in_nothing_else(finished):
+    study, _ = finished
+    for row in study.rows:
+        for seed, task in enumerate(row.details.inputs):
+            assert task.settings["classifier"]["seed"] == seed
+            held = [p for p in task.settings["parts"] if p[0] in ("val", "test")]
+            assert held == [
+                ["val", 0, 1, 8],
+                ["val", 1, 1, 8],
+                ["test", 0, 1, 8],
+                ["test", 1, 1, 8],
+            ]
+    parts = line(study, "16 real + 8 synthetic").details.inputs[0].settings["parts"]
+    trained = [(role, label, n) for role, label, _, n in parts if role in ("real", "synthetic")]
+    assert trained == [("real", 0, 8), ("real", 1, 8), ("synthetic", 0, 4), ("synthetic", 1, 4)]
+    both = {t.key for v in ("32 synthetic", "32 synthetic*") for t in line(study, v).details.inputs}
+    assert len(both) == 4  # other words, other images
+
+
+def test_the_filter_keeps_what_the_judges_agree_with(finished):
+    study, store = finished
+    labels = [0, 0, 1, 1]
+    judged = [[0.1, 0.9, 0.9, 0.2], [0.3, 0.4, 0.6, 0.3]]
+    assert keep_agreed(labels, judged).tolist() == [True, False, True, False]
+    judges = read_runs(line(study, "16 real").details.inputs, store)
+    made = judges[0]["also"]["labels"]
+    keep = keep_agreed(made, [j["also"]["scores"] for j in judges])
+    filtered = line(study, "16 real + 32 synthetic, filtered")
+    for one in read_runs(filtered.details.inputs, store):
+        assert one["kept"] == [int(keep[:16].sum()), int(keep[16:].sum())]
+
+
+def test_an_image_has_the_same_noise_wherever_it_is_used(finished):
+    study, store = finished
+    task = line(study, "32 synthetic").images[0]
+    few, many = (_read_part([task], n, 20.0, store) for n in (3, 9))
+    assert torch.equal(few, many[:3])
+    clean = _read_part([task], 9, 0.0, store)
+    assert 10 < (many.float() - clean.float()).std() < 21
+    gray = torch.full((4, 3, 64, 64), 128, dtype=torch.uint8)
+    assert add_noise(gray, 20.0, 1).float().std() == pytest.approx(20, rel=0.03)
+    assert torch.equal(add_noise(gray, 0, 1), gray)
+
+
+def test_a_second_run_makes_nothing_and_the_report_shows_ours_beside_the_papers(finished, tmp_path):
+    study, store = finished
+    assert run(study.tasks, store) == 0
+    page = write_report(study, store, tmp_path)
+    text = (page.parent / "report.md").read_text(encoding="utf-8")
+    assert "| images | trained on | AUC | sd of runs |" in text and "AUC (paper)" in text
+    assert ".803 ± .009" in text and "missing" not in text
+    assert "Noise was added to all images of prostate (10 gray levels)" in text
+    assert "tested on 16 real images" in text
+
+
+def test_changed_settings_train_again_and_keep_the_images(tiny, finished):
+    _, store = finished
+    other = make_study(
+        "table2",
+        "tiny",
+        base_hash=tiny.hash,
+        sources=store.sources,
+        settings=replace(SMALL, runs=3),
+    )
+    found = plan(other.tasks, store)
+    assert found.done["block"] == found.total["block"] and found.done["embedding"] == 4
+    # a third run of each of 9 lines; the filtered ones have another jury
+    assert found.total["classifier"] - found.done["classifier"] == 9 + 2
+
+
+def test_a_test_case_among_the_training_cases_is_refused(tiny, tmp_path):
+    sources = write_prostates(tmp_path / "leak", cases=2)
+    leak = tmp_path / "leak" / "test" / "positive" / "00000.png"
+    leak.write_bytes((tmp_path / "leak" / "train" / "positive" / "00000.png").read_bytes())
+    settings = replace(SMALL, noise={}, cases=2, many=16, some=0)
+    study = make_study("table2", "tiny", base_hash=tiny.hash, sources=sources, settings=settings)
+    with pytest.raises(ValueError, match="1 images are in two splits"):
+        run(study.tasks, Store(tmp_path / "store", sources))
+
+
+def test_fewer_synthetic_images_than_the_lines_need_are_refused():
+    with pytest.raises(ValueError, match=r"number of real images \(200\), got 100"):
+        replace(PRESETS["tiny"], many=100)
+
+
+def test_a_word_of_another_base_is_refused(tmp_path):
+    study = make_study("table2", "tiny", base_hash="f" * 12)
+    word = next(t for t in in_order(study.tasks) if t.kind == "word")
+    with pytest.raises(ValueError, match="plan anew"):
+        run([word], Store(tmp_path))
+    assert isinstance(word, Task) and set(PRESETS) == {"tiny", "colab", "paper"}
+    assert json.dumps(dict(word.settings))
