@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,3 +154,35 @@ def test_equal_embeddings_are_equal_files(tmp_path):
     e = Embedding(torch.ones(2, 3), "<x>", step=3, base="tiny", base_hash="ab", record={"a": 1})
     files = [e.save(tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)]
     assert len(set(files)) == 1
+
+
+@pytest.mark.realdata
+def test_the_authors_files_compose_on_a_base_of_their_width(real_data, tiny):
+    """Shapes only: random weights of Stable Diffusion 2's width, tiny's tokenizer and autoencoder."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from medbudget import sample
+
+    torch.manual_seed(0)
+    config = type(tiny.text_encoder.config)(
+        **(tiny.text_encoder.config.to_dict() | {"hidden_size": 1024, "num_attention_heads": 16})
+    )
+    unet = UNet2DConditionModel.from_config({**tiny.unet.config, "cross_attention_dim": 1024})
+    base = replace(tiny, text_encoder=CLIPTextModel(config).eval(), unet=unet.eval())
+    names = {"<healthy>": "chexpert_healthy", "<prostate>": "prostate_neg"}
+    words = [
+        Embedding.load(real_data / "embeddings" / f"{file}.pt", token=token)
+        for token, file in names.items()
+    ]
+    draw = {"embeddings": words, "n": 1, "steps": 3}
+    states = [base.text(token, embeddings=words) for token in names]
+    assert states[0].shape == (1, 77, 1024) and not torch.allclose(*states)
+    mixed = sample(base, "<healthy>:0.25 AND <prostate>:0.75", **draw)
+    alone, twice = (
+        sample(base, p, **draw) for p in ("<healthy>", "<healthy>:0.5 AND <healthy>:0.5")
+    )
+    assert mixed.shape == (1, 3, 64, 64) and not torch.equal(mixed, alone)
+    assert (alone.int() - twice.int()).abs().max() <= 1
+    with pytest.raises(ValueError, match=r"width 1024.*tiny \(96\).*SD 2"):
+        sample(tiny, "<healthy>", embeddings=words, n=1, steps=1)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from medbudget.studies import (
     write_report,
 )
 from medbudget.studies.engines import parse_shard
-from medbudget.studies.live import format_left, format_line, format_time
+from medbudget.studies.live import _bars, format_left, format_line, format_time
 from medbudget.studies.planning import Speed
 from medbudget.studies.report import format_values, read_values
 from medbudget.studies.tables import StudySettings
@@ -230,8 +231,6 @@ def test_claims_of_the_living_are_respected_and_of_the_dead_taken_over(tmp_path)
     assert ensure(task, store, wait=0.01)  # silent for an hour
     store.path(task).unlink()
     claim.write_text(json.dumps({"host": host, "pid": os.getpid()}))
-    import threading
-
     done = threading.Thread(target=ensure, args=(task, store), kwargs={"wait": 0.01}, daemon=True)
     done.start()
     done.join(0.3)
@@ -305,6 +304,18 @@ def test_progress_tells_counts_and_time_left(finished, tmp_path):
     found = replace(plan(study.tasks, store), seconds={"embedding": 600.0, "compare": None})
     assert format_left(found, 2) == "at least 5 min left"
     assert format_left(replace(found, seconds={"embedding": 600.0}), 1) == "about 10 min left"
+
+
+def test_progress_in_a_terminal_is_a_bar_for_each_kind(finished, monkeypatch, capsys):
+    study, store = finished
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    over = threading.Event()
+    over.set()
+    _bars(study.tasks, store, 1, over)
+    shown = capsys.readouterr().err
+    for kind, total in counts(study.tasks).items():
+        assert re.search(rf"{kind} *: 100%.*{total}/{total} ", shown)
+    assert "study: about 0 s left" in shown
 
 
 def test_progress_in_a_log_is_lines_and_no_bars(tiny, finished, tmp_path):

@@ -58,9 +58,7 @@ def format_values(
     tests = any("compare" in row for row in values["rows"])
     lines: list[dict[str, str]] = []
     for row in values["rows"]:
-        value = row["value"]
-        cells = (row["setting"], value if isinstance(value, str) else f"{value:g}")
-        line = dict(zip(head, cells))
+        line = dict(zip(head, (row["setting"], _format_value(row["value"]))))
         for name in dict.fromkeys(columns or ["score"]):
             score = row.get("scores", {}).get(name)
             line[name] = (
@@ -72,6 +70,10 @@ def format_values(
             line[f"{name} (paper)"] = str(row["paper"].get(name, "–"))
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _format_value(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _format_score(score: Mapping[str, Any]) -> str:
@@ -86,7 +88,7 @@ def _format_score(score: Mapping[str, Any]) -> str:
 def read_rows(study: Study, store: Store) -> dict[str, torch.Tensor]:
     """Return the first images of every line that is there, the same seeds on each."""
     return {
-        f"{row.group} {row.value}": read_images(store, row.images[:1])[:COLUMNS]
+        f"{row.group} {_format_value(row.value)}": read_images(store, row.images[:1])[:COLUMNS]
         for row in study.rows
         if row.images and store.has(row.images[0])
     }
@@ -133,13 +135,15 @@ def write_report(study: Study, store: Store, folder: Path) -> Path:
         "Not for clinical use."
     )
     rows = read_rows(study, store)
+    figure = ""
     if rows:
         grid = make_grid(torch.cat(list(rows.values())), columns=COLUMNS)
         with atomic_path(folder / "figure.png") as temporary, open(temporary, "wb") as file:
             to_pil(grid).save(file, format="PNG")
-        lines = ", ".join(rows)
-        caption = f"Synthetic images, the same seeds on every line; from the top: {lines}."
-        notes.insert(0, caption)
+        caption = "Synthetic images, the same seeds on every line"
+        notes.insert(0, f"{caption}; from the top: {', '.join(rows)}.")
+        edge = next(iter(rows.values())).shape[-2]
+        figure = _figure(list(rows), f"{caption}.", f"{grid.shape[-1]}/{edge}")
 
     markdown = [f"# {study.name}, {study.preset}", "", intro, ""]
     markdown += ["| " + " | ".join(line) + " |" for line in cells[:1]]
@@ -147,7 +151,9 @@ def write_report(study: Study, store: Store, folder: Path) -> Path:
     markdown += ["| " + " | ".join(line) + " |" for line in cells[1:]]
     markdown += [""] + (["![Synthetic images](figure.png)", ""] if rows else []) + notes
     write_text(folder / "report.md", "\n".join(markdown) + "\n")
-    write_text(folder / "report.html", _page(study, intro, cells, notes, bool(rows)))
+    write_text(
+        folder / "report.html", _page(study, intro, cells, figure, notes[1:] if rows else notes)
+    )
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -158,25 +164,35 @@ def write_report(study: Study, store: Store, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _page(study: Study, intro: str, cells: list[list[str]], notes: list[str], figure: bool) -> str:
+def _figure(labels: Sequence[str], caption: str, shape: str) -> str:
+    """One line of ``figure.png`` beside each label: the image is cut by its place in it."""
+    lines = []
+    for i, label in enumerate(labels):
+        place = 100 * i / max(1, len(labels) - 1)
+        say = html.escape(label)
+        lines.append(
+            f'<tr><td>{say}</td><td><img src="figure.png" alt="Synthetic images, {say}." '
+            f'style="aspect-ratio:{shape};object-position:0 {place:.4f}%"></td></tr>'
+        )
+    return f"<table class=figure><caption>{caption}</caption>{''.join(lines)}</table>"
+
+
+def _page(study: Study, intro: str, cells: list[list[str]], figure: str, notes: list[str]) -> str:
     def line(values: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(v)}</{tag}>" for v in values) + "</tr>"
 
     table = line(cells[0], "th") + "".join(line(row, "td") for row in cells[1:])
-    picture = (
-        f'<p><img src="figure.png" alt="{html.escape(notes[0])}" style="image-rendering:pixelated;'
-        'width:100%"></p>'
-        if figure
-        else ""
-    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{study.name}, {study.preset}</title><style>"
         "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;"
         "overflow-x:auto}th,td{padding:.3rem .6rem;text-align:left;border-bottom:1px solid #ccc}"
+        "img{width:48rem;max-width:70vw;object-fit:cover;image-rendering:pixelated;display:block}"
+        ".figure{margin-top:2rem}.figure td{padding:.1rem .6rem .1rem 0;border:0}"
+        "caption{text-align:left;padding-bottom:.5rem}"
         f"</style></head><body><h1>{study.name}, {study.preset}</h1>"
-        f"<p>{html.escape(intro)}</p><table>{table}</table>{picture}"
+        f"<p>{html.escape(intro)}</p><table>{table}</table>{figure}"
         + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
         + "</body></html>\n"
     )
