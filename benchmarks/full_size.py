@@ -60,10 +60,11 @@ def run(name: str) -> dict[str, Any]:
     rows["image"] = {"shape": list(image.shape), "std": round(float(image.float().std()), 2)}
     networks = (base.vae, base.unet, base.text_encoder)
     options = {"networks": networks, "size": base.size, "dtype": base.dtype}
-    plan = plan_memory("invert", checkpointing=True, **options)
-    rows["counted for training (U-Net and text encoder), GiB"] = (
-        plan.weights + plan.activations
-    ) / GIB
+    for job in ("invert", "sample"):
+        plan = plan_memory(job, checkpointing=job == "invert", **options)
+        rows[f"counted for {job} (weights on the device, activations), GiB"] = (
+            plan.weights + plan.activations
+        ) / GIB
     rows["base hash"] = base.hash
     return rows
 

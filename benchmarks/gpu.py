@@ -31,6 +31,7 @@ from medbudget import Embedding, InversionSettings, invert, load_base, make_phan
 from medbudget.artifacts import describe_device, write_json
 from medbudget.base import Base
 from medbudget.memory import plan_memory
+from medbudget.sources import build_networks, read_architectures
 
 GOALS = {
     "50,000 steps at batch 1, minutes": "under 15",
@@ -212,6 +213,20 @@ def count_flops(step: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
+def share_of_context() -> float:
+    """Return how much of a U-Net call recomputes keys and values of the unchanging text.
+
+    So little that they are not kept from step to step.
+    """
+    with torch.device("meta"):
+        _, unet, _ = build_networks(read_architectures()["sd2"])
+        x, t, context = torch.randn(2, 4, 64, 64), torch.zeros(2), torch.randn(2, 77, 1024)
+        with torch.no_grad():
+            whole = count_flops(lambda: unet(x, t, encoder_hidden_states=context))
+    maps = [m for k, m in unet.named_modules() if k.endswith(("attn2.to_k", "attn2.to_v"))]
+    return round(sum(4 * 77 * m.in_features * m.out_features for m in maps) / whole, 4)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything; return the record."""
     device = torch.device(args.device)
@@ -356,6 +371,7 @@ def finish(
             plan = plan_memory(job, checkpointing=checkpointing, dtype=torch.bfloat16)
             key = f"{job}{' with checkpointing' if checkpointing else ''}, counted GiB"
             counted[key] = round((plan.weights + plan.activations) / 2**30, 3)
+        counted["keys and values of the text, share of a sampling step"] = share_of_context()
     options = " --small" * args.small + " --no-fast" * (not args.fast)
     return {
         "date": date.today().isoformat(),
