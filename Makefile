@@ -16,7 +16,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_TOP_PAD_ ?= 1073741824
 
-.PHONY: help test book format clean constraints
+.PHONY: help test book format clean constraints release
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +43,10 @@ book: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Wheel and source distribution in dist/, tried in a clean environment outside the checkout.
+release: $(STAMP)
+	MEDBUDGET_CLEAN_INSTALL=1 MEDBUDGET_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -s tests/test_release.py
 
 constraints:
 	$(PYTHON) -m venv --clear _build/fresh
