@@ -1,5 +1,6 @@
 # make test   install, then format, lint, type and unit tests
 # make book   install, then run every chapter and build the site
+# make release   wheel and source distribution into dist/, tried in a clean environment
 # Both set up .venv with PYTHON (3.10 or later) on the first call and install nothing on the next.
 # ARGS goes to pytest (make test) or to the book's build script (make book ARGS=00_quickstart).
 
