@@ -1,5 +1,6 @@
 # make test   install, then format, lint, type and unit tests
 # make book   install, then run every chapter and build the site
+# make release   wheel and source distribution into dist/, tried in a clean environment
 # Both set up .venv with PYTHON (3.10 or later) on the first call and install nothing on the next.
 # ARGS goes to pytest (make test) or to the book's build script (make book ARGS=00_quickstart).
 
@@ -16,7 +17,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_TOP_PAD_ ?= 1073741824
 
-.PHONY: help test book format clean constraints
+.PHONY: help test book format clean constraints release
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +44,10 @@ book: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Wheel and source distribution in dist/, tried in a clean environment outside the checkout.
+release: $(STAMP)
+	MEDBUDGET_CLEAN_INSTALL=1 MEDBUDGET_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -s tests/test_release.py
 
 constraints:
 	$(PYTHON) -m venv --clear _build/fresh

@@ -79,6 +79,7 @@ class Browser:
         wanted = {
             "alwaysMatch": {
                 "browserName": "chrome",
+                "timeouts": {"script": int(1000 * PATIENCE), "pageLoad": int(1000 * PATIENCE)},
                 "goog:chromeOptions": options,
                 "goog:loggingPrefs": {"browser": "ALL"},
             }

@@ -1,0 +1,98 @@
+"""The release: small files that install, and work far from the checkout.
+
+Dependencies are borrowed from this environment, unless MEDBUDGET_CLEAN_INSTALL=1 (`make release`)
+asks for a truly clean one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import medbudget
+
+pytest.importorskip("build", reason="needs the `dev` extra")
+pytest.importorskip("hatchling", reason="needs the `dev` extra")
+
+ROOT = Path(__file__).resolve().parent.parent
+CLEAN = os.environ.get("MEDBUDGET_CLEAN_INSTALL") == "1"
+LIMIT = 60e6  # bytes
+
+pytestmark = pytest.mark.slow
+
+
+def call(command: list[str | Path], folder: Path) -> str:
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The source distribution, and the wheel made of it."""
+    out = Path(os.environ.get("MEDBUDGET_DIST", tmp_path_factory.mktemp("dist")))
+    shutil.rmtree(out, ignore_errors=True)
+    call([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT], ROOT)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def test_both_files_are_small_and_complete(files: tuple[Path, Path]) -> None:
+    sdist, wheel = files
+    for file in files:
+        size = file.stat().st_size
+        print(f"{file.name}: {size / 1e6:.1f} MB")
+        assert size < LIMIT, f"{file.name} has {size / 1e6:.1f} MB"
+        assert f"-{medbudget.__version__}" in file.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    tracked = call(["git", "ls-files", "medbudget", "results"], ROOT).split()
+    for name in tracked:
+        inside = f"medbudget/{name}" if name.startswith("results/") else name
+        assert inside in names, f"the wheel lacks {inside}"
+    outside = {n for n in names if not n.startswith(("medbudget/", "medbudget-"))}
+    assert not outside, outside
+    with tarfile.open(sdist) as archive:
+        inner = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "pyproject.toml"} <= inner
+
+
+def test_the_wheel_works_outside_the_checkout(files: tuple[Path, Path], tmp_path: Path) -> None:
+    _, wheel = files
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=CLEAN)
+    bin_folder = home / ("Scripts" if os.name == "nt" else "bin")
+    python = bin_folder / "python"
+    if CLEAN:
+        pins = ["--constraint", ROOT / "constraints.txt"]
+        call([python, "-m", "pip", "install", "--quiet", *pins, wheel], tmp_path)
+    else:
+        pip = [sys.executable, "-m", "pip", "--python", python]
+        call([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], tmp_path)
+        where = call([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], home)
+        Path(where.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    where = "import medbudget; from medbudget.artifacts import results_folder as f; "
+    where += "print(medbudget.__file__, *f().glob('*.json'), sep='\\n')"
+    package, *results = call([python, "-c", where], tmp_path).split("\n")
+    assert Path(package).is_relative_to(home) and any(results)
+    command = bin_folder / "medbudget"
+    said = call([command, "doctor"], tmp_path)
+    assert f"medbudget {medbudget.__version__}" in said and "base tiny: ready" in said
+    call([command, "phantoms", "real", "--n", "6"], tmp_path)
+    small = ["--steps", "2", "--batch-size", "2", "--n-vectors", "2"]
+    call([command, "invert", "real", "--token", "<x>", "--out", "x.safetensors", *small], tmp_path)
+    draw = ["--embeddings", "x.safetensors", "--out", "made", "--n", "2", "--steps", "2"]
+    call([command, "sample", "<x>", *draw], tmp_path)
+    assert len(list((tmp_path / "made").glob("*.png"))) == 2
