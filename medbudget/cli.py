@@ -547,6 +547,9 @@ def classify(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="batches of training; paper: 6250")] = None,
     lr: Annotated[float | None, typer.Option(help="paper: 0.0001")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16; auto: half on a GPU")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="imagenet, none, or a file of the network's weights")
     ] = None,
@@ -575,7 +578,12 @@ def classify(
     check_writable(out / "scores.csv")
     gpu = torch.device(device).type != "cpu" if device else torch.cuda.is_available()
     settings = ClassifierSettings.preset(
-        preset or ("modern" if gpu else "tiny"), steps=steps, lr=lr, weights=weights, seed=seed
+        preset or ("modern" if gpu else "tiny"),
+        steps=steps,
+        lr=lr,
+        precision=precision,
+        weights=weights,
+        seed=seed,
     )
     negative, shown = cases["test"].classes
     print(f"{shown} against {negative}: " + ", ".join(f"{len(c)} {n}" for n, c in cases.items()))

@@ -283,6 +283,12 @@ def test_saliency_lies_where_the_classes_differ():
     assert maps[:, :32, :32].mean() > 2 * maps[:, 32:, 32:].mean()
 
 
+def test_it_learns_in_half_precision_too(splits):
+    train, val, test = splits
+    made = train_classifier(train, val, replace(FAST, steps=40, precision="bfloat16"))
+    assert made.test(test)[1].value > 0.9
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_learns_too(splits):
     train, val, test = splits

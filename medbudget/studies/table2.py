@@ -191,7 +191,10 @@ def read_runs(tasks: Sequence[Task], store: Store) -> list[dict[str, Any]]:
 
 
 def keep_agreed(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-    """Tell which images the judges, on average, take for the class that they were made as.
+    """Tell which images the judges, on average, rank on the side that they were made for.
+
+    Half of the images are of either class, so the median divides them; 0.5 would not, as the
+    probabilities of classifiers that were trained briefly all lie on one side of it.
 
     Parameters
     ----------
@@ -200,7 +203,8 @@ def keep_agreed(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> npt.NDAr
     probabilities : array_like
         ``(judges, n)``, of class 1.
     """
-    return (np.asarray(probabilities).mean(0) > 0.5) == np.asarray(labels, bool)
+    mean = np.asarray(probabilities).mean(0)
+    return (mean > np.median(mean)) == np.asarray(labels, bool)
 
 
 def _run_classifier(task: Task, store: Store, path: Path, scratch: Path) -> None:
@@ -443,6 +447,7 @@ def _make_rows(
                 {
                     "classifier": settings | {"seed": seed}, "parts": parts,
                     "noise": float(s.noise.get(name, 0)),
+                    **({"filter": "median"} if judges else {}),
                 },
                 (*inputs, *judges),
             )
