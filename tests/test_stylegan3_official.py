@@ -52,7 +52,9 @@ class Persistent:
             if rest:
                 below = self.state["_modules"].setdefault(first, {})
                 below[rest] = tensor
-            elif name.endswith(("filter", "w_avg", "magnitude_ema", "freqs", "phases")):
+            elif name.endswith(
+                ("filter", "w_avg", "magnitude_ema", "freqs", "phases", "transform")
+            ):
                 self.state["_buffers"][name] = tensor
             else:
                 self.state["_parameters"][name] = torch.nn.Parameter(tensor)
@@ -103,6 +105,7 @@ def test_networks_come_back_and_nothing_ran(official, tmp_path):
     model = make_stylegan3(SMALL, seed=3)
     g, d = official_names(model)
     d["b32.resample_filter"] = torch.ones(4)
+    g["synthesis.input.transform"] = torch.eye(3)
     extra = {
         "training_set_kwargs": {"n": np.float64(3), "a": np.arange(3), "dtype": torch.float32},
         "augment_pipe": Persistent(official, {"p": torch.tensor(0.2)}),
@@ -169,6 +172,7 @@ def test_other_networks_are_refused_with_what_differs(official, tmp_path):
     refused(blurred, d, "another filter")
     lacking = {k: v for k, v in g.items() if not k.endswith("fc1.bias")}
     refused(lacking, d, r"lacks mapping\.layers\.1\.bias")
+    refused(g | {"synthesis.input.transform": torch.ones(3, 3)}, d, "moved by a matrix")
     refused(g | {"mapping.embed.weight": torch.ones(1)}, d, r"has mapping\.embed\.weight")
     refused(g, {}, "no discriminator")
     refused({}, d, "no synthesis layers")

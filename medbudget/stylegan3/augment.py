@@ -83,7 +83,7 @@ def augment(
     theta = _affine(n, p, generator)
     theta[:, :, 2] = _shift(n, p, size, generator)
     matrix = _colour(n, p, generator).to(images.device)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images.device)
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     if not colour:
         return moved

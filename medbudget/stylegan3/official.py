@@ -155,6 +155,8 @@ def _rename(tensors: Mapping[str, torch.Tensor], rules: Any, what: str) -> dict[
     renamed = {}
     for name, tensor in tensors.items():
         if re.fullmatch(_DERIVED, name):
+            if name.endswith("transform") and not torch.equal(tensor, torch.eye(3)):
+                raise RefusedError(f"{what}: its images are moved by a matrix in {name}")
             continue
         for pattern, ours in rules:
             if match := re.fullmatch(pattern, name):
