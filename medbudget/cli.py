@@ -291,39 +291,57 @@ def sample(
     fast: FastOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Generate images from a prompt."""
+    """Generate images from a prompt; a command that was stopped goes on where it was."""
     from medbudget import Embedding, load_base, save_images
     from medbudget import sample as run
     from medbudget.artifacts import check_writable, hash_tensors
-    from medbudget.sampling import total_guidance
+    from medbudget.images import read_record
+    from medbudget.progress import quiet, tqdm
+    from medbudget.sampling import BLOCK, check_numbers, default_steps, total_guidance
 
     check_writable(out / "00000.png")
     files = [Embedding.load(path) for path in embeddings or []]
     loaded = load_base(base, device=device, fast=fast)
     for e in files:
         _warn_of_other_base(e, loaded)
-    images = run(
-        loaded,
-        prompt,
-        embeddings=files,
-        negative_prompt=negative_prompt,
-        n=n,
-        steps=steps,
-        cfg_scale=cfg_scale,
-        seed=seed,
-    )
+    steps = default_steps(loaded) if steps is None else steps
+    check_numbers(n=n, steps=steps, cfg_scale=cfg_scale)
     record = {
         "synthetic": True,
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "steps": steps,
         "cfg_scale": cfg_scale,
-        "seed": seed,
         "base": Path(base).name,
         "base_hash": loaded.hash,
         "embeddings": {e.token: hash_tensors({"vectors": e.vectors}) for e in files},
     }
-    save_images(images, out, record=record)
+    names = [f"{i:05d}" for i in range(n)]
+    records = [{**record, "seed": seed + i} for i in range(n)]
+    paths = [out / f"{name}.png" for name in names]
+    for path, mine in zip(paths, records):
+        if path.exists() and read_record(path) != mine:
+            raise ValueError(
+                f"{path} is another image than this command makes: choose another --out, or "
+                "delete the folder"
+            )
+    with tqdm(total=n, desc="sample", unit="image") as bar:
+        for first in range(0, n, BLOCK):
+            block = slice(first, min(first + BLOCK, n))
+            if not all(path.exists() for path in paths[block]):
+                with quiet():
+                    images = run(
+                        loaded,
+                        prompt,
+                        embeddings=files,
+                        negative_prompt=negative_prompt,
+                        n=len(names[block]),
+                        steps=steps,
+                        cfg_scale=cfg_scale,
+                        seed=seed + first,
+                    )
+                save_images(images, out, names=names[block], records=records[block])
+            bar.update(len(names[block]))
     print(
         f"wrote {n} synthetic images to {out}; total guidance {total_guidance(prompt, cfg_scale):g}"
     )

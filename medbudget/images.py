@@ -190,12 +190,12 @@ def save_images(
     folder: str | os.PathLike[str],
     *,
     names: Iterable[str] | None = None,
-    record: dict[str, Any] | None = None,
+    records: Sequence[dict[str, Any]] | None = None,
 ) -> list[Path]:
     """Write ``(N, 3, H, W) uint8`` images as PNG files, each atomically, and return the paths.
 
-    `names` are file names without suffix; by default ``00000``, ``00001``, … `record` (JSON
-    values: prompt, base hash, …) goes into each file's ``medbudget`` text, with its place.
+    `names` are file names without suffix; by default ``00000``, ``00001``, … `records`, one for
+    each image (JSON values: prompt, seed, base hash, …), go into the files; see `read_record`.
     """
     check_images(images)
     folder = Path(folder)
@@ -207,13 +207,23 @@ def save_images(
     for i, (image, stem) in enumerate(zip(images, stems)):
         path = folder / f"{stem}.png"
         text = None
-        if record is not None:
+        if records is not None:
             text = PngInfo()
-            text.add_text("medbudget", json.dumps({**record, "image": i}))
+            text.add_text("medbudget", json.dumps(records[i]))
         with atomic_path(path) as temporary:
             to_pil(image).save(temporary, format="PNG", pnginfo=text)
         paths.append(path)
     return paths
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return what `save_images` recorded in a file, None where there is nothing of ours."""
+    try:
+        with Image.open(path) as image:
+            found = json.loads(image.info["medbudget"])
+    except (OSError, KeyError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def make_grid(images: torch.Tensor, *, columns: int = 8, gap: int = 2) -> torch.Tensor:

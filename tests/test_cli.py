@@ -38,6 +38,34 @@ def test_the_main_job(medbudget, tmp_path):
     assert "(4, 96)" in said and "step    4" in said
 
 
+def test_sample_goes_on_where_it_was_and_keeps_other_images(medbudget, tmp_path, monkeypatch):
+    import medbudget as package
+
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    command = ("sample", "red ground", "--n", 18, "--steps", 1, "--seed", 3, "--out")
+    assert medbudget(*command, whole)[0] == 0
+    draw = package.sample
+
+    def stop_at_the_second(*args, **kwargs):
+        if kwargs["seed"] > 3:
+            raise KeyboardInterrupt
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(package, "sample", stop_at_the_second)
+    assert medbudget(*command, part)[0] != 0
+    assert sorted(p.name for p in part.iterdir()) == [f"{i:05d}.png" for i in range(16)]
+    made = (part / "00000.png").stat().st_mtime_ns
+    monkeypatch.setattr(package, "sample", draw)
+    assert medbudget(*command, part)[0] == 0
+    assert (part / "00000.png").stat().st_mtime_ns == made
+    for path in sorted(whole.iterdir()):
+        assert (part / path.name).read_bytes() == path.read_bytes()
+    other = ("sample", "blue ground", *command[2:])
+    code, _, error = medbudget(*other, part)
+    assert code == 1 and "00000.png is another image than this command makes" in error
+    assert (part / "00000.png").stat().st_mtime_ns == made
+
+
 def test_describe_and_doctor(medbudget, tmp_path):
     medbudget("phantoms", tmp_path / "r", "--kind", "chest", "--n", 2)
     code, said, _ = medbudget("describe", tmp_path / "r")
