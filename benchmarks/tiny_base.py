@@ -86,16 +86,18 @@ def real_xrays(folder: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
             yield label, load_images(find_images(folder / label), size=64)
 
 
-def best_prompt(base: Base, kind: str, real: torch.Tensor, n: int) -> tuple[str, torch.Tensor]:
-    """Return the prompt whose images have the lowest FD at n = 40, and `n` images of it."""
-    small = min(n, 40)
+def best_prompt(
+    base: Base, kind: str, real: torch.Tensor, args: argparse.Namespace
+) -> tuple[str, torch.Tensor]:
+    """Return the prompt with the lowest FD at n = --n-prompt, and --n images of it."""
+    small = min(args.n, args.n_prompt)
     reference = features(real[:small], NETWORK)
     found = {
         prompt: frechet_distance(features(draw(base, prompt, small), NETWORK), reference)
         for prompt in list_prompts(kind)
     }
     prompt = min(found, key=lambda key: found[key])
-    return prompt, draw(base, prompt, n)
+    return prompt, draw(base, prompt, args.n)
 
 
 def run_autoencoder(base: Base, args: argparse.Namespace) -> Iterator[Row]:
@@ -141,7 +143,7 @@ def run_inversion(base: Base, args: argparse.Namespace) -> Iterator[Row]:
         floor = distances(a, b)
         made = draw(base, embedding.token, args.n, [embedding])
         ti = distances(made, b)
-        prompt, plain = best_prompt(base, kind, a, args.n)
+        prompt, plain = best_prompt(base, kind, a, args)
         words = distances(plain, b)
         cases = make_phantoms(kind, label, CASES).images
         said = distances(draw(base, describe(base, cases), args.n), b)
@@ -255,7 +257,7 @@ def run_xrays(base: Base, args: argparse.Namespace) -> Iterator[Row]:
         half = len(held[label]) // 2
         floor = distances(held[label][:half], held[label][half:])
         ti = distances(made[label], held[label])
-        prompt, plain = best_prompt(base, "chest", held[label], args.n)
+        prompt, plain = best_prompt(base, "chest", held[label], args)
         words, said = distances(plain, held[label]), distances(
             draw(base, describe(base, train), args.n), held[label]
         )  # fmt: skip
@@ -294,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bars", nargs="*", metavar="BAR", help=f"of {', '.join(BARS)}; all")
     parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--n-prompt", type=int, default=40, help="images to choose a prompt by")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="TI steps where it trains; default the preset's")
     parser.add_argument("--real", type=Path, help="folder with normal/ and pneumonia/")
@@ -327,7 +330,8 @@ def main() -> None:
             write_result(
                 args.out.stem,
                 values,
-                command=f"python benchmarks/tiny_base.py --n {args.n}{seeds}",
+                command=f"python benchmarks/tiny_base.py {' '.join(values)} --n {args.n} "
+                f"--n-prompt {args.n_prompt}{seeds} --out results/{args.out.name}",
                 base_hash=base.hash,
                 folder=args.out.parent,
             )
