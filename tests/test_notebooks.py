@@ -22,10 +22,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PLOTS = re.compile(r"\b(show_images|show_rows|plot_\w+)\(")
 FENCE = re.compile(r"^(`{3,}|:{3,}).*?^\1\s*$", re.DOTALL | re.MULTILINE)
 DROPDOWN = re.compile(r"^:{3,}\{dropdown\}.*?^:{3,}\s*$", re.DOTALL | re.MULTILINE)
-MAX_LINES = {"equation": 15, "imports": 20}
+MAX_LINES = {"equation": 15, "imports": 32}
 
 # small enough for a test; every chapter has its own part of these
-FEW = {"steps": 2, "hand_steps": 1, "n_cases": 8, "n_images": 6, "sampling_steps": 2}
+FEW = {"steps": 2, "hand_steps": 1, "n_cases": 8, "n_images": 6, "n_pairs": 4, "sampling_steps": 2}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -256,6 +256,14 @@ def test_attack_is_the_librarys() -> None:
     others = torch.cat([torch.randn(20, generator=generator) + 1, members[:2]])  # with ties
     want = membership_inference(members, others).value
     assert want > 0.6 and float(attack(members, others)) == pytest.approx(want, abs=1e-6)
+
+
+def test_binomial_test_is_the_librarys() -> None:
+    from medbudget.reader import compute_preference
+
+    two_sided_p = equation("two_sided_p")
+    for k, n in ((36, 50), (25, 50), (0, 5), (7, 9)):
+        assert two_sided_p(k, n) == pytest.approx(compute_preference(k, n).p_value, rel=1e-9)
 
 
 def test_gan_losses_are_the_librarys() -> None:
