@@ -69,7 +69,8 @@ def stage() -> list[Path]:
     if page.is_file():
         from timings import fill_timings
 
-        text = fill_timings(page.read_text(encoding="utf-8"), ROOT / "benchmarks" / "results")
+        folders = (ROOT / "benchmarks" / "results", ROOT / "results")
+        text = fill_timings(page.read_text(encoding="utf-8"), *folders)
         page.write_text(text, encoding="utf-8")
     return sorted((STAGE / "notebooks").glob("*.ipynb"))
 

@@ -1,4 +1,4 @@
-"""Fill the page `timings` with what benchmarks/results holds; book/build.py calls it."""
+"""Fill the page `timings` with what was recorded; book/build.py calls it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "<!-- {name} -->"
-MISSING = "```{{note}}\nNot measured yet: there is no `benchmarks/results/{name}.json`. {how}\n```"
+MISSING = "```{{note}}\nNot measured yet: there is no record `{name}.json`. {how}\n```"
 COLUMNS = ("batch", "ms", "images per s", "peak GiB", "share of ceiling", "note")
 # each section of the page: the file that it reads, and what to do where that is missing
 SECTIONS = {
@@ -15,8 +15,7 @@ SECTIONS = {
     "`python benchmarks/gpu.py --out benchmarks/results/gpu.json` (under 8 minutes, no download).",
     "full_size": "`python benchmarks/full_size.py --out benchmarks/results/full_size.json` "
     "makes it: minutes, and about 8 GB of memory.",
-    "inversion": "`python benchmarks/inversion.py --out benchmarks/results/inversion.json` "
-    "makes it.",
+    "inversion": "`python benchmarks/inversion.py --record` makes it.",
 }
 
 
@@ -34,13 +33,12 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def format_record(record: dict[str, Any]) -> str:
-    """Return a record of benchmarks/results as Markdown: device, date and versions, then rows."""
-    versions = record.get("versions") or {"torch": record["torch"]}
+    """Return a record as Markdown: device, date and versions, then rows."""
+    versions = f"{_cell(record['versions'])}, " if "versions" in record else ""
     parts = [
-        f"Measured on {record['device']}, {record['date']}, {_cell(versions)}, with "
-        f"`{record['command']}`."
+        f"Measured on {record['device']}, {record['date']}, {versions}with `{record['command']}`."
     ]
-    rows = record["rows"]
+    rows = record.get("values", record)["rows"]
     if isinstance(rows, dict):
         parts.append(_table(["measured", "value"], [[k, v] for k, v in rows.items()]))
     else:
@@ -55,12 +53,13 @@ def format_record(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def fill_timings(page: str, results: Path) -> str:
+def fill_timings(page: str, *folders: Path) -> str:
     """Put each section's record, or a note that it is missing, in the place of its mark."""
     for name, how in SECTIONS.items():
-        file = results / f"{name}.json"
-        if file.is_file():
-            text = format_record(json.loads(file.read_text(encoding="utf-8")))
+        files = [folder / f"{name}.json" for folder in folders]
+        found = next((file for file in files if file.is_file()), None)
+        if found is not None:
+            text = format_record(json.loads(found.read_text(encoding="utf-8")))
         else:
             text = MISSING.format(name=name, how=how)
         mark = MARK.format(name=name)

@@ -66,7 +66,7 @@ def test_what_runs_out_of_memory_or_time_is_named_not_dropped(monkeypatch):
 
 def test_the_page_shows_every_record_and_says_what_is_missing(timings, tmp_path):
     page = (ROOT / "book" / "timings.md").read_text(encoding="utf-8")
-    real = timings.fill_timings(page, ROOT / "benchmarks" / "results")
+    real = timings.fill_timings(page, ROOT / "benchmarks" / "results", ROOT / "results")
     assert "diffusers' way, ms per step" in real and "<!--" not in real
     empty = timings.fill_timings(page, tmp_path)
     assert empty.count("Not measured yet") == 3

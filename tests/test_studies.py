@@ -308,7 +308,7 @@ def test_progress_tells_counts_and_time_left(finished, tmp_path):
 
 def test_progress_in_a_terminal_is_a_bar_for_each_kind(finished, monkeypatch, capsys):
     study, store = finished
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr("medbudget.progress.is_off", lambda: False)
     over = threading.Event()
     over.set()
     _bars(study.tasks, store, 1, over)
