@@ -294,7 +294,7 @@ def sample(
     """Generate images from a prompt; a command that was stopped goes on where it was."""
     from medbudget import Embedding, load_base, save_images
     from medbudget import sample as run
-    from medbudget.artifacts import check_writable, hash_tensors
+    from medbudget.artifacts import check_writable
     from medbudget.images import read_record
     from medbudget.progress import quiet, tqdm
     from medbudget.sampling import BLOCK, check_numbers, default_steps, total_guidance
@@ -306,16 +306,14 @@ def sample(
         _warn_of_other_base(e, loaded)
     steps = default_steps(loaded) if steps is None else steps
     check_numbers(n=n, steps=steps, cfg_scale=cfg_scale)
-    record = {
-        "synthetic": True,
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "steps": steps,
-        "cfg_scale": cfg_scale,
-        "base": Path(base).name,
-        "base_hash": loaded.hash,
-        "embeddings": {e.token: hash_tensors({"vectors": e.vectors}) for e in files},
-    }
+    record = _describe_images(
+        loaded,
+        files,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        steps=steps,
+        cfg_scale=cfg_scale,
+    )
     names = [f"{i:05d}" for i in range(n)]
     records = [{**record, "seed": seed + i} for i in range(n)]
     paths = [out / f"{name}.png" for name in names]
@@ -345,6 +343,19 @@ def sample(
     print(
         f"wrote {n} synthetic images to {out}; total guidance {total_guidance(prompt, cfg_scale):g}"
     )
+
+
+def _describe_images(base: Any, words: list[Any], **settings: Any) -> dict[str, Any]:
+    """Return what is written into every synthetic image's file."""
+    from medbudget.artifacts import hash_tensors
+
+    return {
+        "synthetic": True,
+        **settings,
+        "base": Path(base.name).name,
+        "base_hash": base.hash,
+        "embeddings": {e.token: hash_tensors({"vectors": e.vectors}) for e in words},
+    }
 
 
 @app.command(name="inpaint")
@@ -386,6 +397,7 @@ def inpaint_command(
     from medbudget.images import find_images
     from medbudget.inpainting import check_masks
     from medbudget.inpainting import inpaint as run
+    from medbudget.sampling import default_steps
 
     if len(mask_and_prompt) != (1 if ellipse else 2):
         raise ValueError(
@@ -415,23 +427,29 @@ def inpaint_command(
             names.append(file.stem if paired or len(masks) == 1 else f"{file.stem}_{name}")
             which.append(i)
             chosen.append(check_masks(mask, pictures.shape[-1])[0])
+    settings: dict[str, Any] = {
+        "negative_prompt": negative_prompt,
+        "strength": strength,
+        "mask_blur": mask_blur,
+        "content": content,
+        "steps": default_steps(loaded) if steps is None else steps,
+        "cfg_scale": cfg_scale,
+        "seed": seed,
+    }
+    words = [Embedding.load(path) for path in embeddings or []]
     made = run(
         loaded,
         pictures[which],
         torch.stack(chosen),
         prompt,
-        embeddings=[Embedding.load(path) for path in embeddings or []],
-        negative_prompt=negative_prompt,
-        strength=strength,
-        mask_blur=mask_blur,
-        content=content,
-        steps=steps,
-        cfg_scale=cfg_scale,
-        seed=seed,
+        embeddings=words,
         n=n,
+        **settings,
     )
+    record = _describe_images(loaded, words, prompt=prompt, **settings)
+    records = [{**record, "image": i} for i in range(len(made))]
     names = [f"{name}_{k}" if n > 1 else name for name in names for k in range(n)]
-    save_images(made, out, names=names)
+    save_images(made, out, names=names, records=records)
     if save_masks:
         binary = (torch.stack(chosen) >= 0.5).repeat_interleave(n, 0)
         gray = binary[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255

@@ -262,6 +262,8 @@ def test_inpainting_makes_a_labelled_set(medbudget, tmp_path):
     assert code == 0 and "wrote 8 inpainted images" in said
     names = sorted(p.name for p in one.glob("*.png"))
     assert names[0] == "00000_ellipse0_0.png" and len(names) == 8
+    record = json.loads(Image.open(one / names[1]).text["medbudget"])
+    assert record["synthetic"] and record["prompt"] == "red field" and record["steps"] == 3
     assert sorted(p.name for p in (one / "masks").iterdir()) == names
     for name in names:
         original = np.asarray(Image.open(real / f"{name[:5]}.png").convert("RGB"))
