@@ -16,9 +16,11 @@ def is_off() -> bool:
 
 
 def tqdm(*args: Any, **kwargs: Any) -> Any:
-    """Return ``tqdm.auto.tqdm``, disabled where the environment says TQDM_DISABLE=1."""
-    if is_off():
-        kwargs["disable"] = True
+    """Return ``tqdm.auto.tqdm``, disabled where the environment says TQDM_DISABLE=1.
+
+    It says so now: tqdm itself reads the environment once, when it is imported.
+    """
+    kwargs["disable"] = is_off() or kwargs.get("disable", False)
     return _tqdm(*args, **kwargs)
 
 
