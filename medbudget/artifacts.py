@@ -97,6 +97,48 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 # --------------------------------------------------------------------------- recorded results
 
+
+def load_checkpoint(
+    path: Path, identity: Mapping[str, Any], *, device: str | torch.device = "cpu", detail: str = ""
+) -> dict[str, Any]:
+    """Return a checkpoint's content, or refuse one of another run.
+
+    Parameters
+    ----------
+    identity : mapping
+        What the run is; the file must have the same under ``identity``.
+    detail : str
+        A key of it whose own entries are named where they differ.
+
+    Raises
+    ------
+    ValueError
+        Unreadable, or of another run; says what differs.
+    """
+    try:
+        stored: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        found = stored["identity"]
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no readable checkpoint ({type(error).__name__}); remove it to start anew"
+        ) from None
+    if found != identity:
+        differs = [key for key in identity if found.get(key) != identity[key]]
+        if detail in differs:
+            differs.remove(detail)
+            old, new = found.get(detail, {}), identity[detail]
+            differs += [
+                f"{key} ({old.get(key)} there, {new.get(key)} now)"
+                for key in sorted({*old, *new})
+                if old.get(key) != new.get(key)
+            ]
+        raise ValueError(
+            f"checkpoint {path} belongs to another run: {', '.join(differs)} differ; name another "
+            "checkpoint, or remove this one to start anew"
+        )
+    return stored
+
+
 RESULT_KEYS = ("date", "command", "base_hash", "device", "values")
 
 

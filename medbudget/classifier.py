@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from medbudget import __version__
-from medbudget.artifacts import atomic_path, check_writable, hash_tensors, write_json
+from medbudget.artifacts import (
+    atomic_path,
+    check_writable,
+    hash_tensors,
+    load_checkpoint,
+    write_json,
+)
 from medbudget.augment import LEVELS, augment
 from medbudget.images import ImageError, check_images, find_images, load_images
 from medbudget.metrics.auc import (
@@ -645,19 +651,7 @@ def _save(path: Path, identity: dict, network, optimizer, scaler, state: dict[st
 
 def _resume(path: Path, identity: dict, network, optimizer, scaler) -> dict[str, Any]:
     place = next(network.parameters()).device
-    try:
-        stored = torch.load(path, map_location=place, weights_only=True)
-        found = stored["identity"]
-    except Exception as error:
-        raise ValueError(
-            f"{path} is no readable checkpoint ({type(error).__name__}); remove it to start anew"
-        ) from None
-    if found != identity:
-        differs = [key for key in identity if found.get(key) != identity[key]]
-        raise ValueError(
-            f"checkpoint {path} belongs to another run: {', '.join(differs)} differ; name another "
-            "checkpoint, or remove this one to start anew"
-        )
+    stored = load_checkpoint(path, identity, device=place)
     network.load_state_dict(stored["network"])
     optimizer.load_state_dict(stored["optimizer"])
     scaler.load_state_dict(stored["scaler"])

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from medbudget import __version__
-from medbudget.artifacts import atomic_path, check_writable, hash_tensors
+from medbudget.artifacts import atomic_path, check_writable, hash_tensors, load_checkpoint
 from medbudget.base import Base
 from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
 from medbudget.images import check_images
@@ -519,31 +519,11 @@ def _save(path: Path, identity: dict[str, Any], state: _State) -> None:
 
 
 def _resume(path: Path, identity: dict[str, Any], state: _State) -> None:
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        found, losses = stored["identity"], stored["losses"]
-    except Exception as error:
-        raise ValueError(
-            f"{path} is no readable checkpoint ({type(error).__name__}); remove it to start anew"
-        ) from None
-    if found != identity:
-        differs = [key for key in identity if found.get(key) != identity[key]]
-        if "settings" in differs:
-            differs.remove("settings")
-            old, new = found.get("settings", {}), identity["settings"]
-            differs += [
-                f"{key} ({old.get(key)} there, {new.get(key)} now)"
-                for key in sorted({*old, *new})
-                if old.get(key) != new.get(key)
-            ]
-        raise ValueError(
-            f"checkpoint {path} belongs to another run: {', '.join(differs)} differ; name another "
-            "checkpoint, or remove this one to start anew"
-        )
+    stored = load_checkpoint(path, identity, detail="settings")
     with torch.no_grad():
         state.vectors.copy_(stored["vectors"])
     state.optimizer.load_state_dict(stored["optimizer"])
-    state.losses[:] = losses
+    state.losses[:] = stored["losses"]
     state.scale = stored.get("scale", state.max_scale)
 
 

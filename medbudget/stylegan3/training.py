@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from medbudget import __version__
-from medbudget.artifacts import atomic_path, check_writable, hash_tensors
+from medbudget.artifacts import atomic_path, check_writable, hash_tensors, load_checkpoint
 from medbudget.images import check_images
 from medbudget.metrics.evaluation import frechet_score
 from medbudget.metrics.features import features, load_extractor
@@ -461,7 +461,7 @@ def train_stylegan3(
     }
     trainer = Trainer(images, start, settings, device)
     if checkpoint is not None and Path(checkpoint).exists():
-        trainer.restore(_read(Path(checkpoint), identity, trainer.device))
+        trainer.restore(load_checkpoint(Path(checkpoint), identity, device=trainer.device))
     record = {
         "settings": asdict(settings),
         "start": {k: start.record[k] for k in ("data", "images_seen", "seed") if k in start.record},
@@ -540,20 +540,3 @@ def measure_distance(
     found = load_extractor(extractor)
     score = frechet_score(features(images, found), features(made, found), found)
     return {"value": score.value, "interval": list(score.interval or ()), "extractor": found.name}
-
-
-def _read(path: Path, identity: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        found = state.pop("identity")
-    except Exception as error:
-        raise ValueError(
-            f"{path} is no readable checkpoint ({type(error).__name__}); remove it to start anew"
-        ) from None
-    if found != identity:
-        differs = ", ".join(key for key in identity if found.get(key) != identity[key])
-        raise ValueError(
-            f"checkpoint {path} belongs to another run: {differs} differ; name another checkpoint, "
-            "or remove this one to start anew"
-        )
-    return state
