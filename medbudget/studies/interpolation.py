@@ -1,8 +1,12 @@
-"""Figures 2 and 8 with a number beside them: is every step from healthy to diseased one?"""
+"""Figures 2 and 8 with a number beside them: is every step from healthy to diseased one?
+
+The paper draws them with a CFG scale of 2; a stronger one is tried beside it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,8 @@ from medbudget.studies.tasks import KINDS, Kind, Store, Task, count_images, cut_
 PRESETS = {
     "tiny": StudySettings(
         base="tiny", inversion="tiny", n=64, steps=25, size=64,
-        grid={"share": (0.0, 0.25, 0.5, 0.75, 1.0)}, extractors=(), phantom=None,
+        grid={"CFG scale": (2.0, 5.0), "share": (0.0, 0.25, 0.5, 0.75, 1.0)},
+        extractors=(), phantom=None,
     ),
 }  # fmt: skip
 
@@ -59,8 +64,8 @@ def make_interpolation(
         train = make_phantom_cases(kind, label, "train", s.cases, s.size)
         return make_embedding(s, base_hash, train, s.vectors, s.cases)
 
-    def draw(healthy: Task, ill: Task, share: float) -> tuple[Task, ...]:
-        options: dict[str, Any] = {"n": s.n, "steps": s.steps, "cfg_scale": s.cfg_scale}
+    def draw(healthy: Task, ill: Task, share: float, cfg_scale: float) -> tuple[Task, ...]:
+        options: dict[str, Any] = {"n": s.n, "steps": s.steps, "cfg_scale": cfg_scale}
         if share in (0, 1):  # one word: shared by all axes from it, and by other studies
             return make_blocks(s, base_hash, (ill if share else healthy,), "<class>", **options)
         prompt = f"<healthy>:{1 - share!r} AND <disease>:{share!r}"
@@ -68,23 +73,23 @@ def make_interpolation(
         return make_blocks(s, base_hash, (healthy, ill), prompt, **options)
 
     rows = []
-    for kind, (healthy, *labels) in PHANTOMS.items():
-        for label in labels:
-            words = learn(kind, healthy), learn(kind, label)
-            before: tuple[Task, ...] = ()
-            for share in s.grid["share"]:
-                made = draw(*words, share)
-                axis = {"kind": kind, "label": label}
-                score = Task("disease", axis | {"sets": [[len(made), s.n]]}, made)
-                rise = None
-                if before:
-                    sets = [[len(made), s.n], [len(before), s.n]]
-                    rise = Task("rise", axis | {"sets": sets}, (*made, *before))
-                rows.append(Row(label, share, score, rise, images=made))
-                before = made
+    axes = [(k, h, label) for k, (h, *labels) in PHANTOMS.items() for label in labels]
+    for (kind, healthy, label), cfg_scale in product(axes, s.grid["CFG scale"]):
+        words = learn(kind, healthy), learn(kind, label)
+        before: tuple[Task, ...] = ()
+        for share in s.grid["share"]:
+            made = draw(*words, share, cfg_scale)
+            axis = {"kind": kind, "label": label}
+            score = Task("disease", axis | {"sets": [[len(made), s.n]]}, made)
+            rise = None
+            if before:
+                sets = [[len(made), s.n], [len(before), s.n]]
+                rise = Task("rise", axis | {"sets": sets}, (*made, *before))
+            rows.append(Row(f"{label}, CFG {cfg_scale:g}", share, score, rise, images=made))
+            before = made
     about = (
         f"{describe_images(s.base, True)} Composed of the healthy word and the disease's by "
-        f"weighted prediction, {s.steps} steps, CFG {s.cfg_scale:g}, {s.n} images from the same "
+        f"weighted prediction, {s.steps} steps, {s.n} images from the same "
         "seeds at each share. Disease score: log odds of a classifier fitted on phantoms, above 0 "
         "more like the diseased; mean over images. p: paired t test against the share before. The "
         "paper shows such axes and has no number for them."
@@ -92,5 +97,5 @@ def make_interpolation(
     wanted = [t for row in rows for t in (row.images[0], row.score, row.compare) if t]
     return Study(
         name, preset, s.base, base_hash, tuple(rows), tuple(wanted), about,
-        head=("disease", "share"),
+        head=("axis", "share"),
     )  # fmt: skip
