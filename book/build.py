@@ -225,6 +225,19 @@ def clean_notebook(path: Path) -> str | None:
     return None
 
 
+def record_times(seconds: Mapping[str, float]) -> None:
+    """Write the chapters' times down, and into the README."""
+    from timings import fill_readme
+
+    from medbudget.artifacts import write_result, write_text
+
+    command = "python book/build.py --fresh --record"
+    values = {"seconds": dict(seconds)}
+    write_result("chapter_times", values, command=command, folder=ROOT / "book")
+    readme = ROOT / "README.md"
+    write_text(readme, fill_readme(readme.read_text(encoding="utf-8"), dict(seconds)))
+
+
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
     """Refuse names that a chapter's `parameters` cell does not have.
 
@@ -291,6 +304,11 @@ def main() -> int:
     parser.add_argument("chapters", nargs="*", help="run only these, e.g. 00_quickstart")
     parser.add_argument("--fresh", action="store_true", help="run them even if the cache has them")
     parser.add_argument(
+        "--record",
+        action="store_true",
+        help="on an idle machine: write the times down, in README and book/chapter_times.json",
+    )
+    parser.add_argument(
         "-p",
         nargs=2,
         action="append",
@@ -302,6 +320,10 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = arguments.chapters
     parameters = {name: parse_value(value) for name, value in arguments.parameters}
+    if arguments.record and (chosen or parameters or not arguments.fresh):
+        parser.error(
+            "--record is for the times of all chapters as they are: only --fresh beside it"
+        )
     set_environment()
     notebooks = stage()
     names = [n.stem for n in notebooks]
@@ -343,6 +365,8 @@ def main() -> int:
         else:
             write_entry(path, notebook, seconds[name])
     (BUILD / "timings.json").write_text(json.dumps(seconds, indent=1) + "\n")
+    if arguments.record and not failed:
+        record_times(seconds)
     page = STAGE / "book" / "timings.md"
     if page.is_file():
         from timings import fill_chapters

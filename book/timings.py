@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 MARK = "<!-- {name} -->"
+NONE = "not measured yet"
 CHAPTERS = "<!-- chapters -->"
 MISSING = "```{{note}}\nNot measured yet: there is no record `{name}.json`. {how}\n```"
 COLUMNS = ("batch", "ms", "images per s", "peak GiB", "share of ceiling", "note")
@@ -64,6 +66,19 @@ def fill_chapters(page: str, seconds: dict[str, float]) -> str:
     return page.replace(
         CHAPTERS, f"Run on {describe_machine()}.\n\n" + _table(["chapter", "seconds"], rows)
     )
+
+
+def fill_readme(text: str, seconds: dict[str, float]) -> str:
+    """Put the chapters' times into the column CPU of the README's table, `NONE` where unknown."""
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        names = re.findall(r"\]\(notebooks/(\w+)\.ipynb\)", line.partition("`")[0])
+        if line.startswith("| ") and names:
+            cells = line.strip("| ").split(" | ")
+            known = [f"{seconds[name]:.0f} s" for name in names if name in seconds]
+            cells[3] = ", ".join(known) if len(known) == len(names) else NONE
+            lines[i] = f"| {' | '.join(cells)} |"
+    return "\n".join(lines)
 
 
 def fill_timings(page: str, *folders: Path) -> str:

@@ -249,3 +249,19 @@ def test_what_differs_between_runs_or_needs_python_does_not_stay(
     nbformat.write(notebook, tmp_path / "x.ipynb")
     problem = build.clean_notebook(tmp_path / "x.ipynb")
     assert problem is not None and "blank" in problem and "remove-output" in problem
+
+
+def test_only_whole_fresh_builds_are_recorded(
+    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = "| a | [01_good](notebooks/01_good.ipynb) | `c` | not measured yet | ? | s |\n"
+    (tmp_path / "README.md").write_text(row, encoding="utf-8")
+    for arguments in (["--record"], ["--record", "--fresh", "01_good"]):
+        with pytest.raises(SystemExit):
+            count_runs(small, monkeypatch, *arguments)
+    assert count_runs(small, monkeypatch, "--record", "--fresh") == ["01_good"]
+    record = json.loads((tmp_path / "book" / "chapter_times.json").read_text(encoding="utf-8"))
+    seconds = record["values"]["seconds"]["01_good"]
+    assert record["command"].endswith("--fresh --record")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text == row.replace("not measured yet", f"{seconds:.0f} s")
