@@ -167,3 +167,20 @@ def test_without_an_address_the_build_says_which_line_to_fill_in(
     assert "fill in `Repository` under [project.urls] in pyproject.toml" in capsys.readouterr().out
     config = (tmp_path / "stage" / "_config.yml").read_text(encoding="utf-8")
     assert config == (ROOT / "_config.yml").read_text(encoding="utf-8")
+
+
+def test_links_that_are_gone_are_told_from_a_network_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    summarise = load("links", monkeypatch).summarise
+    place = {"filename": "book/x.md", "lineno": 3}
+    fine = {"uri": "https://a.org", "status": "working", "info": "", **place}
+    gone = {"uri": "https://b.org", "status": "broken", "info": "404 Client Error", **place}
+    lost = {**gone, "info": "Failed to resolve 'b.org' ([Errno -3])"}
+    inside = {**lost, "uri": "setup.html", "status": "unchecked"}
+    assert summarise([fine, inside]) == ("1 links to other sites: 1 working", 0)
+    text, code = summarise([fine, gone])
+    assert code == 1 and "book/x.md:3: https://b.org: 404" in text
+    text, code = summarise([lost, lost, inside])
+    assert code == 0 and "no internet here: nothing could be asked" in text
+    assert summarise([fine, lost])[1] == 1
