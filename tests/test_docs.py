@@ -94,3 +94,10 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         runner.run(test, out=said.append)
     assert runner.tries > 0 and runner.failures == 0, "".join(said)
     assert list(tmp_path.iterdir()) == [], "an example left files behind"
+
+
+def test_the_overview_was_drawn_with_this_base(tiny: Any) -> None:
+    from PIL import Image
+
+    with Image.open(ROOT / "book" / "_static" / "overview.png") as image:
+        assert image.info["base_hash"] == tiny.hash, "run python book/overview.py"

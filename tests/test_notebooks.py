@@ -74,6 +74,9 @@ def test_is_valid_and_has_no_outputs(path: Path) -> None:
     notebook = read(path)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
+    # VS Code chooses kernel and highlighting by these, and keeps the cells' ids from 4.5 on
+    assert notebook.metadata.kernelspec.language == notebook.metadata.language_info.name == "python"
+    assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5)
     assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
     for cell in cells(path, "code"):
@@ -257,6 +260,21 @@ def test_chapter_and_solutions_run_in_small_and_in_silence(path: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a chapter that writes to stderr fails the book's build"
     assert list(tmp_path.iterdir()) == [script], "a chapter left files behind"
+
+
+@pytest.mark.slow
+def test_nbconvert_executes_a_chapter(tmp_path: Path) -> None:
+    pytest.importorskip("nbconvert", reason="needs the `book` extra")
+    notebook = read(ROOT / "notebooks" / "01_data_preparation.ipynb")
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    cell.source += "\nn_patients, size, per_class = 12, 32, 1"
+    nbformat.write(notebook, tmp_path / "chapter.ipynb")
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--execute", "chapter.ipynb"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "chapter.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 5
 
 
 def test_training_step_is_the_librarys(tiny) -> None:
