@@ -229,7 +229,7 @@ class Calibration:
     Attributes
     ----------
     error : float
-        Expected calibration error: the mean over cases of |predicted - observed| of their bin.
+        Expected calibration error: the mean over cases of ``abs(predicted - observed)`` of their bin.
     predicted, observed : tuple of float
         Mean probability and share of positives in each bin that has cases.
     count : tuple of int
