@@ -1,5 +1,6 @@
 # make test   install, then format, lint, type and unit tests
 # make book   install, then run every chapter and build the site
+# make links  ask the addresses of other sites whether they are still there; needs internet
 # make release   wheel and source distribution into dist/, tried in a clean environment
 # Both set up .venv with PYTHON (3.10 or later) on the first call and install nothing on the next.
 # ARGS goes to pytest (make test) or to the book's build script (make book ARGS=00_quickstart).
@@ -17,7 +18,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_TOP_PAD_ ?= 1073741824
 
-.PHONY: help test book format clean constraints release
+.PHONY: help test book links format clean constraints release
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +41,9 @@ test: $(STAMP)
 
 book: $(STAMP)
 	$(BIN)/python book/build.py $(ARGS)
+
+links: $(STAMP)
+	$(BIN)/python book/links.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

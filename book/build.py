@@ -1,26 +1,40 @@
 """Run every chapter in a staging folder and build the site from what came out.
 
 The notebooks in the repository are only ever read: a failing chapter would write its error into
-them. Prints the time of each chapter and where the site is; exits with 1 if a chapter failed or
-the site has warnings (the other chapters run all the same).
+them. A chapter whose notebook, parameters and surroundings (library, recorded results, packages,
+device) are those of an earlier run comes from the cache. Prints the time of each chapter and where
+the site is; exits with 1 if a chapter failed or the site has warnings (the other chapters run all
+the same).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = Path(str(getattr(find_spec("medbudget"), "origin", ROOT))).parent
 BUILD = ROOT / "_build"
 STAGE = BUILD / "stage"
 SITE = BUILD / "html"
-PUBLISHED = ("book", "notebooks", "results", "_config.yml", "_toc.yml", "README.md", "CITATION.cff")
+CACHE = BUILD / "chapters"
+KEPT = 3  # cache entries of each chapter, so that going back to a branch costs nothing
+WIDGET = "application/vnd.jupyter.widget-view+json"
+# what a run's outcome may depend on; see set_environment
+SWITCHES = ("OMP_NUM_THREADS", "PYTHONHASHSEED", "HF_HUB_OFFLINE", "MEDBUDGET_SD2")
+PUBLISHED = ("book", "notebooks", "results", "_config.yml", "_toc.yml", "README.md", "CHANGELOG.md")
 
 
 def set_environment() -> None:
@@ -65,6 +79,7 @@ def stage() -> list[Path]:
             target = STAGE / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, target)
+    set_buttons()
     page = STAGE / "book" / "timings.md"
     if page.is_file():
         from timings import fill_timings
@@ -75,7 +90,91 @@ def stage() -> list[Path]:
     return sorted((STAGE / "notebooks").glob("*.ipynb"))
 
 
-def run_chapter(notebook: Path) -> str | None:
+def set_buttons() -> None:
+    """Give the staged book the buttons that need the repository's address, if one is known."""
+    import yaml
+    from address import read_address, remove_badge, turn_on_buttons
+
+    if not (ROOT / "pyproject.toml").is_file():
+        return
+    address = read_address(ROOT)
+    if not address:
+        print(
+            "note: no buttons to the repository, to edit or to launch a page: fill in `Repository` "
+            "under [project.urls] in pyproject.toml for them",
+            flush=True,
+        )
+        return
+    path = STAGE / "_config.yml"
+    config = turn_on_buttons(yaml.safe_load(path.read_text(encoding="utf-8")), address)
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    for notebook in (STAGE / "notebooks").glob("*.ipynb"):  # the page has a button in its place
+        text = remove_badge(notebook.read_text(encoding="utf-8"))
+        notebook.write_text(text, encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- chapters
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """Return the hash of every file in a folder that is neither hidden nor compiled Python."""
+    from medbudget.artifacts import hash_file
+
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.parent.name != "__pycache__"]
+    return {
+        p.relative_to(folder).as_posix(): hash_file(p) for p in files if not p.name.startswith(".")
+    }
+
+
+def describe_surroundings() -> dict[str, Any]:
+    """Return all that a chapter's outputs depend on, but for its notebook and parameters."""
+    import torch
+
+    from medbudget.artifacts import hash_file
+
+    return {
+        "library": hash_folder(LIBRARY),
+        "results": hash_folder(ROOT / "results"),
+        "build": hash_file(__file__),
+        "packages": sorted({f"{d.metadata['Name']} {d.version}" for d in distributions()}),
+        "python": f"{platform.python_version()} {platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "switches": {name: os.environ.get(name) for name in SWITCHES},
+    }
+
+
+def find_entry(notebook: Path, parameters: Mapping[str, Any], surroundings: dict[str, Any]) -> Path:
+    """Return the cache's file for one run of a staged notebook, which need not be there."""
+    from medbudget.artifacts import hash_file, hash_settings
+
+    key = {"notebook": hash_file(notebook), "parameters": dict(parameters), **surroundings}
+    return CACHE / f"{notebook.stem}-{hash_settings(key)}.json"
+
+
+def read_entry(path: Path) -> tuple[str, float] | None:
+    """Return a cached notebook's text and the seconds that its run took; None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return str(entry["notebook"]), float(entry["seconds"])
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"note: {path} cannot be read ({type(error).__name__}); the chapter runs anew")
+        return None
+
+
+def write_entry(path: Path, notebook: Path, seconds: float) -> None:
+    """Put an executed notebook into the cache, and drop the oldest entries of its chapter."""
+    from medbudget.artifacts import write_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"seconds": seconds, "notebook": notebook.read_text(encoding="utf-8")})
+    entries = sorted(path.parent.glob(f"{notebook.stem}-*.json"), key=lambda p: p.stat().st_mtime)
+    for old in entries[:-KEPT]:
+        old.unlink()
+
+
+def run_chapter(notebook: Path, parameters: Mapping[str, Any]) -> str | None:
     """Execute one staged notebook in place; return the error, if there is one."""
     import papermill
 
@@ -83,65 +182,216 @@ def run_chapter(notebook: Path) -> str | None:
         papermill.execute_notebook(
             notebook,
             notebook,
+            parameters=dict(parameters),
             cwd=notebook.parent,
             kernel_name="python3",
             progress_bar=False,
             log_output=False,
         )
+        return clean_notebook(notebook)
     except Exception as error:  # whatever a chapter raises, the others should still run
         return str(error)
+
+
+def clean_notebook(path: Path) -> str | None:
+    """Take out what differs between two runs, or needs a kernel; return what cannot stay."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        if "injected-parameters" in tags:
+            cell.id = "injected-parameters"
+        if cell.cell_type != "code":
+            continue
+        joined: list[Any] = []
+        for output in [] if "remove-output" in tags else cell.outputs:
+            if WIDGET in output.get("data", {}):
+                return (
+                    f"cell {cell.id} shows a widget, which stays blank on a page without Python: "
+                    "show frames (medbudget.widgets.show_frames), or tag the cell remove-output"
+                )
+            same = joined and output.output_type == joined[-1].output_type == "stream"
+            if same and output.name == joined[-1].name:  # pieces come as the kernel flushes them
+                joined[-1].text += output.text
+            else:
+                joined.append(output)
+        cell.outputs = joined
+    nbformat.write(notebook, path)
     return None
+
+
+def record_times(seconds: Mapping[str, float]) -> None:
+    """Write the chapters' times down, and into the README."""
+    from timings import fill_readme
+
+    from medbudget.artifacts import write_result, write_text
+
+    command = "python book/build.py --fresh --record"
+    values = {"seconds": dict(seconds)}
+    write_result("chapter_times", values, command=command, folder=ROOT / "book")
+    readme = ROOT / "README.md"
+    write_text(readme, fill_readme(readme.read_text(encoding="utf-8"), dict(seconds)))
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Refuse names that a chapter's `parameters` cell does not have.
+
+    Raises
+    ------
+    ValueError
+    """
+    import papermill
+
+    allowed = papermill.inspect_notebook(notebook) if parameters else {}
+    unknown = sorted(set(parameters) - set(allowed))
+    if unknown:
+        raise ValueError(
+            f"{notebook.stem} has no parameter {', '.join(unknown)}; it has {', '.join(allowed)}"
+        )
+
+
+def parse_value(text: str) -> Any:
+    """Read a number, a truth value or a quoted string; anything else is the string itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+# --------------------------------------------------------------------------- site
+
+
+def read_date() -> dict[str, str]:
+    """Return the commit's date as the site's, so that a build on another day is the same."""
+    command = ["git", "log", "-1", "--format=%ct"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return {"SOURCE_DATE_EPOCH": found.stdout.strip()} if found.stdout.strip() else {}
 
 
 def build_site() -> bool:
     """Build the staged book; warnings count as failure."""
-    shutil.rmtree(SITE, ignore_errors=True)
+    for folder in (SITE, BUILD / ".doctrees"):
+        shutil.rmtree(folder, ignore_errors=True)
     start = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", start, "build", os.fspath(STAGE)]
     command += ["--path-output", os.fspath(ROOT), "-W", "-n", "--keep-going", "--quiet"]
-    return subprocess.run(command).returncode == 0 and (SITE / "index.html").exists()
+    done = subprocess.run(command, env={**read_date(), **os.environ})
+    return done.returncode == 0 and (SITE / "index.html").exists()
+
+
+def build_site_if_changed(surroundings: dict[str, Any]) -> tuple[bool, bool]:
+    """Build the site unless the one there is of the same pages; return (good, built now)."""
+    from medbudget.artifacts import hash_settings, write_text
+
+    stamp = BUILD / "site.txt"
+    key = hash_settings({"stage": hash_folder(STAGE), "date": read_date(), **surroundings})
+    if stamp.is_file() and (SITE / "index.html").is_file() and stamp.read_text() == key:
+        return True, False
+    stamp.unlink(missing_ok=True)
+    good = build_site()
+    if good:
+        write_text(stamp, key)
+    return good, True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("chapters", nargs="*", help="run only these, e.g. 00_quickstart")
-    chosen = parser.parse_args().chapters
+    parser.add_argument("--fresh", action="store_true", help="run them even if the cache has them")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="on an idle machine: write the times down, in README and book/chapter_times.json",
+    )
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        dest="parameters",
+        help="set a parameter of these chapters, e.g. -p steps 5; may be repeated",
+    )
+    arguments = parser.parse_args()
+    chosen = arguments.chapters
+    parameters = {name: parse_value(value) for name, value in arguments.parameters}
+    if arguments.record and (chosen or parameters or not arguments.fresh):
+        parser.error(
+            "--record is for the times of all chapters as they are: only --fresh beside it"
+        )
     set_environment()
     notebooks = stage()
     names = [n.stem for n in notebooks]
     unknown = sorted(set(chosen) - set(names))
     if unknown:
         parser.error(f"no chapter {', '.join(unknown)}; there are {', '.join(names)}")
+    try:
+        for notebook in notebooks:
+            if notebook.stem in (chosen or names):
+                check_parameters(notebook, parameters)
+    except ValueError as error:
+        parser.error(str(error))
 
+    surroundings = describe_surroundings()
     seconds: dict[str, float] = {}
     failed: list[str] = []
+    cached: list[str] = []
     for notebook in notebooks:
         name = notebook.stem
-        if chosen and name not in chosen:
+        wanted = not chosen or name in chosen
+        given = parameters if wanted else {}
+        path = find_entry(notebook, given, surroundings)
+        entry = None if arguments.fresh and wanted else read_entry(path)
+        if entry is not None:
+            text, seconds[name] = entry
+            notebook.write_text(text, encoding="utf-8")
+            cached.append(name)
             continue
-        print(f"running {name} …", flush=True)
+        if not wanted:
+            continue
+        said = "".join(f" -p {key} {value}" for key, value in given.items())
+        print(f"running {name}{said} …", flush=True)
         start = time.monotonic()
-        error = run_chapter(notebook)
+        error = run_chapter(notebook, given)
         seconds[name] = round(time.monotonic() - start, 1)
         if error:
             failed.append(name)
             print(f"{error}\n{name} FAILED after {seconds[name]:.0f} s", flush=True)
+        else:
+            write_entry(path, notebook, seconds[name])
     (BUILD / "timings.json").write_text(json.dumps(seconds, indent=1) + "\n")
+    if arguments.record and not failed:
+        record_times(seconds)
+    page = STAGE / "book" / "timings.md"
+    if page.is_file():
+        from timings import fill_chapters
+
+        text = fill_chapters(page.read_text(encoding="utf-8"), seconds)
+        page.write_text(text, encoding="utf-8")
 
     print("building the site …", flush=True)
     start = time.monotonic()
-    built = build_site()
+    good, built = build_site_if_changed(surroundings)
     print(f"\n{'chapter':<28}{'seconds':>8}")
     for name, value in seconds.items():
-        print(f"{name:<28}{value:>8.1f}{'  FAILED' if name in failed else ''}")
-    print(f"{'site':<28}{time.monotonic() - start:>8.1f}{'' if built else '  FAILED'}")
+        note = "  FAILED" if name in failed else "  from the cache" if name in cached else ""
+        print(f"{name:<28}{value:>8.1f}{note}")
+    note = "" if built else "  unchanged"
+    print(f"{'site':<28}{time.monotonic() - start:>8.1f}{note if good else '  FAILED'}")
+    if cached:
+        print("from the cache: the time is that of the run; --fresh runs every chapter again")
     if failed:
         print(f"{len(failed)} of {len(seconds)} chapters failed; the error of each stands above")
-    if not built:
+    if not good:
         print("the site has warnings, shown above; each counts as an error")
     if (SITE / "index.html").exists():
         print(f"the book is at {SITE / 'index.html'}")
-    return 1 if failed or not built else 0
+    return 1 if failed or not good else 0
 
 
 if __name__ == "__main__":

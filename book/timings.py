@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 MARK = "<!-- {name} -->"
+NONE = "not measured yet"
+CHAPTERS = "<!-- chapters -->"
 MISSING = "```{{note}}\nNot measured yet: there is no record `{name}.json`. {how}\n```"
 COLUMNS = ("batch", "ms", "images per s", "peak GiB", "share of ceiling", "note")
 # each section of the page: the file that it reads, and what to do where that is missing
@@ -51,6 +54,31 @@ def format_record(record: dict[str, Any]) -> str:
         body = [[name, found["measured"], found["goal"]] for name, found in goals]
         parts.append(_table(["against the goals", "measured", "goal"], body))
     return "\n\n".join(parts)
+
+
+def fill_chapters(page: str, seconds: dict[str, float]) -> str:
+    """Put the seconds of each chapter that was run in the place of their mark."""
+    if not seconds:
+        return page.replace(CHAPTERS, "```{note}\nThis build ran no chapter.\n```")
+    from medbudget.artifacts import describe_machine
+
+    rows = [[f"[](../notebooks/{name}.ipynb)", f"{value:.0f}"] for name, value in seconds.items()]
+    return page.replace(
+        CHAPTERS, f"Run on {describe_machine()}.\n\n" + _table(["chapter", "seconds"], rows)
+    )
+
+
+def fill_readme(text: str, seconds: dict[str, float]) -> str:
+    """Put the chapters' times into the column CPU of the README's table, `NONE` where unknown."""
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        names = re.findall(r"\]\(notebooks/(\w+)\.ipynb\)", line.partition("`")[0])
+        if line.startswith("| ") and names:
+            cells = line.strip("| ").split(" | ")
+            known = [f"{seconds[name]:.0f} s" for name in names if name in seconds]
+            cells[3] = ", ".join(known) if len(known) == len(names) else NONE
+            lines[i] = f"| {' | '.join(cells)} |"
+    return "\n".join(lines)
 
 
 def fill_timings(page: str, *folders: Path) -> str:

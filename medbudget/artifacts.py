@@ -159,11 +159,16 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
+def describe_machine() -> str:
+    """Return cores and threads in words."""
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    return f"CPU, {count_cores()} cores ({platform.machine()}), OMP_NUM_THREADS {threads}"
+
+
 def describe_device() -> str:
     """Return cores, threads and load in words: what a measured time depends on."""
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
-    return f"CPU, {count_cores()} cores ({platform.machine()}), OMP_NUM_THREADS {threads}{load}"
+    return f"{describe_machine()}{load}"
 
 
 def write_result(

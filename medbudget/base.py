@@ -330,6 +330,12 @@ def load_base(
     ------
     BaseError
         Nothing found under this name, or parts that do not fit; says what to do.
+
+    Examples
+    --------
+    >>> base = load_base("tiny", device="cpu")
+    >>> base.size, base.width, base.latent_shape()
+    (64, 96, (8, 16, 16))
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -466,6 +472,13 @@ def describe(base: Base, images: torch.Tensor | Sequence[torch.Tensor]) -> str:
     ------
     BaseError
         The base has no visual words.
+
+    Examples
+    --------
+    >>> from medbudget import make_phantoms
+    >>> base = load_base("tiny", device="cpu")
+    >>> len(describe(base, make_phantoms("chest", "healthy", 4).images).split())
+    60
     """
     if not base.words:
         raise BaseError(

@@ -140,6 +140,15 @@ class Embedding:
         """Write ``.safetensors`` (vectors and provenance), A1111 ``.pt`` or diffusers ``.bin``.
 
         Written atomically. Only safetensors keeps the whole provenance.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> word = Embedding(torch.ones(2, 96), "<mine>", data="phantoms")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = Embedding.load(word.save(f"{folder}/mine.safetensors"))
+        >>> again.token, again.data, torch.equal(again.vectors, word.vectors)
+        ('<mine>', 'phantoms', True)
         """
         path = check_writable(path)
         writers = {

@@ -196,6 +196,15 @@ def save_images(
 
     `names` are file names without suffix; by default ``00000``, ``00001``, … `records`, one for
     each image (JSON values: prompt, seed, base hash, …), go into the files; see `read_record`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> images = torch.full((2, 3, 8, 8), 128, dtype=torch.uint8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files = save_images(images, folder)
+    ...     print([file.name for file in files], torch.equal(load_images(folder), images))
+    ['00000.png', '00001.png'] True
     """
     check_images(images)
     folder = Path(folder)

@@ -48,6 +48,12 @@ def ellipse(
         Radians, clockwise as seen.
     size : int
         Pixels; `inpaint` resizes masks to its images, so any will do.
+
+    Examples
+    --------
+    >>> mask = ellipse((0.5, 0.5), (0.25, 0.25), size=64)
+    >>> tuple(mask.shape), round(mask.mean().item(), 3)  # π / 16 of the image
+    ((64, 64), 0.196)
     """
     (x, y), (a, b) = center, radii
     if not (a > 0 and b > 0 and all(map(math.isfinite, (x, y, a, b, angle)))) or size < 1:
@@ -256,6 +262,17 @@ def inpaint(
     ------
     ValueError
         Sizes that do not fit, an empty mask, or one that is smaller than a latent cell.
+
+    Examples
+    --------
+    >>> from medbudget import load_base, make_phantoms
+    >>> base = load_base("tiny", device="cpu")
+    >>> image = make_phantoms("prostate", "healthy", 1).images
+    >>> mask = ellipse((0.5, 0.55), (0.15, 0.1))
+    >>> painted = inpaint(base, image, mask, "blue ellipse", steps=3)
+    >>> changed = (painted != image).any(1)[0]
+    >>> changed.any().item(), changed[:16].any().item()  # under the mask; far from it
+    (True, False)
     """
     if content not in CONTENTS:
         raise ValueError(f"unknown content {content!r}; allowed are {', '.join(CONTENTS)}")

@@ -230,6 +230,16 @@ def invert(
         Loss or gradient not finite, or vectors that do not move.
     ValueError
         Images, token, settings or checkpoint that do not fit.
+
+    Examples
+    --------
+    >>> from medbudget import load_base, make_phantoms
+    >>> base = load_base("tiny", device="cpu")
+    >>> images = make_phantoms("chest", "cardiomegaly", 4).images
+    >>> settings = InversionSettings(n_vectors=4, steps=2, batch_size=2)
+    >>> word = invert(base, images, token="<heart>", settings=settings)
+    >>> word.token, tuple(word.vectors.shape), word.step, len(word.history["loss"])
+    ('<heart>', (4, 96), 2, 2)
     """
     check_images(images)
     check_token(token)

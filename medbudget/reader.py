@@ -508,6 +508,12 @@ def compute_preference(chosen: int, n: int) -> Preference:
     ------
     ValueError
         No decision, or more choices than decisions.
+
+    Examples
+    --------
+    >>> found = compute_preference(36, 50)
+    >>> found.share, [round(limit, 3) for limit in found.interval], round(found.p_value, 4)
+    (0.72, [0.583, 0.825], 0.0026)
     """
     if not 0 <= chosen <= n or n < 1:
         raise ValueError(f"{chosen} of {n}: at least one decision, and no more choices than those")
@@ -539,6 +545,11 @@ def required_pairs(
     ------
     ValueError
         A preference of one half, numbers outside (0, 1), or more than `largest` decisions.
+
+    Examples
+    --------
+    >>> required_pairs(0.72), required_pairs(0.60)
+    (42, 210)
     """
     if not (0 < preference < 1 and 0 < power < 1 and 0 < alpha < 1) or preference == 0.5:
         raise ValueError(

@@ -68,6 +68,11 @@ def total_guidance(prompt: str, cfg_scale: float) -> float:
 
     The paper's three diseases at 0.5 each with scale 3 make 4.5, the guidance of a single prompt
     with scale 4.5; weights that sum to 1 leave the scale as it is.
+
+    Examples
+    --------
+    >>> total_guidance("<cardiomegaly>:0.5 AND <pleural_effusion>:0.5 AND <pneumonia>:0.5", 3)
+    4.5
     """
     return cfg_scale * sum(weight for _, weight in parse_prompt(prompt))
 
@@ -185,6 +190,16 @@ def sample(
     -------
     torch.Tensor
         ``(n, 3, size, size) uint8``.
+
+    Examples
+    --------
+    >>> from medbudget import load_base
+    >>> from medbudget.tiny.trained import load_trained
+    >>> base = load_base("tiny", device="cpu")
+    >>> word = load_trained("prostate", "tumour", base)
+    >>> made = sample(base, f"{word.token}:0.7 AND red ground:0.3", embeddings=[word], n=2, steps=2)
+    >>> tuple(made.shape), made.dtype
+    ((2, 3, 64, 64), torch.uint8)
     """
     steps = default_steps(base) if steps is None else steps
     check_numbers(n=n, steps=steps, batch_size=batch_size or 1, cfg_scale=cfg_scale)
@@ -271,6 +286,16 @@ def interpolate(
     dict of float to torch.Tensor
         Each share of `b` with its images, ``(n, 3, size, size) uint8``; image i has the same seed
         in each.
+
+    Examples
+    --------
+    >>> from medbudget import load_base
+    >>> from medbudget.tiny.trained import load_trained
+    >>> base = load_base("tiny", device="cpu")
+    >>> a, b = (load_trained("chest", label, base) for label in ("healthy", "pneumonia"))
+    >>> axis = interpolate(base, a, b, weights=(0, 0.5, 1), n=1, steps=2)
+    >>> {share: tuple(images.shape) for share, images in axis.items()}
+    {0.0: (1, 3, 64, 64), 0.5: (1, 3, 64, 64), 1.0: (1, 3, 64, 64)}
     """
     if method not in ("and", "vectors"):
         raise ValueError(f"unknown method {method!r}; allowed are 'and', 'vectors'")

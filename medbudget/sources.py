@@ -450,6 +450,7 @@ def find_sd2() -> Path:
         "the weights of Stable Diffusion 2.0 could not be found:\n"
         + "\n".join(tried)
         + "\nWays out: set MEDBUDGET_SD2 to a folder in diffusers' layout or to a checkpoint such "
-        "as 512-base-ema.ckpt; pass its path as --base; connect to the internet once; or use "
-        "--base tiny, which needs nothing"
+        "as 512-base-ema.ckpt; pass its path as --base; unset HF_HUB_OFFLINE and connect to the "
+        f"internet once ({SD2_BYTES / 1e9:.1f} GB); or use --base tiny (in a chapter: `preset = "
+        '"tiny"`), which needs nothing. `medbudget doctor` says what fits into the memory here'
     )

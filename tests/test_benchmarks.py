@@ -67,12 +67,29 @@ def test_what_runs_out_of_memory_or_time_is_named_not_dropped(monkeypatch):
 def test_the_page_shows_every_record_and_says_what_is_missing(timings, tmp_path):
     page = (ROOT / "book" / "timings.md").read_text(encoding="utf-8")
     real = timings.fill_timings(page, ROOT / "benchmarks" / "results", ROOT / "results")
+    real = timings.fill_chapters(real, {"00_quickstart": 41.7})
     assert "diffusers' way, ms per step" in real and "<!--" not in real
+    assert "| [](../notebooks/00_quickstart.ipynb) | 42 |" in real
+    assert "ran no chapter" in timings.fill_chapters(page, {})
     empty = timings.fill_timings(page, tmp_path)
     assert empty.count("Not measured yet") == 3
     assert "Every figure of a GPU is missing" in empty
     with pytest.raises(ValueError, match="must have <!-- gpu --> once"):
         timings.fill_timings("nothing", tmp_path)
+
+
+def test_the_readme_has_the_recorded_times_of_the_chapters(timings):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    record = ROOT / "book" / "chapter_times.json"
+    seconds = {}
+    if record.is_file():
+        seconds = json.loads(record.read_text(encoding="utf-8"))["values"]["seconds"]
+        assert set(seconds) == {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
+    assert timings.fill_readme(readme, seconds) == readme, "python book/build.py --fresh --record"
+    row = "| a | [00_x](notebooks/00_x.ipynb), [01_y](notebooks/01_y.ipynb) | `c` | ? | ? | s |"
+    filled = timings.fill_readme(row, {"00_x": 9.6, "01_y": 61})
+    assert filled == row.replace("| ? |", "| 10 s, 61 s |", 1)
+    assert "| not measured yet | ? | s |" in timings.fill_readme(row, {"00_x": 9.6})
 
 
 def test_recorded_benchmarks_name_device_date_and_versions():

@@ -128,9 +128,14 @@ def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 def run_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], *, shows: str) -> None:
     """Open a notebook of one cell in JupyterLab, run it, wait for what it shows."""
-    url, folder = lab
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    run_all(browser, lab, notebook, done=f"return document.querySelector('{shows}') !== null")
+
+
+def run_all(browser: Browser, lab: tuple[str, Path], notebook: Any, *, done: str) -> None:
+    """Open a notebook in JupyterLab, run all its cells, wait until the script `done` is true."""
+    url, folder = lab
     nbformat.write(notebook, folder / "page.ipynb")
     browser.open(f"{url}/lab/tree/page.ipynb")
     browser.wait_for(
@@ -144,13 +149,39 @@ def run_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], *, s
     )
     browser.wait_for(  # JupyterLab may ask which kernel to take, and forget the run over it
         "const ask = document.querySelector('.jp-Dialog .jp-mod-accept');"
-        "const prompt = document.querySelector('.jp-InputArea-prompt').innerText;"
+        "const cells = window.jupyterapp.shell.currentWidget.content.widgets"
+        "  .filter(cell => cell.model.type == 'code');"
+        "const prompt = cells[0].promptNode.innerText.trim();"
         "if (ask) ask.click();"
-        "else if (prompt.trim() == '[ ]:')"
+        "else if (prompt == '[ ]:')"
         " window.jupyterapp.commands.execute('notebook:run-all-cells');"
-        f"return document.querySelector('{shows}') !== null",
-        "the widget does not show",
+        f"{done}",
+        "the notebook does not come to its end",
     )
+
+
+def test_the_quickstart_runs_top_to_bottom_in_jupyterlab(
+    browser: Browser, lab: tuple[str, Path]
+) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "00_quickstart.ipynb", as_version=4)
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    small = "n_cases, n_vectors, steps, n_images, sampling_steps = 8, 4, 3, 4, 2"
+    cell.source += f"\n{small}\nimport os\nos.environ['TQDM_DISABLE'] = '0'  # a bar is a widget"
+    last = "return cells.every(cell => cell.model.executionCount)"
+    run_all(browser, lab, notebook, done=last)
+    read = (
+        "return window.jupyterapp.shell.currentWidget.content.widgets"
+        ".filter(cell => cell.model.type == 'code').flatMap(cell => cell.model.outputs.toJSON())"
+    )
+    outputs = browser.run(read)
+    assert [out for out in outputs if out["output_type"] == "error"] == []
+    kinds = [kind for out in outputs for kind in out.get("data", {})]
+    assert kinds.count("image/png") == 4, "learned from, loss, drawn, scores"
+    assert "application/vnd.jupyter.widget-view+json" in kinds
+    bars = "return document.querySelectorAll('.widget-hprogress, .jupyter-widgets').length"
+    assert browser.run(bars) > 0, "progress does not show"
+    text = "".join(out.get("text", "") for out in outputs)
+    assert "mine.safetensors: " in text and "<mine>, (4, 96), 3 steps on base tiny" in text
 
 
 def test_a_mask_drawn_in_jupyterlab_arrives_in_python(

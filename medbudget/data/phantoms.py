@@ -83,6 +83,14 @@ def make_phantoms(
     ------
     ValueError
         An unknown kind, label or split, labels that exclude each other, or a number out of range.
+
+    Examples
+    --------
+    >>> phantoms = make_phantoms("prostate", "tumour", 3)
+    >>> tuple(phantoms.images.shape), tuple(phantoms.masks.shape)
+    ((3, 3, 64, 64), (3, 64, 64))
+    >>> phantoms.masks.any(2).any(1).tolist()  # each has a tumour
+    [True, True, True]
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of phantom {kind!r}; allowed are {', '.join(KINDS)}")

@@ -76,6 +76,14 @@ def split_patients(
     ------
     ValueError
         Fewer patients than wanted; the message says how many there are of each label.
+
+    Examples
+    --------
+    >>> labels = {"ann": "healthy", "bob": "healthy", "cem": "tumour", "dora": "tumour"}
+    >>> sizes = {"train": {"healthy": 1, "tumour": 1}, "test": {"healthy": 1, "tumour": 1}}
+    >>> splits, left = split_patients(labels, sizes, seed=1)
+    >>> sorted(splits), sorted(splits.values())
+    (['ann', 'bob', 'cem', 'dora'], ['test', 'test', 'train', 'train'])
     """
     queues = {
         label: shuffle((p for p, own in labels.items() if own == label), seed=seed)

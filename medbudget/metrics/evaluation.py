@@ -164,6 +164,16 @@ def evaluate(
     ------
     ValueError
         Fewer than 4 real images with a floor (2 without), or fewer than 2 synthetic ones.
+
+    Examples
+    --------
+    >>> from medbudget import make_phantoms
+    >>> real = make_phantoms("prostate", "healthy", 8, split="test").images
+    >>> fakes = make_phantoms("prostate", "tumour", 4).images
+    >>> for score in evaluate(real, fakes)[:2]:
+    ...     print(score.name, score.n)
+    FD (EfficientNet-Lite0) 4
+    FD (EfficientNet-Lite0), real vs real 4
     """
     given = {"real": real, "synthetic": synthetic, "train": train, "permutation": permutation}
     for name, images in given.items():

@@ -81,6 +81,11 @@ def frechet_distance(x: Features, y: Features) -> float:
     ------
     ValueError
         Wrong shapes, fewer than two rows, NaN or infinite values.
+
+    Examples
+    --------
+    >>> frechet_distance([[0.0], [2.0]], [[3.0], [5.0]])  # equal spread: the means' distance, squared
+    9.0
     """
     x, y = check_pair(x, y)
     mean = x.mean(0) - y.mean(0)

@@ -207,7 +207,13 @@ class Memorisation:
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a proportion."""
+    """Return Wilson's 95 % interval of a proportion.
+
+    Examples
+    --------
+    >>> [round(limit, 3) for limit in wilson(36, 50)]  # the paper's reader
+    [0.583, 0.825]
+    """
     p, z2 = successes / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n))

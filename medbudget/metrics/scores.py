@@ -38,6 +38,11 @@ class Score:
         "none" or "paper".
     note : str
         How the interval was made, and caveats.
+
+    Examples
+    --------
+    >>> print(Score("AUC", 0.803, (0.75, 0.85), 200, note="bootstrap over cases"))
+    AUC 0.803 [0.75, 0.85], n = 200; bootstrap over cases
     """
 
     name: str
