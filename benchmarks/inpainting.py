@@ -25,13 +25,13 @@ from medbudget.tiny.trained import load_trained
 PLACES = {"left": (0.4, 0.55), "right": (0.6, 0.55)}
 RADII = (0.07, 0.1, 0.13)
 FINAL: dict[str, Any] = {
-    "cfg_scale": 15.0, "away from": "healthy", "strength": 1.0, "content": "zeros", "steps": 25,
+    "cfg_scale": 20.0, "away from": "healthy", "strength": 0.4, "content": "zeros", "steps": 25,
     "mask_blur": 4.0,
 }  # fmt: skip
 GRID: dict[str, tuple[Any, ...]] = {
-    "cfg_scale": (2.0, 5.0, 10.0, 15.0, 20.0),
+    "cfg_scale": (2.0, 5.0, 10.0, 15.0, 20.0, 25.0),
     "away from": ("healthy", "nothing"),
-    "strength": (0.5, 0.75, 0.9, 1.0),
+    "strength": (0.3, 0.4, 0.5, 0.75, 1.0),
     "content": ("original", "fill", "noise", "zeros"),
     "steps": (10, 25, 50),
     "mask_blur": (0.0, 4.0, 8.0),
