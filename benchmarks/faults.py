@@ -106,13 +106,10 @@ def study(given: Path, out: Path) -> None:
 
 
 def stylegan3(given: Path, out: Path) -> None:
+    from medbudget.inversion import PRESETS
     from medbudget.studies import stylegan3
 
-    inversion = sys.modules["medbudget.inversion"]
-
-    inversion.PRESETS["tiny"] = replace(
-        inversion.PRESETS["tiny"], steps=4, batch_size=1, checkpoint_every=2
-    )
+    PRESETS["tiny"] = replace(PRESETS["tiny"], steps=4, batch_size=1, checkpoint_every=2)
     stylegan3.PRESETS["tiny"] = replace(
         stylegan3.PRESETS["tiny"], cases=8, n=4, steps=1, extractors=("layout",),
         overrides={"kimg": 0.032, "snapshot_kimg": 0.008},
