@@ -367,7 +367,7 @@ def try_kills(
     whole = start(name, given, place / "whole", place / "whole.side")
     whole.join(limit)
     length = time.monotonic() - begin
-    said = (place / "whole.side" / "said.txt").read_text(errors="replace")
+    said = _read(place / "whole.side" / "said.txt")
     if whole.exitcode != 0:
         raise RuntimeError(f"{name} fails undisturbed, exit code {whole.exitcode}:\n{said}")
     results = read_results(place / "whole")
@@ -422,10 +422,14 @@ def _chain(
                 return killed, f"still runs after {limit:.0f} s"
         if process.exitcode == 0:
             return killed, ""
-        said = (side / "said.txt").read_text(errors="replace") if side.exists() else ""
+        said = _read(side / "said.txt")
         if process.exitcode != -signal.SIGKILL and "a worker process died" not in said[-500:]:
             return killed, f"exit code {process.exitcode} after {killed} kills: {said[-800:]}"
         killed += 1
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _compare(command: Command, folder: Path, results: dict[str, Any], killed: int) -> str:
