@@ -166,8 +166,8 @@ COMMANDS = {
         inpaint, "medbudget.images:to_pil", lambda *_: 0, None, "12 images; starts anew",
     ),
     "prepare": Command(
-        prepare, "medbudget.data.prepare:_make_one", lambda item, *_: item.file, 4,
-        "24 PNG files, 2 processes",
+        prepare, "medbudget.data.prepare:save_images",
+        lambda _, folder, names: (folder.name, names), 4, "24 PNG files, 2 processes",
     ),
     "classify": Command(
         classify, "medbudget.classifier:_pick", lambda *args, **_: args[2:], 5,
@@ -484,6 +484,8 @@ def main() -> None:
         with contextlib.suppress(ValueError):
             names.sort(key=list(COMMANDS).index)
         command = f"python benchmarks/faults.py --kills {args.kills} --record"
+        if args.minutes < 1e9:
+            command = command.replace(" --record", f" --minutes {args.minutes:g} --record")
         if names != list(COMMANDS):
             command += f" --commands {','.join(names)}"
         base = load_base("tiny", device="cpu").hash
