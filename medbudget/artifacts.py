@@ -138,6 +138,19 @@ def hold(path: str | os.PathLike[str] | None) -> Iterator[None]:
                 _close(descriptor)
 
 
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Lock a file that is added to, and wait while another process does; it is made if missing."""
+    descriptor, _ = _open_locked(Path(path), wait=True)
+    try:
+        yield
+    finally:
+        if os.fstat(descriptor).st_size == 0:  # nothing was added after all
+            with suppress(OSError):
+                os.unlink(path)
+        _close(descriptor)
+
+
 def _read_owner(file: Path) -> str:
     for _ in range(10):  # it writes its name just after it has the lock
         with suppress(OSError, ValueError, KeyError, TypeError):

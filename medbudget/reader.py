@@ -28,7 +28,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.stats import binom, binomtest
 
-from medbudget.artifacts import hold, write_json, write_text
+from medbudget.artifacts import InUseError, hold, locked, write_json, write_text
 from medbudget.images import find_images, load_image, to_pil
 from medbudget.metrics.scores import Score
 from medbudget.progress import tqdm
@@ -127,18 +127,21 @@ class ReaderStudy:
         out.parent.mkdir(parents=True, exist_ok=True)
         key.parent.mkdir(parents=True, exist_ok=True)
         scratch = out.with_name(f".{out.name}.tmp")
-        with hold(out):
-            shutil.rmtree(scratch, ignore_errors=True)  # of one who was killed
-            try:
+        try:
+            with hold(out):
+                shutil.rmtree(scratch, ignore_errors=True)  # of one who was killed
                 study = _write_study(scratch, {"a": a, "b": b}, items, question)
                 secret = {"study": study, "seed": seed, "labels": list(names), "pairs": items}
                 if not key.exists():
                     write_json(key, secret)
                 elif _read_json(key, ()) != secret:  # else of one who was killed before the end
                     raise FileExistsError(f"{key} exists: choose another place, or delete it")
-                os.rename(scratch, out)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            os.rename(scratch, out)  # the last step: nobody comes back to tidy up after it
+        except InUseError:
+            raise
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
         return cls.load(out)
 
     @classmethod
@@ -443,9 +446,9 @@ class Reading:
             self._append([self._record(len(answers) - 1, "undo")])
 
     def _alone(self) -> AbstractContextManager[None]:
-        """Keep other processes from answering for this reader."""
+        """Let other processes that answer for this reader wait."""
         self.path.parent.mkdir(exist_ok=True)
-        return hold(self.path)
+        return locked(self.path)
 
     def _record(self, pair: int, choice: str, **more: Any) -> dict[str, Any]:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -453,7 +456,7 @@ class Reading:
         return {**who, "pair": pair, "choice": choice, **more, "time": now}
 
     def _append(self, records: Iterable[dict[str, Any]]) -> None:
-        new = not self.path.exists()
+        new = not self.path.stat().st_size
         with open(self.path, "ab+") as file:
             file.seek(0)
             text = file.read()
