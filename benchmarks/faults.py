@@ -346,7 +346,8 @@ def try_kills(
     work : path
         Folder for runs and for ``NAME.json``, the tally.
     minutes : float
-        No new run is begun after that time; what was tried by then is the tally.
+        From the end of the undisturbed run. Later no killing is begun, but one of each kind; what
+        was tried by then is the tally.
 
     Returns
     -------
@@ -372,6 +373,7 @@ def try_kills(
         raise RuntimeError(f"{name} fails undisturbed, exit code {whole.exitcode}:\n{said}")
     results = read_results(place / "whole")
     operations = int((place / "whole.side" / "operations.txt").read_text())
+    begin = time.monotonic()
     rng = random.Random(f"{name} {seed}")
     rows = [
         {"fault": fault, "command": name, "tried": 0, "survived": 0, "note": command.note}
@@ -381,7 +383,7 @@ def try_kills(
     for row in rows:
         chain = 0
         end = begin + 60 * minutes * (1 + rows.index(row)) / len(rows)
-        while row["tried"] < wanted[row["fault"]] and time.monotonic() < end:
+        while row["tried"] < wanted[row["fault"]] and (not row["tried"] or time.monotonic() < end):
             chain += 1
             folder = place / f"{FAULTS.index(row['fault'])}-{chain}"
             killed, problem = _chain(
