@@ -131,16 +131,16 @@ def test_stops_are_put_off_to_where_a_loop_asks_and_the_second_is_not():
     assert steps == [0, 1, 2] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+FOURS = {"CFG scale": (1, 2), "vectors": (4, 64)}
 STUDY = """
-import sys, medbudget.studies.tables as tables
+import sys
 from pathlib import Path
+from test_studies import SMALL, replace
 from medbudget import cli
-tables.PRESETS["tiny"] = tables.StudySettings(
-    base="tiny", inversion="tiny", n=160, steps=1, size=64,
-    grid={"CFG scale": (1, 2), "vectors": (4, 64)}, extractors=("layout",),
-    phantom=("prostate", "healthy"), overrides={"steps": 2, "batch_size": 1})
+from medbudget.studies import tables
+tables.PRESETS["tiny"] = replace(SMALL, n=64, grid=GRID)
 if __name__ == "__main__":
-    sys.argv = ["medbudget", "study", "table1", "--store", sys.argv[1], "--workers", sys.argv[2]]
+    sys.argv = ["medbudget", "study", "table1", "--store", sys.argv[1], "--workers", "2"]
     cli.main()
 """
 
@@ -160,20 +160,23 @@ def children(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-def test_workers_of_a_study_die_are_orphaned_and_are_interrupted(tmp_path):
-    (tmp_path / "study.py").write_text(STUDY)
+def test_workers_of_a_study_die_are_orphaned_and_are_interrupted(tiny, tmp_path):
+    from test_studies import contents, small
+
+    from medbudget.studies import Store, run
+
+    (tmp_path / "study.py").write_text(STUDY.replace("GRID", repr(FOURS)))
     store = tmp_path / "store"
 
-    def start(workers, folder=store):
-        command = [sys.executable, tmp_path / "study.py", folder, str(workers)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    def start():
         return subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-            start_new_session=True, env=environment,
+            [sys.executable, tmp_path / "study.py", store], stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         )  # fmt: skip
 
     def disturb(how, blocks):
-        process = start(2)
+        process = start()
         limit = time.monotonic() + 240
         while len(list((store / "block").glob("[0-9a-f]*.safetensors"))) < blocks:
             assert process.poll() is None and time.monotonic() < limit
@@ -196,13 +199,11 @@ def test_workers_of_a_study_die_are_orphaned_and_are_interrupted(tmp_path):
     assert code == -signal.SIGKILL
     code, said = disturb(lambda process, workers: os.killpg(process.pid, signal.SIGINT), 7)
     assert code == 130 and said == ["stopped"]
-    for folder, workers in ((store, 1), (tmp_path / "whole", 1)):
-        assert start(workers, folder).wait(240) == 0
+    study = small(tiny.hash, n=64, grid=FOURS)
+    assert run(study.tasks, Store(store)) > 0
+    run(study.tasks, Store(tmp_path / "whole"))
     assert faults.find_leftovers(store) == []
-    results = [faults.read_results(folder) for folder in (store, tmp_path / "whole")]
-    for found in results:
-        found.pop("table1-tiny/environment.json")
-    assert results[0] == results[1]
+    assert contents(store) == contents(tmp_path / "whole")
 
 
 CELL = """
