@@ -167,7 +167,7 @@ COMMANDS = {
     ),
     "prepare": Command(
         prepare, "medbudget.data.prepare:save_images",
-        lambda _, folder, names: (folder.name, names), 4, "24 PNG files, 2 processes",
+        lambda _, folder, names: (folder.name, names), 2, "24 PNG files, 2 processes",
     ),
     "classify": Command(
         classify, "medbudget.classifier:_pick", lambda *args, **_: args[2:], 5,
@@ -359,10 +359,9 @@ def try_kills(
     tally = work / f"{name}.json"
     limit = 600.0
     wanted = dict(zip(FAULTS, (kills - kills // 2, kills // 2)))
-    if tally.exists():
-        rows = json.loads(tally.read_text())
-        if {row["fault"]: row["tried"] for row in rows} == wanted:
-            return rows
+    request = [kills, min(minutes, 1e9), seed]
+    if tally.exists() and (found := json.loads(tally.read_text()))["request"] == request:
+        return list(found["rows"])
     shutil.rmtree(place, ignore_errors=True)
     begin = time.monotonic()
     whole = start(name, given, place / "whole", place / "whole.side")
@@ -401,7 +400,7 @@ def try_kills(
                 shutil.rmtree(f"{folder}.side")
     for row in rows:
         row["problems"] = [p for p in problems if p.startswith(str(rows.index(row)))]
-    tally.write_text(json.dumps(rows, indent=1))
+    tally.write_text(json.dumps({"request": request, "rows": rows}, indent=1))
     return rows
 
 

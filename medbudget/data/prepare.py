@@ -219,33 +219,30 @@ def _prepare(
     short: dict[tuple[str, str], int] = {}
     kept = 0
     todo = list(items)
-    with open(out / JOURNAL, "a", encoding="utf-8") as journal:
-        while todo:
-            missing = []
-            for item in todo:
-                if item.file in done:
-                    rows[item.file] = done[item.file]
-                    kept += 1
-                else:
-                    missing.append(item)
-            failed = {}
-            for item, row, reason in _run(missing, make, out, workers):
-                if row is None:
-                    failed[item.file] = reason
-                    continue
-                rows[item.file] = row
-                journal.write(json.dumps(row) + "\n")
-                journal.flush()
-            todo = []
-            for item in missing:
-                if item.file not in failed:
-                    continue
-                broken.append((item.name, failed[item.file]))
-                if queues.get(item.label):
-                    todo.append(replace(queues[item.label].pop(0), split=item.split))
-                else:
-                    cell = (item.split, item.label)
-                    short[cell] = short.get(cell, 0) + 1
+    while todo:
+        missing = []
+        for item in todo:
+            if item.file in done:
+                rows[item.file] = done[item.file]
+                kept += 1
+            else:
+                missing.append(item)
+        failed = {}
+        for item, row, reason in _run(missing, make, out, workers):
+            if row is None:
+                failed[item.file] = reason
+                continue
+            rows[item.file] = row
+        todo = []
+        for item in missing:
+            if item.file not in failed:
+                continue
+            broken.append((item.name, failed[item.file]))
+            if queues.get(item.label):
+                todo.append(replace(queues[item.label].pop(0), split=item.split))
+            else:
+                cell = (item.split, item.label)
+                short[cell] = short.get(cell, 0) + 1
     for stale in earlier - set(rows):  # a spare whose case has been mended since
         for path in (stale, *_masks_of(done[stale]).values()):
             with suppress(FileNotFoundError):
@@ -256,7 +253,7 @@ def _prepare(
     for row in rows.values():
         counts[row["split"], row["label"]] += 1
     _write_manifest(out, rows)
-    (out / JOURNAL).unlink()
+    (out / JOURNAL).unlink(missing_ok=True)
     _write_contact_sheet(out, rows)
     return Report(out, counts, len(rows) - kept, kept, tuple(broken), short, tuple(notes))
 
@@ -391,6 +388,9 @@ def _make_one(
         "note": item.note,
         "sha256": artifacts.hash_file(path),
     }
+    # By who made it: a parent that lags behind and is killed would have it made again.
+    with open(out / JOURNAL, "a", encoding="utf-8") as journal:
+        journal.write(json.dumps(row) + "\n")
     return row, ""
 
 
