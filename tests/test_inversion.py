@@ -221,6 +221,7 @@ def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
     assert path.read_bytes() == stored
     assert run(tiny, replace(FEW, steps=4), checkpoint=path).step == 4  # prolonged
     path.write_bytes(stored[:100])
+    path.with_name("run.ckpt.previous").unlink()
     with pytest.raises(ValueError, match="no readable checkpoint"):
         run(tiny, checkpoint=path)
 
