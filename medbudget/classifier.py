@@ -23,10 +23,12 @@ from torch import nn
 
 from medbudget import __version__
 from medbudget.artifacts import (
-    atomic_path,
     check_writable,
     hash_tensors,
+    hold,
     load_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
     write_json,
 )
 from medbudget.augment import LEVELS, augment
@@ -42,6 +44,7 @@ from medbudget.metrics.auc import (
 from medbudget.metrics.extractors import download, fit, load_state
 from medbudget.metrics.features import efficientnet_network
 from medbudget.metrics.scores import Score
+from medbudget.processes import stoppable
 from medbudget.progress import tqdm
 
 RESNET18_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
@@ -522,8 +525,9 @@ def train_classifier(
     settings : ClassifierSettings, optional
         Default: ``tiny`` on a CPU, ``modern`` on a GPU.
     checkpoint : path, optional
-        Saved there every ``settings.checkpoint_every`` steps and at Ctrl-C. If it exists, the run
-        goes on from it and ends as an undisturbed one. Removed by nobody.
+        Saved there every ``settings.checkpoint_every`` steps, and at Ctrl-C or SIGTERM after the
+        step. If it exists, the run goes on from it and ends as an undisturbed one. The one before
+        is kept beside it, for the case that it is damaged. Removed by nobody.
     callback : callable, optional
         Called after every validation with ``{"step", "steps", "loss", "auc"}``.
 
@@ -532,7 +536,7 @@ def train_classifier(
     ValueError
         Splits that do not fit together or share an image, a checkpoint of another run.
     RuntimeError
-        A loss that is not finite.
+        A loss that is not finite; `InUseError`: another process writes the same checkpoint.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = settings or ClassifierSettings.preset("tiny" if place.type == "cpu" else "modern")
@@ -557,44 +561,42 @@ def train_classifier(
         "train": hash_tensors({"images": train.images, "labels": train.labels}),
         "val": hash_tensors({"images": val.images, "labels": val.labels}),
     }
-    state: dict[str, Any] = {"step": 0, "steps": [], "losses": [], "aucs": [], "best": None}
-    if checkpoint is not None and Path(checkpoint).exists():
-        state = _resume(Path(checkpoint), identity, network, optimizer, scaler)
-    recent: list[torch.Tensor] = []
+    state: dict[str, Any] = {
+        "step": 0, "steps": [], "losses": [], "aucs": [], "best": None, "recent": [],
+    }  # fmt: skip
     start = time.monotonic()
-    bar = tqdm(total=settings.steps, initial=state["step"], desc="classifier", unit="step")
-
-    def save() -> None:
+    with stoppable() as stopped, hold(checkpoint):
         if checkpoint is not None:
-            _save(Path(checkpoint), identity, network, optimizer, scaler, state)
-
-    try:
-        while state["step"] < settings.steps:
-            step = state["step"]
-            pick = _pick(len(images), settings.batch_size, step, settings.seed).to(place)
-            generator = torch.Generator(place).manual_seed(settings.seed * 15_485_863 + step)
-            network.train()
-            with context:
-                batch = augment(images[pick] / 255, level, generator=generator)
-                loss = F.cross_entropy(network(batch).float(), labels[pick])
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            recent.append(loss.detach())
-            state["step"] = step + 1
-            bar.update()
-            if state["step"] % settings.validate_every == 0 or state["step"] == settings.steps:
-                _validate(network, watched, truth, settings, state, recent, callback)
-                bar.set_postfix(auc=f"{state['aucs'][-1]:.3f}")
-                recent.clear()
-                # checkpoints hold no losses since the last validation, so they follow one
-                due = settings.checkpoint_every // settings.validate_every or 1
-                if len(state["steps"]) % due == 0:
-                    save()
-    finally:
-        bar.close()
-    save()
+            state = _resume(checkpoint, identity, network, optimizer, scaler) or state
+        bar = tqdm(total=settings.steps, initial=state["step"], desc="classifier", unit="step")
+        try:
+            while state["step"] < settings.steps and not stopped():
+                step = state["step"]
+                pick = _pick(len(images), settings.batch_size, step, settings.seed).to(place)
+                generator = torch.Generator(place).manual_seed(settings.seed * 15_485_863 + step)
+                network.train()
+                with context:
+                    batch = augment(images[pick] / 255, level, generator=generator)
+                    loss = F.cross_entropy(network(batch).float(), labels[pick])
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                state["recent"].append(loss.detach())
+                state["step"] = step + 1
+                bar.update()
+                last = state["step"] == settings.steps
+                if state["step"] % settings.validate_every == 0 or last:
+                    _validate(network, watched, truth, settings, state, callback)
+                    bar.set_postfix(auc=f"{state['aucs'][-1]:.3f}")
+                due = last or stopped() or state["step"] % settings.checkpoint_every == 0
+                if checkpoint is not None and due:
+                    _check_losses(state)
+                    _save(checkpoint, identity, network, optimizer, scaler, state)
+        finally:
+            bar.close()
+    if state["step"] < settings.steps:
+        raise KeyboardInterrupt  # if the signal's own handler has not
     network.load_state_dict(state["best"]["network"])
     network.eval()
     at = state["best"]["index"]
@@ -616,15 +618,10 @@ def train_classifier(
 
 def _validate(
     network: Network, images: torch.Tensor, truth: npt.NDArray[Any], settings: ClassifierSettings,
-    state: dict[str, Any], recent: list[torch.Tensor],
-    callback: Callable[[dict[str, Any]], None] | None,
+    state: dict[str, Any], callback: Callable[[dict[str, Any]], None] | None,
 ) -> None:  # fmt: skip
-    loss = float(torch.stack(recent).mean())
-    if not np.isfinite(loss):
-        raise RuntimeError(
-            f"the loss became {loss} before step {state['step']}: use a lower learning rate, or "
-            "precision float32"
-        )
+    loss = _check_losses(state)
+    state["recent"] = []
     value = auc(truth, _predict(network, images, 64, settings.precision))
     if state["best"] is None or value > max(state["aucs"]):
         copy = {key: v.detach().clone() for key, v in network.state_dict().items()}
@@ -635,23 +632,33 @@ def _validate(
         callback({"step": state["step"], "steps": settings.steps, "loss": loss, "auc": value})
 
 
-def _save(path: Path, identity: dict, network, optimizer, scaler, state: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(
-            {
-                "identity": identity,
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "state": state,
-            },
-            temporary,
+def _check_losses(state: dict[str, Any]) -> float:
+    """Return the mean loss since the last validation, which must be finite."""
+    loss = float(torch.stack(state["recent"]).mean()) if state["recent"] else 0.0
+    if not np.isfinite(loss):
+        raise RuntimeError(
+            f"the loss became {loss} before step {state['step']}: use a lower learning rate, or "
+            "precision float32. The last checkpoint is untouched"
         )
+    return loss
 
 
-def _resume(path: Path, identity: dict, network, optimizer, scaler) -> dict[str, Any]:
+def _save(path: Path, identity: dict, network, optimizer, scaler, state: dict[str, Any]) -> None:
+    content = {
+        "identity": identity,
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "state": state,
+    }
+    save_checkpoint(path, content)
+
+
+def _resume(path: Path, identity: dict, network, optimizer, scaler) -> dict[str, Any] | None:
     place = next(network.parameters()).device
     stored = load_checkpoint(path, identity, device=place)
+    if stored is None:
+        return None
     network.load_state_dict(stored["network"])
     optimizer.load_state_dict(stored["optimizer"])
     scaler.load_state_dict(stored["scaler"])
@@ -704,10 +711,11 @@ def repeat_classifier(
             },
         }
         path = None if folder is None else check_writable(Path(folder) / f"run_{seed}.json")
+        unfinished = None if path is None else path.with_suffix(".ckpt")
         if path is not None and path.exists():
             scores.append(_read_run(path, identity))
+            remove_checkpoint(path.with_suffix(".ckpt"))  # if killed just after the record
             continue
-        unfinished = None if path is None else path.with_suffix(".ckpt")
         made = train_classifier(train, val, mine, checkpoint=unfinished, device=device)
         probabilities, score = made.test(test)
         if path is not None and unfinished is not None:
@@ -720,7 +728,7 @@ def repeat_classifier(
                 "scores": probabilities.tolist(),
             }
             write_json(path, record)
-            unfinished.unlink(missing_ok=True)
+            remove_checkpoint(unfinished)
         scores.append(probabilities)
     return np.stack(scores)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -193,7 +195,7 @@ def invert(
     """Train an embedding on a folder of images (Textual Inversion)."""
     from medbudget import InversionSettings, load_base
     from medbudget import invert as run
-    from medbudget.artifacts import check_writable
+    from medbudget.artifacts import check_writable, hold
     from medbudget.embeddings import check_token
 
     check_token(token)
@@ -219,18 +221,19 @@ def invert(
         print("note: a word from so few images copies them; the paper's smallest set has 5")
     callback, close = _observer(loaded, token, out, preview_every, log_dir)
     try:
-        made = run(
-            loaded,
-            pictures,
-            token=token,
-            settings=settings,
-            checkpoint=checkpoint,
-            callback=callback,
-            data=f"{count} of folder {images.name}",
-        )
+        with hold(out):
+            made = run(
+                loaded,
+                pictures,
+                token=token,
+                settings=settings,
+                checkpoint=checkpoint,
+                callback=callback,
+                data=f"{count} of folder {images.name}",
+            )
+            made.save(out)
     finally:
         close()
-    made.save(out)
     print(f"wrote {out} ({out.stat().st_size / 1024:.0f} kB): {token}, {len(made.vectors)} vectors")
 
 
@@ -294,7 +297,7 @@ def sample(
     """Generate images from a prompt; a command that was stopped goes on where it was."""
     from medbudget import Embedding, load_base, save_images
     from medbudget import sample as run
-    from medbudget.artifacts import check_writable
+    from medbudget.artifacts import check_writable, hold
     from medbudget.images import read_record
     from medbudget.progress import quiet, tqdm
     from medbudget.sampling import BLOCK, check_numbers, default_steps, total_guidance
@@ -323,7 +326,7 @@ def sample(
                 f"{path} is another image than this command makes: choose another --out, or "
                 "delete the folder"
             )
-    with tqdm(total=n, desc="sample", unit="image") as bar:
+    with hold(out), tqdm(total=n, desc="sample", unit="image") as bar:
         for first in range(0, n, BLOCK):
             block = slice(first, min(first + BLOCK, n))
             if not all(path.exists() for path in paths[block]):
@@ -393,7 +396,7 @@ def inpaint_command(
     import torch
 
     from medbudget import Embedding, load_base, save_images
-    from medbudget.artifacts import check_writable
+    from medbudget.artifacts import check_writable, hold
     from medbudget.images import find_images
     from medbudget.inpainting import check_masks
     from medbudget.inpainting import inpaint as run
@@ -437,23 +440,24 @@ def inpaint_command(
         "seed": seed,
     }
     words = [Embedding.load(path) for path in embeddings or []]
-    made = run(
-        loaded,
-        pictures[which],
-        torch.stack(chosen),
-        prompt,
-        embeddings=words,
-        n=n,
-        **settings,
-    )
-    record = _describe_images(loaded, words, prompt=prompt, **settings)
-    records = [{**record, "image": i} for i in range(len(made))]
-    names = [f"{name}_{k}" if n > 1 else name for name in names for k in range(n)]
-    save_images(made, out, names=names, records=records)
-    if save_masks:
-        binary = (torch.stack(chosen) >= 0.5).repeat_interleave(n, 0)
-        gray = binary[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
-        save_images(gray, out / "masks", names=names)
+    with hold(out):
+        made = run(
+            loaded,
+            pictures[which],
+            torch.stack(chosen),
+            prompt,
+            embeddings=words,
+            n=n,
+            **settings,
+        )
+        record = _describe_images(loaded, words, prompt=prompt, **settings)
+        records = [{**record, "image": i} for i in range(len(made))]
+        names = [f"{name}_{k}" if n > 1 else name for name in names for k in range(n)]
+        save_images(made, out, names=names, records=records)
+        if save_masks:
+            binary = (torch.stack(chosen) >= 0.5).repeat_interleave(n, 0)
+            gray = binary[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
+            save_images(gray, out / "masks", names=names)
     print(f"wrote {len(made)} inpainted images to {out}: synthetic under their masks")
 
 
@@ -595,7 +599,7 @@ def classify(
     """Train classifiers on real and on real + synthetic images; compare them on a test set."""
     import torch
 
-    from medbudget.artifacts import check_writable
+    from medbudget.artifacts import check_writable, hold
     from medbudget.classifier import (
         ClassifierSettings,
         check_splits,
@@ -629,20 +633,27 @@ def classify(
     labels = cases["test"].labels.numpy()
     n = (int((labels == 0).sum()), int((labels == 1).sum()))
     found, rows = {}, []
-    for name, chosen in sets.items():
-        folder = out / name.replace(" + ", "_and_")
-        found[name] = repeat_classifier(
-            chosen, cases["val"], cases["test"], settings, runs=runs, folder=folder, device=device
-        )
-        scores = score_runs(labels, found[name])
-        if name != "real":
-            gain = bootstrap_auc(labels, found[name], found["real"])
-            scores += score_gain(gain, n)
-            one = delong_difference(labels, found[name][0], found["real"][0])
-            scores.append(_delong_score(one, n))
-        rows += [replace(score, name=f"{score.name}, {name}") for score in scores]
-    _write_scores(out / "scores.csv", cases["test"], found, seed)
-    to_json(rows, out / "result.json")
+    with hold(out):
+        for name, chosen in sets.items():
+            folder = out / name.replace(" + ", "_and_")
+            found[name] = repeat_classifier(
+                chosen,
+                cases["val"],
+                cases["test"],
+                settings,
+                runs=runs,
+                folder=folder,
+                device=device,
+            )
+            scores = score_runs(labels, found[name])
+            if name != "real":
+                gain = bootstrap_auc(labels, found[name], found["real"])
+                scores += score_gain(gain, n)
+                one = delong_difference(labels, found[name][0], found["real"][0])
+                scores.append(_delong_score(one, n))
+            rows += [replace(score, name=f"{score.name}, {name}") for score in scores]
+        _write_scores(out / "scores.csv", cases["test"], found, seed)
+        to_json(rows, out / "result.json")
     print(format_table(rows))
     print(f"wrote {out / 'scores.csv'} (every test case in every run) and {out / 'result.json'}")
 
@@ -1346,12 +1357,32 @@ def reader_analyse(
 
 
 def main() -> None:
-    """Run the command line; expected errors become one message and exit code 1."""
+    """Run the command line; expected errors become one message and exit code 1.
+
+    Ctrl-C and SIGTERM end it with one line and exit code 130 or 143.
+    """
+    came = [signal.SIGINT]
+
+    def stop(number: int, frame: Any) -> None:
+        came[0] = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, stop)
     try:
         app()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # of which typer makes exit code 130
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
         print("stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + came[0])
+    except MemoryError as error:
+        print(f"error: out of memory {error}: fewer or smaller images need less", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 
-from medbudget.artifacts import atomic_path, check_writable
+from medbudget.artifacts import check_writable, write_bytes
 
 MAX_VECTORS = 74
 _TOKEN = re.compile(r"<[^<>\s/\\]+>")
@@ -160,8 +161,7 @@ class Embedding:
             raise EmbeddingError(
                 f"cannot write {path.name}: allowed endings are {', '.join(writers)}"
             )
-        with atomic_path(path) as temporary:
-            writers[path.suffix](self, temporary)
+        write_bytes(path, writers[path.suffix](self))
         return path
 
     def renamed(self, token: str) -> Embedding:
@@ -180,7 +180,7 @@ class Embedding:
             )
 
 
-def _write_safetensors(e: Embedding, path: Path) -> None:
+def _write_safetensors(e: Embedding) -> bytes:
     about = {
         "token": e.token,
         "step": e.step,
@@ -191,10 +191,11 @@ def _write_safetensors(e: Embedding, path: Path) -> None:
     }
     # One metadata key: safetensors writes several in random order, and equal embeddings should be
     # equal files. diffusers' load_textual_inversion takes the one tensor's key as the token.
-    save_file({e.token: e.vectors}, path, metadata={META: json.dumps(about, ensure_ascii=False)})
+    meta = {META: json.dumps(about, ensure_ascii=False)}
+    return save_safetensors({e.token: e.vectors}, metadata=meta)
 
 
-def _write_a1111(e: Embedding, path: Path) -> None:
+def _write_a1111(e: Embedding) -> bytes:
     content = {
         "string_to_token": {"*": 265},
         "string_to_param": {"*": e.vectors},
@@ -203,11 +204,17 @@ def _write_a1111(e: Embedding, path: Path) -> None:
         "sd_checkpoint": e.base_hash,
         "sd_checkpoint_name": e.base,
     }
-    torch.save(content, path)
+    return _pickle(content)
 
 
-def _write_diffusers(e: Embedding, path: Path) -> None:
-    torch.save({e.token: e.vectors}, path)
+def _write_diffusers(e: Embedding) -> bytes:
+    return _pickle({e.token: e.vectors})
+
+
+def _pickle(content: dict[str, Any]) -> bytes:
+    file = io.BytesIO()  # given a path, torch.save writes its name into the file
+    torch.save(content, file)
+    return file.getvalue()
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -20,11 +20,18 @@ import torch
 import torch.nn.functional as F
 
 from medbudget import __version__
-from medbudget.artifacts import atomic_path, check_writable, hash_tensors, load_checkpoint
+from medbudget.artifacts import (
+    check_writable,
+    hash_tensors,
+    hold,
+    load_checkpoint,
+    save_checkpoint,
+)
 from medbudget.base import Base
 from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
 from medbudget.images import check_images
 from medbudget.memory import GIB, plan_memory
+from medbudget.processes import stoppable
 from medbudget.progress import tqdm
 
 LATENT_POLICIES = ("once", "mean", "resample")
@@ -210,10 +217,12 @@ def invert(
     settings : InversionSettings, optional
         Default: the preset of the base.
     checkpoint : path, optional
-        Saved there every ``settings.checkpoint_every`` steps and at Ctrl-C. If it exists, the run
-        goes on from it and ends with the same vectors as an undisturbed one. Removed by nobody.
+        Saved there every ``settings.checkpoint_every`` steps, and at Ctrl-C or SIGTERM after the
+        step. If it exists, the run goes on from it and ends with the same vectors as an undisturbed
+        one. The one before is kept beside it, for the case that it is damaged. Removed by nobody.
     callback : callable, optional
-        Called after every step with ``{"step", "steps", "loss", "lr", "grad_norm", "vectors"}``.
+        Called after every step, before that is saved, with ``{"step", "steps", "loss", "lr",
+        "grad_norm", "vectors"}``.
     init_vectors : torch.Tensor, optional
         Rows ``(n, d)`` to start from, in place of ``settings.init``.
     data : str
@@ -230,6 +239,8 @@ def invert(
         Loss or gradient not finite, or vectors that do not move.
     ValueError
         Images, token, settings or checkpoint that do not fit.
+    InUseError
+        Another process writes the same checkpoint.
 
     Examples
     --------
@@ -280,21 +291,27 @@ def invert(
     if settings.schedule == "constant":
         identity["settings"].pop("steps")  # a longer run may go on from a shorter one
     state = _State(vectors, optimizer, MAX_SCALE if base.dtype == torch.float16 else 1.0)
-    if checkpoint is not None and Path(checkpoint).exists():
-        _resume(Path(checkpoint), identity, state)
     losses = state.losses
     weights = None
     if settings.loss == "min_snr":
         weights = min_snr_weights(base.alphas_cumprod).to(device)
     seconds = time.monotonic()
-    done = len(losses)
-    bar = tqdm(total=settings.steps, initial=done, desc=f"invert {token}", unit="step")
-    with base.vae_offloaded() if device.type == "cuda" else nullcontext(), _fitting(base) as fit:
+    with (
+        stoppable() as stopped,
+        hold(checkpoint),
+        base.vae_offloaded() if device.type == "cuda" else nullcontext(),
+        _fitting(base) as fit,
+    ):
+        saved = None
+        if checkpoint is not None and _resume(checkpoint, identity, state):
+            saved = len(losses)
+        done = len(losses)
+        bar = tqdm(total=settings.steps, initial=done, desc=f"invert {token}", unit="step")
         if device.type == "cuda" and not fit.is_on:
             fit.plan(images.shape[2], settings.batch_size)
         compute: Callable[..., Any] | None = None
         try:
-            while len(losses) < settings.steps:
+            while len(losses) < settings.steps and not stopped():
                 step = len(losses)
                 pick, t, noise, posterior = _draw(settings, step, len(images), mean.shape[1:])
                 latents = mean[pick]
@@ -324,8 +341,6 @@ def invert(
                 bar.update()
                 if step % 50 == 0:
                     bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
-                if checkpoint is not None and len(losses) % settings.checkpoint_every == 0:
-                    _save(Path(checkpoint), identity, state)
                 if callback is not None:
                     callback(
                         {
@@ -343,17 +358,20 @@ def invert(
                         f"after {first} steps the vectors have not moved at all: the gradient is "
                         "zero; use dtype float32, or a higher learning rate"
                     )
-        except KeyboardInterrupt:
-            if checkpoint is not None:
-                _save(Path(checkpoint), identity, state)
-                bar.write(
-                    f"stopped at step {len(losses)}; the same command goes on from {checkpoint}"
-                )
-            raise
+                if checkpoint is not None and len(losses) % settings.checkpoint_every == 0:
+                    _save(checkpoint, identity, state)
+                    saved = len(losses)
         finally:
             bar.close()
-    if checkpoint is not None:
-        _save(Path(checkpoint), identity, state)
+        if checkpoint is not None and saved != len(losses):
+            _save(checkpoint, identity, state)
+        if stopped() and len(losses) < settings.steps:
+            kept = (
+                f"the same command goes on from {checkpoint}" if checkpoint else "nothing is kept"
+            )
+            bar.write(f"stopped at step {len(losses)}; {kept}")
+    if len(losses) < settings.steps:
+        raise KeyboardInterrupt  # if the signal's own handler has not
     return Embedding(
         vectors=vectors.detach(),
         token=token,
@@ -515,26 +533,27 @@ def _history(losses: list[float], points: int = 200) -> dict[str, list[float]]:
 
 
 def _save(path: Path, identity: dict[str, Any], state: _State) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(
-            {
-                "identity": identity,
-                "vectors": state.vectors.detach().cpu(),
-                "optimizer": state.optimizer.state_dict(),
-                "losses": state.losses,
-                "scale": state.scale,
-            },
-            temporary,
-        )
+    content = {
+        "identity": identity,
+        "vectors": state.vectors.detach().cpu(),
+        "optimizer": state.optimizer.state_dict(),
+        "losses": state.losses,
+        "scale": state.scale,
+    }
+    save_checkpoint(path, content)
 
 
-def _resume(path: Path, identity: dict[str, Any], state: _State) -> None:
+def _resume(path: Path, identity: dict[str, Any], state: _State) -> bool:
+    """Go on from a checkpoint, if there is one."""
     stored = load_checkpoint(path, identity, detail="settings")
+    if stored is None:
+        return False
     with torch.no_grad():
         state.vectors.copy_(stored["vectors"])
     state.optimizer.load_state_dict(stored["optimizer"])
     state.losses[:] = stored["losses"]
     state.scale = stored.get("scale", state.max_scale)
+    return True
 
 
 __all__ = ["PRESETS", "InversionError", "InversionSettings", "compute_loss", "invert"]

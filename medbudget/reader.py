@@ -14,9 +14,9 @@ import io
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.stats import binom, binomtest
 
-from medbudget.artifacts import write_json, write_text
+from medbudget.artifacts import InUseError, hold, locked, write_json, write_text
 from medbudget.images import find_images, load_image, to_pil
 from medbudget.metrics.scores import Score
 from medbudget.progress import tqdm
@@ -108,15 +108,14 @@ class ReaderStudy:
             Unequal or too small folders, different sizes, an image that is in both folders or
             twice in one, a key inside the study.
         FileExistsError
-            `out` or the key is there already.
+            `out`, or the key of another study, is there already.
         """
         out = Path(out)
         key = Path(key) if key is not None else out.with_name(f"{out.name}.key.json")
         if key.resolve().is_relative_to(out.resolve()):
             raise ReaderError(f"the key {key} must not lie in {out}, which readers see")
-        for path in (out, key):
-            if path.exists():
-                raise FileExistsError(f"{path} exists: choose another place, or delete it")
+        if out.exists():
+            raise FileExistsError(f"{out} exists: choose another place, or delete it")
         if not 0 <= repeats <= 1 / 3:
             raise ReaderError(f"repeats is a share of the pairs from 0 to 1/3, got {repeats}")
         files = _check_sources(Path(a), Path(b), n_pairs)
@@ -127,28 +126,22 @@ class ReaderStudy:
         items = _draw_items(files, n_pairs, repeats, np.random.default_rng(seed))
         out.parent.mkdir(parents=True, exist_ok=True)
         key.parent.mkdir(parents=True, exist_ok=True)
-        scratch = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        scratch = out.with_name(f".{out.name}.tmp")
         try:
-            (scratch / "images").mkdir(parents=True)
-            pairs, digest = [], hashlib.sha256(question.encode())
-            for number, item in enumerate(tqdm(items, desc="pairs")):
-                pairs.append([f"images/{number:03d}_{side}.png" for side in SIDES])
-                for side, name in zip(SIDES, pairs[-1]):
-                    png = _to_png({"a": a, "b": b}[item[side]], item[item[side]])
-                    (scratch / name).write_bytes(png)
-                    digest.update(png)
-            study = digest.hexdigest()[:12]
-            write_json(
-                scratch / "study.json", {"study": study, "question": question, "pairs": pairs}
-            )
-            write_json(key, {"study": study, "seed": seed, "labels": list(names), "pairs": items})
-            try:
-                os.rename(scratch, out)
-            except OSError:
-                key.unlink()
-                raise
-        finally:
+            with hold(out):
+                shutil.rmtree(scratch, ignore_errors=True)  # of one who was killed
+                study = _write_study(scratch, {"a": a, "b": b}, items, question)
+                secret = {"study": study, "seed": seed, "labels": list(names), "pairs": items}
+                if not key.exists():
+                    write_json(key, secret)
+                elif _read_json(key, ()) != secret:  # else of one who was killed before the end
+                    raise FileExistsError(f"{key} exists: choose another place, or delete it")
+            os.rename(scratch, out)  # the last step: nobody comes back to tidy up after it
+        except InUseError:
+            raise
+        except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
+            raise
         return cls.load(out)
 
     @classmethod
@@ -226,14 +219,15 @@ class ReaderStudy:
         first = records[0] if isinstance(records[0], dict) else {}
         reading = Reading(self, str(first.get("reader")))
         _fold(records, self, reading.name, str(path))
-        here = reading.records()
-        common = min(len(here), len(records))
-        if here[:common] != records[:common]:
-            raise ReaderError(
-                f"{path} and {reading.path} both have answers of {reading.name}, and they differ: "
-                "give one of the two readers another name"
-            )
-        reading._append(records[len(here) :])
+        with reading._alone():
+            here = reading.records()
+            common = min(len(here), len(records))
+            if here[:common] != records[:common]:
+                raise ReaderError(
+                    f"{path} and {reading.path} both have answers of {reading.name}, and they "
+                    "differ: give one of the two readers another name"
+                )
+            reading._append(records[len(here) :])
         return reading
 
     def analyse(
@@ -270,6 +264,23 @@ class ReaderStudy:
         if not answers:
             raise ReaderError(f"{self.folder} has no answers yet: import them, or ask a reader")
         return _analyse(answers, secret["pairs"], secret["labels"])
+
+
+def _write_study(
+    folder: Path, sources: dict[str, Any], items: list[dict[str, Any]], question: str
+) -> str:
+    """Write what readers see, and return its hash."""
+    (folder / "images").mkdir(parents=True)
+    pairs, digest = [], hashlib.sha256(question.encode())
+    for number, item in enumerate(tqdm(items, desc="pairs")):
+        pairs.append([f"images/{number:03d}_{side}.png" for side in SIDES])
+        for side, name in zip(SIDES, pairs[-1]):
+            png = _to_png(sources[item[side]], item[item[side]])
+            (folder / name).write_bytes(png)
+            digest.update(png)
+    study = digest.hexdigest()[:12]
+    write_json(folder / "study.json", {"study": study, "question": question, "pairs": pairs})
+    return study
 
 
 def default_key(folder: str | os.PathLike[str]) -> Path:
@@ -421,16 +432,23 @@ class Reading:
         """
         if choice not in CHOICES:
             raise ReaderError(f"choice {choice!r}: allowed are {', '.join(CHOICES)}")
-        if pair != self.next():
-            raise ReaderError(f"pair {pair} is not the next one ({self.next()}): show that again")
-        self._append([self._record(pair, choice, seconds=round(seconds, 2), note=note)])
+        with self._alone():
+            if (due := self.next()) != pair:
+                raise ReaderError(f"pair {pair} is not the next one ({due}): show that again")
+            self._append([self._record(pair, choice, seconds=round(seconds, 2), note=note)])
 
     def undo(self) -> None:
         """Take back the last answer by another line; the answer itself stays in the file."""
-        answers = self.answers()
-        if not answers:
-            raise ReaderError("there is no answer to undo")
-        self._append([self._record(len(answers) - 1, "undo")])
+        with self._alone():
+            answers = self.answers()
+            if not answers:
+                raise ReaderError("there is no answer to undo")
+            self._append([self._record(len(answers) - 1, "undo")])
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Let other processes that answer for this reader wait."""
+        self.path.parent.mkdir(exist_ok=True)
+        return locked(self.path)
 
     def _record(self, pair: int, choice: str, **more: Any) -> dict[str, Any]:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -438,8 +456,7 @@ class Reading:
         return {**who, "pair": pair, "choice": choice, **more, "time": now}
 
     def _append(self, records: Iterable[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(exist_ok=True)
-        new = not self.path.exists()
+        new = not self.path.stat().st_size
         with open(self.path, "ab+") as file:
             file.seek(0)
             text = file.read()

@@ -112,6 +112,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_test_scores(splits, tmp_path, h
     with pytest.raises(ValueError, match="another run: train differ"):
         train_classifier(dots(16, 5), val, FAST, checkpoint=path)
     path.write_bytes(b"no checkpoint")
+    path.with_name("run.ckpt.previous").unlink()
     with pytest.raises(ValueError, match="no readable checkpoint"):
         train_classifier(train, val, FAST, checkpoint=path)
 

@@ -114,3 +114,15 @@ def test_recorded_distances_fall_with_n():
         floor = recorded[extractor]["floor"]
         assert floor["y"] == sorted(floor["y"], reverse=True)
         assert all(a <= v <= b for a, v, b in zip(floor["low"], floor["y"], floor["high"]))
+
+
+def test_every_recorded_fault_was_survived(tiny):
+    rows = load_result("faults", base_hash=tiny.hash)["faults"]
+    assert {(row["command"], row["fault"]) for row in rows} == {
+        (command, f"kill -9 at a {kind}")
+        for command in (
+            "invert", "sample", "inpaint", "prepare", "classify", "study", "stylegan3", "reader",
+        )
+        for kind in ("random moment", "file operation")
+    }  # fmt: skip
+    assert all(row["survived"] == row["tried"] > 0 for row in rows)

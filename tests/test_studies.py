@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from medbudget.artifacts import hold, lock_file
 from medbudget.studies import (
     PRESETS,
     Store,
@@ -207,37 +207,32 @@ def test_killed_and_started_again_gives_the_same_bytes(tiny, finished, tmp_path)
     made = run(study.tasks, rest)
     assert 0 < made < len(in_order(study.tasks))
     assert contents(rest.folder) == contents(store.folder)
-    left = {p for pattern in ("*.claim", "*.tmp*", "*.ckpt") for p in rest.folder.rglob(pattern)}
+    left = [p for p in rest.folder.rglob("*") if p.name.startswith(".") or p.suffix == ".ckpt"]
     assert not left
 
 
-def test_claims_of_the_living_are_respected_and_of_the_dead_taken_over(tmp_path):
+def test_a_result_that_another_makes_is_waited_for_and_what_the_dead_left_is_removed(tmp_path):
     task = Task("images", {"source": "phantoms", "kind": "prostate", "label": "healthy",
                            "split": "train", "seed": 0, "n": 1, "size": 64})  # fmt: skip
     store = Store(tmp_path)
-    claim = store.path(task).with_suffix(".claim")
-    claim.parent.mkdir()
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    host = os.uname().nodename
-    claim.write_text(json.dumps({"host": host, "pid": gone.pid}))
-    assert ensure(task, store, wait=0.01)  # its owner is dead: at once
-    assert not claim.exists()
+    path = store.path(task)
+    path.parent.mkdir()
+    lock_file(path).write_text('{"pid": 1, "host": "gone"}')  # its owner is dead: at once
+    assert ensure(task, store, wait=0.01) and not lock_file(path).exists()
+    lock_file(path).touch()  # died just after the result was there, before it tidied up
+    checkpoint = tmp_path / "scratch" / f"{task.key}.ckpt"
+    checkpoint.touch()
+    assert ensure(task, store) == 0
+    assert not lock_file(path).exists() and not checkpoint.exists()
 
-    store.path(task).unlink()
-    claim.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    old = time.time() - 3600
-    os.utime(claim, (old, old))
-    assert ensure(task, store, wait=0.01)  # silent for an hour
-    store.path(task).unlink()
-    claim.write_text(json.dumps({"host": host, "pid": os.getpid()}))
-    done = threading.Thread(target=ensure, args=(task, store), kwargs={"wait": 0.01}, daemon=True)
-    done.start()
-    done.join(0.3)
-    assert done.is_alive() and not store.has(task)  # its owner lives: wait
-    claim.unlink()
+    path.unlink()
+    with hold(path):
+        done = threading.Thread(target=ensure, args=(task, store), kwargs={"wait": 0.01})
+        done.start()
+        done.join(0.3)
+        assert done.is_alive() and not store.has(task)
     done.join(10)
-    assert store.has(task)
+    assert store.has(task) and not lock_file(path).exists()
 
 
 def test_unused_results_are_found_and_only_deleted_on_request(tiny, finished, tmp_path):

@@ -12,13 +12,11 @@ import json
 import multiprocessing
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from PIL import Image, ImageDraw
 from medbudget import artifacts
 from medbudget.data.splits import SPLITS
 from medbudget.images import save_images
+from medbudget.processes import start_worker
 from medbudget.progress import tqdm
 
 COLUMNS = (
@@ -184,6 +183,8 @@ def prepare_items(
     ------
     ValueError
         No items, two items of one name, or an `out` that holds something else.
+    InUseError
+        Another process prepares the same folder.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -194,44 +195,54 @@ def prepare_items(
         twice = next(f for f in files if files.count(f) > 1)
         raise ValueError(f"two items would be written to {twice}")
     out = Path(out)
-    _settle(out, settings, items)
+    artifacts.check_writable(out / "settings.json")
+    with artifacts.hold(out):
+        _settle(out, settings, items)
+        return _prepare(items, make, out, spares or {}, notes, workers)
+
+
+def _prepare(
+    items: Sequence[Item],
+    make: Callable[[Item], Made],
+    out: Path,
+    spares: Mapping[str, Sequence[Item]],
+    notes: Sequence[str],
+    workers: int,
+) -> Report:
     for stray in out.rglob(".*.tmp"):  # of a run that was killed
         stray.unlink()
     done = _read_done(out)
     earlier = set(done)
-    queues = {label: list(queue) for label, queue in (spares or {}).items()}
+    queues = {label: list(queue) for label, queue in spares.items()}
     rows: dict[str, dict[str, Any]] = {}
     broken: list[tuple[str, str]] = []
     short: dict[tuple[str, str], int] = {}
     kept = 0
     todo = list(items)
-    with open(out / JOURNAL, "a", encoding="utf-8") as journal:
-        while todo:
-            missing = []
-            for item in todo:
-                if item.file in done:
-                    rows[item.file] = done[item.file]
-                    kept += 1
-                else:
-                    missing.append(item)
-            failed = {}
-            for item, row, reason in _run(missing, make, out, workers):
-                if row is None:
-                    failed[item.file] = reason
-                    continue
-                rows[item.file] = row
-                journal.write(json.dumps(row) + "\n")
-                journal.flush()
-            todo = []
-            for item in missing:
-                if item.file not in failed:
-                    continue
-                broken.append((item.name, failed[item.file]))
-                if queues.get(item.label):
-                    todo.append(replace(queues[item.label].pop(0), split=item.split))
-                else:
-                    cell = (item.split, item.label)
-                    short[cell] = short.get(cell, 0) + 1
+    while todo:
+        missing = []
+        for item in todo:
+            if item.file in done:
+                rows[item.file] = done[item.file]
+                kept += 1
+            else:
+                missing.append(item)
+        failed = {}
+        for item, row, reason in _run(missing, make, out, workers):
+            if row is None:
+                failed[item.file] = reason
+                continue
+            rows[item.file] = row
+        todo = []
+        for item in missing:
+            if item.file not in failed:
+                continue
+            broken.append((item.name, failed[item.file]))
+            if queues.get(item.label):
+                todo.append(replace(queues[item.label].pop(0), split=item.split))
+            else:
+                cell = (item.split, item.label)
+                short[cell] = short.get(cell, 0) + 1
     for stale in earlier - set(rows):  # a spare whose case has been mended since
         for path in (stale, *_masks_of(done[stale]).values()):
             with suppress(FileNotFoundError):
@@ -242,7 +253,7 @@ def prepare_items(
     for row in rows.values():
         counts[row["split"], row["label"]] += 1
     _write_manifest(out, rows)
-    (out / JOURNAL).unlink()
+    (out / JOURNAL).unlink(missing_ok=True)
     _write_contact_sheet(out, rows)
     return Report(out, counts, len(rows) - kept, kept, tuple(broken), short, tuple(notes))
 
@@ -287,11 +298,10 @@ def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> No
                 f"({'; '.join(other)}); choose another --out, or delete that folder"
             )
         return
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise ValueError(
             f"{out} is not empty and has no settings.json of an earlier run; choose a new folder"
         )
-    artifacts.check_writable(file)
     artifacts.write_json(file, now)
 
 
@@ -334,7 +344,7 @@ def _run(
         # as torch's own DataLoader: fork on Linux, where it saves each worker all imports
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         pool = ProcessPoolExecutor(
-            min(workers, len(items)), mp_context=context, initializer=_start_worker
+            min(workers, len(items)), mp_context=context, initializer=start_worker
         )
         try:
             futures = {pool.submit(_make_one, item, make, out): item for item in items}
@@ -348,22 +358,6 @@ def _run(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """One thread a worker (threads started before a fork are not there after it); end with parent.
-
-    A parent that was killed cannot tell its workers, which would wait for work for ever.
-    """
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
 
 
 def _make_one(
@@ -394,6 +388,9 @@ def _make_one(
         "note": item.note,
         "sha256": artifacts.hash_file(path),
     }
+    # By who made it: a parent that lags behind and is killed would have it made again.
+    with open(out / JOURNAL, "a", encoding="utf-8") as journal:
+        journal.write(json.dumps(row) + "\n")
     return row, ""
 
 

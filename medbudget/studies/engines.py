@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
 from typing import Any
 
 import torch
 
+from medbudget.processes import start_worker
 from medbudget.studies.live import show_progress
 from medbudget.studies.tasks import (
     KINDS,
@@ -79,6 +81,8 @@ def run(
     ------
     ValueError
         Unknown engine or shard, no workers, or a store that Ray's nodes do not share.
+    RuntimeError
+        A worker died.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; allowed are {', '.join(ENGINES)}")
@@ -95,13 +99,24 @@ def run(
     with show_progress(mine, store, count):
         if count == 1:
             return sum(ensure(task, store) for task in mine)
+        others = set(active_children())
         context = get_context("spawn")
-        with ProcessPoolExecutor(count, mp_context=context) as pool:
+        with ProcessPoolExecutor(count, mp_context=context, initializer=start_worker) as pool:
             work = [
                 pool.submit(_work, mine[first::count], store, first % devices if devices else None)
                 for first in range(count)
             ]
-            return sum(future.result() for future in work)
+            try:
+                return sum(future.result() for future in work)
+            except BrokenProcessPool:
+                raise RuntimeError(
+                    "a worker process died (out of memory?); what was made is kept: run the same "
+                    "command again with fewer --workers"
+                ) from None
+            except KeyboardInterrupt:
+                for worker in set(active_children()) - others:
+                    worker.terminate()  # a training saves its checkpoint first
+                raise
 
 
 def _work(tasks: Sequence[Task], store: Store, device: int | None) -> int:

@@ -217,7 +217,7 @@ def clean(tasks: Sequence[Task], store: Store, *, delete: bool = False) -> dict[
         for folder in folders
         if folder.is_dir()
         for path in sorted(folder.iterdir())
-        if path not in used and path.is_file() and path.suffix != ".claim"
+        if path not in used and path.is_file() and path.suffix != ".lock"
     }
     for path in found if delete else ():
         path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from medbudget.artifacts import hash_tensors, write_json, write_result
+from medbudget.artifacts import check_writable, hash_tensors, hold, write_json, write_result
 from medbudget.base import Base, load_base
 from medbudget.data.phantoms import make_phantoms
 from medbudget.embeddings import Embedding
@@ -143,8 +143,16 @@ def run_comparison(
             f"wants {s.size}: for 512 px, give an official file with --start"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    train, real = (read_role(s, sources or {}, role) for role in ROLES)
+    check_writable(folder / "study.json")
+    with hold(folder):
+        return _compare(folder, s, sources or {}, start, device)
+
+
+def _compare(
+    folder: Path, s: ComparisonSettings, sources: Mapping[str, Path], start: StyleGAN3,
+    device: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    train, real = (read_role(s, sources, role) for role in ROLES)
     _check_same(folder / "study.json", s, start, train, real)
     base = load_base(s.base, device=device)
     network = _train(folder, s, train, start, base.device)

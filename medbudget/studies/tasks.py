@@ -1,17 +1,14 @@
 """A study's tasks: pure functions of settings and inputs, their results named by a hash of both.
 
-Whoever needs a result calls `ensure`. It is there, or it is made under a claim (a lock file that
-its owner keeps fresh), written to a temporary name and renamed. So a study can be killed anywhere,
-run again, or run by many processes on one shared folder, and nothing is made twice but what was in
-flight.
+Whoever needs a result calls `ensure`. It is there, or it is made under a lock of the operating
+system, in the folder of scratch files, and renamed. So a study can be killed anywhere, run again, or
+run by many processes on one shared folder, and nothing is made twice but what was in flight.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,9 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_safetensors
 
-from medbudget.artifacts import atomic_path, hash_settings, hash_tensors, write_json, write_text
+from medbudget.artifacts import (
+    InUseError,
+    hash_settings,
+    hash_tensors,
+    hold,
+    lock_file,
+    remove_checkpoint,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from medbudget.base import Base, load_base
 from medbudget.data.phantoms import make_phantoms
 from medbudget.embeddings import Embedding
@@ -35,7 +43,6 @@ from medbudget.metrics.features import features, load_extractor
 from medbudget.sampling import sample
 
 BLOCK = 16
-STALE = 60.0  # seconds after which a claim that nobody keeps fresh may be taken over
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +146,7 @@ def _run_images(task: Task, store: Store, path: Path, scratch: Path) -> None:
                 "planned with: restore them, or plan anew"
             )
         images = images[: s["n"]]
-    save_file({"images": images.contiguous()}, path)
+    write_bytes(path, save_safetensors({"images": images.contiguous()}))
 
 
 def read_source(sources: Mapping[str, Path], name: str, size: int) -> torch.Tensor:
@@ -178,7 +185,7 @@ def _run_block(task: Task, store: Store, path: Path, scratch: Path) -> None:
         cfg_scale=s["cfg_scale"], seed=s["seed"] + BLOCK * s["block"], batch_size=BLOCK,
         size=s["size"],
     )  # fmt: skip
-    save_file({"images": images}, path)
+    write_bytes(path, save_safetensors({"images": images}))
 
 
 def read_sets(task: Task, store: Store) -> list[torch.Tensor]:
@@ -306,45 +313,48 @@ def in_order(tasks: Sequence[Task]) -> list[Task]:
 def ensure(task: Task, store: Store, *, wait: float = 1.0) -> int:
     """Make a result and whatever it needs, unless they are there; return how many this call made.
 
-    Where another process has claimed it, wait until it is done, or until its claim goes stale.
+    Where another process makes it, wait until it is done, or until that process has died.
     """
     path = store.path(task)
     made = 0
     while not path.exists():
         made += sum(ensure(needed, store, wait=wait) for needed in task.inputs)
-        with _claim(path) as mine:
-            if mine and not path.exists():
-                _make(task, store, path)
-                return made + 1
-        if not mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with hold(path):
+                if not path.exists():
+                    _make(task, store, path)
+                    return made + 1
+        except InUseError:
             time.sleep(wait)
-    _drop_stale(path.with_suffix(".claim"))  # of one who died between renaming and letting go
+    if lock_file(path).exists():  # of one who died between renaming and letting go
+        with suppress(InUseError), hold(path):
+            remove_checkpoint(_scratch(task, store).with_suffix(".ckpt"))
     return made
 
 
+def _scratch(task: Task, store: Store) -> Path:
+    return store.folder / "scratch" / task.key
+
+
 def _make(task: Task, store: Store, path: Path) -> None:
-    scratch = store.folder / "scratch" / task.key
+    scratch = _scratch(task, store)
     scratch.parent.mkdir(exist_ok=True)
-    for left in path.parent.glob(f".{path.stem}*.tmp*"):  # by one who died; the claim is ours
-        left.unlink(missing_ok=True)
     start = time.monotonic()
-    with one_thread(), atomic_path(path) as temporary:
-        named = temporary.with_suffix(path.suffix)  # Embedding.save goes by the ending
-        try:
-            KINDS[task.kind].run(task, store, named, scratch)
-            os.replace(named, temporary)
-        finally:
-            named.unlink(missing_ok=True)
-        write_json(
-            path.with_suffix(".about.json"),
-            {
-                "kind": task.kind,
-                "settings": dict(task.settings),
-                "inputs": [t.key for t in task.inputs],
-                "seconds": round(time.monotonic() - start, 2),
-            },
-        )
-    scratch.with_suffix(".ckpt").unlink(missing_ok=True)
+    result = scratch.with_suffix(path.suffix)
+    with one_thread():
+        KINDS[task.kind].run(task, store, result, scratch)
+    write_json(
+        path.with_suffix(".about.json"),
+        {
+            "kind": task.kind,
+            "settings": dict(task.settings),
+            "inputs": [t.key for t in task.inputs],
+            "seconds": round(time.monotonic() - start, 2),
+        },
+    )
+    os.replace(result, path)
+    remove_checkpoint(scratch.with_suffix(".ckpt"))
 
 
 _threads: list[int] = []  # what to go back to, once for each thread of Python that is at work
@@ -364,63 +374,6 @@ def one_thread() -> Iterator[None]:
         before = _threads.pop()
         if not _threads:
             torch.set_num_threads(before)
-
-
-@contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    """Claim a result: yields whether this process has it now, and keeps the claim fresh."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_suffix(".claim")
-    me = {"host": socket.gethostname(), "pid": os.getpid()}
-    _drop_stale(lock)
-    try:
-        with open(lock, "x") as file:
-            json.dump(me, file)
-    except FileExistsError:
-        yield False
-        return
-    done = threading.Event()
-
-    def keep() -> None:
-        while not done.wait(STALE / 6):
-            with suppress(OSError):
-                os.utime(lock)
-
-    thread = threading.Thread(target=keep, daemon=True)
-    thread.start()
-    try:
-        yield True
-    finally:
-        done.set()
-        thread.join()
-        lock.unlink(missing_ok=True)
-
-
-def _drop_stale(lock: Path) -> None:
-    if _is_stale(lock):
-        with suppress(FileNotFoundError):
-            gone = lock.with_name(f".{lock.name}.{os.getpid()}.tmp")
-            os.replace(lock, gone)
-            gone.unlink()
-
-
-def _is_stale(lock: Path) -> bool:
-    """Tell whether a claim's owner is dead: a process of this machine that is gone, or silence."""
-    try:
-        if time.time() - lock.stat().st_mtime > STALE:
-            return True
-        owner = json.loads(lock.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    if owner.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 def check_shared(folder: Path) -> str:

@@ -17,14 +17,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from medbudget import __version__
-from medbudget.artifacts import atomic_path, check_writable, hash_tensors, load_checkpoint
+from medbudget.artifacts import (
+    check_writable,
+    hash_tensors,
+    hold,
+    load_checkpoint,
+    save_checkpoint,
+    write_bytes,
+)
 from medbudget.images import check_images
 from medbudget.metrics.evaluation import frechet_score
 from medbudget.metrics.features import features, load_extractor
+from medbudget.processes import stoppable
 from medbudget.progress import tqdm
 from medbudget.stylegan3.augment import adapt, augment
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
@@ -163,8 +171,8 @@ class StyleGAN3:
         about = {"architecture": asdict(self.generator.architecture),
                  "discriminator": asdict(self.discriminator.architecture),
                  "record": self.record}  # fmt: skip
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"medbudget_stylegan3": json.dumps(about)})
+        meta = {"medbudget_stylegan3": json.dumps(about)}
+        write_bytes(path, save_safetensors(tensors, metadata=meta))
 
     @classmethod
     def load(
@@ -305,6 +313,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.generator, self.discriminator, settings)
         self.step, self.p, self.signs, self.seconds = 0, 0.0, torch.zeros((), device=device), 0.0
         self.history: list[dict[str, Any]] = []
+        self.recent: dict[str, list[torch.Tensor]] = {}  # losses since the last snapshot
 
     @property
     def seen(self) -> int:
@@ -383,6 +392,7 @@ class Trainer:
             "signs": self.signs,
             "seconds": self.seconds,
             "history": self.history,
+            "recent": self.recent,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -393,7 +403,7 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.step, self.p, self.seconds = state["step"], state["p"], state["seconds"]
         self.signs.copy_(state["signs"])
-        self.history = list(state["history"])
+        self.history, self.recent = list(state["history"]), dict(state["recent"])
 
 
 def train_stylegan3(
@@ -420,11 +430,12 @@ def train_stylegan3(
         Networks to go on from; default: those that ship, pretrained on the tiny base's corpus.
         `make_stylegan3` gives random ones.
     checkpoint : path, optional
-        Saved there at every snapshot. If it exists, the run goes on from it and ends with the same
-        weights as an undisturbed one.
+        Saved there at every snapshot, and at Ctrl-C or SIGTERM after the iteration. If it exists,
+        the run goes on from it and ends with the same weights as an undisturbed one. The one before
+        is kept beside it, for the case that it is damaged.
     callback : callable, optional
-        Called after every iteration with ``{"step", "images_seen", "losses", "p", "seconds",
-        "snapshot"}``; the last is a `StyleGAN3` at every snapshot, else None.
+        Called after every iteration, before that is saved, with ``{"step", "images_seen",
+        "losses", "p", "seconds", "snapshot"}``; the last is a `StyleGAN3` at every snapshot, else None.
     extractor : str, optional
         Measure the Frechet distance of `n_evaluate` generated images to `images` at every
         snapshot, in these features.
@@ -442,6 +453,8 @@ def train_stylegan3(
         A loss that is not finite.
     ValueError
         Images or checkpoint that do not fit.
+    InUseError
+        Another process writes the same checkpoint.
     """
     check_images(images)
     settings = settings or PRESETS["tiny"]
@@ -460,8 +473,6 @@ def train_stylegan3(
         "start": start.hash,
     }
     trainer = Trainer(images, start, settings, device)
-    if checkpoint is not None and Path(checkpoint).exists():
-        trainer.restore(load_checkpoint(Path(checkpoint), identity, device=trainer.device))
     record = {
         "settings": asdict(settings),
         "start": {k: start.record[k] for k in ("data", "images_seen", "seed") if k in start.record},
@@ -481,55 +492,65 @@ def train_stylegan3(
         networks = (copy.deepcopy(trainer.average), copy.deepcopy(trainer.discriminator).eval())
         return StyleGAN3(*networks, about)
 
-    def save() -> None:
-        if checkpoint is not None:
-            with atomic_path(checkpoint) as temporary:
-                torch.save({"identity": identity, **trainer.state()}, temporary)
+    def check() -> dict[str, float]:
+        """Return the mean losses since the last snapshot, which must be finite."""
+        means = {k: round(float(torch.stack(v).mean()), 4) for k, v in trainer.recent.items()}
+        if not all(math.isfinite(v) for v in means.values()):
+            raise GanError(
+                f"a loss is no longer finite after {trainer.seen} images: {means}; lower "
+                "the learning rates or raise gamma. The last checkpoint is untouched"
+            )
+        return means
 
     # A CPU's time is that of its cores, so that other programs do not count.
     clock = time.process_time if trainer.device.type == "cpu" else time.monotonic
     steps = math.ceil(settings.kimg * 1000 / settings.batch_size)
     every = max(1, round(settings.snapshot_kimg * 1000 / settings.batch_size))
-    bar = tqdm(total=steps, initial=trainer.step, desc="stylegan3", unit="step")
-    recent: dict[str, list[torch.Tensor]] = {}
-    try:
-        while trainer.step < steps:
-            began = clock()
-            losses = trainer.iterate()
-            trainer.seconds += clock() - began
-            for name, value in losses.items():
-                recent.setdefault(name, []).append(value)
-            bar.update()
-            snapshot = None
-            if trainer.step % every == 0 or trainer.step == steps:
-                means = {k: round(float(torch.stack(v).mean()), 4) for k, v in recent.items()}
-                recent.clear()
-                if not all(math.isfinite(v) for v in means.values()):
-                    raise GanError(
-                        f"a loss is no longer finite after {trainer.seen} images: {means}; lower "
-                        "the learning rates or raise gamma. The last checkpoint is untouched"
+    with stoppable() as stopped, hold(checkpoint):
+        if checkpoint is not None:
+            stored = load_checkpoint(checkpoint, identity, device=trainer.device)
+            if stored is not None:
+                trainer.restore(stored)
+        bar = tqdm(total=steps, initial=trainer.step, desc="stylegan3", unit="step")
+        try:
+            while trainer.step < steps and not stopped():
+                began = clock()
+                losses = trainer.iterate()
+                trainer.seconds += clock() - began
+                for name, value in losses.items():
+                    trainer.recent.setdefault(name, []).append(value)
+                bar.update()
+                snapshot = None
+                if trainer.step % every == 0 or trainer.step == steps:
+                    means = check()
+                    trainer.recent.clear()
+                    line: dict[str, Any] = {"images": trainer.seen, "seconds": round(trainer.seconds, 1),
+                            "p": round(trainer.p, 4), **means}  # fmt: skip
+                    trainer.history.append(line)
+                    snapshot = made()
+                    if extractor is not None:
+                        line["fd"] = measure_distance(
+                            images, snapshot.sample(n_evaluate), extractor
+                        )
+                    bar.set_postfix(**{k: v for k, v in line.items() if k not in ("images", "fd")})
+                if callback is not None:
+                    callback(
+                        {
+                            "step": trainer.step,
+                            "images_seen": trainer.seen,
+                            "losses": losses,
+                            "p": trainer.p,
+                            "seconds": trainer.seconds,
+                            "snapshot": snapshot,
+                        }
                     )
-                line: dict[str, Any] = {"images": trainer.seen, "seconds": round(trainer.seconds, 1),
-                        "p": round(trainer.p, 4), **means}  # fmt: skip
-                trainer.history.append(line)
-                snapshot = made()
-                if extractor is not None:
-                    line["fd"] = measure_distance(images, snapshot.sample(n_evaluate), extractor)
-                bar.set_postfix(**{k: v for k, v in line.items() if k not in ("images", "fd")})
-                save()
-            if callback is not None:
-                callback(
-                    {
-                        "step": trainer.step,
-                        "images_seen": trainer.seen,
-                        "losses": losses,
-                        "p": trainer.p,
-                        "seconds": trainer.seconds,
-                        "snapshot": snapshot,
-                    }
-                )
-    finally:
-        bar.close()
+                if checkpoint is not None and (snapshot is not None or stopped()):
+                    check()
+                    save_checkpoint(checkpoint, {"identity": identity, **trainer.state()})
+        finally:
+            bar.close()
+    if trainer.step < steps:
+        raise KeyboardInterrupt  # if the signal's own handler has not
     return made()
 
 

@@ -1,0 +1,574 @@
+"""Nothing is lost: kills, full disks, signals, broken checkpoints, two processes on one output."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from medbudget import InversionSettings, invert, load_images, make_phantoms, save_images
+from medbudget.artifacts import (
+    InUseError,
+    atomic_path,
+    hold,
+    load_checkpoint,
+    lock_file,
+    previous_checkpoint,
+    save_checkpoint,
+    write_text,
+)
+from medbudget.processes import stoppable
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import faults  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no POSIX signals here")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """The folder of `faults.try_kills`, with what its commands work on."""
+    paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        folder = tmp_path_factory.mktemp("faults")
+        faults.make_given(folder / "given")
+        yield folder
+
+
+def wait_for(condition, process=None, seconds=240):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.exitcode is None, "it ended too early"
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+# --------------------------------------------------------------------------------- kill -9
+
+
+@pytest.mark.parametrize("name", faults.COMMANDS)
+def test_a_killed_command_ends_as_an_undisturbed_one(work, name):
+    rows = faults.try_kills(name, work, kills=2)
+    assert [row["tried"] for row in rows] == [1, 1]
+    assert not [p for row in rows for p in row["problems"]]
+    assert [row["survived"] for row in rows] == [1, 1]
+
+
+def test_the_benchmark_sees_what_is_left_differs_or_is_repeated(tmp_path):
+    (tmp_path / "a" / "scratch").mkdir(parents=True)
+    (tmp_path / "a" / "x.json").write_text('{"value": 1, "seconds": 5}')
+    results = faults.read_results(tmp_path / "a")
+    (tmp_path / "a" / "x.json").write_text('{"value": 1, "seconds": 6}')
+    assert faults.read_results(tmp_path / "a") == results
+    command = faults.COMMANDS["invert"]
+    assert faults._compare(command, tmp_path / "a", results, 0) == ""
+    (tmp_path / "a" / "scratch" / "y").touch()
+    assert "left behind: scratch/y" in faults._compare(command, tmp_path / "a", results, 0)
+    (tmp_path / "a" / "scratch" / "y").unlink()
+    (tmp_path / "a.side").mkdir()
+    for i, text in enumerate(("0 1 2 3 4 5 6 7", "1 2 3 4 5 6 7 8")):
+        (tmp_path / "a.side" / f"units{i}.txt").write_text("\n".join(text.split()))
+    assert "7 units repeated, 5" in faults._compare(command, tmp_path / "a", results, 1)
+    (tmp_path / "a" / "x.json").write_text('{"value": 2}')
+    assert "differ" in faults._compare(command, tmp_path / "a", results, 0)
+
+
+# --------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_between_two_steps_with_a_checkpoint(work, tmp_path, number, code):
+    log, side = tmp_path / "log", tmp_path / "side"
+    process = faults.start("invert", work / "given", tmp_path / "out", side, log=log)
+    wait_for(lambda: log.exists() and len(log.read_text().split()) >= 8, process)
+    os.kill(process.pid, number)
+    process.join(60)
+    done = len(log.read_text().split())
+    assert process.exitcode == code and 8 <= done < 30
+    said = (side / "said.txt").read_text().splitlines()
+    assert said[1:] == [
+        f"stopped at step {done}; the same command goes on from {tmp_path / 'out' / 'x.ckpt'}",
+        "stopped",
+    ]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"x.ckpt", "x.ckpt.previous"}
+    again = faults.start("invert", work / "given", tmp_path / "out", side, log=tmp_path / "log2")
+    again.join(120)
+    assert again.exitcode == 0
+    steps = [int(json.loads(x).strip("'")) for x in (tmp_path / "log2").read_text().splitlines()]
+    assert steps == list(range(done, 30)), "no step is lost or repeated"
+    whole = work / "invert" / "whole"
+    if not (whole / "x.safetensors").exists():
+        faults.start("invert", work / "given", whole, side).join(120)
+    assert faults.read_results(tmp_path / "out") == faults.read_results(whole)
+
+
+def test_stops_are_put_off_to_where_a_loop_asks_and_the_second_is_not():
+    steps = []
+    with pytest.raises(KeyboardInterrupt), stoppable() as stopped:
+        for i in range(5):
+            signal.raise_signal(signal.SIGINT) if i == 2 else None
+            steps.append(i)
+            if stopped():
+                break
+    assert steps == [0, 1, 2]
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        steps.append("never")
+    assert steps == [0, 1, 2] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+FOURS = {"CFG scale": (1, 2), "vectors": (4, 64)}
+STUDY = """
+import sys
+from pathlib import Path
+from test_studies import SMALL, replace
+from medbudget import cli
+from medbudget.studies import tables
+tables.PRESETS["tiny"] = replace(SMALL, n=64, grid=GRID)
+if __name__ == "__main__":
+    sys.argv = ["medbudget", "study", "table1", "--store", sys.argv[1], "--workers", "2"]
+    cli.main()
+"""
+
+
+def children(pid):
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().rpartition(")")
+            command = (stat.parent / "cmdline").read_text()
+        except OSError:
+            continue
+        state, parent = rest.split()[:2]
+        if int(parent) == pid and state != "Z" and "spawn_main" in command:
+            found.append(int(name.split()[0]))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_workers_of_a_study_die_are_orphaned_and_are_interrupted(tiny, tmp_path):
+    from test_studies import contents, small
+
+    from medbudget.studies import Store, run
+
+    (tmp_path / "study.py").write_text(STUDY.replace("GRID", repr(FOURS)))
+    store = tmp_path / "store"
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, tmp_path / "study.py", store], stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        )  # fmt: skip
+
+    def disturb(how, blocks):
+        process = start()
+        limit = time.monotonic() + 240
+        while len(list((store / "block").glob("[0-9a-f]*.safetensors"))) < blocks:
+            assert process.poll() is None and time.monotonic() < limit
+            time.sleep(0.01)
+        workers = children(process.pid)
+        assert len(workers) == 2
+        how(process, workers)
+        error = process.communicate(timeout=120)[1]
+        wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers))
+        assert "Traceback" not in error
+        noise = ("resource_tracker", "warnings.warn")  # of Python, which counts its semaphores
+        return process.returncode, [
+            line for line in error.splitlines() if not any(word in line for word in noise)
+        ]
+
+    code, said = disturb(lambda process, workers: os.kill(workers[0], signal.SIGKILL), 1)
+    assert code == 1 and len(said) == 1, said
+    assert said[0].startswith("error: a worker process died") and "--workers" in said[0]
+    code, _ = disturb(lambda process, workers: process.kill(), 4)
+    assert code == -signal.SIGKILL
+    code, said = disturb(lambda process, workers: os.killpg(process.pid, signal.SIGINT), 7)
+    assert code == 130 and said == ["stopped"]
+    study = small(tiny.hash, n=64, grid=FOURS)
+    assert run(study.tasks, Store(store)) > 0
+    run(study.tasks, Store(tmp_path / "whole"))
+    assert faults.find_leftovers(store) == []
+    assert contents(store) == contents(tmp_path / "whole")
+
+
+CELL = """
+import sys
+from medbudget import InversionSettings, invert, load_base, load_images
+settings = InversionSettings(n_vectors=4, steps=40, lr=0.01, batch_size=2, checkpoint_every=1000)
+e = invert(load_base("tiny", device="cpu"), load_images({images!r}), token="<x>",
+           settings=settings, checkpoint={path!r}, callback=lambda s: open({log!r}, "a").write("."))
+"""
+
+
+def test_the_stop_button_of_a_notebook_keeps_the_run(tmp_path):
+    manager = pytest.importorskip("jupyter_client.manager")
+    images, path, log = (str(tmp_path / name) for name in ("images", "x.ckpt", "log"))
+    save_images(make_phantoms("prostate", "healthy", 4).images, images)
+    cell = CELL.format(images=images, path=path, log=log)
+    kernel, client = manager.start_new_kernel(
+        extra_arguments=["--HistoryManager.hist_file=:memory:"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        asked = client.execute(cell)
+        wait_for(lambda: Path(log).exists() and os.path.getsize(log) >= 3)
+        kernel.interrupt_kernel()
+        message = client.get_shell_msg(timeout=120)
+        while message["parent_header"]["msg_id"] != asked:
+            message = client.get_shell_msg(timeout=120)
+        reply = message["content"]
+        assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt"
+        done = os.path.getsize(log)
+        assert 3 <= done < 40 and Path(path).exists()
+        reply = client.execute(cell, reply=True, timeout=240)["content"]
+        assert reply["status"] == "ok" and os.path.getsize(log) == 40, "goes on after the step"
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+FEW = InversionSettings(n_vectors=4, steps=6, lr=0.01, batch_size=2, checkpoint_every=2)
+IDENTITY = {"settings": {"lr": 1.0}}
+
+
+def save(path, step):
+    values = torch.arange(1000.0) + step
+    save_checkpoint(path, {"identity": IDENTITY, "step": step, "values": values})
+
+
+PLACES = [0, 1, 30, 400, 2000, 4000, -700, -120, -70, -40, -1]
+
+
+@pytest.mark.parametrize("how", ["cut", "flip"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how, place):
+    path = tmp_path / "x.ckpt"
+    for step in (1, 2, 3):
+        save(path, step)
+    assert {p.name for p in tmp_path.iterdir()} == {"x.ckpt", "x.ckpt.previous"}
+    assert load_checkpoint(path, IDENTITY)["step"] == 3
+    content = bytearray(path.read_bytes())
+    if how == "flip":
+        content[place] ^= 4
+    path.write_bytes(content[:place] if how == "cut" else content)
+    with pytest.warns(UserWarning, match=r"x\.ckpt cannot be used.*from the one before it"):
+        stored = load_checkpoint(path, IDENTITY)
+    assert stored["step"] == 2 and stored["values"][0] == 2
+    assert load_checkpoint(path, IDENTITY)["step"] == 2, "it has taken the damaged one's place"
+    assert not previous_checkpoint(path).exists()
+    path.write_bytes(content[:place] if how == "cut" else content)
+    with pytest.raises(ValueError, match=r"no readable checkpoint .*previous: it is missing"):
+        load_checkpoint(path, IDENTITY)
+
+
+def test_both_damaged_none_at_all_and_that_of_another_run(tmp_path):
+    path = tmp_path / "x.ckpt"
+    assert load_checkpoint(path, IDENTITY) is None
+    save(path, 1)
+    save(path, 2)
+    with pytest.raises(ValueError, match=r"another run: lr \(1.0 there, 2.0 now\) differ"):
+        load_checkpoint(path, {"settings": {"lr": 2.0}}, detail="settings")
+    path.unlink()  # killed just between the two renamings
+    with pytest.warns(UserWarning, match="it is missing"):
+        assert load_checkpoint(path, IDENTITY)["step"] == 1
+    save(path, 2)
+    for file in tmp_path.iterdir():
+        content = bytearray(file.read_bytes())
+        content[1500] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checksum is wrong; x\.ckpt\.previous: its checksum"):
+        load_checkpoint(path, IDENTITY)
+
+
+def test_after_a_damaged_checkpoint_the_vectors_are_those_of_an_undisturbed_run(tiny, tmp_path):
+    images = make_phantoms("prostate", "tumour", 6).images
+    whole = invert(tiny, images, token="<x>", settings=FEW)
+    path = tmp_path / "x.ckpt"
+
+    class Stop(Exception):
+        pass
+
+    def stop(state):
+        if state["step"] == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        invert(tiny, images, token="<x>", settings=FEW, checkpoint=path, callback=stop)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    steps = []
+    with pytest.warns(UserWarning, match="checksum is wrong"):
+        resumed = invert(
+            tiny, images, token="<x>", settings=FEW, checkpoint=path,
+            callback=lambda state: steps.append(state["step"]),
+        )  # fmt: skip
+    assert steps == [3, 4, 5, 6]
+    assert torch.equal(resumed.vectors, whole.vectors) and resumed.history == whole.history
+
+
+def test_a_loss_that_is_not_finite_never_reaches_a_checkpoint(tmp_path, monkeypatch):
+    from medbudget.classifier import Cases, ClassifierSettings, train_classifier
+
+    images = make_phantoms("prostate", "healthy", 12, size=32).images
+    train, val = (Cases.of(part[:3], 255 - part[3:]) for part in (images[:6], images[6:]))
+    settings = ClassifierSettings.preset(
+        "tiny", size=32, steps=9, batch_size=2, validate_every=3, frozen=8, checkpoint_every=1
+    )
+    whole = train_classifier(train, val, settings)
+    entropy, calls = torch.nn.functional.cross_entropy, []
+
+    def broken(*args):
+        calls.append(1)
+        return entropy(*args) * (float("nan") if len(calls) == 5 else 1)
+
+    path = tmp_path / "x.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.functional.cross_entropy", broken)
+        with pytest.raises(RuntimeError, match=r"became nan before step 5.*is untouched"):
+            train_classifier(train, val, settings, checkpoint=path)
+    resumed = train_classifier(train, val, settings, checkpoint=path)
+    assert resumed.record["history"] == whole.record["history"]
+
+
+# ----------------------------------------------------------- two processes on the same output
+
+
+def _hold(path, ready, fork):
+    with hold(path):
+        if fork and os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        Path(ready).touch()
+        time.sleep(600)
+
+
+@pytest.fixture
+def holder(work, tmp_path):
+    """Start a process that holds an output; all of them are killed at the end."""
+    started = []
+
+    def start(path, fork=False):
+        ready = tmp_path / f"ready{len(started)}"
+        process = get_context("forkserver").Process(target=_hold, args=(path, ready, fork))
+        process.start()
+        started.append(process)
+        wait_for(ready.exists, process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_an_output_in_use_is_refused_by_name_until_its_process_is_gone(
+    holder, work, tmp_path, medbudget, monkeypatch
+):
+    given, out, ti = work / "given", tmp_path / "out", tmp_path / "x.safetensors"
+    few = ("--steps", 1, "--batch-size", 1, "--n-vectors", 2)
+    splits = tuple(given / "splits" / name for name in ("train", "val", "test"))
+    commands = {
+        ti: ("invert", given / "a", "--token", "<x>", "--out", ti, *few),
+        out / "s": ("sample", "red", "--n", 1, "--steps", 1, "--out", out / "s"),
+        out / "i": ("inpaint", given / "a" / "00000.png", "red", "--ellipse", ".5,.5,.2,.2",
+                    "--steps", 1, "--out", out / "i"),
+        out / "c": ("classify", *splits, "--runs", 1, "--steps", 1, "--out", out / "c"),
+        out / "p": ("prepare", "folder", given / "classes", "--size", 32, "--workers", 1,
+                    "--out", out / "p"),
+        out / "g": ("study", "stylegan3", "--store", out / "g"),
+    }  # fmt: skip
+    for path, command in commands.items():
+        if path != ti:
+            path.mkdir(parents=True)
+        process = holder(path)
+        code, _, error = medbudget(*command)
+        assert code == 1 and len(error.strip().splitlines()) == 1, error
+        assert f"is being written by process {process.pid} on" in error and "another place" in error
+        assert lock_file(path).exists(), "the refused one must not remove it"
+        process.kill()
+        process.join()
+        assert lock_file(path).exists(), "what a killed one leaves"
+        if command[0] != "study":
+            assert medbudget(*command)[0] == 0, command
+            assert not lock_file(path).exists()
+
+
+def test_a_checkpoint_in_use_is_refused_and_a_lock_is_not_inherited(holder, tiny, tmp_path):
+    path = tmp_path / "x.ckpt"
+    process = holder(path, fork=True)
+    images = make_phantoms("prostate", "healthy", 2).images
+    few = replace(FEW, steps=1)
+    with pytest.raises(InUseError, match=f"process {process.pid} "):
+        invert(tiny, images, token="<x>", settings=few, checkpoint=path)
+    os.utime(lock_file(path), (0, 0))  # however old it seems
+    with pytest.raises(InUseError), hold(path):
+        pass
+    process.kill()
+    process.join()  # its fork lives on
+    assert invert(tiny, images, token="<x>", settings=few, checkpoint=path).step == 1
+
+
+def test_who_writes_the_same_file_at_the_same_time_waits(tmp_path):
+    import threading
+
+    path = tmp_path / "x.txt"
+    (tmp_path / ".x.txt.tmp").write_text("left by one who was killed, and longer")
+    with atomic_path(path) as temporary:
+        temporary.write_text("first")
+        other = threading.Thread(target=write_text, args=(path, "second"))
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and temporary.read_text() == "first"
+    other.join(10)
+    assert path.read_text() == "second" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+# ------------------------------------------------------------------------ disks and folders
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 96 kB that can be enlarged, or made read-only, by its options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", place]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if shutil.which("mount") is None or not mount("size=96k"):
+        pytest.skip("mounting a small disk needs root")
+    yield place, lambda *options: mount("remount", *options)
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_is_one_error_and_leaves_whole_files(small_disk, medbudget, tmp_path):
+    disk, remount = small_disk
+    command = ("sample", "red ground", "--n", 18, "--steps", 1, "--out")
+    code, _, error = medbudget(*command, disk / "made")
+    assert code == 1 and len(error.strip().splitlines()) == 1
+    assert "No space left on device" in error and ".png" in error and "as it was" in error
+    assert faults.find_leftovers(disk) == []
+    there = sorted((disk / "made").iterdir())
+    assert 1 <= len(there) < 18 and len(load_images(disk / "made")) == len(there)
+    assert remount("size=10m")
+    for folder in (disk / "made", tmp_path / "whole"):
+        assert medbudget(*command, folder)[0] == 0
+    assert faults.read_results(disk / "made") == faults.read_results(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_the_checkpoint_that_was_there(small_disk):
+    disk, _ = small_disk
+    save(disk / "x.ckpt", 1)
+    content = {"identity": IDENTITY, "values": torch.zeros(100_000)}
+    with pytest.raises(OSError, match=r"cannot write .*x\.ckpt: No space left.*as it was"):
+        save_checkpoint(disk / "x.ckpt", content)
+    assert load_checkpoint(disk / "x.ckpt", IDENTITY)["step"] == 1
+    assert [p.name for p in disk.iterdir()] == ["x.ckpt"]
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk_too(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    write_text(tmp_path / "x.txt", "old")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        with pytest.raises(OSError, match=r"cannot write .*x\.txt: File too large"):
+            write_text(tmp_path / "x.txt", "new" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "x.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_read_only_folder_is_refused_before_the_work(small_disk, work, medbudget, monkeypatch):
+    disk, remount = small_disk
+    (disk / "made").mkdir()
+    assert remount("ro")
+    monkeypatch.setattr("medbudget.load_base", None)  # refused before that
+    given = work / "given"
+    for command in (
+        ("invert", given / "a", "--token", "<x>", "--out", disk / "x.safetensors"),
+        ("sample", "red", "--out", disk / "made"),
+        ("inpaint", given / "a", "red", "--ellipse", ".5,.5,.2,.2", "--out", disk / "made"),
+        ("evaluate", given / "a", given / "b", "--out", disk / "scores.json"),
+        ("prepare", "folder", given / "classes", "--out", disk / "set"),
+        ("phantoms", disk / "made", "--n", 1),
+        ("reader-study", "create", given / "a", given / "b", "--out", disk / "s", "--seed", 1,
+         "--n-pairs", 3),
+        ("study", "stylegan3", "--store", disk / "study"),
+    ):  # fmt: skip
+        code, _, error = medbudget(*command)
+        assert code == 1 and len(error.strip().splitlines()) == 1, (command[0], error)
+        assert "Read-only file system" in error and str(disk) in error, (command[0], error)
+
+
+def test_missing_folders_are_made_for_output_and_named_for_input(work, medbudget, tmp_path):
+    few = ("--steps", 1, "--batch-size", 1, "--n-vectors", 2)
+    out = tmp_path / "new" / "deep" / "x.safetensors"
+    given = work / "given" / "a"
+    assert medbudget("invert", given, "--token", "<x>", "--out", out, *few)[0] == 0 and out.exists()
+    missing = tmp_path / "missing"
+    for command in (
+        ("invert", missing, "--token", "<x>", "--out", tmp_path / "y.safetensors", *few),
+        ("inpaint", missing, "red", "--ellipse", ".5,.5,.2,.2", "--out", tmp_path / "y"),
+        ("evaluate", missing, given),
+        ("classify", missing, missing, missing, "--out", tmp_path / "y"),
+        ("prepare", "folder", missing, "--out", tmp_path / "y"),
+    ):
+        code, _, error = medbudget(*command)
+        assert code == 1 and str(missing) in error and len(error.strip().splitlines()) == 1
+    assert not [p for p in tmp_path.rglob("y*") if p.is_file()]
+
+
+# --------------------------------------------------------------------------- clock, memory
+
+
+@pytest.mark.parametrize("when", [0, 2**32])
+def test_jumps_of_the_clock_change_nothing(tiny, tmp_path, monkeypatch, when):
+    from test_studies import small
+
+    from medbudget.studies import Store, run
+    from medbudget.studies.tasks import in_order
+
+    study = small(tiny.hash, grid={"vectors": (4, 64)})
+    store = Store(tmp_path / "store")
+    tasks = in_order(study.tasks)
+    half = [task for task in tasks if task.kind in ("images", "embedding")]
+    assert run(half, store) == len(half)
+    made = {path: path.read_bytes() for path in map(store.path, half)}
+    for path in store.folder.rglob("*"):
+        os.utime(path, (when, when))
+    lock_file(store.path(tasks[-1])).parent.mkdir(exist_ok=True)
+    lock_file(store.path(tasks[-1])).write_text("{}")  # of one who was killed, whenever that was
+    clock = iter(range(10**9, 0, -(10**5)))
+    monkeypatch.setattr("time.time", lambda: float(next(clock)))
+    assert run(study.tasks, store) == len(tasks) - len(half)
+    assert all(path.read_bytes() == content for path, content in made.items())
+    assert all(path.stat().st_mtime == when for path in made), "nothing is made again"
+    assert faults.find_leftovers(store.folder) == []
+
+
+def test_out_of_memory_is_one_line_and_leaves_nothing(medbudget, tmp_path, monkeypatch):
+    monkeypatch.setattr("medbudget.sample", lambda *_, **__: bytearray(2**62))
+    code, _, error = medbudget("sample", "red", "--n", 1, "--steps", 1, "--out", tmp_path / "made")
+    assert code == 1 and error.startswith("error: out of memory")
+    assert len(error.strip().splitlines()) == 1 and list((tmp_path / "made").iterdir()) == []
