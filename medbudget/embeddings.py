@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from medbudget.artifacts import atomic_path, check_writable
+from medbudget.pickles import RefusedError, read_torch
 
 MAX_VECTORS = 74
 _TOKEN = re.compile(r"<[^<>\s/\\]+>")
@@ -102,7 +102,8 @@ class Embedding:
     def load(cls, path: str | os.PathLike[str], *, token: str | None = None) -> Embedding:
         """Read safetensors (ours, diffusers', A1111's), A1111 ``.pt`` or diffusers ``.bin``.
 
-        Nothing in the file is executed: pickles are read with ``weights_only=True``.
+        Nothing in the file is executed, and no more is allocated than it holds; see
+        `medbudget.pickles`.
 
         Parameters
         ----------
@@ -213,30 +214,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            total = sum(info.file_size for info in archive.infolist())
-        if total > 4 * MAX_BYTES or total > 100 * path.stat().st_size + 2**20:
-            raise EmbeddingError(
-                f"{path.name} unpacks to {total} bytes: refused as an archive bomb"
-            )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        text = str(error)
-        if "Unsupported" in text or ("weights_only" in text.lower() and "GLOBAL" in text):
-            found = re.search(r"GLOBAL ([\w.]+)", text)
-            named = f" (it asks for {found[1]})" if found else ""
-            raise EmbeddingError(
-                f"{path.name} holds more than tensors{named}; code in a file is never run: "
-                "get the embedding as .safetensors"
-            ) from None
+        content = read_torch(path)
+    except RefusedError as error:
         raise EmbeddingError(
-            f"{path.name} is truncated or not a PyTorch file; fetch or train it again"
+            f"{path.name} is refused: {error}. Only tensors are read, code in a file is never run; "
+            "fetch or train it again, or get it as .safetensors"
         ) from None
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise EmbeddingError(f"{path.name} holds a {type(content).__name__}, not an embedding")
-    return dict(content)
+    return content
 
 
 def _from_tensors(
