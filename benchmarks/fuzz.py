@@ -137,14 +137,18 @@ def make_seeds(folder: Path) -> dict[str, list[tuple[str, bytes]]]:
 
 def mutate(rng: np.random.Generator, data: bytes) -> bytes:
     """Change a file in one way, or in two or four."""
-    if data[:2] == b"\x1f\x8b" and rng.random() < 0.7:  # else the checksum hides everything behind it
+    if (
+        data[:2] == b"\x1f\x8b" and rng.random() < 0.7
+    ):  # else the checksum hides everything behind it
         return gzip.compress(mutate(rng, gzip.decompress(data)), 1)
     out = bytearray(data)
     for _ in range(int(rng.choice([1, 1, 1, 2, 4]))):
         if not out:
             break
         kind = rng.integers(7)
-        place = int(rng.integers(min(len(out), 512)) if rng.random() < 0.6 else rng.integers(len(out)))
+        place = int(
+            rng.integers(min(len(out), 512)) if rng.random() < 0.6 else rng.integers(len(out))
+        )
         if kind == 0:
             out[place] ^= 1 << int(rng.integers(8))
         elif kind == 1:

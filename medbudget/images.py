@@ -208,7 +208,7 @@ def save_images(
     if len(stems) != len(images):
         raise ValueError(f"{len(stems)} names for {len(images)} images")
     for stem in stems:
-        if Path(stem).name != stem or "\\" in stem or "\0" in stem:
+        if not stem or Path(stem).name != stem or "\\" in stem or "\0" in stem:
             raise ValueError(f"name {stem!r} is no plain file name; images stay in {folder}")
     paths = []
     for i, (image, stem) in enumerate(zip(images, stems)):

@@ -167,7 +167,9 @@ class TensorUnpickler(pickle._Unpickler):  # the one written in Python: its opco
         args, what = self.stack.pop(), self.stack[-1]
         function = self.names.get(str(what)) if isinstance(what, Named) else None
         if function is None or not isinstance(args, tuple):
-            raise RefusedError(f"it calls {what}" if isinstance(what, Named) else "it calls a value")
+            raise RefusedError(
+                f"it calls {what}" if isinstance(what, Named) else "it calls a value"
+            )
         self.stack[-1] = function(*args)
 
     def load_newobj(self) -> None:
@@ -249,9 +251,7 @@ def _make_handlers() -> dict[int, Callable[[Any], None]]:
 
     known = {ord(op.code): op.name for op in pickletools.opcodes}
     return {
-        code: make(known[code], code)
-        if known.get(code) in OPS
-        else refuse(known.get(code, ""))
+        code: make(known[code], code) if known.get(code) in OPS else refuse(known.get(code, ""))
         for code in range(256)
     }
 

@@ -237,7 +237,9 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else read_torch(path, mapped=True)
+        content = (
+            load_file(path) if path.suffix == ".safetensors" else read_torch(path, mapped=True)
+        )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise BaseError(
             f"{path.name} is truncated or no checkpoint of tensors alone ({error}); code in a file "

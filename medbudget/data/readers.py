@@ -185,6 +185,8 @@ def open_volume(path: Path, *, dicom: bool = False) -> sitk.ImageFileReader:
             f"it claims {claim / 2**30:.3g} GiB of pixels, of size {size}, in a file of "
             f"{held / 2**20:.3g} MiB: damaged, or made to use up the memory"
         )
+    if not math.prod(size):
+        raise BrokenCase(f"it has no pixels: its size is {size}")
     if len(size) > 3 and math.prod(size[3:]) > 1:
         raise BrokenCase(f"a {len(size)}-D volume of size {size}: export the one that you want")
     return reader

@@ -20,7 +20,7 @@ import torch
 
 from medbudget.pickles import TORCH, Box, RefusedError, TensorUnpickler, read_legacy
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
-from medbudget.stylegan3.training import StyleGAN3
+from medbudget.stylegan3.training import StyleGAN3, build_like
 
 
 def _persistent(meta: Any) -> Box:
@@ -73,7 +73,9 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
                 "and nothing of the file was run"
             ) from None
         except Exception as error:
-            raise RefusedError(f"{path.name} is no readable pickle ({type(error).__name__})") from None
+            raise RefusedError(
+                f"{path.name} is no readable pickle ({type(error).__name__})"
+            ) from None
 
 
 def _flatten(module: Any) -> dict[str, torch.Tensor]:
@@ -131,21 +133,19 @@ def _rename(tensors: Mapping[str, torch.Tensor], rules: Any, what: str) -> dict[
     return renamed
 
 
-def _fit(network: Generator | Discriminator, found: dict[str, torch.Tensor], what: str) -> None:
+def _fit(kind: Any, architecture: Architecture, found: dict[str, torch.Tensor], what: str) -> Any:
+    try:
+        network = build_like(kind, architecture, found)
+    except ValueError as error:
+        raise RefusedError(f"{what}: {error}") from None
     own = network.state_dict()
-    if missing := sorted(set(own) - set(found)):
-        raise RefusedError(f"{what} lacks {missing[0]} ({len(missing)} tensors in all)")
     if extra := sorted(set(found) - set(own)):
         raise RefusedError(f"{what} has {len(extra)} tensors too many, such as {extra[0]}")
     for name, tensor in found.items():
-        if tensor.shape != own[name].shape:
-            raise RefusedError(
-                f"{what}: {name} is {tuple(tensor.shape)}, configuration T of this size has "
-                f"{tuple(own[name].shape)}"
-            )
         if name.endswith("_filter") and not torch.allclose(tensor, own[name], atol=1e-4):
             raise RefusedError(f"{what}: {name} is another filter than configuration T's")
     network.load_state_dict(found)
+    return network
 
 
 def import_official(path: str | os.PathLike[str]) -> StyleGAN3:
@@ -194,19 +194,18 @@ def import_official(path: str | os.PathLike[str]) -> StyleGAN3:
         )
     except ValueError as error:
         raise RefusedError(f"{name}: {error}") from None
-    generator, discriminator = Generator(architecture), Discriminator(architecture)
     rgb = f"layers.{top}."
     found = {
         f"to_rgb.{key.removeprefix(rgb)}" if key.startswith(rgb) else key: tensor
         for key, tensor in _rename(g, _GENERATOR, f"{name}, G_ema").items()
         if key not in (f"{rgb}up_filter", f"{rgb}down_filter")
     }
-    _fit(generator, found, f"{name}, G_ema")
+    generator = _fit(Generator, architecture, found, f"{name}, G_ema")
     blocks = sorted({s for s in sizes if s > 4}, reverse=True)
     found = {}
     for key, tensor in _rename(d, _DISCRIMINATOR, f"{name}, D").items():
         if match := re.fullmatch(r"blocks\.(\d+)\.(.*)", key):
             key = f"blocks.{blocks.index(int(match[1]))}.{match[2]}"
         found[key] = tensor
-    _fit(discriminator, found, f"{name}, D")
+    discriminator = _fit(Discriminator, architecture, found, f"{name}, D")
     return StyleGAN3(generator.eval(), discriminator.eval(), {"data": name})

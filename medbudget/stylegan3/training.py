@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -189,6 +189,20 @@ class StyleGAN3:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["medbudget_stylegan3"])
                 tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            networks = {
+                "generator": (Generator, Architecture(**about["architecture"])),
+                "discriminator": (Discriminator, Architecture(**about["discriminator"])),
+            }
+            record = about["record"]
+            made = []
+            for name, (kind, architecture) in networks.items():
+                own = {
+                    key.removeprefix(f"{name}."): value
+                    for key, value in tensors.items()
+                    if key.startswith(name)
+                }
+                made.append(build_like(kind, architecture, own))
+                made[-1].load_state_dict(own)
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -196,12 +210,33 @@ class StyleGAN3:
                 f"{path} holds no StyleGAN3 of medbudget ({type(error).__name__}); give a file "
                 "that StyleGAN3.save wrote, or read an official one with import_official"
             ) from None
-        generator = Generator(Architecture(**about["architecture"]))
-        discriminator = Discriminator(Architecture(**about["discriminator"]))
-        for name, network in (("generator", generator), ("discriminator", discriminator)):
-            own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
-            network.load_state_dict(own)
-        return cls(generator.to(device).eval(), discriminator.to(device).eval(), about["record"])
+        generator, discriminator = made
+        return cls(generator.to(device).eval(), discriminator.to(device).eval(), record)
+
+
+def build_like(
+    kind: Callable[[Architecture], nn.Module],
+    architecture: Architecture,
+    found: Mapping[str, torch.Tensor],
+) -> nn.Module:
+    """Build a network that has the shapes found in a file; tried without memory first.
+
+    Raises
+    ------
+    ValueError
+        Other shapes, named: a file must not decide how much is allocated.
+    """
+    with torch.device("meta"):
+        wanted = kind(architecture).state_dict()
+    for name, value in found.items():
+        if name in wanted and wanted[name].shape != value.shape:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)}, configuration T of this size has "
+                f"{tuple(wanted[name].shape)}"
+            )
+    if missing := sorted(set(wanted) - set(found)):
+        raise ValueError(f"lacks {missing[0]} ({len(missing)} tensors in all)")
+    return kind(architecture)
 
 
 def make_stylegan3(
