@@ -1,17 +1,8 @@
 """Textual Inversion for medical images on a budget: the library under the companion book."""
 
-import os
-
 __version__ = "0.1.0"
 
-# No dependency reports anything to anyone: they read these when they are imported, or started.
-for _name, _value in {
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}.items():
-    os.environ.setdefault(_name, _value)
-
+from medbudget import telemetry  # noqa: F401  (before what would report)
 from medbudget.base import Base, describe, load_base
 from medbudget.data.phantoms import Phantoms, make_phantoms
 from medbudget.embeddings import Embedding

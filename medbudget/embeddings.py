@@ -250,8 +250,8 @@ def _from_tensors(
         name, vectors = next(iter(content.items()))
     else:
         raise EmbeddingError(
-            f"found the keys {sorted(str(key)[:60] for key in content)[:5]}; an embedding holds one token's tensor "
-            "(ours, diffusers), `emb_params` or `string_to_param` (A1111)"
+            f"found the keys {sorted(str(key)[:60] for key in content)[:5]}; an embedding holds one "
+            "token's tensor (ours, diffusers), `emb_params` or `string_to_param` (A1111)"
         )
     if not isinstance(vectors, torch.Tensor):
         raise EmbeddingError(f"the vectors are a {type(vectors).__name__}, not a tensor")

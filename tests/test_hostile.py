@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hostile import CANARY, make_pickles
 from PIL import Image
 
-from hostile import CANARY, make_pickles
 from medbudget import load_images, save_images
 from medbudget.data import pcam
 from medbudget.data.folder import prepare_folder
