@@ -142,13 +142,6 @@ def measure(
     )
     one = run_study(base, folder / "one")
     add_same("a study, one process or two", one, run_study(base, folder / "two", workers=2))
-    if ray:
-        import ray as cluster
-
-        add_same("a study, here or on Ray", one, run_study(base, folder / "ray", engine="ray"))
-        cluster.shutdown()
-    else:
-        add("a study, here or on Ray", "equal bytes", "not measured: no Ray here", None)
     for count in BATCHES:
         found = gray_levels(whole, sample(base, "<x>", n=images, batch_size=count, **draw))
         add(f"images in batches of {count}, not {images}", "1 gray level at most",
@@ -167,6 +160,13 @@ def measure(
     cosine = torch.cosine_similarity(word.vectors, train(half).vectors).min()
     add("a word trained in bfloat16: smallest cosine to float32", "0.99 at least",
         f"{cosine:.4f}", bool(cosine >= 0.99))  # fmt: skip
+    if ray:
+        import ray as cluster
+
+        add_same("a study, here or on Ray", one, run_study(base, folder / "ray", engine="ray"))
+        cluster.shutdown()
+    else:
+        add("a study, here or on Ray", "equal bytes", "not measured: no Ray here", None)
     add("images on a GPU, float32", "2 gray levels in the mean at most", UNMEASURED, None)
     add("images on another make of CPU", "2 gray levels in the mean at most", UNMEASURED, None)
     return rows

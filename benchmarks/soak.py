@@ -14,7 +14,6 @@ import argparse
 import gc
 import os
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,7 +81,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--record", action="store_true", help="write results/soak.json")
     args = parser.parse_args(arguments)
     base = load_base("tiny", device="cpu")
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         memory, handles = soak(
             base,
@@ -103,7 +101,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "highest memory, MiB": round(max(memory), 1),
         "open files after warm-up": int(files),
         "open files at the end (goal: the same)": int(files_end),
-        "minutes": round((time.perf_counter() - start) / 60, 1),
     }
     for name, value in rows.items():
         print(f"{name:<42}{value:>10}")

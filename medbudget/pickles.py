@@ -123,6 +123,10 @@ class TensorUnpickler(pickle._Unpickler):  # the one written in Python: its opco
         Dotted name to what is called in its place, or None.
     """
 
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(
         self, file: IO[bytes], size: int, names: Mapping[str, Callable[..., Any] | None] = TORCH
     ) -> None:
@@ -231,7 +235,8 @@ def _make_handlers() -> dict[int, Callable[[Any], None]]:
     """Return opcode -> method: allowed ones are counted, all others refused."""
 
     def make(name: str, code: int) -> Callable[[Any], None]:
-        method = getattr(TensorUnpickler, f"load_{name.lower()}", pickle._Unpickler.dispatch[code])
+        inherited: Any = pickle._Unpickler.dispatch[code]
+        method = getattr(TensorUnpickler, f"load_{name.lower()}", inherited)
 
         def run(self: TensorUnpickler) -> None:
             self.ops += 1
@@ -350,7 +355,7 @@ def _read_archive(path: Path, file: IO[bytes], size: int, mapped: bool) -> Any:
                     cache[key] = _from_bytes(archive.read(entry))
                 else:
                     start = _data_offset(file, entry)
-                    cache[key] = whole[start : start + entry.file_size]  # type: ignore[assignment]
+                    cache[key] = whole[start : start + entry.file_size]
             return cache[key]
 
         unpickler = _Archive(io.BytesIO(text), len(text))
