@@ -34,8 +34,9 @@ from typing import Any
 import numpy as np
 
 LIMIT_S = 10
-MEMORY = 3 * 2**29  # beyond what the process has when it starts
+MEMORY = 2**30  # beyond what the process has when it starts, whatever it reads in its life
 OUTCOMES = ("read", "refused", "error", "hang", "crash")
+COLUMNS = (*OUTCOMES, "peak MiB")
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF, 2**63 - 1)
 
 # ------------------------------------------------------------------------------ small files
@@ -304,6 +305,7 @@ def work() -> None:
     os.dup2(quiet, 1)  # decoders print what they like
     os.dup2(quiet, 2)
     warnings.simplefilter("ignore")
+    limit: int | None = None
     with tempfile.TemporaryDirectory() as folder:
         seeds = make_seeds(Path(folder))
         for number in (signal.SIGPROF, signal.SIGALRM):
@@ -318,8 +320,11 @@ def work() -> None:
                 found, why = try_input(name, place / file)
                 assert found == ("refused" if name == "StyleGAN3 .pkl" else "read"), (file, why)
                 (place / file).unlink()
-            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, -1))
+            if limit is None:
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                limit = pages * resource.getpagesize() + MEMORY
+                hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+                resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
             for i in range(int(first), int(first) + int(count)):
                 rng = np.random.default_rng([int(seed), list(READERS).index(name), i])
                 file, content = files[i % len(files)]
@@ -330,7 +335,8 @@ def work() -> None:
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.alarm(0)
                 (place / file).unlink()
-                answer.write(f"{i}\t{found}\t{why}\n")
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+                answer.write(f"{i}\t{found}\t{peak}\t{why}\n")
                 answer.flush()
 
 
@@ -338,6 +344,7 @@ class Worker:
     """The process that reads; started anew when it died."""
 
     def __init__(self) -> None:
+        self.peak = 0
         plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker"],
@@ -363,7 +370,8 @@ class Worker:
                 hang = code in (signal.SIGPROF, signal.SIGALRM)
                 found.append(("hang" if hang else "crash", signal.Signals(code).name))
                 break
-            _, outcome, why = line.rstrip("\n").split("\t", 2)
+            _, outcome, peak, why = line.rstrip("\n").split("\t", 3)
+            self.peak = int(peak)
             found.append((outcome, why))
         return found
 
@@ -374,7 +382,10 @@ class Worker:
 def fuzz(
     inputs: int, *, seed: int = 0, formats: tuple[str, ...] = tuple(READERS)
 ) -> tuple[dict[str, Counter[str]], list[str]]:
-    """Try `inputs` files, shared out over the formats; return the tally and what went wrong."""
+    """Try `inputs` files, shared out over the formats; return the tally and what went wrong.
+
+    The tally's "peak MiB" is the largest memory of the process so far, which reads all formats.
+    """
     tally: dict[str, Counter[str]] = {}
     wrong: list[str] = []
     worker = Worker()
@@ -389,9 +400,10 @@ def fuzz(
                 if outcome not in ("read", "refused"):
                     wrong.append(f"{name}, seed {seed}, input {i}: {outcome} {why}")
             done += len(found)
+            tally[name]["peak MiB"] = max(tally[name]["peak MiB"], worker.peak)
             if found[-1][0] in ("hang", "crash"):
                 worker = Worker()
-        print(f"{name:<24}" + "".join(f"{tally[name][o]:>10}" for o in OUTCOMES), flush=True)
+        print(f"{name:<24}" + "".join(f"{tally[name][o]:>10}" for o in COLUMNS), flush=True)
     worker.close()
     return tally, wrong
 
@@ -408,7 +420,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.worker:
         work()
         return 0
-    print(f"{'format':<24}" + "".join(f"{o:>10}" for o in OUTCOMES))
+    print(f"{'format':<24}" + "".join(f"{o:>10}" for o in COLUMNS))
     start = time.perf_counter()
     formats = tuple(args.formats.split(","))
     tally, wrong = fuzz(args.inputs, seed=args.seed, formats=formats)
@@ -420,12 +432,14 @@ def main(arguments: list[str] | None = None) -> int:
     if args.record:
         from medbudget.artifacts import write_result
 
+        peak = max(t["peak MiB"] for t in tally.values())
         rows = [
-            {"format": n, "inputs": sum(t.values()), **{o: t[o] for o in OUTCOMES}}
+            {"format": n, "inputs": sum(t[o] for o in OUTCOMES), **{o: t[o] for o in OUTCOMES}}
             for n, t in tally.items()
         ]
         command = f"python benchmarks/fuzz.py --inputs {args.inputs} --seed {args.seed} --record"
-        print(f"wrote {write_result('fuzz', {'rows': rows, 'wrong': wrong[:50]}, command=command)}")
+        values = {"rows": rows, "wrong": wrong[:50], "peak_mib": peak}
+        print(f"wrote {write_result('fuzz', values, command=command)}")
     return 1 if wrong else 0
 
 

@@ -74,7 +74,7 @@ class Storage:
         return self.data.nbytes() // self.dtype.itemsize
 
 
-class Box(dict):  # type: ignore[type-arg]
+class Box(dict):
     """State of an object whose class is not looked at."""
 
 
@@ -137,7 +137,7 @@ class TensorUnpickler(pickle._Unpickler):  # the one written in Python: its opco
         }
         self.left, self.ops = size, 0
 
-    def find_class(self, module: str, name: str) -> Named:  # type: ignore[override]
+    def find_class(self, module: str, name: str) -> Named:
         found = Named(module, name)
         if str(found) not in self.names:
             raise RefusedError(f"it names {found}, which is not on the list")

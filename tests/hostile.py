@@ -239,10 +239,11 @@ def main(folder):
     }
     assert diffusers
     jobs = make_corpus(folder)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     for name, reader, path in jobs:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + 4 * path.stat().st_size + 256 * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = os.times()
         try:
@@ -250,7 +251,7 @@ def main(folder):
             error = None
         except Exception as caught:
             found, error = None, caught
-        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         now = os.times()
         line = {
             "name": name,

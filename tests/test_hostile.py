@@ -149,7 +149,7 @@ def test_volumes_that_claim_more_than_their_file_can_hold(tmp_path):
     assert len(sources) == 5
     for source in sources:
         for read in (read_pixels, count_slices):
-            with pytest.raises(BrokenCase, match=r"claims .* GiB|cannot be read|can be read"):
+            with pytest.raises(BrokenCase, match=r"claims|cannot be read|can be read"):
                 if read is count_slices and source.problem:
                     raise BrokenCase(source.problem)
                 read(tmp_path, source)

@@ -34,7 +34,7 @@ VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
 DICOM = (".dcm", ".ima", ".dicom")
 MAX_BYTES = 4 * 2**30  # of one volume in memory
 MAX_RATIO = 1100  # deflate makes zeros 1032 times smaller
-SMALL = 256 * 2**20  # a blank image packs better still: so much is never refused
+SMALL = 64 * 2**20  # a blank image packs better still: so much is never refused
 PLANES = ("native", "axial", "coronal", "sagittal")
 # how a volume has to be turned so that its slices are seen as on a light box
 TURNS = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}
@@ -161,10 +161,12 @@ def open_volume(path: Path, *, dicom: bool = False) -> sitk.ImageFileReader:
     """
     import SimpleITK as sitk
 
-    held = path.stat().st_size + _detached_bytes(path)
+    detached, packed = _inspect_text(path)
+    held = path.stat().st_size + detached
     reader = sitk.ImageFileReader()
     reader.SetFileName(os.fspath(path))
     if dicom:
+        _check_lengths(path)
         reader.SetImageIO("GDCMImageIO")
         reader.LoadPrivateTagsOff()
     try:
@@ -180,10 +182,10 @@ def open_volume(path: Path, *, dicom: bool = False) -> sitk.ImageFileReader:
     bits = re.search(r"(\d+)-bit", kind)
     each = (int(bits[1]) // 8 if bits else 8) * (2 if "complex" in kind else 1)
     claim = math.prod(size) * each * reader.GetNumberOfComponents()
-    if claim > min(MAX_BYTES, SMALL + MAX_RATIO * held):
+    if claim > min(MAX_BYTES, SMALL + MAX_RATIO * held if packed else held):
         raise BrokenCase(
-            f"it claims {claim / 2**30:.3g} GiB of pixels, of size {size}, in a file of "
-            f"{held / 2**20:.3g} MiB: damaged, or made to use up the memory"
+            f"it claims {claim:,} bytes of pixels, of size {size}, in a file of {held:,}: "
+            "truncated, or made to use up the memory"
         )
     if not math.prod(size):
         raise BrokenCase(f"it has no pixels: its size is {size}")
@@ -192,15 +194,69 @@ def open_volume(path: Path, *, dicom: bool = False) -> sitk.ImageFileReader:
     return reader
 
 
-def _detached_bytes(path: Path) -> int:
-    """Return the size of the file that a MetaImage or NRRD header names for its data; 0 for none.
+LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
 
-    It has to lie beside the header: one from elsewhere could show whatever can be read here.
-    Dimensions that would end the process in ITK are refused.
+
+def _check_lengths(path: Path) -> None:
+    """Refuse a DICOM element that claims to be longer than the file: GDCM would allocate it.
+
+    Elements of sequences are walked through in a line. Big-endian, deflated and headless files are
+    left to GDCM.
     """
-    meta = path.name.lower().endswith((".mha", ".mhd"))
-    if not meta and not path.name.lower().endswith((".nrrd", ".nhdr")):
-        return 0
+    size = path.stat().st_size
+    syntax = b""
+    with open(path, "rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return
+        while len(head := file.read(8)) == 8:
+            group, kind = int.from_bytes(head[:2], "little"), head[4:6]
+            if group > 2 and syntax in (b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"):
+                return
+            sequence = head[:4] in (b"\xfe\xff\x00\xe0", b"\xfe\xff\x0d\xe0", b"\xfe\xff\xdd\xe0")
+            explicit = not sequence and (group == 2 or syntax != b"1.2.840.10008.1.2")
+            if explicit and kind in LONG:
+                length = int.from_bytes(file.read(4), "little")
+            elif explicit:
+                length = int.from_bytes(head[6:], "little")
+            else:
+                length = int.from_bytes(head[4:], "little")
+            if length == 0xFFFFFFFF:
+                if head[:4] == b"\xe0\x7f\x10\x00":  # its pieces are no elements
+                    while len(piece := file.read(8)) == 8 and piece[:4] == b"\xfe\xff\x00\xe0":
+                        length = int.from_bytes(piece[4:], "little")
+                        if length > size - file.tell():
+                            break
+                        file.seek(length, os.SEEK_CUR)
+                    length = 0 if piece[:4] == b"\xfe\xff\xdd\xe0" else length
+                elif kind == b"UN":  # its inside is of another encoding
+                    return
+                else:
+                    continue
+            if length > size - file.tell():
+                raise BrokenCase(
+                    "not a DICOM image that can be read: truncated, or an element claims to be "
+                    "longer than the file"
+                )
+            if kind == b"SQ" or (sequence and length):
+                continue
+            value = file.read(length) if length < 100 else b""
+            if length >= 100:
+                file.seek(length, os.SEEK_CUR)
+            if head[:4] == b"\x02\x00\x10\x00":
+                syntax = value.strip(b"\0 ")
+
+
+def _inspect_text(path: Path) -> tuple[int, bool]:
+    """Return the size of the file that a MetaImage or NRRD header names for its data, or 0, and
+    whether pixels may be compressed.
+
+    The data have to lie beside the header: from elsewhere they could show whatever can be read
+    here. Dimensions that would end the process in ITK are refused.
+    """
+    suffix = path.suffix.lower()
+    meta = suffix in (".mha", ".mhd")
+    if not meta and suffix not in (".nrrd", ".nhdr"):
+        return 0, suffix != ".nii"
     with open(path, "rb") as file:
         head = file.read(1 << 20)
     ends = b"\nElementDataFile" if meta else b"\n\n"
@@ -225,7 +281,8 @@ def _detached_bytes(path: Path) -> int:
                 "it there, or save header and data as one .mha or .nrrd"
             )
         total += other.stat().st_size
-    return total
+    plain = rb"CompressedData" if meta else rb"encoding"
+    return total, any(v.lower() not in (b"false", b"raw") for v in values(plain))
 
 
 def _read_tags(path: Path) -> dict[str, str]:
