@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -189,20 +189,21 @@ class StyleGAN3:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["medbudget_stylegan3"])
                 tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-            networks = {
-                "generator": (Generator, Architecture(**about["architecture"])),
-                "discriminator": (Discriminator, Architecture(**about["discriminator"])),
-            }
             record = about["record"]
-            made = []
-            for name, (kind, architecture) in networks.items():
-                own = {
+            parts = {
+                name: {
                     key.removeprefix(f"{name}."): value
                     for key, value in tensors.items()
                     if key.startswith(name)
                 }
-                made.append(build_like(kind, architecture, own))
-                made[-1].load_state_dict(own)
+                for name in ("generator", "discriminator")
+            }
+            sizes = Architecture(**about["architecture"])
+            generator = build_like(Generator, sizes, parts["generator"])
+            generator.load_state_dict(parts["generator"])
+            sizes = Architecture(**about["discriminator"])
+            discriminator = build_like(Discriminator, sizes, parts["discriminator"])
+            discriminator.load_state_dict(parts["discriminator"])
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -210,15 +211,17 @@ class StyleGAN3:
                 f"{path} holds no StyleGAN3 of medbudget ({type(error).__name__}); give a file "
                 "that StyleGAN3.save wrote, or read an official one with import_official"
             ) from None
-        generator, discriminator = made
         return cls(generator.to(device).eval(), discriminator.to(device).eval(), record)
 
 
+Network = TypeVar("Network", bound=nn.Module)
+
+
 def build_like(
-    kind: Callable[[Architecture], nn.Module],
+    kind: Callable[[Architecture], Network],
     architecture: Architecture,
     found: Mapping[str, torch.Tensor],
-) -> nn.Module:
+) -> Network:
     """Build a network that has the shapes found in a file; tried without memory first.
 
     Raises
