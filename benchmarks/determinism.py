@@ -9,6 +9,7 @@ images is measured in gray levels (0 to 255), over all pixels and channels.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,8 @@ def measure(
         f"{cosine:.4f}", bool(cosine >= 0.99))  # fmt: skip
     if ray:
         import ray as cluster
+
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else a busy machine starves them
 
         add_same("a study, here or on Ray", one, run_study(base, folder / "ray", engine="ray"))
         cluster.shutdown()
