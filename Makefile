@@ -1,6 +1,7 @@
 # make test   install, then format, lint, type and unit tests
 # make book   install, then run every chapter and build the site
 # make links  ask the addresses of other sites whether they are still there; needs internet
+# make fuzz   install, then read 100,000 damaged files of every format
 # make release   wheel and source distribution into dist/, tried in a clean environment
 # Both set up .venv with PYTHON (3.10 or later) on the first call and install nothing on the next.
 # ARGS goes to pytest (make test) or to the book's build script (make book ARGS=00_quickstart).
@@ -18,7 +19,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_TOP_PAD_ ?= 1073741824
 
-.PHONY: help test book links format clean constraints release
+.PHONY: help test book links fuzz format clean constraints release
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +49,10 @@ links: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# 100,000 damaged files; more with ARGS="--inputs 1000000 --seed 1", kept with ARGS=--record.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
 
 # Wheel and source distribution in dist/, tried in a clean environment outside the checkout.
 release: $(STAMP)

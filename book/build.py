@@ -80,13 +80,14 @@ def stage() -> list[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, target)
     set_buttons()
-    page = STAGE / "book" / "timings.md"
-    if page.is_file():
-        from timings import fill_timings
+    folders = (ROOT / "benchmarks" / "results", ROOT / "results")
+    for name in ("timings", "reliability"):
+        page = STAGE / "book" / f"{name}.md"
+        if page.is_file():
+            from timings import fill_page
 
-        folders = (ROOT / "benchmarks" / "results", ROOT / "results")
-        text = fill_timings(page.read_text(encoding="utf-8"), *folders)
-        page.write_text(text, encoding="utf-8")
+            text = fill_page(name, page.read_text(encoding="utf-8"), *folders)
+            page.write_text(text, encoding="utf-8")
     return sorted((STAGE / "notebooks").glob("*.ipynb"))
 
 

@@ -1,4 +1,4 @@
-"""Fill the page `timings` with what was recorded; book/build.py calls it."""
+"""Fill the pages `timings` and `reliability` with what was recorded; book/build.py calls it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NONE = "not measured yet"
 CHAPTERS = "<!-- chapters -->"
 MISSING = "```{{note}}\nNot measured yet: there is no record `{name}.json`. {how}\n```"
 COLUMNS = ("batch", "ms", "images per s", "peak GiB", "share of ceiling", "note")
-# each section of the page: the file that it reads, and what to do where that is missing
+# each section of a page: the file that it reads, and what to do where that is missing
 SECTIONS = {
     "gpu": "Every figure of a GPU is missing here until someone with one runs "
     "`python benchmarks/gpu.py --out benchmarks/results/gpu.json` (under 8 minutes, no download).",
@@ -20,6 +20,13 @@ SECTIONS = {
     "makes it: minutes, and about 8 GB of memory.",
     "inversion": "`python benchmarks/inversion.py --record` makes it.",
 }
+RELIABILITY = {
+    "faults": "`python benchmarks/faults.py --record` makes it.",
+    "fuzz": "`python benchmarks/fuzz.py --inputs 30000 --record` makes it (5 minutes).",
+    "determinism": "`python benchmarks/determinism.py --record` makes it (2 minutes).",
+    "soak": "`python benchmarks/soak.py --record` makes it (15 minutes).",
+}
+PAGES = {"timings": SECTIONS, "reliability": RELIABILITY}
 
 
 def _cell(value: Any) -> str:
@@ -41,9 +48,18 @@ def format_record(record: dict[str, Any]) -> str:
     parts = [
         f"Measured on {record['device']}, {record['date']}, {versions}with `{record['command']}`."
     ]
-    rows = record.get("values", record)["rows"]
+    values = record.get("values", record)
+    rows = values["faults"] if "faults" in values else values["rows"]
     if isinstance(rows, dict):
         parts.append(_table(["measured", "value"], [[k, v] for k, v in rows.items()]))
+    elif "matmul ceiling, TFLOP/s" not in record:
+        header = list(rows[0])
+        body = [[row[name] for name in header] for row in rows]
+        counts = {k for k in header if all(isinstance(row[k], int) for row in rows)}
+        if counts:
+            total = [sum(row[k] for row in rows) if k in counts else "" for k in header]
+            body.append(["**all**", *total[1:]])
+        parts.append(_table(header, body))
     else:
         ceiling = record["matmul ceiling, TFLOP/s"]
         parts[0] += f" The matrix-multiply ceiling of the same run: {ceiling} TFLOP/s."
@@ -81,9 +97,9 @@ def fill_readme(text: str, seconds: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def fill_timings(page: str, *folders: Path) -> str:
+def fill_page(title: str, page: str, *folders: Path) -> str:
     """Put each section's record, or a note that it is missing, in the place of its mark."""
-    for name, how in SECTIONS.items():
+    for name, how in PAGES[title].items():
         files = [folder / f"{name}.json" for folder in folders]
         found = next((file for file in files if file.is_file()), None)
         if found is not None:
@@ -93,7 +109,7 @@ def fill_timings(page: str, *folders: Path) -> str:
         mark = MARK.format(name=name)
         if page.count(mark) != 1:
             raise ValueError(
-                f"book/timings.md must have {mark} once, it has it {page.count(mark)}x"
+                f"book/{title}.md must have {mark} once, it has it {page.count(mark)}x"
             )
         page = page.replace(mark, text)
     return page

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from medbudget import telemetry  # noqa: F401  (before what would report)
 from medbudget.base import Base, describe, load_base
 from medbudget.data.phantoms import Phantoms, make_phantoms
 from medbudget.embeddings import Embedding

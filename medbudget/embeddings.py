@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 
 from medbudget.artifacts import check_writable, write_bytes
+from medbudget.pickles import RefusedError, read_torch
 
 MAX_VECTORS = 74
 _TOKEN = re.compile(r"<[^<>\s/\\]+>")
@@ -32,11 +32,12 @@ class EmbeddingError(ValueError):
 
 def check_token(token: str) -> str:
     """Return `token` if it is ``<name>`` without spaces or path separators, else raise."""
-    if not _TOKEN.fullmatch(token):
-        bare = re.sub(r"[<>\s/\\]+", "-", token).strip("-") or "name"
+    if not _TOKEN.fullmatch(token) or not token.isprintable() or len(token) > 200:
+        plain = "".join(c for c in token[:60] if c.isprintable())
+        bare = re.sub(r"[<>\s/\\]+", "-", plain).strip("-") or "name"
         raise EmbeddingError(
-            f"token {token!r} is not of the form <name> (angle brackets, no spaces or slashes); "
-            f"write <{bare}>"
+            f"token {token[:200]!r} is not of the form <name> (angle brackets, no spaces or "
+            f"slashes, at most 200 signs); write <{bare}>"
         )
     return token
 
@@ -103,7 +104,8 @@ class Embedding:
     def load(cls, path: str | os.PathLike[str], *, token: str | None = None) -> Embedding:
         """Read safetensors (ours, diffusers', A1111's), A1111 ``.pt`` or diffusers ``.bin``.
 
-        Nothing in the file is executed: pickles are read with ``weights_only=True``.
+        Nothing in the file is executed, and no more is allocated than it holds; see
+        `medbudget.pickles`.
 
         Parameters
         ----------
@@ -229,30 +231,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            total = sum(info.file_size for info in archive.infolist())
-        if total > 4 * MAX_BYTES or total > 100 * path.stat().st_size + 2**20:
-            raise EmbeddingError(
-                f"{path.name} unpacks to {total} bytes: refused as an archive bomb"
-            )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        text = str(error)
-        if "Unsupported" in text or ("weights_only" in text.lower() and "GLOBAL" in text):
-            found = re.search(r"GLOBAL ([\w.]+)", text)
-            named = f" (it asks for {found[1]})" if found else ""
-            raise EmbeddingError(
-                f"{path.name} holds more than tensors{named}; code in a file is never run: "
-                "get the embedding as .safetensors"
-            ) from None
+        content = read_torch(path)
+    except RefusedError as error:
         raise EmbeddingError(
-            f"{path.name} is truncated or not a PyTorch file; fetch or train it again"
+            f"{path.name} is refused: {error}. Only tensors are read, code in a file is never run; "
+            "fetch or train it again, or get it as .safetensors"
         ) from None
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise EmbeddingError(f"{path.name} holds a {type(content).__name__}, not an embedding")
-    return dict(content)
+    return content
 
 
 def _from_tensors(
@@ -266,23 +254,27 @@ def _from_tensors(
         if not isinstance(params, Mapping) or len(params) != 1:
             raise EmbeddingError("an A1111 embedding must hold exactly one token")
         vectors = next(iter(params.values()))
-        name = str(content.get("name") or path.stem)
-        base = str(content.get("sd_checkpoint_name") or "")
-        base_hash = str(content.get("sd_checkpoint") or "")
-        step = int(content.get("step") or 0)
+        keys = ("name", "sd_checkpoint_name", "sd_checkpoint")
+        name, base, base_hash = (_read_text(content, key) for key in keys)
+        name = name or path.stem
+        step = content.get("step") or 0
+        if not isinstance(step, int) or not 0 <= step < 2**53:
+            raise EmbeddingError("its number of steps is none; fetch or train it again")
     elif "emb_params" in content:  # A1111's safetensors layout
         vectors, name = content["emb_params"], path.stem
     elif len(content) == 1:  # ours, and diffusers' learned_embeds
         name, vectors = next(iter(content.items()))
     else:
         raise EmbeddingError(
-            f"found the keys {sorted(map(str, content))[:5]}; an embedding holds one token's tensor "
-            "(ours, diffusers), `emb_params` or `string_to_param` (A1111)"
+            f"found the keys {sorted(str(key)[:60] for key in content)[:5]}; an embedding holds one "
+            "token's tensor (ours, diffusers), `emb_params` or `string_to_param` (A1111)"
         )
     if not isinstance(vectors, torch.Tensor):
         raise EmbeddingError(f"the vectors are a {type(vectors).__name__}, not a tensor")
     if vectors.ndim == 1:
         vectors = vectors[None]
+    if not isinstance(name, str):
+        raise EmbeddingError(f"its token is a {type(name).__name__}, not text")
     if token is None:
         bare = re.sub(r"[<>\s/\\]+", "-", name).strip("-")
         token = name if _TOKEN.fullmatch(name) else f"<{bare}>"
@@ -297,6 +289,13 @@ def _from_tensors(
     )
 
 
+def _read_text(content: Mapping[str, Any], key: str) -> str:
+    value = content.get(key) or ""
+    if not isinstance(value, str) or len(value) > 500:
+        raise EmbeddingError(f"its {key} is no short text; fetch or train it again")
+    return value
+
+
 def _read_about(meta: Mapping[str, str]) -> dict[str, Any]:
     """Return what `_write_safetensors` wrote beside the vectors; empty for other programs' files."""
     try:
@@ -304,6 +303,6 @@ def _read_about(meta: Mapping[str, str]) -> dict[str, Any]:
         if isinstance(about, dict) and isinstance(about.get("record", {}), dict):
             int(about.get("step", 0))
             return about
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         pass
     raise EmbeddingError("its metadata is damaged; fetch or train it again")

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medbudget.artifacts import atomic_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+# Pillow goes by content, not by name, and hands PostScript to another program: never let it
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 
 
 class ImageError(ValueError):
@@ -83,15 +85,17 @@ def load_image(path: str | os.PathLike[str], *, size: int | None = None) -> torc
         decision (intensity window, background) that must not be taken silently.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             opened.load()
             image: Image.Image = opened
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ImageError(
-            f"{path} is not a readable image ({error}); remove or replace it"
-        ) from None
     except Image.DecompressionBombError:
         raise ImageError(f"{path} has too many pixels to be safe to load; crop it first") from None
+    except Exception as error:  # a damaged file can raise anything
+        reason = error if isinstance(error, OSError) else type(error).__name__
+        raise ImageError(
+            f"{path} is not a readable image ({reason}); allowed are {', '.join(FORMATS)}; remove "
+            "or replace it"
+        ) from None
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise ImageError(
             f"{path} has {'32' if image.mode in ('I', 'F') else '16'}-bit pixels; only 8-bit images "
@@ -212,6 +216,9 @@ def save_images(
     stems = [f"{i:05d}" for i in range(len(images))] if names is None else list(names)
     if len(stems) != len(images):
         raise ValueError(f"{len(stems)} names for {len(images)} images")
+    for stem in stems:
+        if not stem or Path(stem).name != stem or "\\" in stem or "\0" in stem:
+            raise ValueError(f"name {stem!r} is no plain file name; images stay in {folder}")
     paths = []
     for i, (image, stem) in enumerate(zip(images, stems)):
         path = folder / f"{stem}.png"
@@ -228,9 +235,9 @@ def save_images(
 def read_record(path: Path) -> dict[str, Any] | None:
     """Return what `save_images` recorded in a file, None where there is nothing of ours."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             found = json.loads(image.info["medbudget"])
-    except (OSError, KeyError, ValueError):
+    except Exception:  # a damaged file can raise anything
         return None
     return found if isinstance(found, dict) else None
 

@@ -156,6 +156,11 @@ class ReaderStudy:
         folder = Path(folder)
         about = _read_json(folder / "study.json", ("study", "question", "pairs"))
         pairs = tuple((str(left), str(right)) for left, right in about["pairs"])
+        for name in (name for pair in pairs for name in pair):
+            if not re.fullmatch(r"images/\w+\.png", name):
+                raise ReaderError(
+                    f"{folder / 'study.json'} names {name!r}, which is no image of it"
+                )
         missing = [name for pair in pairs for name in pair if not (folder / name).is_file()]
         if missing:
             raise ReaderError(f"{folder} lacks {len(missing)} images, e.g. {missing[0]}")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from medbudget.pickles import read_torch
+
 SD = Path(__file__).parent / "sd"
 TINY = Path(__file__).parent / "tiny" / "weights"
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
@@ -229,35 +231,19 @@ def compute_a1111_hash(path: str | os.PathLike[str]) -> str:
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
-def _allow_leftovers() -> None:
-    """Read what training left in official checkpoints as an empty class, which does nothing."""
-    callback = type("ModelCheckpoint", (), {})
-    callback.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
-    torch.serialization.add_safe_globals([callback])
-
-
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of an LDM checkpoint, memory-mapped; nothing in the file is executed."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        _allow_leftovers()
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+        content = (
+            load_file(path) if path.suffix == ".safetensors" else read_torch(path, mapped=True)
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise BaseError(
-            f"{path.name} is truncated or no checkpoint ({type(error).__name__}); fetch it again"
-        ) from None
-    except Exception as error:  # pickle.UnpicklingError and what damaged pickles raise
-        if "GLOBAL" in str(error):
-            raise BaseError(
-                f"{path.name} holds more than tensors; code in a file is never run: get it as "
-                ".safetensors"
-            ) from None
-        raise BaseError(
-            f"{path.name} is no PyTorch checkpoint ({type(error).__name__}); fetch it again"
+            f"{path.name} is truncated or no checkpoint of tensors alone ({error}); code in a file "
+            "is never run: fetch it again, or get it as .safetensors"
         ) from None
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):

@@ -66,16 +66,43 @@ def test_what_runs_out_of_memory_or_time_is_named_not_dropped(monkeypatch):
 
 def test_the_page_shows_every_record_and_says_what_is_missing(timings, tmp_path):
     page = (ROOT / "book" / "timings.md").read_text(encoding="utf-8")
-    real = timings.fill_timings(page, ROOT / "benchmarks" / "results", ROOT / "results")
+    real = timings.fill_page("timings", page, ROOT / "benchmarks" / "results", ROOT / "results")
     real = timings.fill_chapters(real, {"00_quickstart": 41.7})
     assert "diffusers' way, ms per step" in real and "<!--" not in real
     assert "| [](../notebooks/00_quickstart.ipynb) | 42 |" in real
     assert "ran no chapter" in timings.fill_chapters(page, {})
-    empty = timings.fill_timings(page, tmp_path)
+    empty = timings.fill_page("timings", page, tmp_path)
     assert empty.count("Not measured yet") == 3
     assert "Every figure of a GPU is missing" in empty
     with pytest.raises(ValueError, match="must have <!-- gpu --> once"):
-        timings.fill_timings("nothing", tmp_path)
+        timings.fill_page("timings", "nothing", tmp_path)
+
+
+def test_the_page_on_reliability_shows_its_records_and_says_what_is_missing(timings, tmp_path):
+    page = (ROOT / "book" / "reliability.md").read_text(encoding="utf-8")
+    empty = timings.fill_page("reliability", page, tmp_path)
+    assert empty.count("Not measured yet") == 4 and "<!--" not in empty
+    fault = {"fault": "kill -9", "command": "invert", "tried": 50, "survived": 49, "note": "x"}
+    record = {"date": "2026-11-24", "device": "CPU", "command": "python benchmarks/faults.py"}
+    rows = [{"format": "PNG", "inputs": 3, "read": 1}, {"format": "JPEG", "inputs": 4, "read": 2}]
+    for name, values in (("faults", {"faults": [fault]}), ("fuzz", {"rows": rows})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**record, "values": values}))
+    filled = timings.fill_page("reliability", page, tmp_path)
+    assert filled.count("Not measured yet") == 2
+    assert "| kill -9 | invert | 50 | 49 | x |" in filled and "2026-11-24" in filled
+    assert "| **all** | 7 | 3 |" in filled  # the tally
+    real = timings.fill_page("reliability", page, ROOT / "results")
+    assert "NOT met" not in real
+
+
+def test_a_short_soak_stays_flat(tiny):
+    soak = load(ROOT / "benchmarks" / "soak.py")
+    values = soak.main(["--images", "120", "--steps", "1", "--embeddings", "30"])
+    assert len(values["memory_mib"]) == 30
+    assert soak.growth(values["memory_mib"])[2] < soak.GOAL
+    assert len(set(values["open_files"][3:])) == 1
+    assert soak.growth([1.0] * 10 + [2.0] * 90)[2] == 0
+    assert soak.growth([float(i) for i in range(100, 200)])[2] > 50
 
 
 def test_the_readme_has_the_recorded_times_of_the_chapters(timings):

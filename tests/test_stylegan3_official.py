@@ -165,7 +165,8 @@ def test_other_networks_are_refused_with_what_differs(official, tmp_path):
             import_official(write(path, official, g, d))
 
     radial = {
-        k: v.expand(12, 12) if k.endswith("L1_36_16.down_filter") else v for k, v in g.items()
+        k: v.expand(12, 12).clone() if k.endswith("L1_36_16.down_filter") else v
+        for k, v in g.items()
     }
     refused(radial, d, r"layers\.1\.down_filter is \(12, 12\)")
     blurred = {k: v * 0.9 if k.endswith("L1_36_16.up_filter") else v for k, v in g.items()}

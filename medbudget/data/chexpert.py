@@ -16,7 +16,7 @@ from PIL import Image
 
 from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
 from medbudget.data.splits import SPLITS, choose_one_per_patient, choose_reference, split_patients
-from medbudget.images import fit_square, from_pil
+from medbudget.images import FORMATS, fit_square, from_pil
 
 OBSERVATIONS = (
     "No Finding",
@@ -78,6 +78,7 @@ def select_clean(table: Any, *, uncertain: str = "exclude") -> Any:
     if uncertain == "exclude":
         clean &= ~(findings == -1).any(axis=1)
     out = table.loc[clean, ["Path"]].rename(columns={"Path": "path"})
+    out["path"] = out["path"].astype(str)
     out["patient"] = out["path"].str.extract(r"/(patient\d+)/", expand=False)
     if out["patient"].isna().any():
         raise ValueError(
@@ -86,6 +87,17 @@ def select_clean(table: Any, *, uncertain: str = "exclude") -> Any:
         )
     out["label"] = (findings[clean] == 1).idxmax(axis=1)
     return out.reset_index(drop=True)
+
+
+def _read_labels(file: Path) -> Any:
+    import pandas as pd
+
+    try:
+        return pd.read_csv(file)
+    except Exception as error:  # pandas has a type for each kind of damage
+        raise ValueError(
+            f"{file} is no table that can be read ({type(error).__name__}); download it again"
+        ) from None
 
 
 def count_patients(selected: Any) -> dict[str, int]:
@@ -148,13 +160,11 @@ def prepare_chexpert(
     ValueError
         Options that do not exist, too few patients.
     """
-    import pandas as pd
-
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     root = Path(root)
     if not (root / "train.csv").is_file():
         raise FileNotFoundError(f"no train.csv in {root}; name the folder CheXpert-v1.0-small")
-    selected = select_clean(pd.read_csv(root / "train.csv"), uncertain=uncertain)
+    selected = select_clean(_read_labels(root / "train.csv"), uncertain=uncertain)
     selected = selected[selected["label"].isin(TRAINED)]
     labels = dict(zip(selected["path"], selected["label"]))
     chosen = choose_one_per_patient(
@@ -216,10 +226,15 @@ def crop_borders(image: Image.Image) -> tuple[Image.Image, tuple[int, int, int, 
 def _make(item: Item, *, root: Path, size: int) -> Made:
     path = Path(item.job)
     file = root / Path(*path.parts[1:])  # the table's paths start with the folder's own name
-    if not file.is_file():
+    if ".." in path.parts or not file.is_file():
         raise BrokenCase(f"missing image: {item.job}")
-    with Image.open(file) as opened:
-        image = opened.convert("L")
+    try:
+        with Image.open(file, formats=FORMATS) as opened:
+            image = opened.convert("L")
+    except Exception as error:  # a damaged file can raise anything
+        raise BrokenCase(
+            f"{item.job} cannot be read: truncated, or no image ({type(error).__name__})"
+        ) from None
     cropped, box = crop_borders(image)
     scale = max(cropped.size) / size
     return Made(

@@ -20,7 +20,15 @@ import numpy as np
 from PIL import Image
 
 from medbudget import artifacts
-from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
+from medbudget.data.prepare import (
+    BrokenCase,
+    Item,
+    Made,
+    Report,
+    check_settings,
+    prepare_items,
+    read_table,
+)
 from medbudget.data.readers import (
     PLANES,
     VOLUMES,
@@ -232,10 +240,7 @@ def _read_table(
     notes: list[str],
 ) -> list[Entry]:
     """Match the rows of a CSV with sources; a row without one becomes a source with a problem."""
-    if not table.is_file():
-        raise FileNotFoundError(f"no such table: {table}")
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(table)
     missing = [c for c in (file_column, label_column) if not rows or c not in rows[0]]
     if missing:
         raise ValueError(

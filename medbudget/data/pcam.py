@@ -6,10 +6,11 @@ official splits are by slide. Validation and test are used in full, straight fro
 
 from __future__ import annotations
 
-import csv
 import gzip
+import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from medbudget.artifacts import atomic_path
-from medbudget.data.prepare import Item, Made, Report, check_settings, prepare_items
+from medbudget.data.prepare import Item, Made, Report, check_settings, prepare_items, read_table
 from medbudget.data.splits import shuffle
 from medbudget.images import from_pil
 from medbudget.progress import tqdm
@@ -28,6 +29,8 @@ from medbudget.progress import tqdm
 SPLITS = {"train": "train", "val": "valid", "test": "test"}
 LABELS = ("normal", "metastasis")
 EDGE = 96
+MAX_UNPACKED = 8 * 2**30  # the largest official file has 6.8 GiB
+MAX_CHUNK = 64 * 2**20
 SPACING_MM = 0.000972  # 10x of CAMELYON16: 0.972 um a pixel
 
 
@@ -65,10 +68,45 @@ def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
         opened = h5py.File(file, "r")
     except OSError as error:
         raise OSError(f"{file} cannot be read ({error}); download it again") from None
-    if part not in opened:
+    try:
+        problem = _find_problem(opened, part)
+    except Exception as error:  # HDF5 has many ways to be damaged
+        problem = f"is damaged ({type(error).__name__}): download it again"
+    if problem:
         opened.close()
-        raise OSError(f"{file} has no data set {part!r}: it is no PatchCamelyon file")
+        raise OSError(f"{file} {problem}")
     return opened
+
+
+def _find_problem(file: Any, part: str) -> str:
+    """Say what is wrong with a file; nothing of its data is read."""
+    import h5py
+
+    strange = f"has no data set {part!r} of its own: it is no PatchCamelyon file"
+    if not isinstance(file.get(part, getlink=True), h5py.HardLink):
+        return strange
+    data = file[part]
+    if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual or not data.ndim:
+        return strange
+    each = data.dtype.itemsize
+    if math.prod(data.chunks or (1,)) * each > MAX_CHUNK:
+        return f"has pieces of {data.chunks} values: it is no PatchCamelyon file"
+    shape = (EDGE, EDGE, 3) if part == "x" else (1,) * (data.ndim - 1)
+    if data.shape[1:] != shape or data.dtype.kind not in "iu" or each > 8 or len(data) > 2**22:
+        return (
+            f"holds {part} of shape {data.shape} {data.dtype}; expected "
+            f"(N, {', '.join(map(str, shape))}) whole numbers, N up to {2**22:,}"
+        )
+    return ""
+
+
+def _read_rows(data: Any, rows: Any) -> Any:
+    try:
+        return data[rows]
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise OSError(
+            f"{data.file.filename} is damaged ({type(error).__name__}); download it again"
+        ) from None
 
 
 def _unpack(packed: Path, file: Path) -> None:
@@ -84,7 +122,9 @@ def _unpack(packed: Path, file: Path) -> None:
             while block := source.read(1 << 22):
                 target.write(block)
                 bar.update(len(block))
-    except (EOFError, gzip.BadGzipFile) as error:
+                if target.tell() > MAX_UNPACKED:
+                    raise EOFError(f"it unpacks to more than {MAX_UNPACKED / 2**30:g} GiB")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OSError(f"{packed} is damaged ({error}); download it again") from None
     except OSError as error:
         free = shutil.disk_usage(packed.parent).free / 2**30
@@ -96,7 +136,7 @@ def _unpack(packed: Path, file: Path) -> None:
 def load_labels(folder: str | os.PathLike[str], split: str) -> torch.Tensor:
     """Return the labels of a split: ``(N,) uint8``, 1 for metastasis in the central 32 x 32 px."""
     with open_pcam(folder, split, "y") as file:
-        values = np.asarray(file["y"]).reshape(-1)
+        values = _read_rows(file["y"], ...).reshape(-1)
     if not np.isin(values, (0, 1)).all():
         raise ValueError(f"labels of {split} are {np.unique(values)[:5]}; allowed are 0 and 1")
     return torch.from_numpy(values.astype(np.uint8))
@@ -117,14 +157,14 @@ def load_patches(
     wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
     with open_pcam(folder, split, "x") as file:
         data = file["x"]
-        if data.ndim != 4 or data.shape[1:] != (EDGE, EDGE, 3) or data.dtype != np.uint8:
+        if data.dtype != np.uint8:
             raise ValueError(
                 f"patches of {split} are {data.shape} {data.dtype}; expected (N, 96, 96, 3) uint8"
             )
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(data)):
             raise IndexError(f"{split} has {len(data)} patches; asked for {wanted.max()}")
         order = np.unique(wanted)  # h5py wants rising indices
-        read = data[order] if len(order) else np.empty((0, EDGE, EDGE, 3), np.uint8)
+        read = _read_rows(data, order) if len(order) else np.empty((0, EDGE, EDGE, 3), np.uint8)
     patches = read[np.searchsorted(order, wanted)]
     out = torch.empty((len(wanted), 3, size, size), dtype=torch.uint8)
     for i, patch in enumerate(patches):
@@ -223,8 +263,7 @@ def _read_slides(folder: Path, split: str, n: int) -> list[str]:
     file = folder / _meta(split)
     if not file.is_file():
         return []
-    with open(file, newline="", encoding="utf-8") as opened:
-        slides = [row.get("wsi", "") for row in csv.DictReader(opened)]
+    slides = [row.get("wsi", "") for row in read_table(file)]
     if len(slides) != n or not all(slides):
         raise ValueError(
             f"{file} has {len(slides)} rows with column wsi; {n} patches need one each"

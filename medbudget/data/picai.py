@@ -6,7 +6,6 @@ conversion (``geometry="paper"``), whose order of operations is reimplemented he
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,9 @@ from medbudget.data.prepare import (
     Report,
     check_settings,
     prepare_items,
+    read_table,
 )
+from medbudget.data.readers import open_volume
 from medbudget.data.splits import (
     SPLITS,
     choose_one_per_patient,
@@ -286,8 +287,7 @@ def read_marksheet(labels: str | os.PathLike[str]) -> dict[str, Study]:
         raise FileNotFoundError(
             f"no {MARKSHEET} in {labels}; name a copy of github.com/DIAGNijmegen/picai_labels"
         )
-    with open(file, newline="", encoding="utf-8") as opened:
-        rows = list(csv.DictReader(opened))
+    rows = read_table(file)
     needed = {"patient_id", "study_id", "case_csPCa"}
     if not rows or not needed <= set(rows[0]):
         raise ValueError(f"{file} needs the columns {', '.join(sorted(needed))}")
@@ -429,7 +429,10 @@ def _read(file: Path, what: str) -> sitk.Image:
     if not file.is_file():
         raise BrokenCase(f"missing {what}: no {file.name}")
     try:
+        open_volume(file)
         image = sitk.ReadImage(os.fspath(file))
+    except BrokenCase as error:
+        raise BrokenCase(f"{file.name}: {error}") from None
     except RuntimeError:
         raise BrokenCase(f"{file.name} cannot be read: it is truncated, or no volume") from None
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:

@@ -51,6 +51,29 @@ class BrokenCase(ValueError):
     """A case that cannot be used; the message is its reason in the table at the end."""
 
 
+def read_table(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; fields that a row lacks are "".
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Not there, no text, or a row with more fields than the first line names.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no such table: {file}")
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as opened:
+            rows = list(csv.DictReader(opened, restval=""))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} is no CSV table in UTF-8 ({type(error).__name__}); save it as one"
+        ) from None
+    long = next((i for i, row in enumerate(rows, 2) if None in row), None)
+    if long is not None:
+        raise ValueError(f"{file}: row {long} has more fields than the first line names")
+    return rows
+
+
 @dataclass(frozen=True)
 class Item:
     """One image that is wanted.
@@ -318,7 +341,8 @@ def _read_done(out: Path) -> dict[str, dict[str, Any]]:
     return {
         row["file"]: row
         for row in rows
-        if (out / row["file"]).is_file()
+        if not any(".." in Path(p).parts for p in (row["file"], *_masks_of(row).values()))
+        and (out / row["file"]).is_file()
         and artifacts.hash_file(out / row["file"]) == row["sha256"]
         and all((out / mask).is_file() for mask in _masks_of(row).values())
     }

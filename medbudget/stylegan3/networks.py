@@ -56,8 +56,10 @@ class Architecture:
     def __post_init__(self) -> None:
         if self.size < 32 or self.size & (self.size - 1):
             raise ValueError(f"size must be a power of two, 32 at least, got {self.size}")
-        if self.n_layers < 3:
-            raise ValueError(f"n_layers must be 3 or more, got {self.n_layers}")
+        if self.size > 8192:
+            raise ValueError(f"size must be 8192 at most, got {self.size}")
+        if not 3 <= self.n_layers <= 64:
+            raise ValueError(f"n_layers must be from 3 to 64, got {self.n_layers}")
         for name in ("channel_base", "channel_max", "width", "mbstd_group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -11,123 +11,89 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from medbudget.pickles import TORCH, Box, RefusedError, TensorUnpickler, read_legacy
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
-from medbudget.stylegan3.training import StyleGAN3
+from medbudget.stylegan3.training import StyleGAN3, build_like
 
 
-class RefusedError(ValueError):
-    """A file that names what it must not, or that holds other networks than ours."""
-
-
-class _Box(dict):
-    """State of an object whose class is not looked at."""
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, Mapping):
-            self.update(state)
-
-
-class _Call:
-    """A function that a pickle may call, but not change."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise RefusedError("it changes a function")
-
-
-def _persistent(meta: Any) -> _Box:
+def _persistent(meta: Any) -> Box:
     """Stand in for the function that would run the file's source."""
     state = meta.get("state") if isinstance(meta, Mapping) else None
-    return _Box(state if isinstance(state, Mapping) else {})
+    return Box(state if isinstance(state, Mapping) else {})
 
 
-def _storage(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+def _storage(data: Any) -> Any:
+    if not isinstance(data, bytes):
+        raise RefusedError("it holds a tensor without its bytes")
+    return read_legacy(io.BytesIO(data), len(data))
 
 
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("dnnlib.util", "EasyDict"): _Box,
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Call(_persistent),
-    ("torch._utils", "_rebuild_tensor_v2"): _Call(torch._utils._rebuild_tensor_v2),
-    ("torch._utils", "_rebuild_parameter"): _Call(lambda data, requires_grad, hooks: data),
-    ("torch.storage", "_load_from_bytes"): _Call(_storage),
-    ("torch", "device"): torch.device,
-    ("torch", "Size"): torch.Size,
-    ("builtins", "set"): set,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
+def _nothing(*args: Any) -> Box:
+    return Box()
+
+
+# arrays and scalars stand in the settings of a training, which are not needed
+ALLOWED: dict[str, Any] = {
+    **TORCH,
+    "dnnlib.util.EasyDict": Box,
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+    "torch.storage._load_from_bytes": _storage,
+    "numpy.dtype": _nothing,
+    "numpy.ndarray": None,
+    **{
+        f"numpy.{core}.multiarray.{name}": _nothing
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    },
 }
-_array: Any = np.empty(0).__reduce__()
-_scalar: Any = np.float64(0).__reduce__()
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    ALLOWED[_module, "_reconstruct"] = _Call(_array[0])
-    ALLOWED[_module, "scalar"] = _Call(_scalar[0])
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise RefusedError(f"it names {module}.{name}, which is not on the list") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise RefusedError("it refers to objects outside of the file")
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """Return what a pickle holds, executing nothing but the rebuilding of tensors and arrays.
+    """Return what a pickle holds, executing nothing but the rebuilding of tensors.
 
     Raises
     ------
     RefusedError
-        The pickle names anything else, or is none.
+        The pickle names anything else, claims more than it holds, or is none.
     """
+    path = Path(path)
     with open(path, "rb") as file:
         try:
-            return _Unpickler(file).load()
+            return TensorUnpickler(file, path.stat().st_size, ALLOWED).load()
         except RefusedError as reason:
             raise RefusedError(
-                f"{Path(path).name} is refused: {reason}. Only tensors, arrays and plain "
-                "containers are read, and nothing of the file was run"
+                f"{path.name} is refused: {reason}. Only tensors and plain containers are read, "
+                "and nothing of the file was run"
             ) from None
         except Exception as error:
             raise RefusedError(
-                f"{Path(path).name} is no readable pickle ({type(error).__name__}: {error})"
+                f"{path.name} is no readable pickle ({type(error).__name__})"
             ) from None
 
 
-def _flatten(box: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+def _flatten(module: Any) -> dict[str, torch.Tensor]:
     """Return a module's parameters and buffers by dotted name."""
     found: dict[str, torch.Tensor] = {}
-    if not isinstance(box, Mapping):
-        return found
-    for group in ("_parameters", "_buffers"):
-        for name, tensor in (box.get(group) or {}).items():
-            if isinstance(tensor, torch.Tensor):
-                found[prefix + name] = tensor.detach().float()
-    for name, module in (box.get("_modules") or {}).items():
-        found |= _flatten(module, f"{prefix}{name}.")
+    todo, seen = [("", module)], set()
+    while todo:
+        prefix, box = todo.pop()
+        if id(box) in seen:
+            raise RefusedError(f"a module stands in two places, one of them {prefix[:60]!r}")
+        seen.add(id(box))
+        for group in ("_parameters", "_buffers", "_modules"):
+            members = box.get(group) if isinstance(box, Mapping) else None
+            for name, value in members.items() if isinstance(members, Mapping) else ():
+                if group == "_modules":
+                    todo.append((f"{prefix}{name}.", value))
+                elif isinstance(value, torch.Tensor):
+                    found[f"{prefix}{name}"] = value.detach().float()
     return found
 
 
@@ -167,21 +133,19 @@ def _rename(tensors: Mapping[str, torch.Tensor], rules: Any, what: str) -> dict[
     return renamed
 
 
-def _fit(network: Generator | Discriminator, found: dict[str, torch.Tensor], what: str) -> None:
+def _fit(kind: Any, architecture: Architecture, found: dict[str, torch.Tensor], what: str) -> Any:
+    try:
+        network = build_like(kind, architecture, found)
+    except ValueError as error:
+        raise RefusedError(f"{what}: {error}") from None
     own = network.state_dict()
-    if missing := sorted(set(own) - set(found)):
-        raise RefusedError(f"{what} lacks {missing[0]} ({len(missing)} tensors in all)")
     if extra := sorted(set(found) - set(own)):
         raise RefusedError(f"{what} has {len(extra)} tensors too many, such as {extra[0]}")
     for name, tensor in found.items():
-        if tensor.shape != own[name].shape:
-            raise RefusedError(
-                f"{what}: {name} is {tuple(tensor.shape)}, configuration T of this size has "
-                f"{tuple(own[name].shape)}"
-            )
         if name.endswith("_filter") and not torch.allclose(tensor, own[name], atol=1e-4):
             raise RefusedError(f"{what}: {name} is another filter than configuration T's")
     network.load_state_dict(found)
+    return network
 
 
 def import_official(path: str | os.PathLike[str]) -> StyleGAN3:
@@ -230,19 +194,18 @@ def import_official(path: str | os.PathLike[str]) -> StyleGAN3:
         )
     except ValueError as error:
         raise RefusedError(f"{name}: {error}") from None
-    generator, discriminator = Generator(architecture), Discriminator(architecture)
     rgb = f"layers.{top}."
     found = {
         f"to_rgb.{key.removeprefix(rgb)}" if key.startswith(rgb) else key: tensor
         for key, tensor in _rename(g, _GENERATOR, f"{name}, G_ema").items()
         if key not in (f"{rgb}up_filter", f"{rgb}down_filter")
     }
-    _fit(generator, found, f"{name}, G_ema")
+    generator = _fit(Generator, architecture, found, f"{name}, G_ema")
     blocks = sorted({s for s in sizes if s > 4}, reverse=True)
     found = {}
     for key, tensor in _rename(d, _DISCRIMINATOR, f"{name}, D").items():
         if match := re.fullmatch(r"blocks\.(\d+)\.(.*)", key):
             key = f"blocks.{blocks.index(int(match[1]))}.{match[2]}"
         found[key] = tensor
-    _fit(discriminator, found, f"{name}, D")
+    discriminator = _fit(Discriminator, architecture, found, f"{name}, D")
     return StyleGAN3(generator.eval(), discriminator.eval(), {"data": name})

@@ -8,11 +8,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -197,6 +197,21 @@ class StyleGAN3:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["medbudget_stylegan3"])
                 tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            record = about["record"]
+            parts = {
+                name: {
+                    key.removeprefix(f"{name}."): value
+                    for key, value in tensors.items()
+                    if key.startswith(name)
+                }
+                for name in ("generator", "discriminator")
+            }
+            sizes = Architecture(**about["architecture"])
+            generator = build_like(Generator, sizes, parts["generator"])
+            generator.load_state_dict(parts["generator"])
+            sizes = Architecture(**about["discriminator"])
+            discriminator = build_like(Discriminator, sizes, parts["discriminator"])
+            discriminator.load_state_dict(parts["discriminator"])
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -204,12 +219,35 @@ class StyleGAN3:
                 f"{path} holds no StyleGAN3 of medbudget ({type(error).__name__}); give a file "
                 "that StyleGAN3.save wrote, or read an official one with import_official"
             ) from None
-        generator = Generator(Architecture(**about["architecture"]))
-        discriminator = Discriminator(Architecture(**about["discriminator"]))
-        for name, network in (("generator", generator), ("discriminator", discriminator)):
-            own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
-            network.load_state_dict(own)
-        return cls(generator.to(device).eval(), discriminator.to(device).eval(), about["record"])
+        return cls(generator.to(device).eval(), discriminator.to(device).eval(), record)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def build_like(
+    kind: Callable[[Architecture], Network],
+    architecture: Architecture,
+    found: Mapping[str, torch.Tensor],
+) -> Network:
+    """Build a network that has the shapes found in a file; tried without memory first.
+
+    Raises
+    ------
+    ValueError
+        Other shapes, named: a file must not decide how much is allocated.
+    """
+    with torch.device("meta"):
+        wanted = kind(architecture).state_dict()
+    for name, value in found.items():
+        if name in wanted and wanted[name].shape != value.shape:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)}, configuration T of this size has "
+                f"{tuple(wanted[name].shape)}"
+            )
+    if missing := sorted(set(wanted) - set(found)):
+        raise ValueError(f"lacks {missing[0]} ({len(missing)} tensors in all)")
+    return kind(architecture)
 
 
 def make_stylegan3(
