@@ -270,8 +270,11 @@ def parse_value(text: str) -> Any:
 def read_date() -> dict[str, str]:
     """Return the commit's date as the site's, so that a build on another day is the same."""
     command = ["git", "log", "-1", "--format=%ct"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return {"SOURCE_DATE_EPOCH": found.stdout.strip()} if found.stdout.strip() else {}
+    try:
+        date = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git: list_files has said so
+        return {}
+    return {"SOURCE_DATE_EPOCH": date} if date else {}
 
 
 def build_site() -> bool:

@@ -91,6 +91,9 @@ def test_without_git_it_says_so_and_goes_on(
     monkeypatch.setenv("GIT_DIR", "nowhere")
     assert [p.stem for p in build.stage()] == ["00_bad", "01_good"]
     assert "is not a git checkout" in capsys.readouterr().out
+    assert build.read_date() == {}
+    monkeypatch.setenv("PATH", "")
+    assert [p.stem for p in build.stage()] == ["00_bad", "01_good"] and build.read_date() == {}
 
 
 def count_runs(build: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
