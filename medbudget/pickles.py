@@ -310,6 +310,9 @@ def read_torch(path: str | os.PathLike[str], *, mapped: bool = False) -> Any:
         if zipfile.is_zipfile(file):
             return _read_archive(path, file, size, mapped)
         file.seek(0)
+        if file.read(2) == b"PK":
+            raise RefusedError("it is truncated: an archive without its end")
+        file.seek(0)
         return read_legacy(file, size)
 
 

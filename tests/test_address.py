@@ -27,6 +27,7 @@ COLAB = (
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "book"))
+    monkeypatch.delitem(sys.modules, "build", raising=False)  # PyPI's, if a test before used it
     spec = importlib.util.spec_from_file_location(f"book_{name}", ROOT / "book" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
