@@ -147,13 +147,14 @@ def run_all(browser: Browser, lab: tuple[str, Path], notebook: Any, *, done: str
         "return document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'",
         "the kernel does not start",
     )
-    browser.wait_for(  # JupyterLab may ask which kernel to take, and forget the run over it
+    browser.wait_for(  # JupyterLab may ask which kernel to take, and forget the run, or half of it
         "const ask = document.querySelector('.jp-Dialog .jp-mod-accept');"
         "const cells = window.jupyterapp.shell.currentWidget.content.widgets"
         "  .filter(cell => cell.model.type == 'code');"
-        "const prompt = cells[0].promptNode.innerText.trim();"
+        "const waits = cells.some(cell => cell.promptNode?.innerText.trim() == '[*]:');"
+        "const kernel = document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status;"
         "if (ask) ask.click();"
-        "else if (prompt == '[ ]:')"
+        "else if (!waits && kernel == 'idle' && cells.some(cell => !cell.model.executionCount))"
         " window.jupyterapp.commands.execute('notebook:run-all-cells');"
         f"{done}",
         "the notebook does not come to its end",
