@@ -1,33 +1,24 @@
 """Benchmarks run and record what the book's page reads; full size only where it is asked for."""
 
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def timings():
-    return load(ROOT / "book" / "timings.py")
+    return load_script(ROOT / "book" / "timings.py")
 
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_dry_and_the_page_shows_it(timings, tmp_path, capsys):
     out = tmp_path / "gpu.json"
-    record = load(ROOT / "benchmarks" / "gpu.py").main(
+    record = load_script(ROOT / "benchmarks" / "gpu.py").main(
         ["--device", "cpu", "--small", "--no-fast", "--out", str(out)]
     )
     rows = {(row["name"], row["batch"]): row for row in record["rows"]}
@@ -52,7 +43,7 @@ def test_the_gpu_benchmark_runs_dry_and_the_page_shows_it(timings, tmp_path, cap
 def test_what_runs_out_of_memory_or_time_is_named_not_dropped(monkeypatch):
     import torch
 
-    gpu = load(ROOT / "benchmarks" / "gpu.py")
+    gpu = load_script(ROOT / "benchmarks" / "gpu.py")
     bench = gpu.Bench(torch.device("cpu"), 0.01, deadline=float("inf"))
 
     def short():
@@ -96,7 +87,7 @@ def test_the_page_on_reliability_shows_its_records_and_says_what_is_missing(timi
 
 
 def test_a_short_soak_stays_flat(tiny):
-    soak = load(ROOT / "benchmarks" / "soak.py")
+    soak = load_script(ROOT / "benchmarks" / "soak.py")
     values = soak.main(["--images", "120", "--steps", "1", "--embeddings", "30"])
     assert len(values["memory_mib"]) == 30
     assert soak.growth(values["memory_mib"])[2] < soak.GOAL
@@ -131,13 +122,13 @@ def test_recorded_benchmarks_name_device_date_and_versions():
 def test_stable_diffusion_2_at_full_size():
     if not os.environ.get("MEDBUDGET_FULL_SIZE"):
         pytest.skip("takes 8 GB and minutes: set MEDBUDGET_FULL_SIZE=1")
-    rows = load(ROOT / "benchmarks" / "full_size.py").main([])
+    rows = load_script(ROOT / "benchmarks" / "full_size.py").main([])
     assert all(0 < loss < 100 for loss in rows["losses"]) and len(rows["losses"]) == 2
     assert rows["image"]["shape"] == [1, 3, 512, 512] and rows["image"]["std"] > 0
     assert rows["peak after sampling, GiB"] < 12
 
 
 def test_the_full_size_run_works_in_small(capsys):
-    rows = load(ROOT / "benchmarks" / "full_size.py").main(["--base", "small-random"])
+    rows = load_script(ROOT / "benchmarks" / "full_size.py").main(["--base", "small-random"])
     assert len(rows["losses"]) == 2 and rows["image"]["shape"] == [1, 3, 64, 64]
     assert rows["peak after loading, GiB"] <= rows["peak after sampling, GiB"] < 8

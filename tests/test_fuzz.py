@@ -1,7 +1,6 @@
 """Damaged input of every format: a right result or one clear error; never a hang, never a crash."""
 
 import csv
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripts import load_script
 
 from medbudget import artifacts
 from medbudget.data.folder import prepare_folder
@@ -28,11 +28,7 @@ QUICK = settings(
 
 @pytest.fixture(scope="module")
 def fuzz():
-    spec = importlib.util.spec_from_file_location("script_fuzz", ROOT / "benchmarks" / "fuzz.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "fuzz.py")
 
 
 def test_two_thousand_damaged_files_do_no_harm(fuzz):
