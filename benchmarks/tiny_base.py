@@ -1,18 +1,21 @@
 """Claim: on the embedded base, Textual Inversion shows the paper's effects; the bars of its card.
 
     python benchmarks/tiny_base.py [BAR …] [--n 200] [--seeds 3] [--real FOLDER] [--out FILE]
+        [--store FOLDER]
 
 Bars: `autoencoder`, `inversion` (the shipped embeddings against prompts), `trends` (vectors, cases,
 guidance, sampling steps), `disease` (generated diseased against healthy), `axis` (weighted AND),
-`xrays` (real chest X-rays that nobody here drew; needs --real). Each bar's rows replace its rows in
-the file, so that bars can be run one by one. Distances are Frechet distances of EfficientNet-Lite0
-features ("FD") and of 8 x 8 thumbnails ("layout"), always beside the real-versus-real floor of the
-same n.
+`xrays` (real chest X-rays that nobody here drew; needs --real), and `limits`, which is no bar and
+asks at which noise the distance is lost. Each one's rows replace its rows in the file, so that they
+can be run one by one; the words that `trends` and `xrays` learn are kept in --store, where a run
+that goes on finds them. Distances are Frechet distances of EfficientNet-Lite0 features ("FD") and
+of 8 x 8 thumbnails ("layout"), always beside the real-versus-real floor of the same n.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 
 from medbudget import (
+    Embedding,
     InversionSettings,
     describe,
     invert,
@@ -29,11 +33,13 @@ from medbudget import (
     make_phantoms,
     sample,
 )
-from medbudget.artifacts import StaleResultError, load_result, write_result
+from medbudget.artifacts import StaleResultError, hash_tensors, load_result, write_result
 from medbudget.base import Base
+from medbudget.classifier import Cases, ClassifierSettings, train_classifier
 from medbudget.images import find_images
 from medbudget.metrics import auc, frechet_distance, precision_recall
 from medbudget.metrics.features import features
+from medbudget.sampling import BLOCK, denoise, draw_noise, make_sigmas
 from medbudget.tiny.trained import CASES, SHIPPED, load_trained
 
 Row = dict[str, Any]
@@ -77,6 +83,33 @@ def distances(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
 def draw(base: Base, prompt: str, n: int, embeddings: Any = (), **options: Any) -> torch.Tensor:
     """Sample `n` images at the paper's guidance of 2, 25 steps, unless told otherwise."""
     return sample(base, prompt, embeddings=list(embeddings), n=n, **options)
+
+
+DRAWN: dict[tuple[str, str, int], torch.Tensor] = {}
+
+
+def draw_class(base: Base, kind: str, label: str, n: int) -> torch.Tensor:
+    """Sample a class's shipped word; two bars look at the same images."""
+    if (kind, label, n) not in DRAWN:
+        word = load_trained(kind, label, base)
+        DRAWN[kind, label, n] = draw(base, word.token, n, [word])
+    return DRAWN[kind, label, n]
+
+
+def learn(base: Base, name: str, images: torch.Tensor, args: argparse.Namespace, **settings: Any):
+    """Learn a word with the preset `tiny`, or take it from --store if it was learned the same way."""
+    wanted = InversionSettings.preset("tiny", steps=args.steps, **settings)
+    path = args.store / f"{name.replace(' ', '_')}.safetensors" if args.store else None
+    if path and path.exists():
+        found = Embedding.load(path)
+        same = (base.hash, dataclasses.asdict(wanted), hash_tensors({"images": images}))
+        if same == (found.base_hash, found.record["settings"], found.record["images_hash"]):
+            return found
+        print(f"  {path.name} was learned otherwise: learned again", flush=True)
+    word = invert(base, images, token="<x>", settings=wanted)
+    if path:
+        word.save(path)
+    return word
 
 
 def real_xrays(folder: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -138,10 +171,9 @@ def run_inversion(base: Base, args: argparse.Namespace) -> Iterator[Row]:
     """Bar 2: the shipped embeddings, the best of twenty plain prompts, the described mean."""
     for kind, label in SHIPPED:
         name = f"{kind} {label}"
-        embedding = load_trained(kind, label, base)
         a, b = (make_phantoms(kind, label, args.n, split=s).images for s in ("val", "test"))
         floor = distances(a, b)
-        made = draw(base, embedding.token, args.n, [embedding])
+        made = draw_class(base, kind, label, args.n)
         ti = distances(made, b)
         prompt, plain = best_prompt(base, kind, a, args)
         words = distances(plain, b)
@@ -172,15 +204,15 @@ def run_trends(base: Base, args: argparse.Namespace) -> Iterator[Row]:
         images = make_phantoms("prostate", "tumour", CASES, seed=seed).images
         for name, n_vectors, cases in (("64 vectors", 64, CASES), ("8 vectors", 8, CASES),
                                        ("1 vector", 1, CASES), ("5 cases", 64, 5)):  # fmt: skip
-            settings = InversionSettings.preset(
-                "tiny", n_vectors=n_vectors, seed=seed, steps=args.steps
+            word = learn(
+                base, f"{name} {seed}", images[:cases], args, n_vectors=n_vectors, seed=seed
             )
-            word = invert(base, images[:cases], token="<x>", settings=settings)
             first = {"embeddings": [word], "seed": 10_000 * seed}
-            found.setdefault(name, []).append(distances(draw(base, "<x>", args.n, **first), real))
+            made = draw(base, word.token, args.n, **first)
+            found.setdefault(name, []).append(distances(made, real))
             if name == "64 vectors":
                 for other, change in (("CFG 5", {"cfg_scale": 5.0}), ("10 steps", {"steps": 10})):
-                    made = draw(base, "<x>", args.n, **first, **change)
+                    made = draw(base, word.token, args.n, **first, **change)
                     found.setdefault(other, []).append(distances(made, real))
     pairs = (("64 vectors", "8 vectors"), ("8 vectors", "1 vector"), ("64 vectors", "5 cases"),
              ("64 vectors", "CFG 5"), ("64 vectors", "10 steps"))  # fmt: skip
@@ -219,8 +251,7 @@ def run_disease(base: Base, args: argparse.Namespace) -> Iterator[Row]:
     for kind, healthy, label in DISEASES:
         scores = []
         for name in (healthy, label):
-            word = load_trained(kind, name, base)
-            images = draw(base, word.token, args.n, [word])
+            images = draw_class(base, kind, name, args.n)
             scores.append(np.asarray(disease_score(images, kind, label)))
         truth = np.repeat([0, 1], args.n)
         yield at_least(f"{kind} {label}: AUC", auc(truth, np.concatenate(scores)), 0.9)
@@ -245,14 +276,21 @@ def run_axis(base: Base, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def run_xrays(base: Base, args: argparse.Namespace) -> Iterator[Row]:
-    """Bar 6: 100 real X-rays of each class to learn from, 200 others to compare with."""
+    """Bar 6: 100 real X-rays of each class to learn from, 200 others to compare with.
+
+    Two classifiers see generated images alone: the package's, which keeps the step that is best on
+    the 100 real images that the words were learned from, and a linear probe of fixed features.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if args.real is None:
         raise SystemExit("the bar `xrays` needs --real FOLDER, with folders normal and pneumonia")
     made, held = {}, {}
     for label, images in real_xrays(args.real):
         train, held[label] = images[:100], images[100:300]
-        settings = InversionSettings.preset("tiny", steps=args.steps)
-        word = invert(base, train, token=f"<{label}>", settings=settings)
+        word = learn(base, label, train, args)
         made[label] = draw(base, word.token, args.n, [word])
         half = len(held[label]) // 2
         floor = distances(held[label][:half], held[label][half:])
@@ -268,17 +306,56 @@ def run_xrays(base: Base, args: argparse.Namespace) -> Iterator[Row]:
             f"{label}: layout of TI against plain words", ti["layout"], words["layout"], 0.1
         )
         yield below(f"{label}: layout of TI under described's", ti["layout"], said["layout"])
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    seen = {label: images[:100] for label, images in real_xrays(args.real)}
+    train, val, test = (
+        Cases.of(*part.values(), classes=tuple(part)) for part in (made, seen, held)
+    )
+    runs = []
+    for seed in range(args.runs):
+        settings = ClassifierSettings.preset("tiny", seed=seed)
+        runs.append(train_classifier(train, val, settings).test(test)[1].value)
+    name = f"trained on {len(train)} generated images"
+    mean = float(np.mean(runs))
+    yield at_least(f"classifier {name}, real patients: AUC of {len(runs)} runs", mean, 0.75)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(features(train.images, NETWORK), train.labels)
+    scores = probe.decision_function(features(test.images, NETWORK))
+    yield at_least(
+        f"linear probe {name}, real patients: AUC", auc(test.labels.numpy(), scores), 0.75
+    )
 
-    model = make_pipeline(StandardScaler(), LogisticRegressionCV(cv=5, max_iter=2000))
-    x = [features(made[label], NETWORK) for label in made]
-    model.fit(np.concatenate(x), np.repeat([0, 1], [len(part) for part in x]))
-    y = [features(held[label], NETWORK) for label in made]
-    truth = np.repeat([0, 1], [len(part) for part in y])
-    value = auc(truth, model.decision_function(np.concatenate(y)))
-    yield at_least("classifier on generated, real held-out patients: AUC", value, 0.75)
+
+def run_limits(base: Base, args: argparse.Namespace) -> Iterator[Row]:
+    """No bar: how far phantoms come out when noise is added to them and taken away again.
+
+    Without noise it is the autoencoder alone, with all of it a sample from the word alone: where
+    the distance rises is where the U-Net loses it.
+    """
+    sigmas, timesteps = make_sigmas(base.alphas_cumprod, 25)
+    for kind, label in (("prostate", "tumour"), ("chest", "healthy"), ("histology", "normal")):
+        word = load_trained(kind, label, base)
+        a, b = (make_phantoms(kind, label, args.n, split=s).images for s in ("val", "test"))
+        floor = distances(a, b)
+        context, negative = base.text(word.token, embeddings=[word]), base.text("")
+        for start in (25, 23, 20, 16, 12, 8, 0):
+            made = []
+            for first in range(0, len(a), BLOCK):
+                x = base.encode(a[first : first + BLOCK])
+                generators = [torch.Generator().manual_seed(first + i) for i in range(len(x))]
+                if start < 25:
+                    x = x * (start > 0) + sigmas[start] * draw_noise(generators, x.shape[1:])
+                    x = denoise(base, x, sigmas[start:], timesteps[start:], contexts=[context],
+                                weights=[1.0], negative=negative, cfg_scale=2.0,
+                                generators=generators)  # fmt: skip
+                made.append(base.decode(x))
+            found = distances(torch.cat(made), b)
+            t = float(timesteps[start]) if start < 25 else 0.0
+            for distance, value in found.items():
+                yield {
+                    "name": f"{kind} {label}: {distance} after noise of t = {t:.0f}",
+                    "kind": kind, "distance": distance, "t": t, "value": value,
+                    "beside": floor[distance],
+                }  # fmt: skip
 
 
 BARS: dict[str, Callable[[Base, argparse.Namespace], Iterator[Row]]] = {
@@ -288,6 +365,7 @@ BARS: dict[str, Callable[[Base, argparse.Namespace], Iterator[Row]]] = {
     "disease": run_disease,
     "axis": run_axis,
     "xrays": run_xrays,
+    "limits": run_limits,
 }
 
 
@@ -298,9 +376,11 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--n-prompt", type=int, default=40, help="images to choose a prompt by")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5, help="classifiers of the bar `xrays`")
     parser.add_argument("--steps", type=int, help="TI steps where it trains; default the preset's")
     parser.add_argument("--real", type=Path, help="folder with normal/ and pneumonia/")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--store", type=Path, help="folder of the words that it learns")
     args = parser.parse_args()
     unknown = sorted(set(args.bars) - set(BARS))
     if unknown:
@@ -326,12 +406,13 @@ def main() -> None:
             )
         if args.out:
             values |= {name: rows}
-            seeds = f" --seeds {args.seeds}" if name == "trends" else ""
+            seeds = f" --seeds {args.seeds}" if "trends" in values else ""
+            real = " --real FOLDER" if "xrays" in values else ""
             write_result(
                 args.out.stem,
                 values,
                 command=f"python benchmarks/tiny_base.py {' '.join(values)} --n {args.n} "
-                f"--n-prompt {args.n_prompt}{seeds} --out results/{args.out.name}",
+                f"--n-prompt {args.n_prompt}{seeds}{real} --out results/{args.out.name}",
                 base_hash=base.hash,
                 folder=args.out.parent,
             )

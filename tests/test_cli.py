@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -236,6 +237,11 @@ def test_shipped_embeddings_belong_to_the_shipped_base(tiny, spec):
     embedding = load_trained(kind, label, tiny, n_vectors=n_vectors, cases=cases)
     assert embedding.vectors.shape == (n_vectors, 96) and embedding.token == f"<{label}>"
     assert embedding.record["images"] == cases and embedding.history["loss"]
+
+
+def test_another_base_is_told_where_its_words_come_from(tiny):
+    with pytest.raises(ValueError, match=r"for the base 'tiny', this one is 'sd2'.*load_word"):
+        load_trained("prostate", "tumour", replace(tiny, name="sd2"))
 
 
 def test_nothing_else_is_shipped():

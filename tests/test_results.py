@@ -116,6 +116,20 @@ def test_recorded_distances_fall_with_n():
         assert all(a <= v <= b for a, v, b in zip(floor["low"], floor["y"], floor["high"]))
 
 
+def test_the_bases_bars_are_recorded_and_agree_where_they_overlap(tiny):
+    """A phantom with all the noise there is, denoised, is a sample: the same images two ways."""
+    bars = load_result("tiny_base", base_hash=tiny.hash)
+    assert set(bars) == {
+        "autoencoder", "inversion", "trends", "disease", "axis", "xrays", "limits",
+    }  # fmt: skip
+    values = {row["name"]: row["value"] for rows in bars.values() for row in rows}
+    for name in ("prostate tumour", "chest healthy", "histology normal"):
+        sampled = values[f"{name}: FD of TI against the floor"]
+        assert values[f"{name}: FD after noise of t = 999"] == pytest.approx(sampled, rel=0.01)
+        decoded = values[f"{name}: FD of reconstructions"]
+        assert values[f"{name}: FD after noise of t = 0"] == pytest.approx(decoded, rel=0.01)
+
+
 def test_every_recorded_fault_was_survived(tiny):
     rows = load_result("faults", base_hash=tiny.hash)["faults"]
     assert {(row["command"], row["fault"]) for row in rows} == {

@@ -129,6 +129,30 @@ def test_training_goes_on_from_the_package(tmp_path, monkeypatch):
     assert load_base(weights, device="cpu").hash != load_base("tiny", device="cpu").hash
 
 
+@pytest.mark.parametrize(("low", "share"), [(0, 0.25), (0.5, 0.625), (1, 1)])
+def test_a_share_of_the_timesteps_is_drawn_at_low_noise(low, share):
+    torch.manual_seed(0)
+    t = train.draw_timesteps(40_000, low)
+    assert (t < 250).float().mean() == pytest.approx(share, abs=0.01)
+    assert t.min() == 0 and t.max() == (249 if low == 1 else 999)
+
+
+def test_low_noise_keeps_the_weight_of_snr_5():
+    """SNR = 1, 5 and 20: min(1 + SNR, 5)/SNR is 2, 1 and 1/4, which is raised to 1."""
+    snr = torch.tensor([20.0, 5.0, 1.0])
+    weights = train.weigh_timesteps(snr / (1 + snr))
+    assert weights.tolist() == pytest.approx([0.75, 0.75, 1.5])
+
+
+def test_a_resumed_training_does_not_draw_its_noise_again():
+    drawn = {}
+    for step in (0, 500, 500):
+        rng = train.begin_draws(0, step)
+        found = [*torch.randn(4).tolist(), *rng.random(4)]
+        assert drawn.setdefault(step, found) == found
+    assert not set(drawn[0]) & set(drawn[500])
+
+
 @pytest.mark.parametrize("stage", ["latents", "unet"])
 def test_a_stage_without_the_one_before_says_so(tmp_path, monkeypatch, capsys, stage):
     with pytest.raises(SystemExit) as stop:

@@ -145,6 +145,13 @@ class Run:
             writer.writerow([self.step, *(f"{value:.5f}" for value in values.values())])
 
 
+def begin_draws(seed: int, step: int) -> np.random.Generator:
+    """Seed torch and return a generator, so that a resumed run does not draw its noise again."""
+    rng = np.random.default_rng([seed, step])
+    torch.manual_seed(int(rng.integers(2**62)))
+    return rng
+
+
 def to_float(images: np.ndarray, device: str) -> torch.Tensor:
     return torch.from_numpy(images).to(device).float() / 127.5 - 1
 
@@ -197,7 +204,7 @@ def train_vae(work: Path, args) -> None:
         load_shipped("vae", vae)
     feature_loss = make_feature_loss(args.device) if args.features else None
     run = Run(work, "vae", {"vae": vae}, args)
-    rng = np.random.default_rng([args.seed, run.step])
+    rng = begin_draws(args.seed, run.step)
     bar = tqdm(total=args.steps, initial=run.step, desc="vae", mininterval=30)
     while run.step < args.steps:
         pick = np.sort(rng.integers(held, len(images), args.batch))
@@ -259,8 +266,25 @@ def encode_corpus(work: Path, args) -> None:
     print(f"scaling factor {scale:.5f}", flush=True)
 
 
+def weigh_timesteps(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Return loss weights ``(1000,)`` of mean 1: `min_snr_weights`, but no step below SNR = 5's.
+
+    High noise decides the layout, low noise grain and edges, on which Frechet distances depend.
+    """
+    weights = min_snr_weights(alphas_cumprod)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weights = weights.clamp(min=float(weights[(snr - 5).abs().argmin()]))
+    return weights / weights.mean()
+
+
+def draw_timesteps(n: int, low: float) -> torch.Tensor:
+    """Draw ``(n,)`` timesteps: a share `low` of them below 250, the others from all 1000."""
+    t = torch.randint(0, 1000, (n,))
+    return torch.where(torch.rand(n) < low, t // 4, t)
+
+
 def train_unet(work: Path, args) -> None:
-    """Epsilon loss with raised weights at high noise; visual, plain and empty sentences."""
+    """Epsilon loss, weighted by timestep; visual, plain and empty sentences."""
     torch.manual_seed(args.seed)
     latents = np.load(work / "latents.npy", mmap_mode="r")
     numbers = torch.from_numpy(np.load(work / "numbers.npy")).float()
@@ -284,8 +308,8 @@ def train_unet(work: Path, args) -> None:
         maps.load_state_dict(solve_maps(text, tokenizer))
     run = Run(work, "unet", {"unet": unet, "text": text, "map": maps}, args)
     alphas = model.build_scheduler().alphas_cumprod.to(device)
-    weights = min_snr_weights(alphas)
-    rng = np.random.default_rng([args.seed, run.step])
+    weights = weigh_timesteps(alphas)
+    rng = begin_draws(args.seed, run.step)
     held = per * (len(captions) // 100)
     bar = tqdm(total=args.steps, initial=run.step, desc="unet", mininterval=30)
     sums: dict[str, list[float]] = {}
@@ -305,7 +329,7 @@ def train_unet(work: Path, args) -> None:
         )
         stored = torch.from_numpy(np.array(latents[pick])).to(device).float()
         z = (stored[:, 0] + stored[:, 1] * torch.randn_like(stored[:, 1])) * scale
-        t = torch.randint(0, 1000, (args.batch,), device=device)
+        t = draw_timesteps(args.batch, args.low).to(device)
         noise = torch.randn_like(z)
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
@@ -385,6 +409,7 @@ def main() -> None:
     parser.add_argument("--decay", type=int, default=1000, help="last steps with falling rate")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--low", type=float, default=0.5, help="unet: share of steps at t < 250")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--start", action="store_true", help="begin with the package's weights")

@@ -61,8 +61,15 @@ def load_trained(
     Raises
     ------
     ValueError
-        None for this class, or one trained on other weights than `base` has.
+        Another base than `tiny`, none for this class, or one trained on other weights than `base`
+        has.
     """
+    if base.name != "tiny":
+        raise ValueError(
+            f"the embeddings in the package are for the base 'tiny', this one is {base.name!r}: "
+            "learn a word with medbudget.invert, load one with Embedding.load(file), or use the "
+            "paper's with medbudget.hub.load_word"
+        )
     path = find_trained(kind, label, n_vectors=n_vectors, cases=cases)
     embedding = Embedding.load(path)
     if embedding.base_hash != base.hash:
