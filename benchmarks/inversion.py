@@ -119,7 +119,7 @@ def main() -> None:
         command = (
             f"python benchmarks/inversion.py --steps {args.steps} --batch {args.batch} --record"
         )
-        print(f"wrote {write_result('inversion', values, command=command, base_hash=base.hash)}")
+        print(f"wrote {write_result('inversion', values, command=command)}")
 
 
 if __name__ == "__main__":

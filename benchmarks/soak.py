@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             f"python benchmarks/soak.py --images {args.images} --steps {args.steps} "
             f"--embeddings {args.embeddings} --record"
         )
-        print(f"wrote {write_result('soak', values, command=command, base_hash=base.hash)}")
+        print(f"wrote {write_result('soak', values, command=command)}")
     return values
 
 

@@ -106,9 +106,7 @@ def main() -> None:
         print(f"{name}: {value}")
     if args.record:
         command = f"python benchmarks/studies.py --tasks {args.tasks} --record"
-        print(
-            f"wrote {write_result('studies', values, command=command, base_hash=study.base_hash)}"
-        )
+        print(f"wrote {write_result('studies', values, command=command)}")
 
 
 if __name__ == "__main__":

@@ -398,7 +398,7 @@ def main() -> None:
         rows = []
         print(f"{name}", flush=True)
         for row in BARS[name](base, args):
-            rows.append(row)
+            rows.append(row | {"n": args.n})
             met = {True: "met", False: "NOT met"}.get(row.get("met"), "")
             print(
                 f"  {row['name']:<58}{row['value']:>9.3g}  {row.get('bar', ''):<18}{met}",
@@ -406,16 +406,26 @@ def main() -> None:
             )
         if args.out:
             values |= {name: rows}
-            seeds = f" --seeds {args.seeds}" if "trends" in values else ""
-            real = " --real FOLDER" if "xrays" in values else ""
             write_result(
                 args.out.stem,
                 values,
-                command=f"python benchmarks/tiny_base.py {' '.join(values)} --n {args.n} "
-                f"--n-prompt {args.n_prompt}{seeds}{real} --out results/{args.out.name}",
+                command=make_command(values, args),
                 base_hash=base.hash,
                 folder=args.out.parent,
             )
+
+
+def make_command(values: dict[str, list[Row]], args: argparse.Namespace) -> str:
+    """Return the lines that make `values` again: one for each number of images."""
+    bars: dict[int, list[str]] = {}
+    for name, rows in values.items():
+        bars.setdefault(rows[0]["n"], []).append(name)
+    options = f"--n-prompt {args.n_prompt} --seeds {args.seeds} --out results/{args.out.name}"
+    lines = []
+    for n, names in bars.items():
+        real = " --real FOLDER" if {"xrays", "autoencoder"} & set(names) and args.real else ""
+        lines.append(f"python benchmarks/tiny_base.py {' '.join(names)} --n {n}{real} {options}")
+    return "; ".join(lines)
 
 
 if __name__ == "__main__":

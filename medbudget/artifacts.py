@@ -439,7 +439,8 @@ def write_result(
     command : str
         The line that makes this file, from the repository's root.
     base_hash : str, optional
-        `Base.hash` of the base that was used; None where none was.
+        `Base.hash` of the base on whose weights the values depend; None where they depend on none
+        (speed, memory, what survives a kill).
     device : str, optional
         Default `describe_device`.
     folder : path, optional
