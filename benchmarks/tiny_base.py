@@ -287,17 +287,17 @@ def run_xrays(base: Base, args: argparse.Namespace) -> Iterator[Row]:
 
     if args.real is None:
         raise SystemExit("the bar `xrays` needs --real FOLDER, with folders normal and pneumonia")
-    made, held = {}, {}
+    made, seen, held = {}, {}, {}
     for label, images in real_xrays(args.real):
-        train, held[label] = images[:100], images[100:300]
-        word = learn(base, label, train, args)
+        seen[label], held[label] = images[:100], images[100:300]
+        word = learn(base, label, seen[label], args)
         made[label] = draw(base, word.token, args.n, [word])
         half = len(held[label]) // 2
         floor = distances(held[label][:half], held[label][half:])
         ti = distances(made[label], held[label])
         prompt, plain = best_prompt(base, "chest", held[label], args)
         words, said = distances(plain, held[label]), distances(
-            draw(base, describe(base, train), args.n), held[label]
+            draw(base, describe(base, seen[label]), args.n), held[label]
         )  # fmt: skip
         print(f"  {label}: floor {floor} at n = {half}; best plain prompt: {prompt}", flush=True)
         yield ratio(f"{label}: FD of TI against plain words", ti["FD"], words["FD"], 0.5)
@@ -306,7 +306,6 @@ def run_xrays(base: Base, args: argparse.Namespace) -> Iterator[Row]:
             f"{label}: layout of TI against plain words", ti["layout"], words["layout"], 0.1
         )
         yield below(f"{label}: layout of TI under described's", ti["layout"], said["layout"])
-    seen = {label: images[:100] for label, images in real_xrays(args.real)}
     train, val, test = (
         Cases.of(*part.values(), classes=tuple(part)) for part in (made, seen, held)
     )
