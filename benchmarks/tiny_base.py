@@ -422,7 +422,9 @@ def make_command(values: dict[str, list[Row]], args: argparse.Namespace) -> str:
     options = f"--n-prompt {args.n_prompt} --seeds {args.seeds} --out results/{args.out.name}"
     lines = []
     for n, names in bars.items():
-        real = " --real FOLDER" if {"xrays", "autoencoder"} & set(names) and args.real else ""
+        seen = [row["name"] for name in names for row in values[name]]
+        needed = "xrays" in names or any(name.startswith("X-rays") for name in seen)
+        real = " --real FOLDER" if needed else ""
         lines.append(f"python benchmarks/tiny_base.py {' '.join(names)} --n {n}{real} {options}")
     return "; ".join(lines)
 

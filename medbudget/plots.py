@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 import torch
 from cycler import cycler
 from matplotlib.figure import Figure
@@ -215,7 +216,9 @@ def _wrap(text: str | None, pixels: float, line: float) -> list[str]:
 def plot_loss(
     history: Mapping[str, Any], *, title: str | None = None, note: str | None = None
 ) -> Figure:
-    """Plot a loss curve, or several.
+    """Plot a loss curve, or several: the values faint, over them their mean over a tenth of the run.
+
+    The loss of one batch depends mostly on the timesteps that were drawn; only its mean can fall.
 
     Parameters
     ----------
@@ -226,11 +229,15 @@ def plot_loss(
     figure, axes = _axes(title, note, height=2.6)
     for label, curve in curves.items():
         steps = curve.get("step", range(1, len(curve["loss"]) + 1))
-        axes.plot(steps, curve["loss"], label=label, linewidth=1.5)
+        (line,) = axes.plot(steps, curve["loss"], linewidth=1, alpha=0.3)
+        n = max(1, len(curve["loss"]) // 10)
+        window = np.full(n, 1 / n)
+        x, y = (np.convolve(values, window, "valid") for values in (steps, curve["loss"]))
+        label = f"{label}, mean of {n}" if label else f"mean of {n}"
+        axes.plot(x, y, label=label, linewidth=2, color=line.get_color())
     axes.set_xlabel("step")
     axes.set_ylabel("loss (noise MSE)")
-    if any(curves):
-        axes.legend()
+    axes.legend()
     return figure
 
 

@@ -82,12 +82,19 @@ def test_wrong_numbers_are_refused() -> None:
         plots.show_rows({})
 
 
-def test_loss_curves_pass_through_unchanged() -> None:
-    figure = plots.plot_loss({"one": {"step": [5, 10], "loss": [0.5, 0.25]}, "two": {"loss": [1]}})
-    lines = figure.axes[0].lines
-    assert [list(line.get_ydata()) for line in lines] == [[0.5, 0.25], [1]]
-    assert list(lines[0].get_xdata()) == [5, 10]
-    assert [line.get_label() for line in lines] == ["one", "two"]
+def test_loss_curves_show_each_value_and_the_mean_over_a_tenth() -> None:
+    loss = [float(v) for v in range(20)]
+    history = {"one": {"step": range(5, 105, 5), "loss": loss}, "two": {"loss": [1]}}
+    values, means, *two = plots.plot_loss(history).axes[0].lines
+    assert list(values.get_ydata()) == loss
+    assert list(values.get_xdata()) == list(range(5, 105, 5))
+    # a tenth of 20 values: pairs, each drawn between its two steps
+    assert list(means.get_ydata()) == [v + 0.5 for v in loss[:-1]]
+    assert list(means.get_xdata()) == [step + 2.5 for step in range(5, 100, 5)]
+    assert [list(line.get_ydata()) for line in two] == [[1], [1]]
+    assert means.get_label() == "one, mean of 2"
+    legend = plots.plot_loss({"loss": loss}).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["mean of 2"]
 
 
 def score(value: float, interval=None, name: str = "FD (EfficientNet-Lite0)"):

@@ -1,5 +1,6 @@
 """Recorded results: written whole, refused when stale, and every one of the repository's is fresh."""
 
+import argparse
 import datetime
 import json
 import re
@@ -7,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 from medbudget.artifacts import (
     StaleResultError,
@@ -128,6 +130,22 @@ def test_the_bases_bars_are_recorded_and_agree_where_they_overlap(tiny):
         assert values[f"{name}: FD after noise of t = 999"] == pytest.approx(sampled, rel=0.01)
         decoded = values[f"{name}: FD of reconstructions"]
         assert values[f"{name}: FD after noise of t = 0"] == pytest.approx(decoded, rel=0.01)
+
+
+def test_the_command_of_bars_names_the_real_images_that_they_need():
+    script = load_script(ROOT / "benchmarks" / "tiny_base.py")
+    args = argparse.Namespace(n_prompt=16, seeds=3, out=Path("results/x.json"))
+
+    def command(**names):
+        return script.make_command({k: [{"name": v, "n": 200}] for k, v in names.items()}, args)
+
+    end = "--n-prompt 16 --seeds 3 --out results/x.json"
+    start = "python benchmarks/tiny_base.py"
+    assert command(axis="a", limits="b") == f"{start} axis limits --n 200 {end}"
+    assert command(xrays="normal: FD") == f"{start} xrays --n 200 --real FOLDER {end}"
+    with_real = command(autoencoder="X-rays normal: PSNR")
+    assert with_real == f"{start} autoencoder --n 200 --real FOLDER {end}"
+    assert "--real" not in command(autoencoder="chest healthy: PSNR")
 
 
 def test_every_recorded_fault_was_survived():
