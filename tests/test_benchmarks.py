@@ -2,10 +2,13 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from scripts import load_script
+
+from medbudget.artifacts import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,3 +135,39 @@ def test_the_full_size_run_works_in_small(capsys):
     rows = load_script(ROOT / "benchmarks" / "full_size.py").main(["--base", "small-random"])
     assert len(rows["losses"]) == 2 and rows["image"]["shape"] == [1, 3, 64, 64]
     assert rows["peak after loading, GiB"] <= rows["peak after sampling, GiB"] < 8
+
+
+def test_stale_results_are_found_and_their_commands_split(tmp_path):
+    record = load_script(ROOT / "benchmarks" / "record.py")
+    for name, base_hash in (
+        ("privacy", "old"),
+        ("tiny_base", "old"),
+        ("new", "now"),
+        ("fuzz", None),
+    ):
+        write_result(name, {}, command="x", base_hash=base_hash, folder=tmp_path)
+    assert record.find_stale(tmp_path, "now") == ["tiny_base", "privacy"]
+    study = "medbudget study table1 --store s; medbudget study report table1 --store s --record"
+    tool = str(Path(sys.executable).parent / "medbudget")
+    assert record.split_command(study, real=None, store=Path("kept")) == [
+        [tool, "study", "table1", "--store", "kept"],
+        [tool, "study", "report", "table1", "--store", "kept", "--record"],
+    ]
+    bars = "python benchmarks/tiny_base.py xrays --real FOLDER"
+    with pytest.raises(ValueError, match="needs --real: name the folder"):
+        record.split_command(bars, real=None, store=tmp_path)
+    script = [sys.executable, "benchmarks/tiny_base.py", "xrays", "--real", "images"]
+    assert record.split_command(bars, real=Path("images"), store=tmp_path) == [script]
+
+
+def test_a_failed_recording_says_so_and_runs_no_further(tmp_path, capsys):
+    record = load_script(ROOT / "benchmarks" / "record.py")
+    parts = [
+        [sys.executable, "-c", code]
+        for code in ("print(1, flush=True)", "raise SystemExit(3)", "print(2)")
+    ]
+    assert not record.run("x", parts, tmp_path)
+    assert (tmp_path / "x.log").read_text() == "1\n"
+    assert "x: failed with 3" in capsys.readouterr().out
+    assert record.run("x", parts[:1], tmp_path)
+    assert "x: recorded" in capsys.readouterr().out

@@ -1,0 +1,111 @@
+"""Make recorded results again: after a new base, all that the old one made.
+
+    python benchmarks/record.py [NAME …] [--real FOLDER] [--work _build/record] [--lanes 2] [--list]
+
+Runs the command that each file in results/ names, in as many lanes as cores, one thread each; what
+was interrupted goes on from the stores in --work where a command has one. Without names: every
+result of another base than the package's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from medbudget import load_base
+from medbudget.artifacts import count_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("tiny_base", "table2_tiny", "stylegan3_tiny", "table1_tiny", "interpolation_tiny")
+
+
+def find_stale(folder: Path, base_hash: str) -> list[str]:
+    """Return the names of the results that another base made, those that take longest first."""
+    records = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+    stale = [name for name, r in records.items() if r["base_hash"] not in (None, base_hash)]
+    return sorted(stale, key=lambda name: (*(name != long for long in LONGEST), name))
+
+
+def split_command(text: str, *, real: Path | None, store: Path) -> list[list[str]]:
+    """Return a recorded command's parts, ready to run.
+
+    Raises
+    ------
+    ValueError
+        It needs real images and there is no `real`.
+    """
+    programs = {
+        "python": sys.executable,
+        "medbudget": str(Path(sys.executable).parent / "medbudget"),
+    }
+    parts = []
+    for part in text.split("; "):
+        program, *words = shlex.split(part)
+        for option, value in (("--real", real), ("--store", store)):
+            if option in words:
+                if value is None:
+                    raise ValueError(f"{part!r} needs {option}: name the folder of real images")
+                words[words.index(option) + 1] = str(value)
+        parts.append([programs[program], *words])
+    return parts
+
+
+def run(name: str, parts: list[list[str]], work: Path) -> bool:
+    """Run the parts one after the other into ``NAME.log``; return whether all of them succeeded."""
+    start = time.monotonic()
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(work / f"{name}.log", "w", encoding="utf-8") as log:
+        codes = []
+        for part in parts:
+            done = subprocess.run(part, cwd=ROOT, env=one_thread, stdout=log, stderr=log)
+            codes.append(done.returncode)
+            if done.returncode:
+                break
+    result = f"failed with {codes[-1]}, see {log.name}" if codes[-1] else "recorded"
+    print(f"{name}: {result} after {time.monotonic() - start:.0f} s", flush=True)
+    return not codes[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="files in results/; all stale ones"
+    )
+    parser.add_argument("--real", type=Path, help="folder with normal/ and pneumonia/")
+    parser.add_argument("--work", type=Path, default=ROOT / "_build" / "record")
+    parser.add_argument("--lanes", type=int, default=count_cores())
+    parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
+    args = parser.parse_args()
+    folder = ROOT / "results"
+    names = args.names or find_stale(folder, load_base("tiny").hash)
+    unknown = sorted(set(names) - {path.stem for path in folder.glob("*.json")})
+    if unknown:
+        parser.error(f"no results/{unknown[0]}.json")
+    work = args.work.resolve()
+    commands = {}
+    for name in names:
+        text = json.loads((folder / f"{name}.json").read_text("utf-8"))["command"]
+        try:
+            real = args.real.resolve() if args.real else None
+            commands[name] = split_command(text, real=real, store=work / name)
+        except ValueError as error:
+            parser.error(str(error))
+    if args.list:
+        for name, parts in commands.items():
+            print(f"{name}: {'; '.join(shlex.join(part) for part in parts)}")
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.lanes) as pool:
+        done = [pool.submit(run, name, parts, work) for name, parts in commands.items()]
+    sys.exit(0 if all(future.result() for future in done) else 1)
+
+
+if __name__ == "__main__":
+    main()
