@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from medbudget import load_base
-from medbudget.artifacts import count_cores
+from medbudget.artifacts import StaleResultError, count_cores, load_result
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = ("tiny_base", "table2_tiny", "stylegan3_tiny", "table1_tiny", "interpolation_tiny")
@@ -28,8 +28,12 @@ LONGEST = ("tiny_base", "table2_tiny", "stylegan3_tiny", "table1_tiny", "interpo
 
 def find_stale(folder: Path, base_hash: str) -> list[str]:
     """Return the names of the results that another base made, those that take longest first."""
-    records = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
-    stale = [name for name, r in records.items() if r["base_hash"] not in (None, base_hash)]
+    stale = []
+    for path in folder.glob("*.json"):
+        try:
+            load_result(path.stem, base_hash=base_hash, folder=folder)
+        except StaleResultError:
+            stale.append(path.stem)
     return sorted(stale, key=lambda name: (*(name != long for long in LONGEST), name))
 
 
@@ -61,16 +65,15 @@ def run(name: str, parts: list[list[str]], work: Path) -> bool:
     """Run the parts one after the other into ``NAME.log``; return whether all of them succeeded."""
     start = time.monotonic()
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = "recorded"
     with open(work / f"{name}.log", "w", encoding="utf-8") as log:
-        codes = []
         for part in parts:
             done = subprocess.run(part, cwd=ROOT, env=one_thread, stdout=log, stderr=log)
-            codes.append(done.returncode)
             if done.returncode:
+                result = f"failed with {done.returncode}, see {log.name}"
                 break
-    result = f"failed with {codes[-1]}, see {log.name}" if codes[-1] else "recorded"
     print(f"{name}: {result} after {time.monotonic() - start:.0f} s", flush=True)
-    return not codes[-1]
+    return result == "recorded"
 
 
 def main() -> None:
@@ -89,11 +92,11 @@ def main() -> None:
     if unknown:
         parser.error(f"no results/{unknown[0]}.json")
     work = args.work.resolve()
+    real = args.real.resolve() if args.real else None
     commands = {}
     for name in names:
         text = json.loads((folder / f"{name}.json").read_text("utf-8"))["command"]
         try:
-            real = args.real.resolve() if args.real else None
             commands[name] = split_command(text, real=real, store=work / name)
         except ValueError as error:
             parser.error(str(error))
