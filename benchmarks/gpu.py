@@ -231,7 +231,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything; return the record."""
     device = torch.device(args.device)
     start = time.perf_counter()
-    seconds, steps = (0.2, 3) if args.small else (4.0, 60)
+    seconds, steps = (0.2, 3) if args.small else (args.seconds, int(15 * args.seconds))
     bench = Bench(device, seconds, start + args.budget)
     name = "small-random" if args.small else "sd2-random"
     base = load_base(name, device=device)
@@ -277,6 +277,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
 
     if args.fast:
+        if args.out:  # compiling takes minutes: what is measured is kept
+            write_json(args.out, finish(args, bench, seen, measured, time.perf_counter() - start))
         for network in (base.vae, base.unet, base.text_encoder):
             network.to("cpu")  # or it would count in the next rows' peak
         fast = load_base(name, device=device, fast=True)
@@ -373,6 +375,7 @@ def finish(
             counted[key] = round((plan.weights + plan.activations) / 2**30, 3)
         counted["keys and values of the text, share of a sampling step"] = share_of_context()
     options = " --small" * args.small + " --no-fast" * (not args.fast)
+    options += f" --seconds {args.seconds:g}" * (args.seconds != 4)
     return {
         "date": date.today().isoformat(),
         "device": device,
@@ -393,6 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--small", action="store_true", help="a miniature: dry run")
     parser.add_argument("--no-fast", dest="fast", action="store_false", help="do not compile")
     parser.add_argument("--budget", type=float, default=400, help="seconds; later rows are skipped")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     os.environ["TQDM_DISABLE"] = "1"

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_a_study_read_by_keys_and_clicks_comes_back(study, page, tmp_path):
             "const i = document.querySelector('#left'); return [i.width, i.naturalWidth]"
         )
         assert shown == 16 and wide % 16 == 0 and wide > 160, "pixels must be whole"
+        time.sleep(0.3)
         browser.press(ARROW_LEFT)
         wait_for_pair(browser, 2)
         browser.press(ARROW_RIGHT)
@@ -105,7 +107,8 @@ def test_a_study_read_by_keys_and_clicks_comes_back(study, page, tmp_path):
     assert eve.next() is None
     assert [a["choice"] for a in eve.answers()] == ["left", "right", "left", *["left"] * 8]
     assert eve.answers()[2]["note"] == "left u right" and eve.answers()[3]["note"] == ""
-    assert all(0 < a["seconds"] < 120 for a in eve.answers())
+    assert 0.3 <= eve.answers()[0]["seconds"] < 120
+    assert all(0 <= a["seconds"] < 120 for a in eve.answers())  # a key can come within 5 ms
     assert len(study.analyse()) == 4
 
 

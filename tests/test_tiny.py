@@ -7,7 +7,9 @@ import json
 import shutil
 import socket
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,7 +121,8 @@ def test_training_goes_on_from_the_package(tmp_path, monkeypatch):
     after = json.loads((weights / "training.json").read_text())
     assert after["vae"] == before["vae"]
     assert after["unet"][:-1] == before["unet"]
-    assert after["unet"][-1]["steps"] == 3 and after["unet"][-1]["images"] == 12
+    last = after["unet"][-1]
+    assert (last["steps"], last["images"]) == (3, 12) and last["device"].startswith("CPU")
     old, new = (
         load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
         for folder in (PACKAGE / "tiny" / "weights", weights)
@@ -159,3 +162,59 @@ def test_a_stage_without_the_one_before_says_so(tmp_path, monkeypatch, capsys, s
         run_stage(monkeypatch, stage, "--work", str(tmp_path / "new"), "--start")
     assert stop.value.code == 2 and "run the stage `corpus` first" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_training_for_minutes_plans_what_fits_and_then_lets_the_rate_fall(monkeypatch):
+    """100 steps in 30 s of 2 minutes: 300 more fit; of the 400, the last 160 decay."""
+    args = SimpleNamespace(minutes=2.0, steps=10**9, decay=1)
+    run = SimpleNamespace(args=args, step=100, first=0, begun=1000.0)
+    monkeypatch.setattr(train.time, "time", lambda: 1030.0)
+    train.Run.pace(run)
+    assert (args.steps, args.decay) == (400, 160)
+    run.step = 240  # the decay has begun: the plan stands, however slow the machine becomes
+    monkeypatch.setattr(train.time, "time", lambda: 1115.0)
+    train.Run.pace(run)
+    assert (args.steps, args.decay) == (400, 160)
+
+
+def test_sentences_are_cut_dropped_plain_or_empty(tiny, monkeypatch):
+    """Rows of the text encoder's input, by token: 0 begin, 1 end, 2 pad, 4 blank; -1 a word."""
+    seen = {}
+
+    @contextmanager
+    def keep(text, rows):
+        seen["rows"] = rows
+        yield
+
+    class Text:
+        embeddings = SimpleNamespace(token_embedding=lambda ids: ids[..., None].float())
+
+        def __call__(self, ids):
+            seen["ids"] = ids
+            return SimpleNamespace(last_hidden_state=None)
+
+    monkeypatch.setattr(model, "replaced_rows", keep)
+    n, kind = 900, np.repeat([0, 1, 2], 300)
+    plain = torch.full((n, 77), 7)
+    train.embed_sentences(
+        Text(), lambda numbers: torch.full((n, 60, 1), -1.0), tiny.tokenizer, torch.zeros(n, 60, 6),
+        plain, kind, np.random.default_rng(0),
+    )  # fmt: skip
+    ids, rows = seen["ids"], seen["rows"][..., 0]
+    assert (ids[300:600] == 7).all() and (rows[300:600] == 7).all()
+    assert (ids[600:, :2] == torch.tensor([0, 1])).all() and (ids[600:, 2:] == 2).all()
+    visual = ids[:300]
+    ends = (visual == 1).int().argmax(1)
+    places = torch.arange(77)
+    expected = torch.where(places < ends[:, None], 4, torch.where(places == ends[:, None], 1, 2))
+    expected[:, 0] = 0
+    assert torch.equal(visual, expected)
+    assert ends.min() == 2 and ends.max() == 65, "1 to 64 words before the end"
+    assert (ends == 65).float().mean() == pytest.approx(0.5, abs=0.1)
+    words = rows[:300] == -1
+    assert not words[:, 61:].any() and not words[:, 0].any()
+    assert torch.equal(rows[:300][~words], visual[~words].float())
+    within = (places[1:61] < ends[:, None]).sum(1)
+    kept = words.sum(1) / within
+    shares = [(kept == 1).float().mean(), (kept[ends == 65] < 0.75).float().mean()]
+    assert shares == pytest.approx([0.45, 0.33], abs=0.12), "a third each: none, 10 %, half dropped"

@@ -88,7 +88,7 @@ def export(work: Path) -> None:
         },
     )
 
-    def earlier(part: str, found: Any) -> list[dict[str, int]]:
+    def earlier(part: str, found: Any) -> list[dict[str, Any]]:
         return before.get(part, []) if found is None or found["start"] else []
 
     record = {
@@ -105,10 +105,11 @@ def export(work: Path) -> None:
     print(f"exported {total / 2**20:.1f} MiB to {WEIGHTS}")
 
 
-def _summary(state: dict[str, Any]) -> dict[str, int]:
-    """Return steps, images seen and seconds of a training run."""
-    steps = int(state["step"])
-    return {"steps": steps, "images": steps * state["batch"], "seconds": round(state["seconds"])}
+def _summary(state: dict[str, Any]) -> dict[str, Any]:
+    """Return steps, images seen, seconds and device of a training run."""
+    steps, seconds = int(state["step"]), round(state["seconds"])
+    images = steps * state["batch"]
+    return {"steps": steps, "images": images, "seconds": seconds, "device": state["device"]}
 
 
 def _curve(path: Path, points: int = 60) -> dict[str, list[float]]:

@@ -3,9 +3,10 @@
 Stages, in order: ``corpus`` (draws the images), ``vae``, ``latents`` (encodes the corpus),
 ``unet`` (U-Net and text encoder together), ``export`` (fp16 weights into the package).
 ``vae`` and ``unet`` resume from their checkpoint; a larger ``--steps`` prolongs them: the learning
-rate is constant and falls to zero over the last ``--decay`` steps. ``--start`` begins a stage that
-has no checkpoint with the weights in the package instead of random ones. Without a ``vae.ckpt`` in
-the folder, ``latents`` and ``export`` keep the package's autoencoder.
+rate is constant and falls to zero over the last ``--decay`` steps. ``--minutes`` plans both by the
+speed that it finds, for a machine that is lent. ``--start`` begins a stage that has no checkpoint
+with the weights in the package instead of random ones. Without a ``vae.ckpt`` in the folder,
+``latents`` and ``export`` keep the package's autoencoder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from medbudget.artifacts import atomic_path
+from medbudget.artifacts import atomic_path, describe_device
 from medbudget.inversion import min_snr_weights
 from medbudget.metrics.features import efficientnet_network
 from medbudget.progress import tqdm
@@ -97,7 +98,12 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
             print(f"resumed {name} at step {self.step}", flush=True)
-        self.started = time.time()
+        cuda = args.device.startswith("cuda")
+        self.device = torch.cuda.get_device_name() if cuda else describe_device()
+        self.started = self.begun = time.time()
+        self.first = self.step
+        if args.minutes:
+            args.steps, args.decay = 10**9, 1
 
     def save(self) -> None:
         now = time.time()
@@ -110,6 +116,7 @@ class Run:
             "seconds": self.seconds,
             "batch": self.args.batch,
             "start": self.args.start,
+            "device": self.device,
         }
         with atomic_path(self.path) as temporary:
             torch.save(state, temporary)
@@ -136,7 +143,17 @@ class Run:
                 averaged: list[torch.Tensor] = list(self.ema[key].parameters())
                 torch._foreach_lerp_(averaged, [p.detach() for p in net.parameters()], 1 - keep)
 
+    def pace(self) -> None:
+        """With --minutes: plan as many steps as fit, of which the last 40 % decay."""
+        args, done = self.args, self.step - self.first
+        if args.minutes and self.step < args.steps - args.decay:
+            seconds = time.time() - self.begun
+            left = 60 * args.minutes - seconds
+            args.steps = self.step + max(1, int(left * done / seconds))
+            args.decay = int(0.4 * (args.steps - self.first))
+
     def record(self, **values: float) -> None:
+        self.pace()
         new = not self.log.exists()
         with open(self.log, "a", newline="") as file:
             writer = csv.writer(file)
@@ -152,8 +169,13 @@ def begin_draws(seed: int, step: int) -> np.random.Generator:
     return rng
 
 
-def to_float(images: np.ndarray, device: str) -> torch.Tensor:
-    return torch.from_numpy(images).to(device).float() / 127.5 - 1
+def load_array(path: Path, device: str) -> torch.Tensor:
+    """Return an array's file as a tensor: mapped from disk on the CPU, in memory elsewhere."""
+    return torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1
 
 
 def make_feature_loss(device: str):
@@ -197,7 +219,7 @@ def load_shipped(name: str, net: torch.nn.Module) -> None:
 def train_vae(work: Path, args) -> None:
     """L1 + half gradient L1 + 1e-4 KL (+ features), channels permuted."""
     torch.manual_seed(args.seed)
-    images = np.load(work / "images.npy", mmap_mode="r")
+    images = load_array(work / "images.npy", args.device)
     held = len(images) // 100
     vae = model.build_vae().to(args.device)
     if args.start:
@@ -208,7 +230,7 @@ def train_vae(work: Path, args) -> None:
     bar = tqdm(total=args.steps, initial=run.step, desc="vae", mininterval=30)
     while run.step < args.steps:
         pick = np.sort(rng.integers(held, len(images), args.batch))
-        x = to_float(images[pick][:, rng.permutation(3)], args.device)
+        x = to_float(images[pick][:, rng.permutation(3)])
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
@@ -225,7 +247,7 @@ def train_vae(work: Path, args) -> None:
             run.record(l1=l1.item(), edges=float(edges), kl=kl.item(), features=distance.item())
         if run.step % args.save_every == 0 or run.step == args.steps:
             run.save()
-            test = to_float(np.array(images[:held:4][:128]), args.device)
+            test = to_float(images[:held:4][:128])
             with torch.no_grad():
                 out = run.ema["vae"].decode(run.ema["vae"].encode(test).latent_dist.mode()).sample
             mse = ((out.clamp(-1, 1) - test) ** 2).mean((1, 2, 3)) / 4
@@ -237,7 +259,7 @@ def train_vae(work: Path, args) -> None:
 
 def encode_corpus(work: Path, args) -> None:
     """Encode the corpus: ``latents.npy`` (n, 2, c, 16, 16) float16, mean and spread; numbers."""
-    images = np.load(work / "images.npy", mmap_mode="r")
+    images = load_array(work / "images.npy", args.device)
     vae = model.build_vae().to(args.device)
     scale = None
     if (work / "vae.ckpt").exists():
@@ -251,13 +273,13 @@ def encode_corpus(work: Path, args) -> None:
     numbers = np.empty((len(images), words.N_WORDS, 6), np.float16)
     with torch.inference_mode():
         for i in tqdm(range(0, len(images), 256), desc="latents", mininterval=30):
-            batch = np.array(images[i : i + 256])
+            batch = images[i : i + 256]
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-                posterior = vae.encode(to_float(batch, args.device)).latent_dist
+                posterior = vae.encode(to_float(batch)).latent_dist
             latents[i : i + 256] = (
                 torch.stack([posterior.mean, posterior.std], 1).float().cpu().numpy()
             )
-            numbers[i : i + 256] = words.compute_numbers(torch.from_numpy(batch)).numpy()
+            numbers[i : i + 256] = words.compute_numbers(batch).cpu().numpy()
     scale = scale or 1 / latents[::16, 0].astype(np.float32).std()
     for name, array in (("latents", latents), ("numbers", numbers)):
         with atomic_path(work / f"{name}.npy") as temporary, open(temporary, "wb") as file:
@@ -286,15 +308,15 @@ def draw_timesteps(n: int, low: float) -> torch.Tensor:
 def train_unet(work: Path, args) -> None:
     """Epsilon loss, weighted by timestep; visual, plain and empty sentences."""
     torch.manual_seed(args.seed)
-    latents = np.load(work / "latents.npy", mmap_mode="r")
-    numbers = torch.from_numpy(np.load(work / "numbers.npy")).float()
+    latents = load_array(work / "latents.npy", args.device)
+    numbers = load_array(work / "numbers.npy", args.device)
     captions = json.loads((work / "captions.json").read_text(encoding="utf-8"))
     scale = json.loads((work / "scale.json").read_text(encoding="utf-8"))["scaling_factor"]
     device, per = args.device, len(latents) // len(captions)
     tokenizer = model.build_tokenizer()
     plain = torch.tensor(
         tokenizer(captions, padding="max_length", max_length=77, truncation=True)["input_ids"]
-    )
+    ).to(device)
     unet = model.build_unet().to(device, memory_format=torch.channels_last)
     if device == "cpu":
         from diffusers.models.attention_processor import AttnProcessor
@@ -312,7 +334,7 @@ def train_unet(work: Path, args) -> None:
     rng = begin_draws(args.seed, run.step)
     held = per * (len(captions) // 100)
     bar = tqdm(total=args.steps, initial=run.step, desc="unet", mininterval=30)
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, list[torch.Tensor]] = {}
     while run.step < args.steps:
         pick = np.sort(rng.integers(held, len(latents), args.batch))
         sibling = pick // per * per + rng.integers(0, per, args.batch)
@@ -322,14 +344,15 @@ def train_unet(work: Path, args) -> None:
             text,
             maps,
             tokenizer,
-            numbers[source].to(device),
-            plain[pick // per].to(device),
+            numbers[source].float(),
+            plain[pick // per],
             kind,
             rng,
         )
-        stored = torch.from_numpy(np.array(latents[pick])).to(device).float()
+        stored = latents[pick].float()
         z = (stored[:, 0] + stored[:, 1] * torch.randn_like(stored[:, 1])) * scale
-        t = draw_timesteps(args.batch, args.low).to(device)
+        drawn = draw_timesteps(args.batch, args.low)
+        t = drawn.to(device)
         noise = torch.randn_like(z)
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
@@ -340,14 +363,16 @@ def train_unet(work: Path, args) -> None:
         bar.update()
         with torch.no_grad():
             image_error = error * ((1 - a) / a).flatten()
-            high = (t > 600).cpu().numpy()
+            high = (drawn > 600).numpy()
             for name, part in (("words", kind == 0), ("plain", kind == 1), ("empty", kind == 2)):
-                chosen = torch.from_numpy(high & part).to(device)
-                sums.setdefault(name, []).extend(image_error[chosen].tolist())
-            sums.setdefault("loss", []).extend(error.tolist())
+                sums.setdefault(name, []).append(image_error[np.flatnonzero(high & part)])
+            sums.setdefault("loss", []).append(error)
         if run.step % 100 == 0:
             run.record(
-                **{name: float(np.mean(sums[name])) for name in ("loss", "words", "plain", "empty")}
+                **{
+                    name: torch.cat(sums[name]).mean().item()
+                    for name in ("loss", "words", "plain", "empty")
+                }
             )
             sums = {}
         if run.step % args.save_every == 0 or run.step == args.steps:
@@ -377,13 +402,16 @@ def embed_sentences(text, maps, tokenizer, numbers, plain, kind, rng) -> torch.T
     ids = torch.full((n, 77), tokenizer.pad_token_id, device=device)
     ids[:, 0], ids[:, 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
     blank = tokenizer.convert_tokens_to_ids(model.BLANK)
-    keep = np.zeros((n, 77), bool)
-    for i in range(n):
-        if kind[i] == 0:
-            length = 64 if rng.random() < 0.5 else int(rng.integers(1, 65))
-            dropped = rng.random(length) < rng.choice([0.0, 0.1, 0.5])
-            ids[i, 1 : 1 + length], ids[i, 1 + length] = blank, tokenizer.eos_token_id
-            keep[i, 1 : 1 + min(length, words.N_WORDS)] = ~dropped[: words.N_WORDS]
+    length = np.where(rng.random(n) < 0.5, 64, rng.integers(1, 65, n))[:, None]
+    visual, place = (kind == 0)[:, None], np.arange(77)[None]
+    inside = visual & (place >= 1) & (place <= length)
+    dropped = rng.random((n, 77)) < rng.choice([0.0, 0.1, 0.5], n)[:, None]
+    keep = inside & ~dropped & (place <= words.N_WORDS)
+    for chosen, token in (
+        (inside, blank),
+        (visual & (place == length + 1), tokenizer.eos_token_id),
+    ):
+        ids = ids.masked_fill(torch.from_numpy(chosen).to(device), token)
     is_plain = torch.from_numpy(kind == 1).to(device)
     ids = torch.where(is_plain[:, None], plain, ids)
     rows = text.embeddings.token_embedding(ids)
@@ -406,6 +434,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=16000, help="corpus: number of concepts")
     parser.add_argument("--images", type=int, default=4, help="corpus: images of a concept")
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, help="instead of --steps and --decay")
     parser.add_argument("--decay", type=int, default=1000, help="last steps with falling rate")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -420,6 +449,9 @@ def main() -> None:
         if not (args.work / file).exists():
             parser.exit(2, f"{args.work / file} is missing: run the stage `{stage}` first\n")
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     if args.stage == "corpus":
         draw_corpus(
             args.work,
