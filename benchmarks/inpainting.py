@@ -25,7 +25,7 @@ from medbudget.tiny.trained import load_trained
 PLACES = {"left": (0.4, 0.55), "right": (0.6, 0.55)}
 RADII = (0.07, 0.1, 0.13)
 FINAL: dict[str, Any] = {
-    "cfg_scale": 20.0, "away from": "healthy", "strength": 0.4, "content": "zeros", "steps": 25,
+    "cfg_scale": 10.0, "away from": "healthy", "strength": 0.75, "content": "original", "steps": 25,
     "mask_blur": 4.0,
 }  # fmt: skip
 GRID: dict[str, tuple[Any, ...]] = {

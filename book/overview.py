@@ -36,7 +36,8 @@ def draw_parts(base: Base) -> list[tuple[str, str, torch.Tensor]]:
     axis = torch.stack(mixed, 1).flatten(0, 1)  # weights across, seeds down
     plain = make_phantoms("prostate", "healthy", 3, split="test").images
     mask = ellipse((0.4, 0.52), (0.11, 0.11), size=base.size)
-    filled = inpaint(base, plain, mask, tumour.token, embeddings=[tumour], seed=3)
+    away = {"cfg_scale": 10.0, "negative_prompt": healthy.token}
+    filled = inpaint(base, plain, mask, tumour.token, embeddings=[healthy, tumour], seed=3, **away)
     shade = (mask[None, None] > 0.5) * 0.6
     marked = (plain * (1 - shade) + 255 * shade).to(torch.uint8)
     lesion = torch.stack([plain, marked, filled], 1).flatten(0, 1)

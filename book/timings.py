@@ -69,6 +69,9 @@ def format_record(record: dict[str, Any]) -> str:
         goals = record["goals"].items()
         body = [[name, found["measured"], found["goal"]] for name, found in goals]
         parts.append(_table(["against the goals", "measured", "goal"], body))
+        counted = [list(item) for item in record["counted"].items()]
+        if counted:
+            parts.append(_table(["counted before the run", "value"], counted))
     return "\n\n".join(parts)
 
 

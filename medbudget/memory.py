@@ -24,8 +24,8 @@ from medbudget.sources import build_networks, read_architectures
 
 GIB = 2**30
 # CUDA context, scratch space of convolutions, blocks that the allocator cannot fill: an assumption.
-# The full-size run on a CPU took 0.9 (training) to 1.3 GiB (drawing) more than weights, activations
-# and interpreter together (benchmarks/results/full_size.json).
+# Beyond weights and activations, PyTorch's peak on an H200 had 0.1 to 0.4 GiB, without the context
+# (benchmarks/results/gpu.json); a CPU took 0.9 (training) to 1.3 GiB (drawing) (full_size.json).
 OVERHEAD = int(1.3 * GIB)
 JOBS = ("invert", "sample")
 
