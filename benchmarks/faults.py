@@ -314,11 +314,12 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def find_leftovers(folder: Path) -> list[str]:
-    """Return temporary files, locks, journals and scratch files below a folder."""
+    """Return temporary files, journals and scratch files below a folder."""
     return [
         path.relative_to(folder).as_posix()
         for path in sorted(folder.rglob("*"))
-        if path.name.startswith(".") or (path.parent.name == "scratch" and path.is_file())
+        if (path.name.startswith(".") and path.suffix != ".lock")
+        or (path.parent.name == "scratch" and path.is_file())
     ]
 
 

@@ -1275,9 +1275,14 @@ def study_clean(
 @reader_app.command("create")
 def reader_create(
     a: Annotated[Path, typer.Argument(help="folder of images: the source that should win")],
-    b: Annotated[Path, typer.Argument(help="folder of as many images of the other source")],
+    b: Annotated[Path, typer.Argument(help="folder of images of the other source")],
     out: Annotated[Path, typer.Option(help="the study's folder, for readers")],
-    seed: Annotated[int, typer.Option(help="any number; tell no reader: it gives the key away")],
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="default: a random one, kept in the key; tell no reader: it gives it away"
+        ),
+    ] = None,
     key: Annotated[Path | None, typer.Option(help="key file; default OUT.key.json")] = None,
     n_pairs: Annotated[int, typer.Option(help="paper: 50")] = 50,
     repeats: Annotated[float, typer.Option(help="share of the pairs that is asked twice")] = 0.1,

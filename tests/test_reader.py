@@ -1,6 +1,7 @@
 """The reader study: blinded, crash-proof, and analysed as by hand."""
 
 import json
+import shutil
 import signal
 import struct
 import subprocess
@@ -139,6 +140,26 @@ def test_fewer_pairs_than_images_and_no_repeats(sources, tmp_path):
     assert not any("twice" in name for name in scores_of(study))
 
 
+def test_folders_of_different_size_give_as_many_pairs_as_are_asked(sources, tmp_path):
+    save_images(draw(N - 1, 5), tmp_path / "few")
+    study = ReaderStudy.create(sources[0], tmp_path / "few", tmp_path / "s", seed=1, n_pairs=20)
+    first = [item for item in read_key(study)["pairs"] if item["repeats"] is None]
+    assert len({item["a"] for item in first}) == len({item["b"] for item in first}) == 20
+
+
+def test_without_a_seed_one_is_drawn_and_an_interrupted_call_goes_on_with_it(sources, tmp_path):
+    keys = []
+    for name in ("s", "t"):
+        study = ReaderStudy.create(*sources, tmp_path / name, n_pairs=9)
+        keys.append(read_key(study))
+        files = {p.name: p.read_bytes() for p in study.folder.rglob("*.*")}
+        shutil.rmtree(study.folder)  # killed between the key and the renaming of the folder
+        again = ReaderStudy.create(*sources, tmp_path / name, n_pairs=9)
+        assert {p.name: p.read_bytes() for p in again.folder.rglob("*.*")} == files
+        assert read_key(again) == keys[-1]
+    assert keys[0]["seed"] != keys[1]["seed"] and keys[0]["pairs"] != keys[1]["pairs"]
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
@@ -149,8 +170,8 @@ def test_folders_that_would_spoil_the_comparison(sources, tmp_path):
     save_images(draw(N, 6, (8, 10)), wide)
     save_images(torch.cat([draw(N - 1, 7), load_image(sorted(a.iterdir())[3])[None]]), both)
     cases = [
-        ((a, few), {}, "30 images and .* 29"),
-        ((a, b), {"n_pairs": 31}, "31 pairs cannot be made of 30"),
+        ((a, few), {"n_pairs": 30}, "few has 29 images.*allowed are 1 to 29"),
+        ((a, b), {"n_pairs": 31}, "31 pairs cannot be made: .* has 30"),
         ((a, b), {"n_pairs": 0}, "allowed are 1 to 30"),
         ((a, wide), {}, r"different sizes.*8 x 8.*8 x 10"),
         ((a, both), {}, "alpha_patient03.png and .*00029.png are the same image"),
@@ -462,6 +483,9 @@ def test_command_line_from_folders_to_scores(medbudget, sources, tmp_path):
     assert medbudget("reader-study", "export", out, "--out", page)[0] == 0
     study = ReaderStudy.load(out)
     assert page.read_text(encoding="utf-8") == study.export()
+    file.write_text("mine", encoding="utf-8")
+    code, _, err = medbudget("reader-study", "export", out, "--out", file)
+    assert code == 1 and "exists and is another file" in err and file.read_text() == "mine"
     file.write_text(json.dumps(page_records(study, "eve", ["left"] * 22)), encoding="utf-8")
     code, said, err = medbudget("reader-study", "analyse", out, "--answers", file)
     assert code == 1 and "no study.key.json" in err
@@ -471,4 +495,5 @@ def test_command_line_from_folders_to_scores(medbudget, sources, tmp_path):
     assert "next study, as found: preference 0.5" in said
     names = [s["name"] for s in json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))]
     assert names[0] == "preference for alpha, eve"
-    assert medbudget("reader-study", "create", *sources, "--out", tmp_path / "x")[0] == 2
+    said = medbudget("reader-study", "create", *sources, "--out", tmp_path / "x", "--n-pairs", 9)
+    assert said[0] == 0 and ReaderStudy.load(tmp_path / "x").pairs

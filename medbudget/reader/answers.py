@@ -1,0 +1,164 @@
+"""The answers of one reader: a file of JSON lines, each on the disk before the next pair shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from medbudget.artifacts import write_text
+
+SIDES = ("left", "right")
+CHOICES = (*SIDES, "none")  # none: no preference
+
+
+class ReaderError(ValueError):
+    """A study, key or file of answers that cannot be used; the message says why and what to do."""
+
+
+class Reading:
+    """The answers of one reader to one study; lines are only ever added.
+
+    Parameters
+    ----------
+    folder : path
+        The study's folder; answers lie in ``answers/NAME.jsonl``.
+    study : str
+        The study's id, which every line carries.
+    n_pairs : int
+        Pairs that are asked.
+    name : str
+        Who reads: a pseudonym of lower-case letters, digits, ``-`` and ``_``.
+    """
+
+    def __init__(self, folder: Path, study: str, n_pairs: int, name: str) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", name):
+            raise ReaderError(
+                f"reader {name!r}: allowed are lower-case letters, digits, - and _, at most 40; "
+                "a pseudonym is enough"
+            )
+        self.study, self.n_pairs, self.name = study, n_pairs, name
+        self.path = folder / "answers" / f"{name}.jsonl"
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return every line: answers, and what was undone.
+
+        Raises
+        ------
+        ReaderError
+            Lines that no study of this kind has written. An incomplete last line is left out: its
+            answer was never confirmed.
+        """
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        records = []
+        lines = text.split("\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise ReaderError(
+                        f"{self.path}, line {number} is not JSON: was the file edited? Restore it"
+                    ) from None
+        self._fold(records, str(self.path))
+        return records
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Return the answers that stand, those to pair 0, 1, …"""
+        return self._fold(self.records(), str(self.path))
+
+    def next(self) -> int | None:
+        """Return the pair to ask now, or None if all are answered."""
+        done = len(self.answers())
+        return done if done < self.n_pairs else None
+
+    def answer(self, pair: int, choice: str, *, seconds: float, note: str = "") -> None:
+        """Write down an answer; when this returns, it is on the disk.
+
+        Parameters
+        ----------
+        pair : int
+            Must be `next`, so that nothing is answered twice.
+        choice : {"left", "right", "none"}
+        seconds : float
+            From showing the pair to the answer.
+        note : str
+            Free text.
+        """
+        if choice not in CHOICES:
+            raise ReaderError(f"choice {choice!r}: allowed are {', '.join(CHOICES)}")
+        with self._lock():
+            if (due := self.next()) != pair:
+                raise ReaderError(f"pair {pair} is not the next one ({due}): show that again")
+            self._add([self._record(pair, choice, seconds=round(seconds, 2), note=note)])
+
+    def undo(self) -> None:
+        """Take back the last answer by another line; the answer itself stays in the file."""
+        with self._lock():
+            answers = self.answers()
+            if not answers:
+                raise ReaderError("there is no answer to undo")
+            self._add([self._record(len(answers) - 1, "undo")])
+
+    def merge(self, records: Any, source: str) -> None:
+        """Add the records that an exported page wrote; those that are here already are left out.
+
+        Raises
+        ------
+        ReaderError
+            Answers of another study, or answers that contradict those here.
+        """
+        self._fold(records, source)
+        with self._lock():
+            own = self.records()
+            common = min(len(own), len(records))
+            if own[:common] != records[:common]:
+                raise ReaderError(
+                    f"{source} and {self.path} both have answers of {self.name}, and they "
+                    "differ: give one of the two readers another name"
+                )
+            self._add(records[len(own) :])
+
+    def _lock(self) -> FileLock:
+        """Return a lock that makes other processes wait which answer for this reader."""
+        self.path.parent.mkdir(exist_ok=True)
+        return FileLock(self.path.with_name(f".{self.name}.lock"))
+
+    def _record(self, pair: int, choice: str, **more: Any) -> dict[str, Any]:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        head = {"study": self.study, "reader": self.name, "pair": pair, "choice": choice}
+        return {**head, **more, "time": now}
+
+    def _add(self, records: list[dict[str, Any]]) -> None:
+        if records:
+            lines = (json.dumps(record) + "\n" for record in [*self.records(), *records])
+            write_text(self.path, "".join(lines))
+
+    def _fold(self, records: Any, source: str) -> list[dict[str, Any]]:
+        """Return the answers that stand after all undoing, or refuse records that make no sense."""
+        answers: list[dict[str, Any]] = []
+        for number, record in enumerate(records, 1):
+            try:
+                study, pair, choice = (record[k] for k in ("study", "pair", "choice"))
+                if choice != "undo":
+                    float(record["seconds"]), str(record["note"])
+                own = record["reader"] == self.name
+            except (KeyError, TypeError, ValueError):
+                raise ReaderError(
+                    f"{source}, record {number} is no answer: {record!r:.80}"
+                ) from None
+            if study != self.study:
+                raise ReaderError(f"{source} answers study {study}; this one is {self.study}")
+            if choice == "undo" and own and answers and pair == len(answers) - 1:
+                answers.pop()
+            elif choice in CHOICES and own and pair == len(answers) < self.n_pairs:
+                answers.append(record)
+            else:
+                raise ReaderError(
+                    f"{source}, record {number} does not follow the ones before: {record!r:.80}"
+                )
+        return answers

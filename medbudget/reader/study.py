@@ -1,0 +1,343 @@
+"""A blinded reader study: pairs of images in a folder that a reader may see, and their key outside.
+
+Which image came from which source stands in the key alone, a file beside the folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medbudget.artifacts import InUseError, hold, write_json, write_text
+from medbudget.images import find_images, load_image, to_pil
+from medbudget.metrics.scores import Score
+from medbudget.progress import tqdm
+from medbudget.reader.analysis import score_answers
+from medbudget.reader.answers import SIDES, ReaderError, Reading
+
+QUESTION = "Which image looks more like a real one?"
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class ReaderStudy:
+    """Blinded pairs in a folder: ``study.json``, ``images/``, and ``answers/`` as they come."""
+
+    folder: Path
+    id: str  # hash of everything that a reader sees
+    question: str
+    pairs: tuple[tuple[str, str], ...]  # files of the left and the right image, in order
+
+    @classmethod
+    def create(
+        cls,
+        a: str | os.PathLike[str],
+        b: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        *,
+        seed: int | None = None,
+        n_pairs: int = 50,
+        repeats: float = 0.1,
+        question: str = QUESTION,
+        labels: tuple[str, str] | None = None,
+        key: str | os.PathLike[str] | None = None,
+    ) -> ReaderStudy:
+        """Pair images of two folders at random and write the study and its key.
+
+        No image is used twice; on one half of the pairs `a` stands on the left. Some pairs of
+        the first third come again among the last third with their sides swapped: they tell
+        whether a reader gives the same answer again.
+
+        Parameters
+        ----------
+        a, b : path
+            Folders of images, all of one size, at least `n_pairs` in each; `n_pairs` of each are
+            drawn at random.
+        out : path
+            The study's folder; must not exist.
+        seed : int, optional
+            Chooses images, order and sides; default a random one, kept in the key. Who knows it
+            can work out the key: tell no reader.
+        n_pairs : int
+            Paper: 50.
+        repeats : float
+            Share of the pairs that is asked twice, up to 1/3.
+        labels : (str, str), optional
+            What the analysis calls the sources; default the folders' names.
+        key : path, optional
+            Default `out` with ``.key.json`` appended. Must lie outside `out`.
+
+        Raises
+        ------
+        ReaderError
+            Too few images, different sizes, an image that is in both folders or twice in one, a
+            key inside the study.
+        FileExistsError
+            `out`, or the key of another study, is there already.
+        """
+        out = Path(out)
+        key = Path(key) if key is not None else default_key(out)
+        if key.resolve().is_relative_to(out.resolve()):
+            raise ReaderError(f"the key {key} must not lie in {out}, which readers see")
+        if out.exists():
+            raise FileExistsError(f"{out} exists: choose another place, or delete it")
+        if not 0 <= repeats <= 1 / 3:
+            raise ReaderError(f"repeats is a share of the pairs from 0 to 1/3, got {repeats}")
+        files = _check_sources(Path(a), Path(b), n_pairs)
+        names = labels or (Path(a).resolve().name, Path(b).resolve().name)
+        if names[0] == names[1]:
+            raise ReaderError(f"both sources are called {names[0]!r}: pass two labels")
+        other = _read_json(key, ("study", "seed")) if key.exists() else None
+        if seed is None:  # an interrupted call has left its key
+            seed = secrets.randbelow(2**32) if other is None else int(other["seed"])
+
+        items = _draw_items(files, n_pairs, repeats, np.random.default_rng(seed))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        key.parent.mkdir(parents=True, exist_ok=True)
+        scratch = out.with_name(f".{out.name}.tmp")
+        try:
+            with hold(out):
+                shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted call
+                study = _write_study(scratch, {"a": a, "b": b}, items, question)
+                secret = {"study": study, "seed": seed, "labels": list(names), "pairs": items}
+                if other is None:
+                    write_json(key, secret)
+                elif other != secret:
+                    raise FileExistsError(f"{key} exists: choose another place, or delete it")
+            os.rename(scratch, out)  # the last step
+        except InUseError:
+            raise
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        return cls.load(out)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> ReaderStudy:
+        """Open a study's folder.
+
+        Raises
+        ------
+        FileNotFoundError, ReaderError
+            No study there, or one that lacks images.
+        """
+        folder = Path(folder)
+        about = _read_json(folder / "study.json", ("study", "question", "pairs"))
+        pairs = tuple((str(left), str(right)) for left, right in about["pairs"])
+        for name in (name for pair in pairs for name in pair):
+            if not re.fullmatch(r"images/\w+\.png", name):
+                raise ReaderError(
+                    f"{folder / 'study.json'} names {name!r}, which is no image of it"
+                )
+        missing = [name for pair in pairs for name in pair if not (folder / name).is_file()]
+        if missing:
+            raise ReaderError(f"{folder} lacks {len(missing)} images, e.g. {missing[0]}")
+        return cls(folder, about["study"], about["question"], pairs)
+
+    def images(self, pair: int) -> tuple[bytes, bytes]:
+        """Return the PNG files of the left and the right image of a pair."""
+        left, right = ((self.folder / name).read_bytes() for name in self.pairs[pair])
+        return left, right
+
+    def urls(self, pair: int) -> list[str]:
+        """Return the left and the right image of a pair as data URLs, for a page."""
+        encoded = (base64.b64encode(png).decode() for png in self.images(pair))
+        return [f"data:image/png;base64,{text}" for text in encoded]
+
+    @property
+    def width(self) -> int:
+        """Pixels in a row of an image."""
+        with Image.open(self.folder / self.pairs[0][0]) as image:
+            return image.width
+
+    def reader(self, name: str) -> Reading:
+        """Return the answers of one reader, to go on with."""
+        return Reading(self.folder, self.id, len(self.pairs), name)
+
+    def readers(self) -> list[str]:
+        """Return the names of the readers who have answered something."""
+        return sorted(p.stem for p in (self.folder / "answers").glob("*.jsonl"))
+
+    def export(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the study as one HTML page without key or network, and write it if asked to.
+
+        The page keeps each answer in the browser's own storage (IndexedDB, flushed to the disk)
+        and gives the answers as a JSON file, for `import_answers`.
+
+        Raises
+        ------
+        FileExistsError
+            `path` is another file.
+        """
+        urls = [self.urls(pair) for pair in range(len(self.pairs))]
+        data = {"study": self.id, "question": self.question, "pairs": urls}
+        text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+        parts = {"TITLE": html.escape(self.question), "STUDY": text}
+        template = TEMPLATE.read_text(encoding="utf-8")
+        page = re.sub(r"\$(TITLE|STUDY)", lambda match: parts[match[1]], template)
+        if path is not None:
+            if Path(path).exists() and Path(path).read_bytes() != page.encode():
+                raise FileExistsError(f"{path} exists and is another file: choose another name")
+            write_text(path, page)
+        return page
+
+    def import_answers(self, path: str | os.PathLike[str]) -> Reading:
+        """Add the answers that the exported page wrote; what is here already is not added twice.
+
+        Raises
+        ------
+        ReaderError
+            Not such a file, answers of another study, or answers that contradict those here.
+        """
+        path = Path(path)
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ReaderError(f"{path} is not JSON ({error})") from None
+        if not isinstance(records, list) or not records:
+            raise ReaderError(f"{path} holds no answers: download them again from the study's page")
+        first = records[0] if isinstance(records[0], dict) else {}
+        reading = self.reader(str(first.get("reader")))
+        reading.merge(records, str(path))
+        return reading
+
+    def analyse(
+        self, key: str | os.PathLike[str] | None = None, *, readers: Sequence[str] | None = None
+    ) -> list[Score]:
+        """Open the key and return the scores of the answers so far.
+
+        For each reader the preference for the first source, and for the left side (an exact
+        binomial test against one half, and Wilson's interval), whether repeats got the same
+        answer, and the median time. With several readers also the preference of their majority,
+        pair by pair, and Krippendorff's alpha between them. Answers without a preference are
+        left out of the tests, as in a sign test, and counted; repeats do not count for the
+        preference.
+
+        Parameters
+        ----------
+        key : path, optional
+            Default: where `create` puts it.
+        readers : sequence of str, optional
+            Default: all.
+
+        Raises
+        ------
+        FileNotFoundError, ReaderError
+            No key, that of another study, or no answers.
+        """
+        key = Path(key) if key is not None else default_key(self.folder)
+        secret = _read_json(key, ("study", "seed", "labels", "pairs"))
+        if secret["study"] != self.id:
+            raise ReaderError(f"{key} is the key of study {secret['study']}, not of {self.id}")
+        names = list(readers) if readers is not None else self.readers()
+        answers = {name: self.reader(name).answers() for name in names}
+        answers = {name: given for name, given in answers.items() if given}
+        if not answers:
+            raise ReaderError(f"{self.folder} has no answers yet: import them, or ask a reader")
+        return score_answers(answers, secret["pairs"], secret["labels"])
+
+
+def _write_study(
+    folder: Path, sources: dict[str, Any], items: list[dict[str, Any]], question: str
+) -> str:
+    """Write what readers see, and return its hash."""
+    (folder / "images").mkdir(parents=True)
+    pairs, digest = [], hashlib.sha256(question.encode())
+    for number, item in enumerate(tqdm(items, desc="pairs")):
+        pairs.append([f"images/{number:03d}_{side}.png" for side in SIDES])
+        for side, name in zip(SIDES, pairs[-1]):
+            png = _to_png(sources[item[side]], item[item[side]])
+            (folder / name).write_bytes(png)
+            digest.update(png)
+    study = digest.hexdigest()[:12]
+    write_json(folder / "study.json", {"study": study, "question": question, "pairs": pairs})
+    return study
+
+
+def default_key(folder: str | os.PathLike[str]) -> Path:
+    """Return where the key of a study lies unless it was put elsewhere: beside its folder."""
+    folder = Path(os.path.abspath(folder))
+    return folder.with_name(f"{folder.name}.key.json")
+
+
+def _check_sources(a: Path, b: Path, n_pairs: int) -> tuple[list[Path], list[Path]]:
+    """Return the image files of both folders, or refuse what would spoil a comparison."""
+    files = find_images(a), find_images(b)
+    for folder, images in zip((a, b), files):
+        if not 1 <= n_pairs <= len(images):
+            raise ReaderError(
+                f"{n_pairs} pairs cannot be made: {folder} has {len(images)} images, and none is "
+                f"used twice; allowed are 1 to {min(map(len, files))} pairs"
+            )
+    seen: dict[bytes, list[Path]] = {}
+    sizes: dict[tuple[int, ...], Path] = {}
+    for file in (*files[0], *files[1]):
+        image = load_image(file)
+        sizes.setdefault(tuple(image.shape[1:]), file)
+        seen.setdefault(hashlib.sha256(image.numpy().tobytes()).digest(), []).append(file)
+    if len(sizes) > 1:
+        found = ", ".join(f"{h} x {w} ({file})" for (h, w), file in list(sizes.items())[:3])
+        raise ReaderError(
+            f"the images have different sizes, which tells them apart: {found}; bring all to one "
+            "size with `medbudget prepare folder`"
+        )
+    same = [alike for alike in seen.values() if len(alike) > 1]
+    if same:
+        raise ReaderError(
+            f"{same[0][0]} and {same[0][1]} are the same image: delete one of them"
+            + (f" ({len(same)} images are there more than once)" if len(same) > 1 else "")
+        )
+    return files
+
+
+def _draw_items(
+    files: tuple[list[Path], list[Path]], n: int, repeats: float, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Return what is asked, in order: source on the left and the right, files, which is repeated."""
+    chosen = [[part[i].name for i in rng.permutation(len(part))[:n]] for part in files]
+    a_left = rng.permutation(np.arange(n) % 2 == 0)
+    third = n // 3
+    n_again = min(round(repeats * n), third)
+    tail = [(k, False) for k in range(n - third, n)] + [
+        (int(k), True) for k in rng.permutation(third)[:n_again]
+    ]
+    order = [(k, False) for k in range(n - third)] + [tail[i] for i in rng.permutation(len(tail))]
+    items = []
+    for k, repeated in order:
+        left, right = ("a", "b") if a_left[k] != repeated else ("b", "a")
+        names = {"a": chosen[0][k], "b": chosen[1][k]}
+        items.append({"left": left, "right": right, **names, "repeats": k if repeated else None})
+    return items
+
+
+def _to_png(folder: str | os.PathLike[str], name: str) -> bytes:
+    """Return an image's pixels, and nothing else of its file, as PNG."""
+    file = io.BytesIO()
+    to_pil(load_image(Path(folder) / name)).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}: is this the right folder?")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReaderError(f"{path} is not JSON ({error})") from None
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        raise ReaderError(f"{path} must have the keys {', '.join(keys)}")
+    return value
