@@ -27,13 +27,13 @@ from medbudget.data.prepare import (
     prepare_items,
     read_table,
 )
-from medbudget.data.readers import open_volume
 from medbudget.data.splits import (
     SPLITS,
     choose_one_per_patient,
     choose_reference,
     split_patients,
 )
+from medbudget.data.volumes import read_volume
 from medbudget.images import from_pil
 
 if TYPE_CHECKING:
@@ -424,17 +424,12 @@ def _load(
 
 def _read(file: Path, what: str) -> sitk.Image:
     """Read a scalar 3-D volume, or say what is wrong with the file."""
-    import SimpleITK as sitk
-
     if not file.is_file():
         raise BrokenCase(f"missing {what}: no {file.name}")
     try:
-        open_volume(file)
-        image = sitk.ReadImage(os.fspath(file))
+        image = read_volume(file)
     except BrokenCase as error:
         raise BrokenCase(f"{file.name}: {error}") from None
-    except RuntimeError:
-        raise BrokenCase(f"{file.name} cannot be read: it is truncated, or no volume") from None
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise BrokenCase(f"{file.name} is not a gray 3-D volume: its size is {image.GetSize()}")
     return image

@@ -1,0 +1,218 @@
+"""Volumes of NIfTI, MetaImage and NRRD: the right pixels, or one clear error."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medbudget.data.prepare import BrokenCase
+from medbudget.data.volumes import read_volume
+
+sitk = pytest.importorskip("SimpleITK")
+nib = pytest.importorskip("nibabel")
+LPS = np.diag([-1.0, -1, 1, 1])
+TYPES = [
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float32",
+    "float64",
+]
+V = np.random.default_rng(0).integers(100, 3000, (10, 64, 64)).astype(np.int16)
+
+
+def write(path: Path, values=V, packed: bool = False) -> Path:
+    image = sitk.GetImageFromArray(values)
+    image.SetSpacing((0.5, 0.7, 3)[: image.GetDimension()])
+    image.SetOrigin((1, 2, 3)[: image.GetDimension()])
+    sitk.WriteImage(
+        sitk.DICOMOrient(image, "RAS") if values.ndim == 3 else image, str(path), packed
+    )
+    return path
+
+
+def values_of(path: Path):
+    return sitk.GetArrayFromImage(read_volume(path))
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_whole_volumes_are_what_itk_reads(tmp_path, suffix, packed):
+    for kind in TYPES:
+        for values in (V[:3, :8, :6].astype(kind), V[0, :8, :6].astype(kind)):
+            path = write(tmp_path / f"a{suffix}", values, packed)
+            ours, itk = read_volume(path), sitk.ReadImage(str(path))
+            found, right = sitk.GetArrayFromImage(ours), sitk.GetArrayFromImage(itk)
+            assert found.dtype == right.dtype and np.array_equal(found.reshape(right.shape), right)
+            n = itk.GetDimension()
+            assert ours.GetSpacing()[:n] == itk.GetSpacing()
+            assert ours.GetOrigin()[:n] == itk.GetOrigin()
+            if n == 3:
+                assert ours.GetDirection() == itk.GetDirection()
+
+
+def test_colour_volumes(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), np.uint8)
+    for suffix in (".mha", ".nrrd"):
+        sitk.WriteImage(sitk.GetImageFromArray(colour, isVector=True), str(tmp_path / f"a{suffix}"))
+        assert np.array_equal(values_of(tmp_path / f"a{suffix}"), colour)
+    rgb = np.zeros((4, 5, 3), np.dtype([(c, "u1") for c in "RGB"]))
+    for i, c in enumerate("RGB"):
+        rgb[c] = colour[..., i].T
+    nib.save(nib.Nifti1Image(rgb, LPS), tmp_path / "a.nii")
+    assert np.array_equal(values_of(tmp_path / "a.nii"), colour)
+    header = b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 5 3\n"
+    kinds = b"kinds: domain domain RGB-color\nencoding: raw\n\n"
+    (tmp_path / "b.nrrd").write_bytes(header + kinds + bytes(60))
+    with pytest.raises(BrokenCase, match="colours first"):
+        read_volume(tmp_path / "b.nrrd")
+
+
+@pytest.mark.parametrize("part", [0.99, 0.5, 0.1, 0.01])
+def test_a_cut_stream_is_refused(tmp_path, part):
+    for suffix in (".nii.gz", ".mha", ".nrrd"):
+        path = write(tmp_path / f"a{suffix}", packed=True)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * part)])
+        with pytest.raises(BrokenCase):
+            read_volume(path)
+
+
+@pytest.mark.parametrize("missing", [1, 2, 100, 400])
+@pytest.mark.parametrize("suffix", [".nii", ".mha", ".nrrd", ".nhdr", ".mhd"])
+def test_a_file_short_by_a_few_bytes_is_refused(tmp_path, suffix, missing):
+    path = write(tmp_path / f"a{suffix}")
+    data = path.with_suffix(".raw") if suffix in (".nhdr", ".mhd") else path
+    data.write_bytes(data.read_bytes()[:-missing])
+    with pytest.raises(BrokenCase, match="truncated"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd", ".nhdr", ".mhd"])
+def test_a_flipped_bit_in_a_stream_gives_the_right_pixels_or_an_error(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", packed=True)
+    right, rng = values_of(path), np.random.default_rng(0)
+    names = {".nhdr": "a.raw.gz", ".mhd": "a.zraw"}
+    data = path.with_name(names.get(suffix, path.name))
+    whole, refused = data.read_bytes(), 0
+    for place in rng.integers(400, len(whole) - 1, 60):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(rng.integers(8))
+        data.write_bytes(changed)
+        try:
+            assert np.array_equal(values_of(path), right)
+        except BrokenCase:
+            refused += 1
+    assert refused >= 55
+
+
+def test_a_wrong_size_of_the_compressed_data_does_no_harm(tmp_path):
+    content = write(tmp_path / "a.mha", packed=True).read_bytes()
+    head, _, rest = content.partition(b"CompressedDataSize = ")
+    size, _, rest = rest.partition(b"\n")
+    for other in (int(size) // 2, int(size) * 2, 0, 1):
+        changed = head + b"CompressedDataSize = %d\n" % other + rest
+        (tmp_path / "b.mha").write_bytes(changed)
+        assert np.array_equal(values_of(tmp_path / "b.mha"), values_of(tmp_path / "a.mha"))
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip", "bzip2"])
+@pytest.mark.parametrize("skip", [0, 7, -1])
+def test_detached_nrrd_data(tmp_path, encoding, skip):
+    pack = {"raw": bytes, "gzip": gzip.compress, "bzip2": bz2.compress}[encoding]
+    (tmp_path / "a.data").write_bytes(pack(b"#" * (7 if skip else 0) + V.astype(">i2").tobytes()))
+    head = "NRRD0004\ntype: short\ndimension: 3\nsizes: 64 64 10\nendian: big\n"
+    head += f"encoding: {encoding}\nbyte skip: {skip}\ndata file: a.data\n"
+    (tmp_path / "a.nhdr").write_text(head)
+    assert np.array_equal(values_of(tmp_path / "a.nhdr"), V)
+    (tmp_path / "a.data").write_bytes((tmp_path / "a.data").read_bytes()[:-9])
+    with pytest.raises(BrokenCase, match=r"truncated|claims"):
+        read_volume(tmp_path / "a.nhdr")
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "right"),
+    [
+        (1, 0, (1, 0)), (2, -3, (2, -3)), (0.37, 0, (0.37, 0)), (1, 7, (1, 7)), (0, 7, (1, 0)),
+        (np.nan, 0, (1, 0)), (np.nan, np.nan, (1, 0)), (np.inf, 2, (1, 0)), (-1, 0, (-1, 0)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_slope_and_intercept_of_nifti(tmp_path, slope, intercept, right, suffix):
+    """A slope of 0 means none (nifti1.h); one that is not finite is none, as nibabel has it."""
+    nib.save(nib.Nifti1Image(V.T, LPS), tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[112:120] = struct.pack("<ff", slope, intercept)
+    pack = gzip.compress if suffix == ".nii.gz" else bytes
+    (tmp_path / f"b{suffix}").write_bytes(pack(bytes(content)))
+    found = values_of(tmp_path / f"b{suffix}")
+    assert np.allclose(found, V * np.float32(right[0]) + right[1])
+    if right == (1, 0):
+        assert found.dtype == np.int16
+
+
+def test_an_intercept_that_is_no_number_is_refused(tmp_path):
+    nib.save(nib.Nifti1Image(V.T, LPS), tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[112:120] = struct.pack("<ff", 2, np.nan)
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(BrokenCase, match="scl_inter"):
+        read_volume(tmp_path / "a.nii")
+
+
+def test_nifti_of_other_kinds(tmp_path):
+    big = nib.Nifti1Image(V.T.astype(">i2"), LPS, nib.Nifti1Header(endianness=">"))
+    nib.save(big, tmp_path / "big.nii")
+    assert np.array_equal(values_of(tmp_path / "big.nii"), V)
+    nib.save(nib.Nifti1Image(V.T[..., None], LPS), tmp_path / "one.nii.gz")
+    assert np.array_equal(values_of(tmp_path / "one.nii.gz"), V)
+    nib.save(nib.Nifti1Image(np.stack([V.T, V.T], -1), LPS), tmp_path / "time.nii.gz")
+    with pytest.raises(BrokenCase, match="4-D"):
+        read_volume(tmp_path / "time.nii.gz")
+    nib.save(nib.Nifti1Image(V.T.astype(np.complex64), LPS), tmp_path / "complex.nii")
+    with pytest.raises(BrokenCase, match="complex"):
+        read_volume(tmp_path / "complex.nii")
+    # two gzip streams, one behind the other, are one file (RFC 1952)
+    content = (tmp_path / "big.nii").read_bytes()
+    pair = gzip.compress(content[:5000]) + gzip.compress(content[5000:])
+    (tmp_path / "pair.nii.gz").write_bytes(pair)
+    assert np.array_equal(values_of(tmp_path / "pair.nii.gz"), V)
+    sheared = np.array([[-1.0, 0.5, 0, 0], [0, -1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(V.T, sheared), tmp_path / "sheared.nii")
+    try:
+        assert np.array_equal(values_of(tmp_path / "sheared.nii"), V)
+    except BrokenCase as error:
+        assert "right angles" in str(error)
+
+
+def test_nifti_2(tmp_path):
+    nib.save(nib.Nifti2Image(V.T, LPS), tmp_path / "a.nii")
+    try:
+        assert np.array_equal(values_of(tmp_path / "a.nii"), V)
+    except BrokenCase as error:
+        assert "cannot be read" in str(error)
+
+
+def test_a_bomb_is_given_up(tmp_path):
+    nib.save(nib.Nifti1Image(V.T[:2, :2, :1], LPS), tmp_path / "a.nii")
+    content = (tmp_path / "a.nii").read_bytes() + bytes(200 * 2**20)
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(content, 1))
+    with pytest.raises(BrokenCase, match="more than its header"):
+        read_volume(tmp_path / "b.nii.gz")
+    write(tmp_path / "c.mha", V[:1, :2, :2], packed=True)
+    content = (tmp_path / "c.mha").read_bytes()
+    head = content[: content.index(b"LOCAL") + 6]
+    (tmp_path / "c.mha").write_bytes(head + zlib.compress(bytes(200 * 2**20), 1))
+    with pytest.raises(BrokenCase, match="more than its header"):
+        read_volume(tmp_path / "c.mha")
