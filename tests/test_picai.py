@@ -169,6 +169,63 @@ def test_a_machines_mask_stands_in_where_there_is_no_human_one(tree: Path) -> No
     assert not any("human_expert" in source for source in case.sources)
 
 
+def move_lesion(copy: Path, case: str, *, to: str, slices: int) -> None:
+    """Write the machine's lesion, of its largest slice alone, `slices` lower into another folder."""
+    mask = sitk.ReadImage(str(copy / "labels" / picai.MACHINE / f"{case}.nii.gz"))
+    values = sitk.GetArrayFromImage(mask)
+    k = int(values.sum(axis=(1, 2)).argmax())
+    moved = np.zeros_like(values)
+    moved[k - slices] = values[k]
+    image = sitk.GetImageFromArray(moved)
+    image.CopyInformation(mask)
+    (copy / "labels" / to).mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(copy / "labels" / to / f"{case}.nii.gz"))
+
+
+def test_an_experts_mask_comes_before_a_machines(copy: Path) -> None:
+    case = "10005_1000050"
+    machine = load(copy, case)
+    move_lesion(copy, case, to=picai.POOCH, slices=3)  # its values are 0 and 1
+    expert = load(copy, case)
+    assert expert.slice_index == machine.slice_index - 3
+    assert expert.sources[-1] == f"csPCa_lesion_delineations/human_expert/Pooch25/{case}.nii.gz"
+    assert not any("Bosma22a" in source for source in expert.sources)
+    move_lesion(copy, case, to=picai.HUMAN, slices=1)  # 1 is ISUP 1 there: harmless
+    assert load(copy, case).slice_index == expert.slice_index, "the expert mask that shows a tumour"
+    file = copy / "labels" / picai.HUMAN / f"{case}.nii.gz"
+    sitk.WriteImage(sitk.ReadImage(str(file)) * 3, str(file))
+    both = load(copy, case)
+    assert both.slice_index == machine.slice_index - 1 and "resampled" in both.sources[-1]
+
+
+def test_an_experts_mask_that_is_empty_or_damaged_is_not_replaced_by_a_machines(copy: Path) -> None:
+    case = "10005_1000050"
+    move_lesion(copy, case, to=picai.POOCH, slices=3)
+    file = copy / "labels" / picai.POOCH / f"{case}.nii.gz"
+    sitk.WriteImage(sitk.ReadImage(str(file)) * 0, str(file))
+    with pytest.raises(BrokenCase, match=r"Pooch25.* is empty"):
+        load(copy, case)
+    file.write_bytes(b"")
+    with pytest.raises(BrokenCase, match=case):
+        load(copy, case)
+
+
+def test_the_manifest_says_whose_mask_a_case_rests_on(copy: Path, tmp_path: Path) -> None:
+    options = {"per_class": 100, "allow_fewer": True}
+    report = prepare(copy, tmp_path / "before", **options)
+    table = load_manifest(tmp_path / "before")
+    machines = table[table["note"] == "lesion mask by a machine"]
+    assert set(machines["patient"]) == {"10005", "10011"}
+    assert machines["sources"].str.contains("AI/Bosma22a/").all()
+    assert any("2 positive cases have no lesion mask by an expert" in n for n in report.notes)
+    move_lesion(copy, "10005_1000050", to=picai.POOCH, slices=3)
+    with pytest.raises(ValueError, match="other cases"):  # not kept: they show another slice
+        prepare(copy, tmp_path / "before", **options)
+    prepare(copy, tmp_path / "after", **options)
+    table = load_manifest(tmp_path / "after")
+    assert set(table[table["note"] != ""]["patient"]) == {"10011"}
+
+
 def test_lesions_below_isup_2_are_no_tumour(copy: Path) -> None:
     file = copy / "labels" / picai.HUMAN / "10001_1000010.nii.gz"
     mask = sitk.ReadImage(str(file))
@@ -227,6 +284,15 @@ def edit(copy: Path, what: str) -> None:
         gland.unlink()
     elif what == "flat":
         sitk.WriteImage(sitk.ReadImage(str(adc)) * 0 + 7, str(adc))
+    elif what in ("nan", "infinity"):
+        volume = sitk.ReadImage(str(adc))
+        values = sitk.GetArrayFromImage(volume).astype(np.float32)
+        values[0, 0, 0] = float(what)
+        spoilt = sitk.GetImageFromArray(values)
+        spoilt.CopyInformation(volume)
+        sitk.WriteImage(spoilt, str(adc))
+    elif what == "half a voxel of mask":
+        sitk.WriteImage(sitk.Cast(sitk.ReadImage(str(gland)), sitk.sitkFloat32) * 0.5, str(gland))
     elif what == "2-D":
         sitk.WriteImage(sitk.ReadImage(str(adc))[:, :, 0], str(adc))
     elif what == "sagittal":
@@ -247,6 +313,9 @@ WRONG = {
     "empty gland": "empty",
     "no gland": r"missing mask \(AI/Bosma22b\)",
     "flat": "one value 7",
+    "nan": "10000_1000000_adc.mha has 1 values that are infinite or not a number",
+    "infinity": "10000_1000000_adc.mha has 1 values that are infinite or not a number",
+    "half a voxel of mask": "no whole numbers",
     "2-D": "not a gray 3-D volume",
     "sagittal": "not an axial volume",
     "elsewhere": "outside T2W's field of view",
@@ -261,7 +330,7 @@ def test_wrong_input_is_a_broken_case_with_a_reason(copy: Path, what: str) -> No
         load(copy, "10000_1000000")
 
 
-@pytest.mark.parametrize("what", ["missing sequence", "truncated", "unsorted", "flat"])
+@pytest.mark.parametrize("what", ["missing sequence", "truncated", "unsorted", "flat", "nan"])
 def test_wrong_input_in_the_papers_geometry(copy: Path, what: str) -> None:
     edit(copy, what)
     with pytest.raises(BrokenCase, match=WRONG[what]):
@@ -290,9 +359,24 @@ def test_wrong_options_and_folders(tree: Path, tmp_path: Path) -> None:
     sheet.write_text("patient_id,study_id\n1,2\n")
     with pytest.raises(ValueError, match="case_csPCa"):
         read_marksheet(tmp_path)
-    sheet.write_text("patient_id,study_id,case_csPCa\n1,2,maybe\n")
-    with pytest.raises(ValueError, match="'maybe'"):
-        read_marksheet(tmp_path)
+    for rows, reason in (
+        ("1,2,maybe", "row 2: case_csPCa is 'maybe'"),
+        ("1,2,YES\n3,4,NO\n1,2,YES", "row 4 names case 1_2 again"),
+        ("1,2,YES\n 1 ,2,NO", "row 3 names case 1_2 again"),
+        ("1,,YES", "row 2 has no patient_id or no study_id"),
+    ):
+        sheet.write_text(f"patient_id,study_id,case_csPCa\n{rows}\n")
+        with pytest.raises(ValueError, match=reason):
+            read_marksheet(tmp_path)
+    sheet.write_text("patient_id,study_id,case_csPCa\n 1,2 ,YES \n")
+    assert read_marksheet(tmp_path)["1_2"].label == "positive"
+
+
+def test_a_case_that_lies_in_two_folders_is_refused(copy: Path, tmp_path: Path) -> None:
+    shutil.copytree(copy / "images" / "10000", copy / "images" / "fold1" / "10000")
+    for use in (lambda: load(copy, "10000_1000000"), lambda: prepare(copy, tmp_path / "out")):
+        with pytest.raises(ValueError, match="10000_1000000 is there twice"):
+            use()
 
 
 def prepare(tree: Path, out: Path, **options):

@@ -1,0 +1,202 @@
+"""One axial slice of a study: volumes of several grids brought to one, windowed, and cut.
+
+Two geometries: in patient space ("physical"), and as the released 2-D conversion of de Wilde et al.
+(2024) does it ("paper"), whose order of operations is reimplemented here, not copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medbudget.data.prepare import BrokenCase
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+Array = NDArray[Any]
+Vector = tuple[float, ...]
+# planes and masks by name, slice index, intensities that became 0 and 255
+Cut = tuple[dict[str, Array], dict[str, Array], int, dict[str, tuple[float, float]]]
+
+SPACING = (3.0, 0.5, 0.5)  # mm: slice, row, column
+GRID = (30, 300, 300)  # voxels: slices, rows, columns
+PERCENTILES = (0.5, 99.9)  # the upper one is high, as a tumour is small and bright in DWI
+CENTRE = (30, 150, 150)  # voxels that set the window: farther out, the coil outshines the prostate
+MARGIN = 12  # voxels around what is resampled; a cubic B-spline has forgotten the rest by then
+
+
+def to_array(image: sitk.Image) -> Array:
+    """Copy a volume's values into an array ``(slices, rows, columns)``."""
+    import SimpleITK as sitk
+
+    return sitk.GetArrayFromImage(image)  # a view would die with a temporary image
+
+
+def cut_physical(
+    volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image], window: str
+) -> Cut:
+    """Cut one slice of one grid in patient space out of all volumes.
+
+    Parameters
+    ----------
+    volumes : mapping of str to SimpleITK.Image
+        By sequence; "t2w" gives the grid (`target_grid`).
+    masks : mapping of str to SimpleITK.Image
+        "gland" and, in a positive case, "tumour", of 0 and 1.
+    window : {"percentile", "volume"}
+    """
+    import SimpleITK as sitk
+
+    # LPS: rows run to the back, columns to the left, however the file was stored
+    origin, direction = target_grid(sitk.DICOMOrient(volumes["t2w"], "LPS"))
+    whole = (GRID, origin, direction)
+    inset = (np.array(GRID) - np.array(CENTRE)) / 2 * np.array(SPACING)
+    centre = (CENTRE, shift(origin, direction, inset), direction)
+    stacks = {
+        name: _resample(mask, *whole, sitk.sitkNearestNeighbor) for name, mask in masks.items()
+    }
+    index = _choose_slice(stacks)
+    corner = shift(origin, direction, (index * SPACING[0], 0, 0))
+    planes, ranges = {}, {}
+    for name, volume in volumes.items():
+        if window == "volume":
+            values = to_array(volume)
+            low, high = float(values.min()), float(values.max())
+        else:
+            values = to_array(_crop_to(volume, *centre, margin=0))
+            low, high = (float(v) for v in np.percentile(values, PERCENTILES))
+        near = _crop_to(volume, (1, *GRID[1:]), corner, direction, margin=MARGIN)
+        near = sitk.Cast(near, sitk.sitkFloat32)
+        plane = _resample(near, (1, *GRID[1:]), corner, direction, sitk.sitkBSpline)[0]
+        planes[name] = quantise(plane, low, high, name)
+        ranges[name] = (low, high)
+    return planes, {name: stack[index] for name, stack in stacks.items()}, index, ranges
+
+
+def cut_paper(volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image]) -> Cut:
+    """Cut as the released script does: every volume on its own, scaled before it is cropped."""
+    import SimpleITK as sitk
+
+    stacks = {
+        name: _crop_centre(_respace(m, sitk.sitkNearestNeighbor)) for name, m in masks.items()
+    }
+    index = _choose_slice(stacks)
+    planes, ranges = {}, {}
+    for name, volume in volumes.items():
+        values = _respace(volume, sitk.sitkBSpline)
+        low, high = float(values.min()), float(values.max())
+        scaled = (values - values.min()) / (values.max() - values.min())
+        planes[name] = (_crop_centre(scaled)[index] * 255).astype(np.uint8)  # the script truncates
+        ranges[name] = (low, high)
+    return planes, {name: stack[index] for name, stack in stacks.items()}, index, ranges
+
+
+def target_grid(t2w: sitk.Image) -> tuple[Vector, Vector]:
+    """Return origin and direction (row-major) of the target grid of a T2W volume.
+
+    The grid continues T2W's own first voxel in steps of the target spacing, and is centred on T2W
+    to within half a step.
+    """
+    spacing = np.array(SPACING[::-1])
+    steps = np.round(np.array(t2w.GetSize()) * np.array(t2w.GetSpacing()) / spacing).astype(int)
+    starts = [_start(int(n), wanted) for n, wanted in zip(steps, GRID[::-1])]
+    direction = np.reshape(t2w.GetDirection(), (3, 3))
+    origin = np.array(t2w.GetOrigin()) + direction @ (np.array(starts) * spacing)
+    return tuple(map(float, origin)), t2w.GetDirection()
+
+
+def shift(
+    origin: Sequence[float], direction: Sequence[float], millimetres: Sequence[float] | Array
+) -> Vector:
+    """Move a point along slice, row and column."""
+    step = np.reshape(direction, (3, 3)) @ np.asarray(millimetres)[::-1]
+    return tuple(map(float, np.asarray(origin) + step))
+
+
+def quantise(values: Array, low: float, high: float, name: str) -> Array:
+    """Map intensities low..high to 0..255, clip and round."""
+    if not high > low:
+        raise BrokenCase(f"sequence {name} has the one value {low:g} around the gland")
+    scaled = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1) * 255
+    return np.rint(scaled).astype(np.uint8)
+
+
+def _choose_slice(masks: Mapping[str, Array]) -> int:
+    """Return the median slice of the gland, or the slice with the largest tumour area."""
+    name = "tumour" if "tumour" in masks else "gland"
+    area = masks[name].reshape(len(masks[name]), -1).sum(axis=1)
+    if not area.any():
+        raise BrokenCase(f"the {name} lies outside the crop of {GRID} voxels")
+    return int(area.argmax()) if name == "tumour" else int(np.median(np.flatnonzero(area)))
+
+
+def _start(length: int, wanted: int) -> int:
+    """Return the first index of a centred crop; negative where it has to be padded instead."""
+    return (length - wanted) // 2 if length >= wanted else -((wanted - length) // 2)
+
+
+def _resample(
+    image: sitk.Image,
+    shape: Sequence[int],
+    origin: Sequence[float],
+    direction: Sequence[float],
+    interpolator: int,
+) -> Array:
+    """Resample onto a grid of the target spacing; 0 outside. One thread: cases run in parallel."""
+    import SimpleITK as sitk
+
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize([int(n) for n in reversed(shape)])
+    resampler.SetOutputSpacing(SPACING[::-1])
+    resampler.SetOutputOrigin(origin)
+    resampler.SetOutputDirection(direction)
+    resampler.SetInterpolator(interpolator)
+    resampler.SetNumberOfThreads(1)
+    return sitk.GetArrayFromImage(resampler.Execute(image))
+
+
+def _crop_to(
+    image: sitk.Image,
+    shape: Sequence[int],
+    origin: Sequence[float],
+    direction: Sequence[float],
+    *,
+    margin: int,
+) -> sitk.Image:
+    """Return the part of a volume under a grid: nothing else is resampled."""
+    axes = np.reshape(direction, (3, 3)) * np.array(SPACING[::-1])
+    far = np.array(shape[::-1]) - 1
+    corners = np.array(np.meshgrid(*[[0, n] for n in far])).reshape(3, -1)
+    points = np.asarray(origin)[:, None] + axes @ corners
+    indices = np.array(
+        [image.TransformPhysicalPointToContinuousIndex(p) for p in points.T.tolist()]
+    )
+    size = np.array(image.GetSize())
+    low = np.clip(np.floor(indices.min(axis=0)) - margin, 0, size - 1).astype(int)
+    high = np.clip(np.ceil(indices.max(axis=0)) + margin, 0, size - 1).astype(int)
+    if (indices.max(axis=0) < -0.5).any() or (indices.min(axis=0) > size - 0.5).any():
+        raise BrokenCase("a sequence lies outside T2W's field of view")
+    return image[tuple(slice(int(a), int(b) + 1) for a, b in zip(low, high))]
+
+
+def _respace(image: sitk.Image, interpolator: int) -> Array:
+    """Resample a whole volume to the target spacing, from its own first voxel."""
+    extent = np.array(image.GetSize()) * np.array(image.GetSpacing())
+    shape = np.round(extent / np.array(SPACING[::-1])).astype(int)[::-1]
+    return _resample(image, shape.tolist(), image.GetOrigin(), image.GetDirection(), interpolator)
+
+
+def _crop_centre(values: Array) -> Array:
+    """Crop or zero-pad to the target size around the array's centre."""
+    out = np.zeros(GRID, values.dtype)
+    source, target = [], []
+    for length, wanted in zip(values.shape, GRID):
+        start = _start(length, wanted)
+        source.append(slice(max(start, 0), max(start, 0) + min(length, wanted)))
+        target.append(slice(max(-start, 0), max(-start, 0) + min(length, wanted)))
+    out[tuple(target)] = values[tuple(source)]
+    return out
