@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as T
 
 from medbudget import make_phantoms, save_images
-from medbudget.artifacts import count_cores, write_json
 from medbudget.augment import HEAVY
 from medbudget.classifier import (
     Cases,
@@ -39,6 +38,8 @@ from medbudget.classifier import (
     make_network,
     train_classifier,
 )
+from medbudget.files import write_json
+from medbudget.results import count_cores
 
 
 def make_cases(split: str, n: int, size: int) -> Cases:

@@ -25,10 +25,11 @@ from medbudget import (
     sample,
     save_images,
 )
-from medbudget.artifacts import hash_file, write_result
 from medbudget.base import Base
 from medbudget.data.folder import prepare_folder
+from medbudget.files import hash_file
 from medbudget.progress import quiet
+from medbudget.results import write_result
 
 SETTINGS = InversionSettings(n_vectors=4, steps=12, lr=0.01, batch_size=2, checkpoint_every=3)
 BATCHES = (1, 2, 3, 5)

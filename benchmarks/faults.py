@@ -460,7 +460,7 @@ def main() -> None:
     names = args.commands.split(",")
     if unknown := sorted(set(names) - set(COMMANDS)):
         parser.error(f"unknown command {unknown[0]}; allowed are {', '.join(COMMANDS)}")
-    from medbudget.artifacts import write_result
+    from medbudget.results import write_result
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     work = args.work.resolve()

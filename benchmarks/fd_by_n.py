@@ -12,8 +12,8 @@ import argparse
 from typing import Any
 
 from medbudget import make_phantoms
-from medbudget.artifacts import write_result
 from medbudget.metrics import features, frechet_interval, kernel_distance
+from medbudget.results import write_result
 
 EXTRACTORS = ("efficientnet-lite0", "layout")
 

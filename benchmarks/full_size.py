@@ -22,8 +22,9 @@ import torch
 import transformers
 
 from medbudget import InversionSettings, invert, load_base, make_phantoms, sample
-from medbudget.artifacts import describe_device, write_json
+from medbudget.files import write_json
 from medbudget.memory import GIB, plan_memory
+from medbudget.results import describe_device
 
 
 def peak() -> float:

@@ -430,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in wrong[:20]:
         print(f"! {line}")
     if args.record:
-        from medbudget.artifacts import write_result
+        from medbudget.results import write_result
 
         peak = max(t["peak MiB"] for t in tally.values())
         rows = [

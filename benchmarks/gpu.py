@@ -28,9 +28,10 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from medbudget import Embedding, InversionSettings, invert, load_base, make_phantoms, sample
-from medbudget.artifacts import describe_device, write_json
 from medbudget.base import Base
+from medbudget.files import write_json
 from medbudget.memory import plan_memory
+from medbudget.results import describe_device
 from medbudget.sources import build_networks, read_architectures
 
 GOALS = {

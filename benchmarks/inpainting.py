@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from medbudget import ellipse, inpaint, load_base, make_phantoms
-from medbudget.artifacts import write_result
 from medbudget.base import Base
 from medbudget.data.phantoms import find_tumours
 from medbudget.inpainting import check_masks, seam_ratio
+from medbudget.results import write_result
 from medbudget.tiny.trained import load_trained
 
 PLACES = {"left": (0.4, 0.55), "right": (0.6, 0.55)}

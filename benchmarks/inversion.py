@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from medbudget import InversionSettings, invert, load_base, make_phantoms, sample
-from medbudget.artifacts import write_result
 from medbudget.base import Base
+from medbudget.results import write_result
 
 
 def make_diffusers_step(base: Base, images: torch.Tensor, batch: int) -> Callable[[], None]:

@@ -19,13 +19,13 @@ import numpy as np
 from measure import judge, peak_memory, run_alone, timed
 from scipy.linalg import sqrtm
 
-from medbudget.artifacts import write_result
 from medbudget.metrics import (
     bootstrap_distances,
     frechet_distance,
     frechet_interval,
     permutation_test,
 )
+from medbudget.results import write_result
 
 N, D = 1000, 2048
 Z = 1.959963984540054

@@ -28,8 +28,8 @@ import numpy as np
 from measure import judge, peak_memory, run_alone, timed
 from PIL import Image
 
-from medbudget.artifacts import write_result
 from medbudget.data import chexpert, pcam, phantom_trees, picai
+from medbudget.results import write_result
 
 CASE = "10795_1000811"
 

@@ -13,9 +13,9 @@ import argparse
 from typing import Any
 
 from medbudget import InversionSettings, Score, invert, load_base, make_phantoms, sample
-from medbudget.artifacts import write_result
 from medbudget.inversion import compute_image_losses
 from medbudget.metrics import membership_inference, memorisation
+from medbudget.results import write_result
 
 CASES = (5, 20, 100)
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from medbudget import load_base
-from medbudget.artifacts import StaleResultError, count_cores, load_result
+from medbudget.results import StaleResultError, count_cores, load_result
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = ("tiny_base", "table2_tiny", "stylegan3_tiny", "table1_tiny", "interpolation_tiny")

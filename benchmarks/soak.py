@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from medbudget import Embedding, load_base, load_images, sample, save_images
-from medbudget.artifacts import write_result
 from medbudget.base import Base
 from medbudget.progress import quiet, tqdm
+from medbudget.results import write_result
 
 ENDINGS = (".safetensors", ".pt", ".bin")
 GOAL = 5.0  # percent

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from medbudget.artifacts import describe_device, write_result
+from medbudget.results import describe_device, write_result
 from medbudget.stylegan3 import (
     TINY,
     Architecture,

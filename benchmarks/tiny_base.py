@@ -33,12 +33,13 @@ from medbudget import (
     make_phantoms,
     sample,
 )
-from medbudget.artifacts import StaleResultError, hash_tensors, load_result, write_result
 from medbudget.base import Base
 from medbudget.classifier import Cases, ClassifierSettings, train_classifier
+from medbudget.files import hash_tensors
 from medbudget.images import find_images
 from medbudget.metrics import auc, frechet_distance, precision_recall
 from medbudget.metrics.features import features
+from medbudget.results import StaleResultError, load_result, write_result
 from medbudget.sampling import BLOCK, denoise, draw_noise, make_sigmas
 from medbudget.tiny.trained import CASES, SHIPPED, load_trained
 

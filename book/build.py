@@ -39,7 +39,7 @@ PUBLISHED = ("book", "notebooks", "results", "_config.yml", "_toc.yml", "README.
 
 def set_environment() -> None:
     """Make runs quiet, offline, and the same whoever starts them."""
-    from medbudget.artifacts import count_cores
+    from medbudget.results import count_cores
 
     defaults = {
         "OMP_NUM_THREADS": str(min(count_cores(), 8)),  # the embedded base is too small for more
@@ -119,7 +119,7 @@ def set_buttons() -> None:
 
 def hash_folder(folder: Path) -> dict[str, str]:
     """Return the hash of every file in a folder that is neither hidden nor compiled Python."""
-    from medbudget.artifacts import hash_file
+    from medbudget.files import hash_file
 
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.parent.name != "__pycache__"]
     return {
@@ -131,7 +131,7 @@ def describe_surroundings() -> dict[str, Any]:
     """Return all that a chapter's outputs depend on, but for its notebook and parameters."""
     import torch
 
-    from medbudget.artifacts import hash_file
+    from medbudget.files import hash_file
 
     return {
         "library": hash_folder(LIBRARY),
@@ -146,7 +146,7 @@ def describe_surroundings() -> dict[str, Any]:
 
 def find_entry(notebook: Path, parameters: Mapping[str, Any], surroundings: dict[str, Any]) -> Path:
     """Return the cache's file for one run of a staged notebook, which need not be there."""
-    from medbudget.artifacts import hash_file, hash_settings
+    from medbudget.files import hash_file, hash_settings
 
     key = {"notebook": hash_file(notebook), "parameters": dict(parameters), **surroundings}
     return CACHE / f"{notebook.stem}-{hash_settings(key)}.json"
@@ -166,7 +166,7 @@ def read_entry(path: Path) -> tuple[str, float] | None:
 
 def write_entry(path: Path, notebook: Path, seconds: float) -> None:
     """Put an executed notebook into the cache, and drop the oldest entries of its chapter."""
-    from medbudget.artifacts import write_json
+    from medbudget.files import write_json
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"seconds": seconds, "notebook": notebook.read_text(encoding="utf-8")})
@@ -230,7 +230,8 @@ def record_times(seconds: Mapping[str, float]) -> None:
     """Write the chapters' times down, and into the README."""
     from timings import fill_readme
 
-    from medbudget.artifacts import write_result, write_text
+    from medbudget.files import write_text
+    from medbudget.results import write_result
 
     command = "python book/build.py --fresh --record"
     values = {"seconds": dict(seconds)}
@@ -290,7 +291,7 @@ def build_site() -> bool:
 
 def build_site_if_changed(surroundings: dict[str, Any]) -> tuple[bool, bool]:
     """Build the site unless the one there is of the same pages; return (good, built now)."""
-    from medbudget.artifacts import hash_settings, write_text
+    from medbudget.files import hash_settings, write_text
 
     stamp = BUILD / "site.txt"
     key = hash_settings({"stage": hash_folder(STAGE), "date": read_date(), **surroundings})

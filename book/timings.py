@@ -79,7 +79,7 @@ def fill_chapters(page: str, seconds: dict[str, float]) -> str:
     """Put the seconds of each chapter that was run in the place of their mark."""
     if not seconds:
         return page.replace(CHAPTERS, "```{note}\nThis build ran no chapter.\n```")
-    from medbudget.artifacts import describe_machine
+    from medbudget.results import describe_machine
 
     rows = [[f"[](../notebooks/{name}.ipynb)", f"{value:.0f}"] for name, value in seconds.items()]
     return page.replace(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from medbudget.artifacts import hash_tensors
 from medbudget.embeddings import MAX_VECTORS, Embedding
+from medbudget.files import hash_tensors
 from medbudget.images import check_images
 from medbudget.prompts import TOKEN
 from medbudget.sources import (

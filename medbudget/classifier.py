@@ -22,16 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from medbudget import __version__
-from medbudget.artifacts import (
-    check_writable,
-    hash_tensors,
-    hold,
-    load_checkpoint,
-    remove_checkpoint,
-    save_checkpoint,
-    write_json,
-)
+from medbudget.artifacts import load_checkpoint, remove_checkpoint, save_checkpoint
 from medbudget.augment import LEVELS, augment
+from medbudget.files import check_writable, hash_tensors, hold, write_json
 from medbudget.images import ImageError, check_images, find_images, load_images
 from medbudget.metrics.auc import (
     Difference,

@@ -195,8 +195,8 @@ def invert(
     """Train an embedding on a folder of images (Textual Inversion)."""
     from medbudget import InversionSettings, load_base
     from medbudget import invert as run
-    from medbudget.artifacts import check_writable, hold
     from medbudget.embeddings import check_token
+    from medbudget.files import check_writable, hold
 
     check_token(token)
     if out.suffix not in (".safetensors", ".pt", ".bin"):
@@ -297,7 +297,7 @@ def sample(
     """Generate images from a prompt; a command that was stopped goes on where it was."""
     from medbudget import Embedding, load_base, save_images
     from medbudget import sample as run
-    from medbudget.artifacts import check_writable, hold
+    from medbudget.files import check_writable, hold
     from medbudget.images import read_record
     from medbudget.progress import quiet, tqdm
     from medbudget.sampling import BLOCK, check_numbers, default_steps, total_guidance
@@ -350,7 +350,7 @@ def sample(
 
 def _describe_images(base: Any, words: list[Any], **settings: Any) -> dict[str, Any]:
     """Return what is written into every synthetic image's file."""
-    from medbudget.artifacts import hash_tensors
+    from medbudget.files import hash_tensors
 
     return {
         "synthetic": True,
@@ -396,7 +396,7 @@ def inpaint_command(
     import torch
 
     from medbudget import Embedding, load_base, save_images
-    from medbudget.artifacts import check_writable, hold
+    from medbudget.files import check_writable, hold
     from medbudget.images import find_images
     from medbudget.inpainting import check_masks
     from medbudget.inpainting import inpaint as run
@@ -507,7 +507,7 @@ def evaluate(
     """Score generated images against real ones, beside the real-versus-real floor."""
     from medbudget import evaluate as run
     from medbudget import load_images
-    from medbudget.artifacts import check_writable
+    from medbudget.files import check_writable
     from medbudget.metrics import format_table, to_json
 
     if pairs is not None and train is None:
@@ -549,7 +549,7 @@ def evaluate(
 def _write_pairs(made: Any, learned: Any, path: Path) -> None:
     """Draw the synthetic images nearest to training images (in pixels) above their neighbours."""
     from medbudget import plots
-    from medbudget.artifacts import atomic_path
+    from medbudget.files import atomic_path
     from medbudget.metrics import pixel_neighbours
 
     distance, index = pixel_neighbours(made, learned)
@@ -599,7 +599,6 @@ def classify(
     """Train classifiers on real and on real + synthetic images; compare them on a test set."""
     import torch
 
-    from medbudget.artifacts import check_writable, hold
     from medbudget.classifier import (
         ClassifierSettings,
         check_splits,
@@ -608,6 +607,7 @@ def classify(
         score_gain,
         score_runs,
     )
+    from medbudget.files import check_writable, hold
     from medbudget.metrics import bootstrap_auc, delong_difference, format_table, to_json
 
     folders = {"train": train, "val": val, "test": test}
@@ -669,7 +669,7 @@ def _write_scores(path: Path, test: Any, found: dict[str, Any], seed: int) -> No
     """Write one line for each case, training set and run."""
     import csv
 
-    from medbudget.artifacts import atomic_path
+    from medbudget.files import atomic_path
 
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
@@ -701,7 +701,7 @@ def _prepare(
     **options: Any,
 ) -> None:
     """Run a preparation and print what it did; broken cases make the exit code 1."""
-    from medbudget.artifacts import count_cores
+    from medbudget.results import count_cores
 
     report = run(*folders, workers=count_cores() if workers is None else workers, **options)
     print(report)
@@ -919,7 +919,7 @@ def embedding_card(
 ) -> None:
     """Write the model card of an embedding: data, licence, steps, base, scores, use, limits."""
     from medbudget import Embedding
-    from medbudget.artifacts import check_writable, write_text
+    from medbudget.files import check_writable, write_text
     from medbudget.hub import make_card, read_scores
 
     card = make_card(Embedding.load(file), scores=read_scores(scores), licence=licence)
@@ -1104,7 +1104,7 @@ def _run_study(
 ) -> None:  # fmt: skip
     import torch
 
-    from medbudget.artifacts import count_cores
+    from medbudget.results import count_cores
     from medbudget.studies import measure_speed, plan, run, write_report
 
     study, results = _plan_study(name, preset, store, data)
@@ -1315,7 +1315,7 @@ def reader_export(
     out: Annotated[Path, typer.Option(help="HTML file")],
 ) -> None:
     """Write the study as one page that works offline in a browser, without Python."""
-    from medbudget.artifacts import check_writable
+    from medbudget.files import check_writable
     from medbudget.reader import ReaderStudy
 
     check_writable(out)
@@ -1336,7 +1336,7 @@ def reader_analyse(
     out: Annotated[Path | None, typer.Option(help="also write the scores as JSON")] = None,
 ) -> None:
     """Import answers, open the key, test preference, sides and agreement."""
-    from medbudget.artifacts import check_writable
+    from medbudget.files import check_writable
     from medbudget.metrics import format_table, to_json
     from medbudget.reader import ReaderStudy, required_pairs
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 
-from medbudget.artifacts import check_writable, write_bytes
+from medbudget.files import check_writable, write_bytes
 from medbudget.pickles import RefusedError, read_torch
 
 MAX_VECTORS = 74

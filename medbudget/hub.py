@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medbudget.artifacts import atomic_path, check_writable, write_text
 from medbudget.embeddings import Embedding, EmbeddingError
+from medbudget.files import atomic_path, check_writable, write_text
 from medbudget.sources import KNOWN_CHECKPOINTS, is_offline
 
 PAPER_URL = (

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from medbudget.artifacts import atomic_path
+from medbudget.files import atomic_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 # Pillow goes by content, not by name, and hands PostScript to another program: never let it

@@ -20,15 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from medbudget import __version__
-from medbudget.artifacts import (
-    check_writable,
-    hash_tensors,
-    hold,
-    load_checkpoint,
-    save_checkpoint,
-)
+from medbudget.artifacts import load_checkpoint, save_checkpoint
 from medbudget.base import Base
 from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
+from medbudget.files import check_writable, hash_tensors, hold
 from medbudget.images import check_images
 from medbudget.memory import GIB, plan_memory
 from medbudget.processes import stoppable

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripts import load_script
 
-from medbudget.artifacts import write_result
+from medbudget.results import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 

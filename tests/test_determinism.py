@@ -28,7 +28,7 @@ import pytest
 import torch
 
 from medbudget import Embedding, InversionSettings, invert, load_base, make_phantoms, sample
-from medbudget.artifacts import load_result
+from medbudget.results import load_result
 
 WORD = Embedding(torch.randn(4, 96, generator=torch.Generator().manual_seed(0)), "<x>")
 DRAW = {"embeddings": [WORD], "steps": 6, "seed": 5}

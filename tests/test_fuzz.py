@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripts import load_script
 
-from medbudget import artifacts
+from medbudget import files, results
 from medbudget.data.folder import prepare_folder
 from medbudget.data.prepare import read_table
 from medbudget.prompts import PromptError, format_prompt, parse_prompt
@@ -80,7 +80,7 @@ def test_preparing_damaged_files_leaves_nothing_half_written(fuzz, tmp_path):
     rows = read_table(tmp_path / "out" / "manifest.csv")
     assert len(rows) == report.made
     for row in rows:
-        assert artifacts.hash_file(tmp_path / "out" / row["file"]) == row["sha256"]
+        assert files.hash_file(tmp_path / "out" / row["file"]) == row["sha256"]
     known = {"manifest.csv", "settings.json", "contact_sheet.png", *(row["file"] for row in rows)}
     found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
     assert found == known
@@ -140,7 +140,7 @@ def test_fields_come_back_as_they_were_written(tmp_path, rows):
 
 
 def test_the_recorded_run_is_long_and_without_harm(fuzz):
-    found = artifacts.load_result("fuzz")
+    found = results.load_result("fuzz")
     rows = found["rows"]
     assert found["peak_mib"] < 2000
     assert {row["format"] for row in rows} == set(fuzz.READERS)

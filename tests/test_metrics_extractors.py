@@ -125,7 +125,7 @@ def test_missing_weights_name_the_offline_extractor(tmp_path, monkeypatch):
 def test_a_download_is_announced_and_checked(tmp_path, capsys):
     source = tmp_path / "weights.pth"
     torch.save({"a": torch.zeros(3)}, source)
-    from medbudget.artifacts import hash_file
+    from medbudget.files import hash_file
 
     right = hash_file(source)[:8]
     path = extractors.download("thing", source.as_uri(), right)

@@ -83,7 +83,7 @@ def test_the_wheel_works_outside_the_checkout(files: tuple[Path, Path], tmp_path
         call([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], tmp_path)
         where = call([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], home)
         Path(where.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    where = "import medbudget; from medbudget.artifacts import results_folder as f; "
+    where = "import medbudget; from medbudget.results import results_folder as f; "
     where += "print(medbudget.__file__, *f().glob('*.json'), sep='\\n')"
     package, *results = call([python, "-c", where], tmp_path).split("\n")
     assert Path(package).is_relative_to(home) and any(results)

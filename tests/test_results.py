@@ -10,13 +10,8 @@ from pathlib import Path
 import pytest
 from scripts import load_script
 
-from medbudget.artifacts import (
-    StaleResultError,
-    load_result,
-    results_folder,
-    write_result,
-)
 from medbudget.cli import app
+from medbudget.results import StaleResultError, load_result, results_folder, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "results").glob("*"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medbudget.artifacts import hold, lock_file
+from medbudget.files import hold, lock_file
 from medbudget.studies import (
     PRESETS,
     Store,

@@ -121,7 +121,7 @@ def test_command_line_refuses_with_one_line(medbudget, tmp_path):
 
 
 def test_shipped_snapshots_fit_the_record(tiny):
-    from medbudget.artifacts import load_result
+    from medbudget.results import load_result
 
     recorded = load_result("stylegan3_tiny", base_hash=tiny.hash)
     shots = study.load_snapshots(recorded["snapshots"])

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medbudget import artifacts
 from medbudget.data.prepare import (
     BrokenCase,
     Item,
@@ -46,6 +45,7 @@ from medbudget.data.splits import (
     split_in_proportion,
     split_patients,
 )
+from medbudget.files import check_writable, hash_file, write_text
 from medbudget.images import fit_square, from_pil
 
 PERCENTILES = (0.5, 99.5)
@@ -400,7 +400,7 @@ def _make(
     volume = len(pixels.values) > 1
     return Made(
         from_pil(fit_square(image, size)),
-        (f"sha256:{artifacts.hash_file(root / source.files[0])}",),
+        (f"sha256:{hash_file(root / source.files[0])}",),
         window=said + (f", {pixels.note}" if pixels.note else ""),
         slice_index=index if volume else None,
         spacing=(1 / scale, 1 / scale) if pixels.spacing else None,
@@ -481,5 +481,5 @@ def _write_key(key: Path, entries: Sequence[Entry], numbers: Mapping[str, str]) 
         (numbers[e.patient], e.patient, e.source.files[0]) for e in entries if e.patient in numbers
     ]
     writer.writerows(sorted(rows))
-    artifacts.check_writable(key)
-    artifacts.write_text(key, text.getvalue())
+    check_writable(key)
+    write_text(key, text.getvalue())

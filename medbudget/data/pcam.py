@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from medbudget.artifacts import atomic_path
 from medbudget.data.prepare import Item, Made, Report, check_settings, prepare_items, read_table
 from medbudget.data.splits import shuffle
+from medbudget.files import atomic_path
 from medbudget.images import from_pil
 from medbudget.progress import tqdm
 

@@ -23,8 +23,16 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from medbudget import artifacts
 from medbudget.data.splits import SPLITS
+from medbudget.files import (
+    atomic_path,
+    check_writable,
+    hash_file,
+    hash_settings,
+    hold,
+    write_json,
+    write_text,
+)
 from medbudget.images import save_images
 from medbudget.processes import start_worker
 from medbudget.progress import tqdm
@@ -218,8 +226,8 @@ def prepare_items(
         twice = next(f for f in files if files.count(f) > 1)
         raise ValueError(f"two items would be written to {twice}")
     out = Path(out)
-    artifacts.check_writable(out / "settings.json")
-    with artifacts.hold(out):
+    check_writable(out / "settings.json")
+    with hold(out):
         _settle(out, settings, items)
         return _prepare(items, make, out, spares or {}, notes, workers)
 
@@ -304,7 +312,7 @@ def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> No
     now = {
         "medbudget": __version__,
         **json.loads(json.dumps(dict(settings))),
-        "selection": artifacts.hash_settings({"items": chosen}),
+        "selection": hash_settings({"items": chosen}),
     }
     file = out / "settings.json"
     if file.is_file():
@@ -325,7 +333,7 @@ def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> No
         raise ValueError(
             f"{out} is not empty and has no settings.json of an earlier run; choose a new folder"
         )
-    artifacts.write_json(file, now)
+    write_json(file, now)
 
 
 def _read_done(out: Path) -> dict[str, dict[str, Any]]:
@@ -343,7 +351,7 @@ def _read_done(out: Path) -> dict[str, dict[str, Any]]:
         for row in rows
         if not any(".." in Path(p).parts for p in (row["file"], *_masks_of(row).values()))
         and (out / row["file"]).is_file()
-        and artifacts.hash_file(out / row["file"]) == row["sha256"]
+        and hash_file(out / row["file"]) == row["sha256"]
         and all((out / mask).is_file() for mask in _masks_of(row).values())
     }
 
@@ -410,7 +418,7 @@ def _make_one(
         "window": made.window,
         "masks": " | ".join(f"{name}={file}" for name, file in masks.items()),
         "note": item.note,
-        "sha256": artifacts.hash_file(path),
+        "sha256": hash_file(path),
     }
     # By who made it: a parent that lags behind and is killed would have it made again.
     with open(out / JOURNAL, "a", encoding="utf-8") as journal:
@@ -428,7 +436,7 @@ def _write_manifest(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows[name] for name in sorted(rows))
-    artifacts.write_text(out / "manifest.csv", text.getvalue())
+    write_text(out / "manifest.csv", text.getvalue())
 
 
 def _write_contact_sheet(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -449,7 +457,7 @@ def _write_contact_sheet(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> No
             with Image.open(out / name) as image:
                 image.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
                 sheet.paste(image, (gap + c * (THUMB + gap), y + line))
-    with artifacts.atomic_path(out / "contact_sheet.png") as temporary:
+    with atomic_path(out / "contact_sheet.png") as temporary:
         sheet.save(temporary, format="PNG")
 
 

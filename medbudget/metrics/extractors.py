@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medbudget.artifacts import hash_file, hash_tensors
+from medbudget.files import hash_file, hash_tensors
 from medbudget.metrics.features import (
     OFFLINE,
     Extractor,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medbudget.artifacts import atomic_path, hash_file
+from medbudget.files import atomic_path, hash_file
 from medbudget.images import check_images
 from medbudget.progress import tqdm
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.linalg import qr, svd, svdvals
 from threadpoolctl import threadpool_limits
 
-from medbudget.artifacts import count_cores
+from medbudget.results import count_cores
 
 Array = npt.NDArray[np.float64]
 Features = npt.ArrayLike

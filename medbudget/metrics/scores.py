@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from medbudget.artifacts import write_text
+from medbudget.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from medbudget.artifacts import write_text
+from medbudget.files import write_text
 
 SIDES = ("left", "right")
 CHOICES = (*SIDES, "none")  # none: no preference

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medbudget.artifacts import InUseError, hold, write_json, write_text
+from medbudget.files import InUseError, hold, write_json, write_text
 from medbudget.images import find_images, load_image, to_pil
 from medbudget.metrics.scores import Score
 from medbudget.progress import tqdm

@@ -12,8 +12,8 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
-from medbudget.artifacts import write_json
 from medbudget.data.phantoms import KINDS as PHANTOMS
+from medbudget.files import write_json
 from medbudget.metrics import disease_axis, disease_score
 from medbudget.studies.tables import (
     Row,

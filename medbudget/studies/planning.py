@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from medbudget.artifacts import write_json
+from medbudget.files import write_json
 from medbudget.progress import quiet
 from medbudget.studies.tasks import KINDS, Store, Task, ensure, in_order, warm_up
 

@@ -13,8 +13,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from medbudget.artifacts import atomic_path, write_result, write_text
+from medbudget.files import atomic_path, write_text
 from medbudget.images import make_grid, to_pil
+from medbudget.results import write_result
 from medbudget.studies.planning import plan
 from medbudget.studies.tables import Study
 from medbudget.studies.tasks import Store, Task, in_order, read_images

@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from medbudget.artifacts import check_writable, hash_tensors, hold, write_json, write_result
 from medbudget.base import Base, load_base
 from medbudget.data.phantoms import make_phantoms
 from medbudget.embeddings import Embedding
+from medbudget.files import check_writable, hash_tensors, hold, write_json
 from medbudget.images import find_images, load_image, load_images, make_grid, save_images
 from medbudget.inversion import InversionSettings, invert
 from medbudget.metrics.evaluation import evaluate
 from medbudget.metrics.scores import Score
+from medbudget.results import write_result
 from medbudget.sampling import sample
 from medbudget.studies.tasks import read_source
 from medbudget.stylegan3 import StyleGAN3, StyleGAN3Settings, train_stylegan3

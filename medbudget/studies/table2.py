@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from medbudget.artifacts import hash_tensors, write_json
 from medbudget.classifier import (
     Cases,
     ClassifierSettings,
@@ -27,6 +26,7 @@ from medbudget.classifier import (
     train_classifier,
 )
 from medbudget.embeddings import Embedding
+from medbudget.files import hash_tensors, write_json
 from medbudget.metrics.auc import (
     Difference,
     auc,

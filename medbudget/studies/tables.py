@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from medbudget.artifacts import hash_tensors
+from medbudget.files import hash_tensors
 from medbudget.inversion import InversionSettings
 from medbudget.studies.tasks import BLOCK, Task, read_source
 

@@ -21,20 +21,20 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
-from medbudget.artifacts import (
+from medbudget.artifacts import remove_checkpoint
+from medbudget.base import Base, load_base
+from medbudget.data.phantoms import make_phantoms
+from medbudget.embeddings import Embedding
+from medbudget.files import (
     InUseError,
     hash_settings,
     hash_tensors,
     hold,
     lock_file,
-    remove_checkpoint,
     write_bytes,
     write_json,
     write_text,
 )
-from medbudget.base import Base, load_base
-from medbudget.data.phantoms import make_phantoms
-from medbudget.embeddings import Embedding
 from medbudget.images import load_images
 from medbudget.inversion import InversionSettings, invert
 from medbudget.metrics import permutation_test

@@ -21,14 +21,8 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from medbudget import __version__
-from medbudget.artifacts import (
-    check_writable,
-    hash_tensors,
-    hold,
-    load_checkpoint,
-    save_checkpoint,
-    write_bytes,
-)
+from medbudget.artifacts import load_checkpoint, save_checkpoint
+from medbudget.files import check_writable, hash_tensors, hold, write_bytes
 from medbudget.images import check_images
 from medbudget.metrics.evaluation import frechet_score
 from medbudget.metrics.features import features, load_extractor

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from scipy.ndimage import gaussian_filter
 
-from medbudget.artifacts import atomic_path
 from medbudget.data.phantoms import KINDS, SPLITS, make_phantoms
+from medbudget.files import atomic_path
 from medbudget.metrics.auc import auc
 from medbudget.metrics.disease import FILE, SIZE, disease_features
 from medbudget.metrics.features import OFFLINE, load_extractor

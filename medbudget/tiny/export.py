@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from medbudget.artifacts import write_json
+from medbudget.files import write_json
 from medbudget.tiny import model, words
 
 WEIGHTS = Path(__file__).parent / "weights"

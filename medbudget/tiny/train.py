@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from medbudget.artifacts import atomic_path, describe_device
+from medbudget.files import atomic_path
 from medbudget.inversion import min_snr_weights
 from medbudget.metrics.features import efficientnet_network
 from medbudget.progress import tqdm
+from medbudget.results import describe_device
 from medbudget.tiny import corpus, model, words
 from medbudget.tiny.export import WEIGHTS
 

@@ -1,0 +1,208 @@
+"""Write files that are whole or absent, lock outputs, hash contents, never replace by accident."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from filelock import FileLock, Timeout
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+STALE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what `atomic_path` of a killed process leaves
+
+
+class InUseError(RuntimeError):
+    """Another process writes the same output."""
+
+
+def lock_file(path: PathLike) -> Path:
+    """Return the file that `hold` locks for an output: in a folder, or beside a file."""
+    path = Path(path)
+    return path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
+def hold(path: PathLike | None, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from writing an output, and remove temporary files of killed ones.
+
+    Parameters
+    ----------
+    path : path or None
+        A file, there or not, or a folder that is there. None: nothing to hold.
+    wait : bool
+        Wait while another process holds it, instead of raising InUseError.
+    """
+    if path is None:
+        yield
+        return
+    file = lock_file(path)
+    try:
+        with FileLock(file, timeout=-1 if wait else 0):
+            prefix = "." if Path(path).is_dir() else f".{Path(path).name}."
+            for left in file.parent.iterdir():
+                if left.name.startswith(prefix) and STALE.fullmatch(left.name):
+                    left.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows removes no open file: filelock does it there
+                    file.unlink()
+    except Timeout:
+        raise InUseError(
+            f"{path} is being written by another process: wait until it has ended, or choose "
+            "another place"
+        ) from None
+
+
+@contextmanager
+def atomic_path(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
+
+    On any exception the temporary file is removed and `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        reason = os.strerror(error.errno)
+        raise OSError(error.errno, f"cannot write {path}: {reason}; it is as it was") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: PathLike, content: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write a text file atomically (UTF-8)."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write JSON atomically: indented, in the order given."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_writable(path: PathLike) -> Path:
+    """Return `path` if a file can be created there, else raise before any work is done.
+
+    Missing parent folders are made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent, prefix="."):
+            pass
+    except OSError as error:
+        reason = f"{path.parent} is a file" if path.parent.is_file() else error.strerror
+        raise type(error)(f"cannot write {path} ({reason}); choose another place") from None
+    return path
+
+
+def check_output(
+    path: PathLike,
+    record: Mapping[str, Any] | None = None,
+    read: Callable[[Path], Mapping[str, Any] | None] | None = None,
+    *,
+    overwrite: bool = False,
+) -> bool:
+    """Tell whether an output is there as this call would make it; refuse to replace any other.
+
+    The one rule against overwriting, of all functions and commands that write.
+
+    Parameters
+    ----------
+    path : path
+        A file, there or not.
+    record : mapping, optional
+        What this call would note about the file.
+    read : callable, optional
+        ``read(path)`` returns what is noted about the file that is there, None if nothing is.
+    overwrite : bool
+        Replace whatever is there.
+
+    Raises
+    ------
+    FileExistsError
+        Says which settings differ, if the file says how it was made.
+    """
+    path = Path(path)
+    if overwrite or not (path.exists() or path.is_symlink()):
+        check_writable(path)
+        return False
+    stored = read(path) if read is not None else None
+    if stored is not None and stored == record:
+        return True
+    reason = "is there already"
+    if stored and record:
+        reason += f", made with other settings: {describe_difference(stored, record)}"
+    raise FileExistsError(
+        f"{path} {reason}; choose another place, or add --overwrite (overwrite=True) to replace it"
+    )
+
+
+def check_apart(out: PathLike, *inputs: PathLike | None) -> None:
+    """Refuse an output folder, or an output's folder, that is an input or lies inside one."""
+    place = Path(out).resolve()
+    for source in inputs:
+        if source is not None and Path(source).resolve() in (place, *place.parents):
+            raise ValueError(
+                f"output {out} lies inside the input {source}, where the next run would read it "
+                "as an input: choose another place"
+            )
+
+
+def describe_difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Say in words which entries differ: ``steps (25 there, 50 now)``."""
+    return ", ".join(
+        f"{key} ({stored.get(key)} there, {wanted.get(key)} now)"
+        for key in dict.fromkeys([*wanted, *stored])
+        if stored.get(key) != wanted.get(key)
+    )
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the first 12 hex digits of SHA-256 over names, shapes, dtypes and bytes, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def hash_settings(settings: Mapping[str, Any]) -> str:
+    """Return 12 hex digits that name the settings, independent of the order of keys."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def hash_file(path: PathLike) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
