@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_prepares_random_training_patches_of_both_classes(folder: Path, tmp_path
 
 def test_slides_are_patients_where_they_are_known(folder: Path, tmp_path: Path) -> None:
     lines = ["coord_y,coord_x,tumor_patch,center_tumor_patch,wsi"]
-    lines += [f"0,0,False,False,slide_{i // 6}" for i in range(24)]
+    lines += [f"0,0,False,{i % 2 == 1},slide_{i // 6}" for i in range(24)]
     meta = folder / "camelyonpatch_level_2_split_train_meta.csv"
     meta.write_text("\n".join(lines))
     prepare_pcam(folder, tmp_path / "out", size=32, per_class=4)
@@ -119,6 +120,116 @@ def test_reference_patches_are_of_the_validation_split(folder: Path, tmp_path: P
     for wrong in ({"reference": -1}, {"per_class": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
             prepare_pcam(folder, tmp_path / "x", **wrong)
+
+
+def rewrite(folder: Path, name: str, values: np.ndarray) -> None:
+    with h5py.File(folder / f"camelyonpatch_level_2_split_{name}.h5", "w") as file:
+        file.create_dataset(name[-1], data=values)
+
+
+def write_meta(folder: Path, split: str, labels, slide: str = "slide") -> None:
+    lines = ["coord_y,coord_x,tumor_patch,center_tumor_patch,wsi"]
+    lines += [f"0,0,True,{bool(label)},{slide}_{i // 6}" for i, label in enumerate(labels)]
+    file = folder / f"camelyonpatch_level_2_split_{split}_meta.csv"
+    file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("part", ["x", "y"])
+@pytest.mark.parametrize("rows", [5, 7, 9])
+def test_patches_and_labels_of_different_splits_are_refused(folder: Path, part, rows) -> None:
+    values = np.resize(raw(folder, "valid"), (rows, 96, 96, 3))
+    labels = (np.arange(rows, dtype=np.uint8) % 2).reshape(rows, 1, 1, 1)
+    rewrite(folder, f"valid_{part}", values if part == "x" else labels)
+    counts = (rows, 8) if part == "x" else (8, rows)
+    for use in (
+        lambda: list(iterate_patches(folder, "val", size=96)),
+        lambda: load_labels(folder, "val"),
+        lambda: load_patches(folder, "val", [0]),
+        lambda: prepare_pcam(folder, folder / "out", per_class=2, reference=2),
+    ):
+        with pytest.raises(OSError, match="different splits") as caught:
+            use()
+        assert all(f" {n}" in str(caught.value) for n in counts)
+    assert not (folder / "out").exists()
+
+
+def test_labels_that_contradict_the_meta_table_are_refused(folder: Path, tmp_path: Path) -> None:
+    labels = np.arange(24) % 2
+    write_meta(folder, "train", labels)
+    prepare_pcam(folder, tmp_path / "agree", per_class=8, size=96)
+    write_meta(folder, "train", 1 - labels)
+    with pytest.raises(ValueError, match=r"disagree about 24 of 24 patches .*patch 0"):
+        prepare_pcam(folder, tmp_path / "out", per_class=8, size=96)
+    write_meta(folder, "train", [*labels[:23], 0])
+    with pytest.raises(ValueError, match=r"disagree about 1 of 24 patches .*patch 23"):
+        load_labels(folder, "train")
+    write_meta(folder, "valid", np.arange(7) % 2)
+    with pytest.raises(ValueError, match="7 rows"):
+        list(iterate_patches(folder, "val", size=96))
+
+
+def test_the_reference_shares_neither_pixels_nor_slides_with_training(
+    folder: Path, tmp_path: Path
+) -> None:
+    labels = load_labels(folder, "val").numpy()
+    values = raw(folder, "valid")
+    values[:2] = raw(folder)[:2]  # one patch of each class
+    rewrite(folder, "valid_x", values)
+    report = prepare_pcam(folder, tmp_path / "a", size=96, per_class=12, reference=3)
+    names = set(load_manifest(tmp_path / "a").query("split == 'reference'")["file"])
+    assert report.counts["reference", "normal"] == 3
+    assert not any("val_000000" in name or "val_000001" in name for name in names)
+    assert any("2 patches of the official val split" in note for note in report.notes)
+    with pytest.raises(ValueError, match="4 wanted for reference, there are 3"):
+        prepare_pcam(folder, tmp_path / "b", size=96, per_class=12, reference=4)
+    write_meta(folder, "train", np.arange(24) % 2)
+    write_meta(folder, "valid", labels)  # slides 0 and 1, of which training has both
+    with pytest.raises(ValueError, match="1 wanted for reference, there are 0"):
+        prepare_pcam(folder, tmp_path / "c", size=96, per_class=12, reference=1)
+
+
+def test_equal_patches_in_one_class_are_noted_and_in_two_refused(folder, tmp_path) -> None:
+    values = raw(folder)
+    values[2] = values[0]
+    rewrite(folder, "train_x", values)
+    report = prepare_pcam(folder, tmp_path / "out", size=96, per_class=12)
+    assert any("1 patches of train have the same pixels" in note for note in report.notes)
+    values[3] = values[0]
+    rewrite(folder, "train_x", values)
+    with pytest.raises(
+        ValueError, match=r"train_00000\d \(normal\) and train_000003 \(metastasis\)"
+    ):
+        prepare_pcam(folder, tmp_path / "two", size=96, per_class=12)
+
+
+def pack(folder: Path, name: str) -> Path:
+    file = folder / f"camelyonpatch_level_2_split_{name}.h5"
+    packed = file.with_name(f"{file.name}.gz")
+    packed.write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+    file.unlink()
+    return packed
+
+
+def test_official_files_have_their_official_sums(folder, monkeypatch) -> None:
+    """The published sums cannot be met by phantoms, so other sums stand in for them."""
+    assert pcam.MD5["test_x"] == "d8c2d60d490dbd479f8199bdfa0cf6ec"  # torchvision's, not swapped
+    for name in ("valid_x", "valid_y", "test_x"):
+        packed = pack(folder, name)
+        monkeypatch.setitem(pcam.MD5, name, hashlib.md5(packed.read_bytes()).hexdigest())
+    test = folder / "camelyonpatch_level_2_split_test_x.h5.gz"
+    valid = test.with_name(test.name.replace("test", "valid"))
+    keep = valid.read_bytes()
+    valid.write_bytes(test.read_bytes())
+    with pytest.raises(OSError, match="is the official test_x by its MD5 sum"):
+        load_patches(folder, "val", [0])
+    assert not valid.with_suffix("").exists()
+    valid.write_bytes(keep)
+    assert len(load_patches(folder, "val", [0], size=96)) == 1
+    monkeypatch.setitem(pcam.OFFICIAL, "test", 8)
+    monkeypatch.setitem(pcam.MD5, "test_x", "0" * 32)
+    with pytest.raises(OSError, match=r"has the MD5 sum .*the official one is 000"):
+        load_patches(folder, "test", [0])
+    assert not test.with_suffix("").exists() and not list(folder.glob(".*"))
 
 
 def test_packed_files_are_unpacked_once_and_damage_is_told(folder: Path) -> None:

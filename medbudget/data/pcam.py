@@ -7,8 +7,10 @@ official splits are by slide. Validation and test are used in full, straight fro
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -32,38 +34,67 @@ EDGE = 96
 MAX_UNPACKED = 8 * 2**30  # the largest official file has 6.8 GiB
 MAX_CHUNK = 64 * 2**20
 SPACING_MM = 0.000972  # 10x of CAMELYON16: 0.972 um a pixel
+OFFICIAL = {"train": 2**18, "val": 2**15, "test": 2**15}  # patches
+MD5 = {  # of the official .h5.gz; the project's own page has valid and test swapped (its issue 4)
+    "train_x": "1571f514728f59376b705fc836ff4b63",
+    "train_y": "35c2d7259d906cfc8143347bb8e05be7",
+    "valid_x": "d5b63470df7cfa627aeec8b9dc0c066e",
+    "valid_y": "2b85f58b927af9964a4c15b8f7e8f179",
+    "test_x": "d8c2d60d490dbd479f8199bdfa0cf6ec",
+    "test_y": "60a7035772fbdb7f34eb86d4420cf66a",
+}
+
+
+def find_split(path: str | os.PathLike[str]) -> tuple[Path, str] | None:
+    """Return folder and split of an official patch file, ``…_test_x.h5``, or None for other paths."""
+    name = re.fullmatch(r"camelyonpatch_level_2_split_(\w+)_[xy]\.h5(\.gz)?", Path(path).name)
+    return next(((Path(path).parent, k) for k, v in SPLITS.items() if name and v == name[1]), None)
 
 
 def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
     """Open one official file: an `h5py.File`, to be closed by the caller.
 
-    A file that lies there only as ``.h5.gz`` is first unpacked beside it, once.
+    A file that lies there only as ``.h5.gz`` is first unpacked beside it, once, and its MD5 sum is
+    compared with the official one.
 
     Parameters
     ----------
     split : {"train", "val", "test"}
     part : {"x", "y"}
-        Patches or labels.
+        Patches or labels. If the other part is there too, it must have as many rows.
 
     Raises
     ------
-    ValueError
-        An unknown split.
     FileNotFoundError
         Neither ``.h5`` nor ``.h5.gz``.
     OSError
-        A damaged file, or no room to unpack.
+        A damaged file, one of another split, or no room to unpack.
     """
-    import h5py
-
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")
-    file = Path(folder) / f"camelyonpatch_level_2_split_{SPLITS[split]}_{part}.h5"
+    files = {p: Path(folder) / f"camelyonpatch_level_2_split_{SPLITS[split]}_{p}.h5" for p in "xy"}
+    file, other = files[part], "y" if part == "x" else "x"
     packed = file.with_name(f"{file.name}.gz")
     if not file.is_file():
         if not packed.is_file():
             raise FileNotFoundError(f"no {file.name} or {packed.name} in {folder}")
-        _unpack(packed, file)
+        _unpack(packed, file, split, part)
+    opened = _open(file, part)
+    if files[other].is_file():
+        with _open(files[other], other) as twin:
+            n, m = len(opened[part]), len(twin[other])
+        if n != m:
+            opened.close()
+            raise OSError(
+                f"{file.name} has {n} rows, {files[other].name} {m}: they are of different splits, "
+                "or damaged; download both again"
+            )
+    return opened
+
+
+def _open(file: Path, part: str) -> Any:
+    import h5py
+
     try:
         opened = h5py.File(file, "r")
     except OSError as error:
@@ -109,8 +140,18 @@ def _read_rows(data: Any, rows: Any) -> Any:
         ) from None
 
 
-def _unpack(packed: Path, file: Path) -> None:
+def _unpack(packed: Path, file: Path, split: str, part: str) -> None:
     """Unpack as a stream; the file appears when it is complete."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(packed, "rb") as source:
+        while block := source.read(1 << 22):
+            digest.update(block)
+    owner = next((name for name, md5 in MD5.items() if md5 == digest.hexdigest()), "")
+    if owner not in ("", f"{SPLITS[split]}_{part}"):
+        raise OSError(
+            f"{packed} is the official {owner} by its MD5 sum: give it that name, and download "
+            f"{SPLITS[split]}_{part}"
+        )
     try:
         bar = tqdm(desc=f"unpacking {packed.name}", unit="B", unit_scale=True)
         with (
@@ -131,14 +172,29 @@ def _unpack(packed: Path, file: Path) -> None:
         raise OSError(
             f"cannot unpack {packed} beside it ({error.strerror or error}); {free:.1f} GiB are free"
         ) from None
+    try:
+        with _open(file, part) as opened:
+            official = len(opened[part]) == OFFICIAL[split]
+        if official and not owner:
+            raise OSError(
+                f"{packed} has the MD5 sum {digest.hexdigest()}, the official one is "
+                f"{MD5[f'{SPLITS[split]}_{part}']}: download it again"
+            )
+    except OSError:
+        file.unlink()  # or the next download would not be unpacked
+        raise
 
 
 def load_labels(folder: str | os.PathLike[str], split: str) -> torch.Tensor:
-    """Return the labels of a split: ``(N,) uint8``, 1 for metastasis in the central 32 x 32 px."""
+    """Return the labels of a split: ``(N,) uint8``, 1 for metastasis in the central 32 x 32 px.
+
+    They must agree with ``center_tumor_patch`` where the split's ``…_meta.csv`` is there.
+    """
     with open_pcam(folder, split, "y") as file:
         values = _read_rows(file["y"], ...).reshape(-1)
     if not np.isin(values, (0, 1)).all():
         raise ValueError(f"labels of {split} are {np.unique(values)[:5]}; allowed are 0 and 1")
+    _read_slides(Path(folder), split, values)
     return torch.from_numpy(values.astype(np.uint8))
 
 
@@ -176,6 +232,7 @@ def iterate_patches(
     folder: str | os.PathLike[str], split: str, *, batch: int = 64, size: int = 512
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield a whole split in order as ``(n, 3, size, size) uint8`` and ``(n,) uint8`` batches."""
+    open_pcam(folder, split, "x").close()  # unpacked before the labels are compared with it
     labels = load_labels(folder, split)
     for start in range(0, len(labels), batch):
         stop = min(start + batch, len(labels))
@@ -203,26 +260,20 @@ def prepare_pcam(
     out, size, seed, per_class, allow_fewer, workers
         See `medbudget.data.picai.prepare_picai`; paper: 100 of each class.
     reference : int
-        Also write that many patches of each class of the official validation split, whose slides
-        are not those of the training split, to ``reference``: for distances.
-
-    Raises
-    ------
-    FileNotFoundError, OSError
-        Missing or damaged files.
-    ValueError
-        Fewer patches than asked for.
+        Also write that many patches of each class of the official validation split to
+        ``reference``, for distances; patches and slides of the training split are left out.
     """
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     folder = Path(folder)
     items: list[Item] = []
     notes = [
         "validation and test are read from the HDF5 files when they are used "
-        "(medbudget.data.pcam.iterate_patches)"
+        "(medbudget.data.pcam.iterate_patches; medbudget classify takes the .h5 file)"
     ]
+    taken: dict[str, Item] = {}
     for split, source, n in (("train", "train", per_class), ("reference", "val", reference)):
         if n:
-            items += _choose_patches(folder, split, source, n, seed, allow_fewer, notes)
+            items += _choose_patches(folder, split, source, n, seed, allow_fewer, taken, notes)
     settings = {
         "dataset": "pcam", "size": size, "seed": seed, "per_class": per_class,
         "reference": reference,
@@ -232,25 +283,56 @@ def prepare_pcam(
 
 
 def _choose_patches(
-    folder: Path, split: str, source: str, n: int, seed: int, allow_fewer: bool, notes: list[str]
-) -> list[Item]:
-    """Choose n random patches of each class of an official split, for a split of ours."""
-    labels = load_labels(folder, source).numpy()
+    folder: Path, split: str, source: str, n: int, seed: int, allow_fewer: bool,
+    taken: dict[str, Item], notes: list[str],
+) -> list[Item]:  # fmt: skip
+    """Choose n random patches of each class of an official split, for a split of ours.
+
+    `taken` holds the patches chosen so far by the hash of their pixels, and gets these too.
+    """
     open_pcam(folder, source, "x").close()  # unpack here, once, before there are workers
-    slides = _read_slides(folder, source, len(labels))
+    labels = load_labels(folder, source).numpy()
+    slides = _read_slides(folder, source, labels)
     if not slides:
         notes.append(f"slides are unknown without {_meta(source)}")
-    items = []
+    used = {item.patient for item in taken.values()}
+    items: list[Item] = []
+    left_out = twins = 0
     for value, label in enumerate(LABELS):
         queue = [int(i) for i in shuffle(map(str, np.flatnonzero(labels == value)), seed=seed)]
-        if len(queue) < n and not allow_fewer:
+        there, chosen = len(queue), 0
+        while queue and chosen < n:
+            batch = queue[: min(n - chosen, 1024)]
+            queue = queue[len(batch) :]
+            for i, patch in zip(batch, load_patches(folder, source, batch, size=EDGE)):
+                name = f"{source}_{i:06d}"
+                slide = slides[i] if slides else name
+                item = Item(name, label, split, slide, (source, i))
+                twin = taken.setdefault(hashlib.sha256(patch.numpy().tobytes()).hexdigest(), item)
+                if twin.label != label:
+                    raise ValueError(
+                        f"{twin.name} ({twin.label}) and {name} ({label}) are the same pixels in "
+                        "two classes; download the files again, or choose another --seed"
+                    )
+                if twin.split != split or slide in used:
+                    left_out += 1
+                    continue
+                twins += twin is not item
+                items.append(item)
+                chosen += 1
+        if chosen < n and not allow_fewer:
             raise ValueError(
                 f"too few patches in the official {source} split: {label}: {n} wanted for {split}, "
-                f"there are {len(queue)}; ask for fewer, or take what there is (--allow-fewer)"
+                f"there are {there if not left_out else chosen}; ask for fewer, or take what there "
+                "is (--allow-fewer)"
             )
-        for i in queue[:n]:
-            name = f"{source}_{i:06d}"
-            items.append(Item(name, label, split, slides[i] if slides else name, (source, i)))
+    if left_out:
+        notes.append(
+            f"{left_out} patches of the official {source} split were not taken for {split}: the "
+            "training patches have the same pixels or the same slides"
+        )
+    if twins:
+        notes.append(f"{twins} patches of {split} have the same pixels as another one there")
     return items
 
 
@@ -258,15 +340,24 @@ def _meta(split: str) -> str:
     return f"camelyonpatch_level_2_split_{SPLITS[split]}_meta.csv"
 
 
-def _read_slides(folder: Path, split: str, n: int) -> list[str]:
-    """Return the slide of each patch, or nothing if the table is not there."""
+def _read_slides(folder: Path, split: str, labels: Any) -> list[str]:
+    """Return the slide of each patch, or nothing if the table is not there; check its labels."""
     file = folder / _meta(split)
     if not file.is_file():
         return []
-    slides = [row.get("wsi", "") for row in read_table(file)]
-    if len(slides) != n or not all(slides):
+    rows = read_table(file)
+    slides = [row.get("wsi", "").strip() for row in rows]
+    if len(slides) != len(labels) or not all(slides):
         raise ValueError(
-            f"{file} has {len(slides)} rows with column wsi; {n} patches need one each"
+            f"{file} has {len(slides)} rows with column wsi; {len(labels)} patches need one each"
+        )
+    truth = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
+    stated = [row.get("center_tumor_patch", "").strip().lower() for row in rows]
+    wrong = [i for i, text in enumerate(stated) if text and truth.get(text) != labels[i]]
+    if wrong:
+        raise ValueError(
+            f"{file} and the labels of {split} disagree about {len(wrong)} of {len(rows)} patches "
+            f"(the first is patch {wrong[0]}): they are of different splits; download both again"
         )
     return slides
 
