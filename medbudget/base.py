@@ -271,7 +271,8 @@ class _Halved(Mapping[str, torch.Tensor]):
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.weights = {
-            f"{i}.{name}": value
+            # transformers 5.6 dropped a prefix; the hash must not depend on its version
+            f"{i}.{name.removeprefix('text_model.')}": value
             for i, module in enumerate(modules)
             for name, value in module.state_dict().items()
             if value.is_floating_point()

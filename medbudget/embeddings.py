@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 
 from medbudget.files import check_writable, write_bytes
-from medbudget.pickles import RefusedError, read_torch
+from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise, write_torch
 
 MAX_VECTORS = 74
 _TOKEN = re.compile(r"<[^<>\s/\\]+>")
@@ -85,15 +84,13 @@ class Embedding:
             raise EmbeddingError(
                 f"{len(v)} vectors do not fit a prompt of 77 positions; at most {MAX_VECTORS} do"
             )
-        if not v.is_floating_point() or not torch.isfinite(v).all():
-            raise EmbeddingError(
-                "the vectors hold NaN, infinity or integers: the training that made them diverged; "
-                "train again with a lower learning rate"
-            )
-        if (v == 0).all(1).any():
-            rows = (v == 0).all(1).nonzero().flatten().tolist()
-            raise EmbeddingError(f"vectors {rows[:5]} are all zero: they were never trained")
+        if not v.is_floating_point():
+            raise EmbeddingError(f"vectors must be floating-point numbers, got {v.dtype} integers")
         object.__setattr__(self, "vectors", v.detach().to("cpu", torch.float32).contiguous())
+        self.check_finite()
+        if (self.vectors == 0).all(1).any():
+            rows = (self.vectors == 0).all(1).nonzero().flatten().tolist()
+            raise EmbeddingError(f"vectors {rows[:5]} are all zero: they were never trained")
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -104,8 +101,7 @@ class Embedding:
     def load(cls, path: str | os.PathLike[str], *, token: str | None = None) -> Embedding:
         """Read safetensors (ours, diffusers', A1111's), A1111 ``.pt`` or diffusers ``.bin``.
 
-        Nothing in the file is executed, and no more is allocated than it holds; see
-        `medbudget.pickles`.
+        Nothing in the file is executed; see `medbudget.torchfiles`.
 
         Parameters
         ----------
@@ -170,8 +166,19 @@ class Embedding:
         """Return the same vectors under another token."""
         return replace(self, token=token)
 
+    def check_finite(self) -> None:
+        """Raise `EmbeddingError` if the vectors hold NaN or infinity."""
+        if not torch.isfinite(self.vectors).all():
+            rows = (~torch.isfinite(self.vectors)).any(1).nonzero().flatten().tolist()
+            raise EmbeddingError(
+                f"embedding {self.token} holds NaN or infinity in vectors {rows[:5]}: the training "
+                "that made it diverged; train again with a lower learning rate, in bfloat16 or "
+                "float32"
+            )
+
     def check_fits(self, width: int, base: str) -> None:
-        """Raise `EmbeddingError` if the vectors' width is not the base's."""
+        """Raise `EmbeddingError` if the vectors' width is not the base's, or they are not finite."""
+        self.check_finite()
         if self.vectors.shape[1] != width:
             kinds = {96: "tiny", 768: "SD 1.x", 1024: "SD 2.x"}
             made = kinds.get(self.vectors.shape[1], "another base")
@@ -206,17 +213,11 @@ def _write_a1111(e: Embedding) -> bytes:
         "sd_checkpoint": e.base_hash,
         "sd_checkpoint_name": e.base,
     }
-    return _pickle(content)
+    return write_torch(content)
 
 
 def _write_diffusers(e: Embedding) -> bytes:
-    return _pickle({e.token: e.vectors})
-
-
-def _pickle(content: dict[str, Any]) -> bytes:
-    file = io.BytesIO()  # given a path, torch.save writes its name into the file
-    torch.save(content, file)
-    return file.getvalue()
+    return write_torch({e.token: e.vectors})
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -225,9 +226,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             meta = file.metadata() or {}
             return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise EmbeddingError(
-            f"{path.name} is not a whole safetensors file ({error}); fetch or train it again"
-        ) from None
+        with open(path, "rb") as file:
+            reason = recognise(file.read(1024)) or f"it is no whole safetensors file ({error})"
+        raise EmbeddingError(f"{path.name} is refused: {reason}; fetch or train it again") from None
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -251,6 +252,8 @@ def _from_tensors(
     step = int(about.get("step", 0))
     if "string_to_param" in content:  # A1111
         params = content["string_to_param"]
+        if isinstance(params, Mapping):  # the original repository stored a ParameterDict
+            params = params.get("_parameters", params)
         if not isinstance(params, Mapping) or len(params) != 1:
             raise EmbeddingError("an A1111 embedding must hold exactly one token")
         vectors = next(iter(params.values()))
@@ -259,7 +262,9 @@ def _from_tensors(
         name = name or path.stem
         step = content.get("step") or 0
         if not isinstance(step, int) or not 0 <= step < 2**53:
-            raise EmbeddingError("its number of steps is none; fetch or train it again")
+            raise EmbeddingError(
+                f"its step count is {step!r:.60}, not a whole number; fetch or train it again"
+            )
     elif "emb_params" in content:  # A1111's safetensors layout
         vectors, name = content["emb_params"], path.stem
     elif len(content) == 1:  # ours, and diffusers' learned_embeds
@@ -271,6 +276,10 @@ def _from_tensors(
         )
     if not isinstance(vectors, torch.Tensor):
         raise EmbeddingError(f"the vectors are a {type(vectors).__name__}, not a tensor")
+    try:
+        check_tensors([vectors], path.stat().st_size)
+    except RefusedError as error:
+        raise EmbeddingError(f"it is refused: {error}") from None
     if vectors.ndim == 1:
         vectors = vectors[None]
     if not isinstance(name, str):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medbudget.pickles import read_torch
+from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise
 
 SD = Path(__file__).parent / "sd"
 TINY = Path(__file__).parent / "tiny" / "weights"
@@ -171,15 +171,18 @@ def load_folder(folder: Path, name: str) -> Parts:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        stored = torch.float32  # the hash must not depend on the dtype in use
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=stored)
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=stored)
-        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=stored)
+        # float32: the hash must not depend on the dtype in use
+        ours = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        vae = _load_network(AutoencoderKL, folder / "vae", **ours)
+        unet = _load_network(UNet2DConditionModel, folder / "unet", **ours)
+        text_encoder = _load_network(CLIPTextModel, folder / "text_encoder", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         if len(tokenizer) == 49408:  # CLIP's: the same words from every source
             tokenizer = build_tokenizer(tokenizer.pad_token or "<|endoftext|>")
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, BaseError):
+            raise
         raise BaseError(f"{folder} cannot be loaded ({error})") from error
     finally:
         if bars:
@@ -202,6 +205,31 @@ def load_folder(folder: Path, name: str) -> Parts:
         parts.words = load_file(folder / "words.safetensors")
         parts.note = "tiny base"
     return parts
+
+
+# stored in some folders, used by no text encoder of Stable Diffusion
+_UNUSED = ("position_ids", "text_projection.weight", "logit_scale")
+
+
+def _load_network(kind: Any, folder: Path, **options: Any) -> Any:
+    """Load one network of a folder, and refuse it if a part of it kept its random start."""
+    network, info = kind.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, **options
+    )
+    missing = sorted(map(str, info["missing_keys"]))
+    unexpected = sorted(k for k in map(str, info["unexpected_keys"]) if not k.endswith(_UNUSED))
+    for keys, problem in ((missing, "lacks"), (unexpected, "has unknown tensors, ")):
+        if keys:
+            raise BaseError(
+                f"{folder} {problem} {len(keys)} of {kind.__name__}'s tensors, e.g. {keys[0]}: a "
+                "part of the network would stay random. The folder is damaged, belongs to another "
+                "model, or was written by another version of its library"
+            )
+    if info.get("mismatched_keys"):
+        raise BaseError(
+            f"{folder}: {info['mismatched_keys']} have other shapes than its config says"
+        )
+    return network
 
 
 def make_random_parts(architecture: Mapping[str, Any], seed: int = 0) -> Parts:
@@ -237,18 +265,23 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
+        with open(path, "rb") as file:
+            if reason := recognise(file.read(1024)):
+                raise RefusedError(reason)
         content = (
             load_file(path) if path.suffix == ".safetensors" else read_torch(path, mapped=True)
         )
+        state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+        if not isinstance(state, Mapping):
+            raise RefusedError("it holds no state dict; a Stable Diffusion checkpoint has one")
+        state = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        check_tensors(state.values(), path.stat().st_size)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise BaseError(
             f"{path.name} is truncated or no checkpoint of tensors alone ({error}); code in a file "
             "is never run: fetch it again, or get it as .safetensors"
         ) from None
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise BaseError(f"{path.name} holds no state dict; a Stable Diffusion checkpoint has one")
-    return {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return state
 
 
 UNET_KEY, TEXT_KEYS = "model.diffusion_model.", ("cond_stage_model.model.", "cond_stage_model.tr")

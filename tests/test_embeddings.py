@@ -1,9 +1,12 @@
 import io
 import os
 import pickle
+import pickletools
+import re
 import zipfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -42,6 +45,72 @@ def test_a1111_layout_is_what_a1111_reads(tmp_path):
     assert content["string_to_token"] == {"*": 265}
     assert torch.equal(content["string_to_param"]["*"], VECTORS)
     assert (content["name"], content["step"]) == ("x", 7)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin"])
+def test_a1111s_check_of_archives_lets_ours_pass(tmp_path, ending):
+    """Its modules/safe.py at d050bb7: names of entries, then of what the pickle calls."""
+    path = make().save(tmp_path / f"x{ending}")
+    allowed = re.compile(r"^([^/]+)/((data/\d+)|version|(data\.pkl))$")
+    with zipfile.ZipFile(path) as archive:
+        assert all(allowed.match(name) for name in archive.namelist()), archive.namelist()
+        assert sorted(n.split("/", 1)[1] for n in archive.namelist()) == [
+            "data.pkl", "data/0", "version",
+        ]  # fmt: skip
+        names = {
+            argument
+            for op, argument, _ in pickletools.genops(archive.read("archive/data.pkl"))
+            if op.name in ("GLOBAL", "STACK_GLOBAL")
+        }
+    assert names == {
+        "collections OrderedDict",
+        "torch FloatStorage",
+        "torch._utils _rebuild_tensor_v2",
+    }
+    assert torch.load(path, weights_only=True)
+    assert path.read_bytes() == make().save(tmp_path / f"y{ending}").read_bytes()
+
+
+def test_files_of_the_original_repository_are_read(tmp_path):
+    """rinongal/textual_inversion stores a ParameterDict, and token numbers as tensors."""
+    words = torch.nn.ParameterDict({"*": torch.nn.Parameter(VECTORS[:3])})
+    torch.save(
+        {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": words}, tmp_path / "e.pt"
+    )
+    back = Embedding.load(tmp_path / "e.pt")
+    assert torch.equal(back.vectors, VECTORS[:3]) and back.token == "<e>"
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16, int])
+def test_numpy_scalars_are_read_as_numbers(tmp_path, kind):
+    content = {"string_to_param": {"*": VECTORS[:2]}, "name": "n", "step": kind(50_000)}
+    torch.save({**content, "loss": np.float64(0.25), "stop": np.bool_(True)}, tmp_path / "e.pt")
+    assert Embedding.load(tmp_path / "e.pt").step == 50_000
+
+
+@pytest.mark.parametrize("ending", [".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git-lfs pointer"),
+        (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "web page"),
+        (b"\xef\xbb\xbf<HTML><head></head></HTML>", "web page"),
+        (b"", "empty|whole safetensors"),
+    ],
+)
+def test_what_is_no_embedding_is_called_what_it_is(tmp_path, ending, content, named):
+    (tmp_path / f"x{ending}").write_bytes(content)
+    with pytest.raises(EmbeddingError, match=named):
+        Embedding.load(tmp_path / f"x{ending}")
+
+
+def test_numbers_that_no_float32_holds_and_later_damage_are_found():
+    with pytest.raises(EmbeddingError, match="infinity"):
+        Embedding(torch.full((1, 4), 1e300, dtype=torch.float64), "<x>")
+    word = Embedding(VECTORS.clone(), "<x>")
+    word.vectors[2, 3] = float("nan")
+    with pytest.raises(EmbeddingError, match=r"<x> holds NaN or infinity in vectors \[2\]"):
+        word.check_fits(1024, "sd2")
 
 
 def test_a1111_safetensors_take_their_token_from_the_file_name(tmp_path):

@@ -21,8 +21,8 @@ from medbudget.data.folder import prepare_folder
 from medbudget.data.prepare import BrokenCase
 from medbudget.data.readers import Source, count_slices, find_sources, read_pixels
 from medbudget.images import ImageError, load_image
-from medbudget.pickles import read_torch
 from medbudget.reader import ReaderError, ReaderStudy
+from medbudget.torchfiles import read_torch
 
 sitk = pytest.importorskip("SimpleITK")
 h5py = pytest.importorskip("h5py")

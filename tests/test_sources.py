@@ -5,13 +5,14 @@ import importlib.metadata
 import importlib.util
 import json
 import pickle
+import subprocess
 import sys
 import types
 from copy import deepcopy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from medbudget import (
     Embedding,
@@ -313,7 +314,14 @@ def test_files_that_are_no_base(monkeypatch, tmp_path):
             load_base(tmp_path / f"{i}.safetensors", device="cpu")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "0.safetensors").read_bytes()[:1000])
     (tmp_path / "x.bin").touch()
-    for name, problem in (("cut.safetensors", "truncated"), ("x.bin", r"ends in \.ckpt")):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    for name in ("lfs.ckpt", "lfs.safetensors"):
+        (tmp_path / name).write_bytes(pointer)
+    (tmp_path / "page.ckpt").write_bytes(b"<!doctype html><html>")
+    for name, problem in (
+        ("cut.safetensors", "truncated"), ("x.bin", r"ends in \.ckpt"), ("lfs.ckpt", "git-lfs pointer"),
+        ("lfs.safetensors", "git-lfs pointer"), ("page.ckpt", "web page"),
+    ):  # fmt: skip
         with pytest.raises(BaseError, match=problem):
             load_base(tmp_path / name, device="cpu")
 
@@ -358,6 +366,62 @@ def test_a_half_base_is_refused(tmp_path, tiny):
 
     with pytest.raises(BaseError, match=r"width 96.*writes 64.*different models"):
         _assemble(parts, "mixed", torch.device("cpu"), torch.float32)
+
+
+def copy_tiny(folder, part, change):
+    """Copy the embedded base, with the tensors of one part as `change` returns them."""
+    import shutil
+
+    shutil.copytree(sources.TINY, folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    return folder
+
+
+def drop_one(tensors):
+    return dict(list(tensors.items())[1:])
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "problem"),
+    [
+        ("unet", drop_one, "lacks 1 of UNet2DConditionModel's tensors"),
+        ("vae", drop_one, "lacks 1 of AutoencoderKL's"),
+        ("text_encoder", drop_one, "lacks 1 of CLIPTextModel's"),
+        ("text_encoder", lambda t: {f"other.{k}": v for k, v in t.items()}, "lacks .*CLIPTextModel's"),
+        ("unet", lambda t: {**t, "more.weight": torch.ones(1)}, "1 of .*more.weight"),
+        ("text_encoder", lambda t: {**t, "encoder.layers.99.x": torch.ones(1)}, "layers.99"),
+    ],
+)  # fmt: skip
+def test_a_network_of_which_a_part_would_stay_random_is_refused(tmp_path, part, change, problem):
+    folder = copy_tiny(tmp_path / "b", part, change)
+    with pytest.raises(BaseError, match=problem):
+        load_base(folder, device="cpu")
+
+
+def test_the_hash_does_not_depend_on_the_names_that_a_version_gives(tmp_path, tiny):
+    """transformers before 5.6 and since: the same folder, two layouts, one hash."""
+    assert tiny.hash == "c702582f0331"  # recorded results are bound to it
+    for name, change in (
+        ("prefixed", lambda t: {f"text_model.{k.removeprefix('text_model.')}": v for k, v in t.items()}),
+        ("flat", lambda t: {k.removeprefix("text_model."): v for k, v in t.items()}),
+    ):  # fmt: skip
+        base = load_base(copy_tiny(tmp_path / name, "text_encoder", change), device="cpu")
+        assert base.hash == "c702582f0331", name
+    wrapped = torch.nn.ModuleDict({"text_model": tiny.text_encoder})  # the older class
+    assert hash_weights(tiny.vae, tiny.unet, wrapped) == "c702582f0331"
+
+
+def test_loading_says_nothing():
+    """accelerate is no dependency, and its absence is nobody's business."""
+    code = """
+from diffusers.models import modeling_utils
+from medbudget import load_base
+modeling_utils.is_accelerate_available = lambda: False
+load_base("tiny", device="cpu")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # --------------------------------------------------------------------------- the hub

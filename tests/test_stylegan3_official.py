@@ -181,5 +181,5 @@ def test_other_networks_are_refused_with_what_differs(official, tmp_path):
     with pytest.raises(RefusedError, match=r"holds \['G'\]"):
         import_official(path)
     path.write_bytes(b"not a pickle")
-    with pytest.raises(RefusedError, match="no readable pickle"):
+    with pytest.raises(RefusedError, match="truncated or no pickle"):
         import_official(path)

@@ -11,48 +11,89 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medbudget.pickles import TORCH, Box, RefusedError, TensorUnpickler, read_legacy
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
 from medbudget.stylegan3.training import StyleGAN3, build_like
+from medbudget.torchfiles import RefusedError, check_instructions, check_tensors, read_torch
 
 
-def _persistent(meta: Any) -> Box:
+class _Box(dict):
+    """The state of an object whose class is not loaded."""
+
+    def __new__(cls, *args: Any) -> _Box:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(a for a in args[:1] if isinstance(a, dict)))
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.update(state)
+
+
+class _Call:
+    """A function that a pickle may call and cannot change."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise RefusedError("it changes a function")
+
+
+def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> torch.Tensor:
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise RefusedError("it holds a tensor without its numbers")
+    return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
+
+
+def _read_storage(data: Any) -> Any:
+    if not isinstance(data, bytes):
+        raise RefusedError("it holds a tensor without its numbers")
+    return read_torch(io.BytesIO(data))
+
+
+def _read_persistent(meta: Any) -> _Box:
     """Stand in for the function that would run the file's source."""
     state = meta.get("state") if isinstance(meta, Mapping) else None
-    return Box(state if isinstance(state, Mapping) else {})
+    return _Box(state if isinstance(state, Mapping) else {})
 
 
-def _storage(data: Any) -> Any:
-    if not isinstance(data, bytes):
-        raise RefusedError("it holds a tensor without its bytes")
-    return read_legacy(io.BytesIO(data), len(data))
-
-
-def _nothing(*args: Any) -> Box:
-    return Box()
-
-
-# arrays and scalars stand in the settings of a training, which are not needed
-ALLOWED: dict[str, Any] = {
-    **TORCH,
-    "dnnlib.util.EasyDict": Box,
-    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
-    "torch.storage._load_from_bytes": _storage,
-    "numpy.dtype": _nothing,
-    "numpy.ndarray": None,
+_ALLOWED: dict[str, Any] = {
+    "torch_utils.persistence._reconstruct_persistent_obj": _Call(_read_persistent),
+    "torch._utils._rebuild_tensor_v2": _Call(_rebuild),
+    "torch._utils._rebuild_parameter": _Call(lambda data, *rest: data),
+    "torch.storage._load_from_bytes": _Call(_read_storage),
+    "builtins.set": _Call(lambda *args: set()),
+    # settings of a training, which are not needed, are read as boxes
+    **dict.fromkeys(("dnnlib.util.EasyDict", "collections.OrderedDict", "numpy.dtype"), _Box),
+    **dict.fromkeys(("numpy.ndarray", "torch.Size", "torch.device"), _Box),
     **{
-        f"numpy.{core}.multiarray.{name}": _nothing
+        f"numpy.{core}.multiarray.{name}": _Box
         for core in ("core", "_core")
         for name in ("_reconstruct", "scalar")
     },
+    **{str(t): str(t) for t in (torch.float16, torch.float32, torch.float64, torch.int64)},
 }
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in _ALLOWED:
+            raise RefusedError(f"it names {module}.{name}, which is not on the list")
+        return _ALLOWED[f"{module}.{name}"]
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
@@ -64,18 +105,18 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         The pickle names anything else, claims more than it holds, or is none.
     """
     path = Path(path)
-    with open(path, "rb") as file:
-        try:
-            return TensorUnpickler(file, path.stat().st_size, ALLOWED).load()
-        except RefusedError as reason:
-            raise RefusedError(
-                f"{path.name} is refused: {reason}. Only tensors and plain containers are read, "
-                "and nothing of the file was run"
-            ) from None
-        except Exception as error:
-            raise RefusedError(
-                f"{path.name} is no readable pickle ({type(error).__name__})"
-            ) from None
+    data = path.read_bytes()
+    try:
+        check_instructions(io.BytesIO(data))
+        return _Unpickler(io.BytesIO(data)).load()
+    except RefusedError as reason:
+        raise RefusedError(
+            f"{path.name} is refused: {reason}. Only tensors and plain containers are read, and "
+            "nothing of the file was run"
+        ) from None
+    except Exception as error:
+        what = "it claims more than it holds" if isinstance(error, MemoryError) else f"{error}"
+        raise RefusedError(f"{path.name} is no readable pickle ({what[:200]})") from None
 
 
 def _flatten(module: Any) -> dict[str, torch.Tensor]:
@@ -93,6 +134,7 @@ def _flatten(module: Any) -> dict[str, torch.Tensor]:
                 if group == "_modules":
                     todo.append((f"{prefix}{name}.", value))
                 elif isinstance(value, torch.Tensor):
+                    check_tensors([value], value.untyped_storage().nbytes())
                     found[f"{prefix}{name}"] = value.detach().float()
     return found
 
