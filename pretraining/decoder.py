@@ -1,0 +1,202 @@
+"""Train an autoencoder of 128 px (f = 8) around the latents of a base of 64 px (f = 4).
+
+``python -m pretraining.decoder --work DIR --steps 20000``, resumable. The U-Net and the words of the
+base stay as they are: the new encoder learns to give the latents that the old one gives for the
+image at half the size, and the new decoder draws 128 px from them. The decoder sees latents as
+sampling leaves them: noise of t = 10 to 200 is added, and the U-Net takes it away at once. A patch
+discriminator asks for texture where the latents no longer hold it (Rombach et al. 2022, section
+3.1; Isola et al. 2017).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from medbudget.runs import Steps
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from medbudget import load_base
+from pretraining.pictures import draw_picture
+
+SIZE = 128
+
+
+def build_autoencoder(old: nn.Module) -> nn.Module:
+    """Build an AutoencoderKL with one level more than `old`, whose weights it takes over."""
+    from diffusers import AutoencoderKL
+
+    config: Any = old.config
+    channels = tuple(config.block_out_channels)
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    settings |= {
+        "block_out_channels": (channels[0], *channels),
+        "down_block_types": ("DownEncoderBlock2D",) * (len(channels) + 1),
+        "up_block_types": ("UpDecoderBlock2D",) * (len(channels) + 1),
+        "sample_size": 2 * config.sample_size,
+    }
+    new = AutoencoderKL(**settings)
+    state = new.state_dict()
+    for name, tensor in old.state_dict().items():
+        parts = name.split(".")
+        if name.startswith("encoder.down_blocks."):  # the new level comes first
+            parts[2] = str(int(parts[2]) + 1)
+        target = ".".join(parts)
+        if target in state and state[target].shape == tensor.shape:
+            state[target] = tensor.float()
+    new.load_state_dict(state)
+    return new
+
+
+class Discriminator(nn.Sequential):
+    """Judge overlapping patches of 38 px: ``(B, 3, H, W)`` to ``(B, 1, H / 8, W / 8)``."""
+
+    def __init__(self, width: int = 48) -> None:
+        layers: list[nn.Module] = []
+        channels = (3, width, 2 * width, 3 * width)
+        for before, after in pairwise(channels):
+            convolution = nn.Conv2d(before, after, 4, stride=2, padding=1)
+            layers += [spectral_norm(convolution), nn.LeakyReLU(0.2)]
+        layers += [spectral_norm(nn.Conv2d(channels[-1], 1, 3, padding=1))]
+        super().__init__(*layers)
+
+
+class DecoderRun:
+    """Networks, optimizers and counters of one training."""
+
+    def __init__(self, base: Any, batch: int, lr: float) -> None:
+        torch.manual_seed(0)
+        self.base, self.batch, self.step = base, batch, 0
+        self.new = build_autoencoder(base.vae)
+        self.average = build_autoencoder(base.vae).requires_grad_(False)
+        self.average.load_state_dict(self.new.state_dict())
+        self.critic = Discriminator()
+        self.networks = {"new": self.new, "average": self.average, "critic": self.critic}
+        self.optimizers = {
+            "new": torch.optim.AdamW(self.new.parameters(), lr, betas=(0.5, 0.99)),
+            "critic": torch.optim.AdamW(self.critic.parameters(), 2 * lr, betas=(0.5, 0.99)),
+        }
+        for network in self.networks.values():
+            network.to(memory_format=torch.channels_last)
+        self.old = base.vae
+        self.empty = base.text("")
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {**self.networks, **self.optimizers_named()}
+        return {"step": self.step, **{name: part.state_dict() for name, part in parts.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in {**self.networks, **self.optimizers_named()}.items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+
+    def optimizers_named(self) -> dict[str, torch.optim.Optimizer]:
+        return {f"{name} optimizer": part for name, part in self.optimizers.items()}
+
+    @torch.no_grad()
+    def smooth(self, latents: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Add noise of t = 10 to 200 to scaled latents and let the U-Net take it away at once."""
+        t = torch.from_numpy(rng.integers(10, 201, len(latents)))
+        alpha = self.base.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * torch.randn_like(latents)
+        context = self.empty.expand(len(latents), -1, -1)
+        noise = self.base.predict_noise(noisy, t, context)
+        return (noisy - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+
+    def train(self, pictures: np.ndarray) -> dict[str, float]:
+        """Take one step; draws depend on the step alone."""
+        rng = np.random.default_rng([7, self.step])
+        torch.manual_seed(int(rng.integers(2**62)))
+        pick = rng.integers(64, len(pictures), self.batch)
+        x = torch.from_numpy(pictures[np.sort(pick)]).float() / 127.5 - 1
+        x = x[:, torch.from_numpy(rng.permutation(3))].to(memory_format=torch.channels_last)
+        scale = self.old.config.scaling_factor
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                target = self.old.encode(F.avg_pool2d(x, 2)).latent_dist.mean.float()
+                half = self.batch // 2
+                smoothed = self.smooth(target[:half] * scale, rng) / scale
+                latents = torch.cat([smoothed, target[half:]])
+                latents = latents + 0.05 / scale * torch.rand(len(x), 1, 1, 1) * torch.randn_like(
+                    latents
+                )
+            mean = self.new.encode(x).latent_dist.mean.float()
+            distilled = ((mean - target) * scale).square().mean()
+            y = self.new.decode(latents).sample.float()
+            l1 = (x - y).abs().mean()
+            coarse = (F.avg_pool2d(x, 4) - F.avg_pool2d(y, 4)).abs().mean()
+            self.critic.requires_grad_(False)
+            fooled = -self.critic(y).float().mean()
+            strength = 0.1 * min(1.0, self.step / 500)
+            loss = 0.5 * l1 + coarse + strength * fooled + distilled
+        self.apply("new", loss)
+        self.critic.requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            real, drawn = self.critic(x).float(), self.critic(y.detach()).float()
+            hinge = F.relu(1 - real).mean() + F.relu(1 + drawn).mean()
+        self.apply("critic", hinge)
+        keep = min(0.999, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            pairs = list(self.average.parameters()), list(self.new.parameters())
+            torch._foreach_lerp_(*pairs, 1 - keep)
+        self.step += 1
+        losses = {"l1": l1, "coarse": coarse, "hinge": hinge, "distilled": distilled}
+        return {name: value.item() for name, value in losses.items()}
+
+    def apply(self, name: str, loss: torch.Tensor) -> None:
+        network, optimizer = self.networks[name], self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+
+def load_pictures(work: Path, n: int, clipart: str) -> np.ndarray:
+    """Load ``(n, 3, 128, 128) uint8``, drawn on the first call."""
+    path = work / f"pictures{SIZE}.npy"
+    if not path.exists():
+        pictures = np.stack(
+            [draw_picture(np.random.default_rng([11, i]), SIZE, clipart) for i in range(n)]
+        )
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, pictures.transpose(0, 3, 1, 2))
+        temporary.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--pictures", type=int, default=6_000)
+    parser.add_argument("--clipart", default="", help="folder of public-domain clip art")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    pictures = load_pictures(options.work, options.pictures, options.clipart)
+    base = load_base("tiny", device="cpu")
+    run = DecoderRun(base, options.batch, options.lr)
+    identity = {"base": base.hash, "batch": options.batch, "lr": options.lr}
+    log = options.work / "decoder.csv"
+    for _ in Steps(run, options.steps, checkpoint=options.work / "decoder.ckpt", identity=identity,
+                   every=200, desc="decoder"):  # fmt: skip
+        losses = run.train(pictures)
+        if run.step % 20 == 0:
+            new = not log.exists()
+            with open(log, "a", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerows(
+                    ([["step", *losses]] if new else []) + [[run.step, *losses.values()]]
+                )
+
+
+if __name__ == "__main__":
+    main()
