@@ -18,6 +18,8 @@ SOURCES := medbudget tests benchmarks book notebooks
 export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 export MALLOC_TOP_PAD_ ?= 1073741824
+# Threads that wait give the core to others: beside another busy process, spinning costs tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help test book links fuzz format clean constraints release
 .DEFAULT_GOAL := help

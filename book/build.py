@@ -43,6 +43,7 @@ def set_environment() -> None:
 
     defaults = {
         "OMP_NUM_THREADS": str(min(count_cores(), 8)),  # the embedded base is too small for more
+        "OMP_WAIT_POLICY": "PASSIVE",  # beside another busy process, spinning costs tenfold
         "TQDM_DISABLE": "1",  # progress bars write to stderr, which counts as a warning
         "HF_HUB_OFFLINE": "1",
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one of the user's
