@@ -141,6 +141,37 @@ def test_two_level_bootstrap_adds_the_spread_between_runs():
     assert bootstrap_auc(labels, different, repeats=400).se > 1.3 * one.se
 
 
+def test_patients_are_resampled_whole():
+    labels, scores = cases(30, 0)
+    other = cases(30, 1)[1]
+    alone = bootstrap_auc(labels, scores, other, repeats=200)
+    own = bootstrap_auc(labels, scores, other, repeats=200, patients=list(range(60)))
+    assert own.interval == alone.interval and own.p_value == alone.p_value
+    # four images of each patient, all alike, tell as much as one of them
+    four = [np.tile(values, 4) for values in (labels, scores, other)]
+    cases_only = bootstrap_auc(*four, repeats=200)
+    by_patient = bootstrap_auc(*four, repeats=200, patients=list(range(60)) * 4)
+    assert by_patient.interval == alone.interval and by_patient.p_value == alone.p_value
+    assert cases_only.se < 0.6 * by_patient.se, "a half, were they independent cases"
+    assert "patients" in by_patient.method and "patients" not in cases_only.method
+
+
+def test_a_patient_may_have_cases_of_both_classes():
+    # each patient's diseased side is above the healthy one, and the patients differ far more
+    rng = np.random.default_rng(0)
+    level = rng.normal(0, 100, 40)
+    labels = np.tile([0, 1], 20)
+    scores = np.repeat(level[:20], 2) + labels
+    patients = np.repeat(np.arange(20), 2)
+    together = bootstrap_auc(labels, scores, repeats=500, patients=patients.tolist())
+    apart = bootstrap_auc(labels, scores, repeats=500)
+    assert together.se < 0.5 * apart.se, "the sides of a patient come and go together"
+    with pytest.raises(ValueError, match="a class has 1 patient"):
+        bootstrap_auc([0, 0, 1, 1], [1, 2, 3, 4], patients=["a", "b", "c", "c"])
+    with pytest.raises(ValueError, match="3 patients for 4 cases"):
+        bootstrap_auc([0, 0, 1, 1], [1, 2, 3, 4], patients=["a", "b", "c"])
+
+
 def test_bootstrap_is_seeded():
     labels, scores = cases(20, 0)
     first = bootstrap_auc(labels, scores, repeats=50, seed=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -107,6 +108,7 @@ def bootstrap_auc(
     *,
     repeats: int = ...,
     seed: int = ...,
+    patients: Sequence[Hashable] | None = ...,
 ) -> Estimate: ...
 @overload
 def bootstrap_auc(
@@ -116,6 +118,7 @@ def bootstrap_auc(
     *,
     repeats: int = ...,
     seed: int = ...,
+    patients: Sequence[Hashable] | None = ...,
 ) -> Difference: ...
 def bootstrap_auc(
     labels: npt.ArrayLike,
@@ -124,12 +127,23 @@ def bootstrap_auc(
     *,
     repeats: int = 2000,
     seed: int = 0,
+    patients: Sequence[Hashable] | None = None,
 ) -> Estimate:
     """Return the AUC, or a difference of AUCs, with a stratified percentile bootstrap.
 
     Two levels: cases are resampled within each class and, with ``(runs, n)`` scores, training
     runs too; the AUC is the mean over runs. With `other`, cases are drawn jointly for both
     (paired), runs independently.
+
+    Parameters
+    ----------
+    labels : array_like
+        ``(n,)`` of 0 and 1.
+    scores, other : array_like
+        ``(n,)`` or ``(runs, n)``.
+    patients : sequence, optional
+        Whose case each is, ``(n,)``: patients are resampled with all their cases instead of cases,
+        those of either class and those with cases of both among themselves.
 
     Returns
     -------
@@ -144,7 +158,7 @@ def bootstrap_auc(
     if other is not None:
         sets.append(np.atleast_2d(_check(labels, other)[1]))
     rng = np.random.default_rng(seed)
-    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
+    strata, of_case = _strata(positive, patients)
     # bins of equal scores, per set and run, so that a resampled AUC is two counts and a cumsum
     bins = [[np.unique(run, return_inverse=True)[1] for run in runs] for runs in sets]
 
@@ -152,12 +166,15 @@ def bootstrap_auc(
         size = int(index.max()) + 1
         pos = np.bincount(index[positive], w_pos, size)
         neg = np.bincount(index[~positive], w_neg, size)
-        return float(pos @ (np.cumsum(neg) - neg / 2)) / (n_pos * n_neg)
+        return float(pos @ (np.cumsum(neg) - neg / 2)) / float(w_pos.sum() * w_neg.sum())
 
     draws = np.empty(repeats)
     for i in range(repeats):
-        w_pos = np.bincount(rng.integers(n_pos, size=n_pos), minlength=n_pos).astype(float)
-        w_neg = np.bincount(rng.integers(n_neg, size=n_neg), minlength=n_neg).astype(float)
+        weights = np.empty(sum(map(len, strata)))
+        for members in strata:
+            n = len(members)
+            weights[members] = np.bincount(rng.integers(n, size=n), minlength=n)
+        w_pos, w_neg = weights[of_case[positive]], weights[of_case[~positive]]
         values = []
         for runs in bins:
             chosen = rng.integers(len(runs), size=len(runs))
@@ -169,11 +186,34 @@ def bootstrap_auc(
         draws[i] = values[0] - (values[1] if len(values) > 1 else 0.0)
     value = auc(labels, scores) - (auc(labels, other) if other is not None else 0.0)
     low, high = np.quantile(draws, [0.025, 0.975])
-    found = (value, float(draws.std(ddof=1)), (float(low), float(high)), "stratified bootstrap")
+    method = "stratified bootstrap" + (" of patients" if patients is not None else "")
+    found = (value, float(draws.std(ddof=1)), (float(low), float(high)), method)
     if other is None:
         return Estimate(*found)
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
     return Difference(*found, p_value=min(1.0, 2 * max(1, int(beyond)) / repeats))
+
+
+def _strata(
+    positive: npt.NDArray[np.bool_], patients: Sequence[Hashable] | None
+) -> tuple[list[npt.NDArray[np.intp]], npt.NDArray[np.intp]]:
+    """Return the patients of each stratum (positive, negative, both) and the patient of each case."""
+    if patients is None:
+        cases = np.arange(len(positive))
+        return [cases[positive], cases[~positive]], cases
+    if len(patients) != len(positive):
+        raise ValueError(f"{len(patients)} patients for {len(positive)} cases: name one for each")
+    numbers = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
+    of_case = np.array([numbers[patient] for patient in patients])
+    classes = [
+        np.bincount(of_case[side], minlength=len(numbers)) > 0 for side in (positive, ~positive)
+    ]
+    few = min(int(one.sum()) for one in classes)
+    if few < 2:
+        raise ValueError(f"a class has {few} patient: at least 2 are needed for an interval")
+    pos, neg = classes
+    strata = [np.flatnonzero(one) for one in (pos & ~neg, neg & ~pos, pos & neg)]
+    return [one for one in strata if len(one)], of_case
 
 
 def hanley_mcneil(value: float, n_positive: int, n_negative: int) -> float:
