@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medbudget.files import atomic_path
+from medbudget.pictures import SUFFIXES, ImageError, open_picture
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-# Pillow goes by content, not by name, and hands PostScript to another program: never let it
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
-
-
-class ImageError(ValueError):
-    """An image file or tensor that cannot be used; the message says why and what to do."""
+# what may lie beside images without being one
+DOCUMENTS = (
+    ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".html", ".log", ".ini",
+    ".db", ".xlsx", ".xls", ".ods", ".py", ".lock", ".pt", ".bin", ".safetensors", ".ckpt",
+)  # fmt: skip
+NAMES = ("README", "LICENSE", "LICENCE")
+SHEET = "contact_sheet.png"
 
 
 def check_images(images: torch.Tensor, *, name: str = "images") -> torch.Tensor:
@@ -35,9 +39,9 @@ def check_images(images: torch.Tensor, *, name: str = "images") -> torch.Tensor:
         Another shape, or no image at all.
     """
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
-        found = f"{images.dtype} tensor" if isinstance(images, torch.Tensor) else type(images)
+        kind = f"{images.dtype} tensor" if isinstance(images, torch.Tensor) else type(images)
         raise TypeError(
-            f"{name} must be a torch.uint8 tensor (N, 3, H, W), got {found}; "
+            f"{name} must be a torch.uint8 tensor (N, 3, H, W), got {kind}; "
             "load files with medbudget.load_images, or scale floats to 0..255 and call .byte()"
         )
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 1:
@@ -48,25 +52,6 @@ def check_images(images: torch.Tensor, *, name: str = "images") -> torch.Tensor:
     if len(images) == 0:
         raise ValueError(f"{name} is empty: at least one image is needed")
     return images
-
-
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the image files directly in `folder`, sorted by name."""
-    folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"no such folder: {folder}")
-    if folder.is_file():
-        return [folder]
-    entries = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
-    files = [p for p in entries if p.suffix.lower() in SUFFIXES and p.is_file()]
-    if not files:
-        inner = [p.name for p in entries if p.is_dir()]
-        hint = f"; it has the folders {inner[:5]}: name one of them" if inner else ""
-        raise ImageError(
-            f"no images in {folder} ({len(entries)} other entries); "
-            f"allowed are {', '.join(SUFFIXES)}{hint}"
-        )
-    return files
 
 
 def load_image(path: str | os.PathLike[str], *, size: int | None = None) -> torch.Tensor:
@@ -81,34 +66,22 @@ def load_image(path: str | os.PathLike[str], *, size: int | None = None) -> torc
     Raises
     ------
     ImageError
-        Unreadable files, more than 8 bits a channel, or real transparency: each would need a
-        decision (intensity window, background) that must not be taken silently.
+        What `open_picture` refuses, more than 8 bits a channel, or real transparency: each would
+        need a decision (intensity window, background) that must not be taken silently.
     """
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            opened.load()
-            image: Image.Image = opened
-    except Image.DecompressionBombError:
-        raise ImageError(f"{path} has too many pixels to be safe to load; crop it first") from None
-    except Exception as error:  # a damaged file can raise anything
-        reason = error if isinstance(error, OSError) else type(error).__name__
+        image, _ = open_picture(path)
+    except ImageError as error:
+        raise ImageError(f"{path} {error}") from None
+    if image.mode not in ("L", "RGB", "RGBA"):
         raise ImageError(
-            f"{path} is not a readable image ({reason}); allowed are {', '.join(FORMATS)}; remove "
-            "or replace it"
-        ) from None
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ImageError(
-            f"{path} has {'32' if image.mode in ('I', 'F') else '16'}-bit pixels; only 8-bit images "
+            f"{path} has {32 if image.mode in ('I', 'F') else 16}-bit pixels; only 8-bit images "
             "are allowed: choose an intensity window with `medbudget prepare folder`"
         )
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        alpha = image.convert("RGBA").getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            raise ImageError(
-                f"{path} has transparent pixels; flatten it onto the background that you want"
-            )
-    elif image.mode not in ("1", "L", "P", "RGB"):
-        raise ImageError(f"{path} has colour mode {image.mode}; allowed are gray, RGB and palette")
+    if image.mode == "RGBA":
+        raise ImageError(
+            f"{path} has transparent pixels; flatten it onto the background that you want"
+        )
     image = image.convert("RGB")
     return from_pil(image if size is None else fit_square(image, size))
 
@@ -130,6 +103,96 @@ def from_pil(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 
 
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """Turn one ``(3, H, W) uint8`` image into a PIL image."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+# ------------------------------------------------------------------------------ folders of images
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the image files directly in `folder`, sorted by name.
+
+    Of a folder that ``medbudget prepare`` made, these are the training images, where they are of
+    one class. Its contact sheet is no image. A warning counts the files that are passed over.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    if folder.is_file():
+        return [folder]
+    if is_prepared(folder):
+        folder = _choose_class(folder)
+    entries = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
+    files = [p for p in entries if p.suffix.lower() in SUFFIXES and p.is_file()]
+    files = [p for p in files if p.name != SHEET or read_record(p) is None]
+    others = describe_passed_over(
+        p for p in entries if p.is_file() and p.suffix.lower() not in SUFFIXES
+    )
+    if not files:
+        inner = [p.name for p in entries if p.is_dir()]
+        hint = f"; it has the folders {inner[:5]}: name one of them" if inner else ""
+        hint += f"; it has {others}" if others else ""
+        raise ImageError(
+            f"no images in {folder} ({len(entries)} other entries); "
+            f"allowed are {', '.join(SUFFIXES)}{hint}. DICOM files and volumes become images with "
+            "`medbudget prepare folder`"
+        )
+    if others:
+        warnings.warn(f"passed over in {folder}: {others}", stacklevel=2)
+    return files
+
+
+def is_prepared(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether ``medbudget prepare`` made this folder."""
+    try:
+        settings = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and {"medbudget", "dataset", "selection"} <= settings.keys()
+
+
+def _choose_class(folder: Path) -> Path:
+    """Return the folder of training images of a prepared folder that has one class."""
+    cells = [
+        f"{split}/{path.name}"
+        for split in ("train", "val", "test", "reference")
+        if (folder / split).is_dir()
+        for path in sorted((folder / split).iterdir())
+        if path.is_dir()
+    ]
+    training = [cell for cell in cells if cell.startswith("train/")]
+    if len(training) != 1:
+        raise ImageError(
+            f"{folder} was prepared with {len(training)} classes; name the folder of one: "
+            + ", ".join(cells)
+        )
+    if len(cells) > 1:
+        warnings.warn(
+            f"{folder} is a prepared folder: {training[0]} is taken; name another folder for "
+            + ", ".join(cell for cell in cells if cell not in training),
+            stacklevel=3,
+        )
+    return folder / training[0]
+
+
+def describe_passed_over(paths: Iterable[Path]) -> str:
+    """Count files by ending, such as ``3 .dcm (a.dcm …)``; documents are not counted."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix in DOCUMENTS or path.stem.upper() in NAMES:
+            continue
+        counts[suffix] += 1
+        first.setdefault(suffix, path.name)
+    return ", ".join(
+        f"{n} {suffix or 'without ending'} ({first[suffix]}{' …' if n > 1 else ''})"
+        for suffix, n in sorted(counts.items())
+    )
+
+
 def load_images(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, size: int | None = None
 ) -> torch.Tensor:
@@ -138,7 +201,7 @@ def load_images(
     Parameters
     ----------
     source : path or sequence of paths
-        A folder (its image files, not those in folders below), one file, or several files.
+        A folder (see `find_images`; not those in folders below), one file, or several files.
     size : int, optional
         See `load_image`. Without it, all files must have the same size.
 
@@ -184,9 +247,44 @@ def load_images(
     return torch.stack(images)
 
 
-def to_pil(image: torch.Tensor) -> Image.Image:
-    """Turn one ``(3, H, W) uint8`` image into a PIL image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+def check_twins(images: Iterable[tuple[str, str, str, torch.Tensor]]) -> None:
+    """Refuse images that stand in two splits or in two classes, pixel for pixel.
+
+    Parameters
+    ----------
+    images : iterable of (str, str, str, torch.Tensor)
+        Split, class, name and ``(3, H, W) uint8`` of each image.
+
+    Raises
+    ------
+    ValueError
+        The message names them.
+    """
+    first: dict[str, tuple[str, str, str]] = {}
+    leaks, contradictions = [], []
+    for split, label, name, image in images:
+        twin = first.setdefault(hash_pixels(image), (split, label, name))
+        if twin[0] != split:
+            leaks.append(f"{split}: {name} is {twin[0]}: {twin[2]}")
+        elif twin[1] != label:
+            contradictions.append(f"{split}: {name} is {twin[2]}")
+    for pairs, where, why in (
+        (leaks, "splits", "a test on them is worth nothing; split by patient, e.g. with medbudget "
+         "prepare folder"),
+        (contradictions, "classes", "no class can be right for both; keep each in one"),
+    ):  # fmt: skip
+        if pairs:
+            more = f", and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+            raise ValueError(
+                f"{len(pairs)} images are in two {where}, pixel for pixel "
+                f"({'; '.join(pairs[:3])}{more}): {why}"
+            )
+
+
+def hash_pixels(image: Any) -> str:
+    """Hash shape and pixels of an image, a tensor or an array: equal for equal pixels."""
+    values = np.ascontiguousarray(image)
+    return hashlib.sha256(f"{values.shape} {values.dtype} ".encode() + values.tobytes()).hexdigest()
 
 
 def save_images(

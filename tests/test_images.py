@@ -1,10 +1,14 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from medbudget import load_images, save_images
-from medbudget.images import ImageError, make_grid
+from medbudget.data.readers import Source, read_pixels
+from medbudget.images import ImageError, check_twins, load_image, make_grid
 
 
 def write(folder, name, array, mode=None):
@@ -97,3 +101,144 @@ def test_grid_is_white_between_images():
     grid = make_grid(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), columns=2, gap=2)
     assert grid.shape == (3, 10, 10)
     assert grid[:, 4:6].eq(255).all() and grid[:, :4, :4].eq(0).all()
+
+
+# ----------------------------------------------------------------- one door for all image files
+
+
+def both_doors(path):
+    """Return what `load_image` and the preparation say of a file: arrays, or the refusals."""
+    said = []
+    for read in (
+        lambda: load_image(path).permute(1, 2, 0).numpy(),
+        lambda: read_pixels(path.parent, Source((path.name,), "picture")).values[0],
+    ):
+        try:
+            said.append(read())
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def corner():
+    """A picture that no turn or flip leaves as it is: white above left, gray to its right."""
+    array = np.zeros((16, 24), np.uint8)
+    array[:8, :8], array[:8, 8:16] = 250, 120
+    return array
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
+def test_orientation_is_honoured_at_both_doors(tmp_path, name):
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter, clockwise
+    stored = Image.fromarray(corner()).transpose(Image.Transpose.ROTATE_90).convert("RGB")
+    stored.save(tmp_path / name, exif=exif, quality=95)
+    for seen in both_doors(tmp_path / name):
+        assert seen.shape[:2] == (16, 24)
+        assert np.abs(seen[..., 0].astype(int) - corner()).mean() < 3
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.jp2", "a.JFIF", "a.avif", "a.heic", "a.jpe"])
+def test_formats_of_cameras_and_hospitals_are_read(tmp_path, name):
+    if name == "a.heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    kind = {"a.JFIF": "JPEG", "a.jpe": "JPEG"}.get(name)
+    options = {} if name in ("a.gif", "a.jp2") else {"quality": 95}
+    Image.fromarray(corner()).convert("RGB").save(tmp_path / name, kind, **options)
+    for seen in both_doors(tmp_path / name):
+        assert np.abs(seen[..., 0].astype(int) - corner()).mean() < 3
+    assert len(load_images(tmp_path)) == 1
+
+
+def test_heic_without_its_plugin_is_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("medbudget.pictures.list_formats", lambda: ("PNG",))
+    (tmp_path / "a.heic").write_bytes(b"x")
+    with pytest.raises(ImageError, match=r"a\.heic is a HEIC .*pip install pillow-heif"):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.gif", "a.webp", "a.png"])
+def test_the_first_page_of_many_is_refused(tmp_path, name):
+    pages = [Image.fromarray(corner()), Image.fromarray(corner()[::-1].copy())]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    for said in both_doors(tmp_path / name):
+        assert "has 2 pages" in said
+
+
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def write_deep(path, kind):
+    """Write a 16-bit picture of a kind that Pillow cannot write."""
+    edge = 64 if kind == "JPEG 2000" else 8
+    values = np.arange(edge**2, dtype=np.uint16).reshape(edge, edge) * (65535 // edge**2)
+    if kind == "gray with alpha":
+        body = np.stack([values, np.full_like(values, 65535)], -1).astype(">u2")
+        rows = b"".join(b"\0" + row.tobytes() for row in body)
+        head = struct.pack(">IIBBBBB", 8, 8, 16, 4, 0, 0, 0)
+        path.write_bytes(
+            b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head)
+            + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+        )  # fmt: skip
+    elif kind == "JPEG 2000":
+        encode = pytest.importorskip("openjpeg.utils").encode_array
+        path.write_bytes(encode(np.stack([values] * 3, -1), photometric_interpretation=1))
+    else:
+        sitk = pytest.importorskip("SimpleITK")
+        colour = sitk.GetImageFromArray(np.stack([values] * 3, -1), isVector=True)
+        sitk.WriteImage(colour, str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.png", "RGB"), ("a.tif", "RGB"), ("a.png", "gray with alpha"), ("a.j2k", "JPEG 2000")],
+)
+def test_sixteen_bit_colour_is_refused_at_both_doors(tmp_path, name, kind):
+    write_deep(tmp_path / name, kind)
+    for said in both_doors(tmp_path / name):
+        assert "16 bits a colour" in said, said
+
+
+def test_twelve_bits_of_jpeg_2000_keep_their_values(tmp_path):
+    encode = pytest.importorskip("openjpeg.utils").encode_array
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    (tmp_path / "a.j2k").write_bytes(encode(values, bits_stored=12))
+    refused, seen = both_doors(tmp_path / "a.j2k")
+    assert "16-bit" in refused and np.array_equal(seen, values)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate"])
+def test_white_is_zero_is_inverted(tmp_path, compression):
+    """TIFF 6.0, photometric interpretation 0: the lowest value is white."""
+    Image.fromarray(corner()).save(tmp_path / "plain.tif", compression=compression)
+    Image.fromarray(corner()).save(tmp_path / "a.tif", compression=compression, tiffinfo={262: 0})
+    with Image.open(tmp_path / "a.tif") as opened:
+        assert opened.tag_v2[262] == 0
+    assert np.array_equal(both_doors(tmp_path / "a.tif")[0][..., 0], corner())
+    assert np.array_equal(both_doors(tmp_path / "a.tif")[1], corner())
+    deep = corner().astype(np.uint16) * 100
+    Image.fromarray(deep).save(tmp_path / "deep.tif", compression=compression, tiffinfo={262: 0})
+    pixels = read_pixels(tmp_path, Source(("deep.tif",), "picture"))
+    assert pixels.inverted and np.array_equal(pixels.values[0], deep)
+
+
+def test_what_is_passed_over_is_said(tmp_path):
+    write(tmp_path, "a.png", np.zeros((8, 8, 3), np.uint8))
+    for name in ("b.dcm", "c.dcm", "d.tga", "notes.txt", "README", ".hidden.dcm"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"2 \.dcm \(b\.dcm …\), 1 \.tga \(d\.tga\)$"):
+        assert len(load_images(tmp_path)) == 1
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ImageError, match=r"2 \.dcm .*medbudget prepare folder"):
+        load_images(tmp_path)
+
+
+def test_the_same_pixels_in_two_splits_or_two_classes_are_named(noise):
+    one, two = noise(2, size=8)
+    check_twins([("train", "a", "1.png", one), ("test", "a", "2.png", two)])
+    check_twins([("train", "a", "1.png", one), ("train", "a", "2.png", one)])
+    with pytest.raises(ValueError, match=r"two splits.*test: 2\.png is train: 1\.png"):
+        check_twins([("train", "a", "1.png", one), ("test", "a", "2.png", one)])
+    with pytest.raises(ValueError, match=r"two classes.*train: 2\.png is 1\.png"):
+        check_twins([("train", "a", "1.png", one), ("train", "b", "2.png", one)])

@@ -16,7 +16,8 @@ from PIL import Image
 
 from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
 from medbudget.data.splits import SPLITS, choose_one_per_patient, choose_reference, split_patients
-from medbudget.images import FORMATS, fit_square, from_pil
+from medbudget.images import fit_square, from_pil
+from medbudget.pictures import ImageError, open_picture
 
 OBSERVATIONS = (
     "No Finding",
@@ -229,12 +230,12 @@ def _make(item: Item, *, root: Path, size: int) -> Made:
     if ".." in path.parts or not file.is_file():
         raise BrokenCase(f"missing image: {item.job}")
     try:
-        with Image.open(file, formats=FORMATS) as opened:
-            image = opened.convert("L")
-    except Exception as error:  # a damaged file can raise anything
-        raise BrokenCase(
-            f"{item.job} cannot be read: truncated, or no image ({type(error).__name__})"
-        ) from None
+        image, _ = open_picture(file)
+    except ImageError as error:
+        raise BrokenCase(f"{item.job} {error}") from None
+    if image.mode not in ("L", "RGB"):
+        raise BrokenCase(f"{item.job} is no 8-bit gray image, as CheXpert's are")
+    image = image.convert("L")
     cropped, box = crop_borders(image)
     scale = max(cropped.size) / size
     return Made(

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from medbudget.data.prepare import BrokenCase
-from medbudget.images import FORMATS
+from medbudget.pictures import SUFFIXES as PICTURES
+from medbudget.pictures import ImageError, open_picture
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
 Array = NDArray[Any]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
 DICOM = (".dcm", ".ima", ".dicom")
 MAX_BYTES = 4 * 2**30  # of one volume in memory
@@ -395,31 +395,17 @@ def read_pixels(root: str | os.PathLike[str], source: Source, *, plane: str = "n
 
 def _read_picture(path: Path) -> Pixels:
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            frames = getattr(opened, "n_frames", 1)
-            raw = str(opened.tile[0][3]) if opened.tile else ""
-            opened.load()
-            image: Image.Image = ImageOps.exif_transpose(opened)
-    except Image.DecompressionBombError:
-        raise BrokenCase("it has too many pixels to be safe to load; crop it first") from None
-    except Exception:  # a damaged file can raise anything, and with the header's words
-        raise BrokenCase("not an image that can be read (truncated?)") from None
-    if frames > 1:
-        raise BrokenCase(f"it has {frames} pages or frames; export the one that you want")
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Pixels(np.asarray(image)[None])
-    if ";16" in raw and image.mode in ("RGB", "RGBA"):
-        raise BrokenCase("it has 16 bits a colour; export it with 8, with the window that you want")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image, inverted = open_picture(path)
+    except ImageError as error:
+        said = str(error)
+        if "not a readable image" in said:  # the reason may hold the header's words
+            raise BrokenCase("not an image that can be read (truncated?)") from None
+        raise BrokenCase(f"it {said}") from None
+    if image.mode == "RGBA":
         flat = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        flat.alpha_composite(image.convert("RGBA"))
-        opaque = image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
-        return Pixels(np.asarray(flat.convert("RGB"))[None], note="" if opaque else "on black")
-    if image.mode in ("1", "L"):
-        return Pixels(np.asarray(image.convert("L"))[None])
-    if image.mode in ("P", "RGB"):
-        return Pixels(np.asarray(image.convert("RGB"))[None])
-    raise BrokenCase(f"colour mode {image.mode}; allowed are gray, RGB, RGBA and palette")
+        flat.alpha_composite(image)
+        return Pixels(np.asarray(flat.convert("RGB"))[None], note="on black")
+    return Pixels(np.asarray(image)[None], inverted=inverted)
 
 
 def _read_volume(paths: Sequence[Path], dicom: bool, plane: str) -> Pixels:

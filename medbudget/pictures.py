@@ -1,0 +1,129 @@
+"""Read one image file: the door through which all pictures come, with what Pillow hides said."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf",
+    ".jpx", ".tif", ".tiff", ".bmp", ".dib", ".webp", ".gif", ".avif", ".heic", ".heif", ".hif",
+)  # fmt: skip
+HEIF = (".heic", ".heif", ".hif")
+# Pillow goes by content, not by name, and hands PostScript to another program: never let it
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "AVIF")
+
+
+class ImageError(ValueError):
+    """An image file or tensor that cannot be used; the message says why and what to do."""
+
+
+@lru_cache(maxsize=1)
+def list_formats() -> tuple[str, ...]:
+    """Return Pillow's names of the formats read here; HEIF where pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return FORMATS
+    register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def open_picture(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
+    """Read an image file whole and upright.
+
+    Returns
+    -------
+    image : PIL.Image.Image
+        Of mode ``L`` or ``RGB``, of ``RGBA`` where pixels are transparent, or of ``I;16``, ``I``
+        or ``F`` for gray of more than 8 bits.
+    inverted : bool
+        Of gray of more than 8 bits: low values are white.
+
+    Raises
+    ------
+    ImageError
+        Unreadable, of several pages, of more than 8 bits a colour, or of another colour model. The
+        message begins with a verb, so that the caller can name the file.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in HEIF and "HEIF" not in list_formats():
+        raise ImageError(
+            "is a HEIC image, which needs a plugin: pip install pillow-heif, or export it as PNG"
+        )
+    try:
+        with Image.open(path, formats=list_formats()) as opened:
+            pages = getattr(opened, "n_frames", 1)
+            depth, white_is_zero = _read_depth(opened)
+            opened.load()
+            image: Image.Image = ImageOps.exif_transpose(opened)
+    except Image.DecompressionBombError:
+        raise ImageError("has too many pixels to be safe to load; crop it first") from None
+    except ImageError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        reason = error if isinstance(error, OSError) else type(error).__name__
+        raise ImageError(
+            f"is not a readable image ({reason}); allowed are {', '.join(list_formats())}; remove "
+            "or replace it"
+        ) from None
+    if pages > 1:
+        raise ImageError(f"has {pages} pages or frames; export the one that you want")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if opened.format == "JPEG2000":  # Pillow scales to 16 bits
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) >> max(0, 16 - depth))
+        return image, white_is_zero
+    if depth > 8:
+        raise ImageError(
+            f"has {depth} bits a colour; export it with 8, with the window that you want"
+        )
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        opaque = image.getchannel("A").getextrema() == (255, 255)
+        return (image.convert("RGB") if opaque else image), False
+    if image.mode not in ("1", "L", "P", "RGB", "RGBX", "YCbCr"):
+        raise ImageError(
+            f"has colour mode {image.mode}; allowed are gray, RGB, RGBA and palette: export it as "
+            "one of these"
+        )
+    return image.convert("L" if image.mode in ("1", "L") else "RGB"), False
+
+
+def _read_depth(image: Image.Image) -> tuple[int, bool]:
+    """Return the bits of a channel, as the file states them, and whether deep gray is inverted.
+
+    Pillow reduces colours of more than 8 bits in silence.
+    """
+    head = b""
+    if image.format in ("JPEG2000", "AVIF") and image.fp is not None:
+        place = image.fp.tell()
+        image.fp.seek(0)
+        head = image.fp.read(1 << 16)
+        image.fp.seek(place)
+    if image.format == "JPEG2000":
+        start = head.find(b"\xff\x4f\xff\x51")  # Annex A.5.1: the size marker opens the stream
+        count = int.from_bytes(head[start + 40 : start + 42], "big")
+        sizes = head[start + 42 : start + 42 + 3 * count : 3]
+        if start < 0 or not sizes:
+            raise ImageError("is not a readable image (no size in its stream)")
+        if any(size & 128 for size in sizes):
+            raise ImageError("has signed pixels; export it with unsigned ones")
+        return max(sizes) + 1, False
+    if image.format == "AVIF":
+        start = head.find(b"av1C")
+        flags = head[start + 6] if 0 <= start < len(head) - 6 else 0
+        return (12 if flags & 32 else 10) if flags & 64 else 8, False
+    if image.format == "HEIF":
+        return int(image.info.get("bit_depth", 8)), False
+    if image.format == "TIFF":
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        bits = max(tags.get(258, (1,)))
+        if bits <= 8 and 2 in np.atleast_1d(tags.get(339, 1)):
+            raise ImageError("has signed 8-bit pixels; export it with unsigned ones")
+        return bits, tags.get(262) == 0  # WhiteIsZero; Pillow inverts up to 8 bits
+    return 16 if any(";16" in str(tile[3]) for tile in image.tile) else 8, False
