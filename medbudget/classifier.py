@@ -25,7 +25,7 @@ from medbudget import __version__
 from medbudget.artifacts import load_checkpoint, remove_checkpoint, save_checkpoint
 from medbudget.augment import LEVELS, augment
 from medbudget.files import check_writable, hash_tensors, hold, write_json
-from medbudget.images import ImageError, check_images, find_images, load_images
+from medbudget.images import ImageError, check_images, check_twins, find_images, load_images
 from medbudget.metrics.auc import (
     Difference,
     auc,
@@ -166,21 +166,15 @@ def check_splits(splits: Mapping[str, Cases]) -> None:
                 f"the sizes differ: {first} has {tuple(one.images.shape[2:])}, {name} "
                 f"{tuple(other.images.shape[2:])} (H, W); bring all to one with size=…"
             )
-    seen: dict[str, tuple[str, str]] = {}
-    leaks: list[str] = []
-    for split, cases in splits.items():
-        names = cases.names or [f"image {i}" for i in range(len(cases))]
-        for image, name in zip(cases.images, names):
-            key = hash_tensors({"image": image})
-            where, twin = seen.setdefault(key, (split, name))
-            if where != split:
-                leaks.append(f"{split}: {name} is {where}: {twin}")
-    if leaks:
-        more = f", and {len(leaks) - 3} more" if len(leaks) > 3 else ""
-        raise ValueError(
-            f"{len(leaks)} images are in two splits, pixel for pixel ({'; '.join(leaks[:3])}{more})"
-            ": a test on them is worth nothing; split by patient, e.g. with medbudget prepare folder"
+    check_twins(
+        (split, cases.classes[label], name, image)
+        for split, cases in splits.items()
+        for image, label, name in zip(
+            cases.images,
+            cases.labels.tolist(),
+            cases.names or map("image {}".format, range(len(cases))),
         )
+    )
 
 
 @dataclass(frozen=True)
