@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf",
@@ -94,7 +94,7 @@ def open_picture(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
     return image.convert("L" if image.mode in ("1", "L") else "RGB"), False
 
 
-def _read_depth(image: Image.Image) -> tuple[int, bool]:
+def _read_depth(image: ImageFile.ImageFile) -> tuple[int, bool]:
     """Return the bits of a channel, as the file states them, and whether deep gray is inverted.
 
     Pillow reduces colours of more than 8 bits in silence.
