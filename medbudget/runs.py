@@ -1,0 +1,187 @@
+"""A training run that stops between two steps, and goes on from its checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from medbudget.files import atomic_path, check_writable, describe_difference, hold
+from medbudget.progress import tqdm
+
+
+class Run(Protocol):
+    """What a training run offers: the number of steps done, its state, and a way back to one."""
+
+    @property
+    def step(self) -> int: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stopped(KeyboardInterrupt):
+    """A run ended by Ctrl-C (SIGINT) or SIGTERM; the message says how to go on."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number: int = number
+
+
+class Steps:
+    """Iterate over the steps of a run that are still to do; save them, and stop between them.
+
+    Ctrl-C and SIGTERM end the run after the current step, once its checkpoint is saved; a second
+    one ends it at once.
+
+    Parameters
+    ----------
+    run : Run
+        Its ``step`` must have grown at the end of the loop's body; where it has not, the same step
+        comes again.
+    total : int
+        Steps of the whole run.
+    checkpoint : path, optional
+        Saved every `every` steps, when the run is stopped, and at the end. If the file exists, the
+        run goes on from it. It is never deleted here.
+    identity : mapping
+        Names the run, e.g. ``{"settings": {…}, "base": hash, "images": hash}``. A checkpoint with
+        another identity is refused; entries that are mappings are compared one by one.
+
+    Examples
+    --------
+    >>> class Counter:
+    ...     step = 0
+    ...     state_dict = lambda self: {"step": self.step}
+    >>> run = Counter()
+    >>> for step in Steps(run, 3, desc="count"):
+    ...     run.step += 1
+    >>> run.step
+    3
+    """
+
+    def __init__(
+        self,
+        run: Any,
+        total: int,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        identity: Mapping[str, Any] | None = None,
+        every: int = 500,
+        desc: str = "",
+    ) -> None:
+        self.run, self.total, self.every, self.desc = run, total, every, desc
+        self.path = None if checkpoint is None else check_writable(checkpoint)
+        self.identity = dict(identity or {})
+        self.signals: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        with hold(self.path):
+            saved = self._resume()
+            bar = tqdm(total=self.total, initial=self.run.step, desc=self.desc, unit="step")
+            with bar, self._late_signals():
+                while self.run.step < self.total and not self.signals:
+                    before = self.run.step
+                    yield before
+                    bar.update(self.run.step - before)
+                    if self.run.step // self.every > before // self.every:
+                        saved = self._save()
+                if saved != self.run.step:
+                    self._save()
+        if self.signals:
+            how = "run the same again to go on from" if self.path else "nothing is kept without"
+            raise Stopped(
+                f"stopped at step {self.run.step} of {self.total}; {how} "
+                f"{self.path or 'a checkpoint: name a file for it'}",
+                self.signals[0],
+            )
+
+    @contextmanager
+    def _late_signals(self) -> Iterator[None]:
+        """Note signals instead of raising at once; only the main thread gets any."""
+        before: dict[int, Any] = {}
+
+        def note(number: int, frame: Any) -> None:
+            if self.signals:
+                raise Stopped(f"stopped within step {self.run.step + 1}", number)
+            self.signals.append(number)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _save(self) -> int:
+        if self.path is not None:
+            with atomic_path(self.path) as temporary:
+                torch.save({"identity": self.identity, "state": self.run.state_dict()}, temporary)
+        return self.run.step
+
+    def _resume(self) -> int:
+        if self.path is not None and self.path.exists():
+            self.run.load_state_dict(load_checkpoint(self.path, self.identity))
+        return self.run.step
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], identity: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the state in a checkpoint of `Steps`, on the CPU; refuse one of another identity.
+
+    Raises
+    ------
+    ValueError
+        A damaged file, or one of another run; says which settings differ.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        stored, state = content["identity"], content["state"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(
+            f"{path} is no readable checkpoint ({error}); name another, or remove it to start anew"
+        ) from None
+    if identity is not None and stored != dict(identity):
+        raise ValueError(
+            f"checkpoint {path} belongs to another run: {_compare(stored, identity)} differ; name "
+            "another checkpoint, or remove this one to start anew"
+        )
+    return state
+
+
+def _compare(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Name what differs: settings with both values, anything else (hashes) by its name alone."""
+    words = []
+    for key in dict.fromkeys([*wanted, *stored]):
+        old, new = stored.get(key), wanted.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            words += [describe_difference(old, new)] if old != new else []
+        elif old != new:
+            words.append(key)
+    return ", ".join(words)
+
+
+def draw_indices(n: int, batch_size: int, step: int, seed: int) -> torch.Tensor:
+    """Return which of n images a step sees: shuffled anew each epoch, by seed and step alone."""
+    order: list[int] = []
+    while len(order) < batch_size:
+        epoch, start = divmod(step * batch_size + len(order), n)
+        shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order += torch.randperm(n, generator=shuffle)[start:].tolist()[: batch_size - len(order)]
+    return torch.tensor(order)
