@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from medbudget.runs import Steps
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from medbudget import load_base
+from medbudget.runs import Steps
 from pretraining.pictures import draw_picture
 
 SIZE = 128
