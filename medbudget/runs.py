@@ -119,8 +119,8 @@ class Steps:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for caught, handler in before.items():
+                signal.signal(caught, handler)
 
     def _save(self) -> int:
         if self.path is not None:
