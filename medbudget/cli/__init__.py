@@ -1,0 +1,94 @@
+"""Command line: one line of help and one call of the library for each command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from typing import Any
+
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
+
+from medbudget._version import __version__
+from medbudget.cli import bases, embeddings, generate, readers, score, studies
+from medbudget.cli.prepare import app as prepare_app
+
+STOPPED = "stopped: the same command goes on from here"
+GOES_ON = ("classify", "inpaint", "invert", "prepare", "sample", "study")
+
+
+def _show_default(value: Any) -> str | None:
+    return None if value in (None, True, False, "") else str(value)
+
+
+app = App(
+    name="medbudget",
+    help="Textual Inversion for medical images on a budget. Not for clinical use.",
+    version=f"medbudget {__version__}",
+    help_format="plaintext",
+    default_parameter=Parameter(negative=(), show_default=_show_default),
+    suppress_keyboard_interrupt=False,
+)
+app.register_install_completion_command(add_to_startup=False)
+app.command(bases.doctor)
+app.command(generate.phantoms)
+app.command(generate.invert)
+app.command(generate.sample)
+app.command(generate.inpaint)
+app.command(generate.describe)
+app.command(score.evaluate)
+app.command(score.classify)
+app.command(prepare_app)
+app.command(embeddings.app)
+app.command(embeddings.released_app)
+app.command(bases.app)
+app.command(studies.app)
+app.command(readers.app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; expected errors become one message.
+
+    Exit codes: 1 for an error, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    received = [signal.SIGINT]
+
+    def stop(number: int, frame: Any) -> None:
+        received[0] = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        code = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        command = " ".join(["medbudget", *(error.command_chain or ()), "--help"])
+        code = _report(f"{_explain(error)}; see {command}", 2)
+    except KeyboardInterrupt as stopped:
+        message = STOPPED if arguments[0] in GOES_ON else "stopped"
+        print(str(stopped) or message, file=sys.stderr)
+        code = 128 + received[0]
+    except MemoryError as error:
+        code = _report(f"out of memory {error}: fewer or smaller images need less", 1)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        code = _report(str(error), 1)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: CycloptsError) -> str:
+    """Say what is wrong with a command line."""
+    if isinstance(error, MissingArgumentError) and error.argument and not error.argument.tokens:
+        return f"{error.argument.name} is missing"
+    if isinstance(error, UnusedCliTokensError):
+        return f"too many arguments: {' '.join(error.unused_tokens or ())}"
+    return str(error).rstrip(".")
+
+
+def _report(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,133 @@
+"""medbudget base and doctor: where bases come from, and what this machine can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+from cyclopts import App
+
+app = App(name="base", help="Where bases come from; fetch and verify them.")
+
+
+@app.command(name="list")
+def list_bases() -> None:
+    """List the bases by name, and which of them are on this machine."""
+    from medbudget.sources import RANDOM, TINY, list_sd2_sources, read_architectures
+
+    print(f"tiny          {'ready' if (TINY / 'unet').is_dir() else 'missing'}, in the package")
+    for source, path in list_sd2_sources():
+        print(f"sd2           {f'ready, {path}' if path else 'not here'}: {source}")
+    for name, kind in read_architectures().items():
+        print(f"{name + RANDOM:<14}random weights, for trials of speed and memory: {kind['title']}")
+    print("or a folder in diffusers' layout, or a .ckpt or .safetensors file: give its path")
+
+
+@app.command
+def fetch(name: str = "sd2", /) -> None:
+    """Fetch Stable Diffusion 2.0 into the hub's cache; a broken download goes on.
+
+    Parameters
+    ----------
+    name
+        sd2
+    """
+    from medbudget.sources import find_sd2
+
+    if name != "sd2":
+        raise ValueError(f"{name!r} is not fetched: only sd2 is; see medbudget base list")
+    print(f"ready: {find_sd2()}")
+
+
+@app.command
+def verify(name: str, /, *, device: str | None = None) -> int:
+    """Measure whether a base is what it should be; exit code 1 if not.
+
+    Parameters
+    ----------
+    name
+        tiny, sd2, a folder or a file
+    device
+        cpu or cuda; default: cuda if there is one
+    """
+    from medbudget import load_base
+    from medbudget.base import verify_base
+
+    base = load_base(name, device=device)
+    checks = verify_base(base)
+    print(f"{'hash':<13}{base.hash}, {base.size} px, {base.note or 'no note'}")
+    for check, (measured, passed) in checks.items():
+        print(f"{check:<13}{'ok' if passed else 'FAILED'}: {measured}")
+    return 0 if all(passed for _, passed in checks.values()) else 1
+
+
+def doctor() -> None:
+    """Print versions, device, memory, reachable bases, and what fits this machine."""
+    import torch
+
+    from medbudget.base import TINY, BaseError, load_base
+    from medbudget.sources import list_sd2_sources
+
+    problems: list[str] = []
+    names = ("medbudget", "torch", "torchvision", "diffusers", "transformers", "timm", "numpy")
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    for name in names:
+        try:
+            print(f"  {name} {version(name)}")
+        except PackageNotFoundError:
+            problems.append(f"{name} is not installed: pip install {name}")
+    if torch.cuda.is_available():
+        free, total = (value / 2**30 for value in torch.cuda.mem_get_info())
+        print(f"GPU {torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GiB free")
+        lines = _what_fits(free)
+        for line, _ in lines:
+            print(f"  {line}")
+        if not all(fits for _, fits in lines[1:]):  # training can do without the first
+            problems.append("too little GPU memory: close other programs, or use --base tiny")
+    else:
+        print("GPU none: everything runs on the CPU; --base tiny is made for that")
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        print(
+            f"CPU {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.1f} GiB memory"
+        )
+    print(f"disk {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
+    try:
+        tiny = load_base("tiny", device="cpu")
+        print(f"base tiny: ready, hash {tiny.hash}, {tiny.size} px; batch 8 fits 2 GiB of memory")
+    except BaseError as error:
+        problems.append(f"base tiny in {TINY}: {error}")
+    try:
+        here = next((f"{s}, {p}" for s, p in list_sd2_sources() if p is not None), None)
+        print(f"base sd2: {here or 'not here; medbudget base fetch gets it (5 GB)'}")
+    except BaseError as error:
+        problems.append(f"{error}: correct or unset it")
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        problems.append(
+            "training on this CPU is several times faster with the three MALLOC_ variables of the "
+            "Makefile in the environment: export them before you start"
+        )
+    for problem in problems:
+        print(f"! {problem}")
+    if not problems:
+        print("no problems found")
+
+
+def _what_fits(free: float) -> list[tuple[str, bool]]:
+    """Say for each job with Stable Diffusion 2.0 whether `free` GiB of GPU memory are enough."""
+    from medbudget.memory import largest_batch, plan_memory
+
+    lines = []
+    jobs = {
+        "invert --base sd2": ("invert", False),
+        "invert --base sd2, checkpointing (turned on by itself)": ("invert", True),
+        "sample --base sd2": ("sample", False),
+    }
+    for name, (job, checkpointing) in jobs.items():
+        need = plan_memory(job, checkpointing=checkpointing).total
+        batch = largest_batch(job, free, checkpointing=checkpointing) if free >= need else 0
+        words = f"fits up to batch {batch}" if batch else f"does not fit {free:.1f} GiB"
+        lines.append((f"{name} at 512 px takes {need:.1f} GiB at batch 1 and {words}", batch > 0))
+    return lines

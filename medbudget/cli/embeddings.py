@@ -1,0 +1,171 @@
+"""medbudget embedding and embeddings: look into files, convert, describe and share them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cyclopts import App
+
+from medbudget.cli.options import Words
+
+app = App(name="embedding", help="Look into an embedding file, convert, describe or upload it.")
+released_app = App(name="embeddings", help="Embeddings that others released.")
+
+
+@app.command
+def show(file: Path, /, *, base: str | None = None) -> None:
+    """Print token, shape, steps, norms and base of an embedding file.
+
+    Parameters
+    ----------
+    base
+        check that it fits this base
+    """
+    from medbudget import Embedding, load_base
+
+    e = Embedding.load(file)
+    norms = e.vectors.norm(dim=1)
+    print(f"token   {e.token}")
+    print(f"shape   {tuple(e.vectors.shape)} (vectors, width)")
+    print(f"step    {e.step}")
+    print(f"norms   mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}")
+    print(f"base    {e.base or 'unknown'} (hash {e.base_hash or 'unknown'})")
+    print(f"data    {e.data or 'unknown'}")
+    print(f"file    {file.stat().st_size / 1024:.0f} kB")
+    if base is not None:
+        loaded = load_base(base)
+        e.check_fits(loaded.width, loaded.name)
+        if e.base_hash == loaded.hash:
+            print(f"fits    base {base}: same hash")
+        elif e.base_hash and e.base_hash == loaded.checkpoint_hash:
+            print(f"fits    base {base}: the checkpoint that it names")
+        else:
+            print(
+                f"! made on a base with hash {e.base_hash or 'unknown'}, {base} here has "
+                f"{loaded.hash}: images will differ from those it was trained for"
+            )
+
+
+@app.command
+def convert(file: Path, out: Path, /, *, token: str | None = None, overwrite: bool = False) -> None:
+    """Write an embedding in another program's format.
+
+    Parameters
+    ----------
+    out
+        *.safetensors, *.pt (A1111, ComfyUI) or *.bin (diffusers)
+    token
+        give it another token
+    overwrite
+        replace OUT if it is there
+    """
+    from medbudget import Embedding
+    from medbudget.files import check_output
+
+    check_output(out, overwrite=overwrite)
+    e = Embedding.load(file, token=token)
+    e.save(out)
+    print(f"wrote {out}")
+    width = e.vectors.shape[1]
+    if width in PROGRAMS:
+        print(f"for Stable Diffusion {PROGRAMS[width]} in A1111, ComfyUI and diffusers")
+    else:
+        print(
+            f"note: its vectors are {width} wide, as base tiny needs them: no other program can use "
+            "it (Stable Diffusion 1.x takes 768, 2.x 1024)"
+        )
+
+
+PROGRAMS = {768: "1.x", 1024: "2.x"}  # width of the vectors: which models take them
+
+
+@app.command
+def card(
+    file: Path, /, *, scores: Path | None = None, licence: str = "other", out: Path | None = None,
+    overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Write the model card of an embedding: data, licence, steps, base, scores, use, limits.
+
+    Parameters
+    ----------
+    scores
+        what medbudget evaluate --out wrote
+    licence
+        as the hub spells it, e.g. mit
+    out
+        write it there; else print it
+    overwrite
+        replace OUT if it is there
+    """
+    from medbudget import Embedding
+    from medbudget.files import check_output, write_text
+    from medbudget.hub import make_card, read_scores
+
+    if out is not None:
+        check_output(out, overwrite=overwrite)
+    text = make_card(Embedding.load(file), scores=read_scores(scores), licence=licence)
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+        print(f"wrote {out}")
+
+
+@app.command
+def push(
+    file: Path, repo: str, /, *, scores: Path | None = None, licence: str = "other",
+    public: bool = False,
+) -> None:  # fmt: skip
+    """Upload an embedding with its card to the Hugging Face hub (after hf auth login).
+
+    Parameters
+    ----------
+    repo
+        OWNER/NAME on the Hugging Face hub
+    scores
+        what medbudget evaluate --out wrote
+    licence
+        as the hub spells it, e.g. mit
+    public
+        else only you can see it
+    """
+    from medbudget import Embedding
+    from medbudget.hub import push_embedding, read_scores
+
+    e = Embedding.load(file)
+    address = push_embedding(
+        e, repo, scores=read_scores(scores), licence=licence, private=not public
+    )
+    print(f"pushed {e.token} to {address}")
+
+
+@released_app.command
+def paper(*, fetch: Words = None, out: Path = Path("embeddings")) -> None:
+    """List the eight embeddings that the paper's authors released, and fetch them on request.
+
+    Parameters
+    ----------
+    fetch
+        a name, or all; repeatable
+    out
+        folder for the files
+    """
+    from medbudget.hub import (
+        PAPER_CHECKPOINT,
+        PAPER_EMBEDDINGS,
+        PAPER_URL,
+        fetch_paper_embedding,
+    )
+
+    if not fetch:
+        print(f"{'name':<27}{'steps':>8}  {'SHA-256':<14}draws")
+        for e in PAPER_EMBEDDINGS:
+            print(f"{e.name:<27}{e.steps:>8,}  {e.sha256[:12] or 'unknown':<14}{e.draws}")
+        print(
+            f"64 vectors of width 1024 each, for Stable Diffusion 2.0 ({PAPER_CHECKPOINT}); MIT. "
+            f"From {PAPER_URL}. Get them with --fetch NAME or --fetch all"
+        )
+        return
+    names = [e.name for e in PAPER_EMBEDDINGS] if "all" in fetch else fetch
+    for name in names:
+        print(f"ready: {fetch_paper_embedding(name, out)}")

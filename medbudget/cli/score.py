@@ -1,0 +1,259 @@
+"""medbudget evaluate and classify: score images, and what they do for a classifier."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from medbudget.cli.options import Machine, Words
+
+DEFAULT = Machine()
+
+
+def evaluate(
+    real: Path, synthetic: Path, /, *, train: Path | None = None, features: Words = None,
+    permutation: Path | None = None, paired: bool = False, repeats: int = 1000,
+    normalize: str = "none", interval: str = "influence",
+    floor: Annotated[bool, Parameter(negative="--no-floor")] = True, size: int | None = None,
+    out: Path | None = None, pairs: Path | None = None, overwrite: bool = False, seed: int = 0,
+    machine: Machine = DEFAULT,
+) -> None:  # fmt: skip
+    """Score generated images against real ones, beside the real-versus-real floor.
+
+    Parameters
+    ----------
+    real
+        folder of real images
+    synthetic
+        folder of generated images
+    train
+        folder of training images: adds memorisation
+    features
+        extractor, or NAME=WEIGHTS; repeatable; default efficientnet-lite0
+    permutation
+        folder of another generator's images: adds a test
+    paired
+        files of both generators were made from the same seeds, in order
+    repeats
+        permutations
+    normalize
+        none, or paper: each image z-scored
+    interval
+        influence, bootstrap or paper
+    floor
+        real versus real beside every distance
+    size
+        pixels; default: that of the synthetic images
+    out
+        also write the scores as JSON
+    pairs
+        PNG of the 8 images nearest to --train, beside theirs
+    overwrite
+        replace OUT and PAIRS if they are there
+    seed
+        the same seed gives the same result
+    """
+    from medbudget import evaluate as run
+    from medbudget import load_images
+    from medbudget.files import check_output
+    from medbudget.metrics import format_table, to_json
+
+    if pairs is not None and train is None:
+        raise ValueError("--pairs shows training images: name their folder with --train")
+    if paired and permutation is None:
+        raise ValueError("--paired is about --permutation: name the other generator's folder")
+    for path in (out, pairs):
+        if path is not None:
+            check_output(path, overwrite=overwrite)
+    device = machine.prepare()
+    made = load_images(synthetic, size=size)
+
+    def load(folder: Path | None) -> Any:
+        return None if folder is None else load_images(folder, size=size or made.shape[2])
+
+    learned = load(train)
+    scores = run(
+        load(real),
+        made,
+        features=features or "efficientnet-lite0",
+        train=learned,
+        permutation=load(permutation),
+        paired=paired,
+        normalize=normalize,
+        interval=interval,
+        floor=floor,
+        repeats=repeats,
+        seed=seed,
+        device=device,
+        progress=True,
+    )
+    print(format_table(scores))
+    if out is not None:
+        to_json(scores, out)
+        print(f"wrote {out}")
+    if pairs is not None:
+        _write_pairs(made, learned, pairs)
+
+
+def _write_pairs(made: Any, learned: Any, path: Path) -> None:
+    """Draw the synthetic images nearest to training images (in pixels) above their neighbours."""
+    from medbudget import plots
+    from medbudget.files import atomic_path
+    from medbudget.metrics import pixel_neighbours
+
+    distance, index = pixel_neighbours(made, learned)
+    worst = distance.argsort()[:8].copy()
+    figure = plots.show_rows(
+        {"synthetic": made[worst], "nearest in training": learned[index[worst]]},
+        titles=[f"{value:.3f}" for value in distance[worst]],
+        note="1 - correlation, over mirror images and small shifts; 0: a copy",
+    )
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    print(f"wrote {path}")
+
+
+def classify(
+    train: Path, val: Path, test: Path, /, *, synthetic: Path | None = None, runs: int = 10,
+    out: Path = Path("classified"), preset: str | None = None, positive: str | None = None,
+    size: int | None = None, steps: int | None = None, lr: float | None = None,
+    precision: str | None = None, weights: str | None = None, seed: int = 0,
+    overwrite: bool = False, machine: Machine = DEFAULT,
+) -> None:  # fmt: skip
+    """Train classifiers on real and on real + synthetic images; compare them on a test set.
+
+    Parameters
+    ----------
+    train
+        folder with a folder of images for each class
+    val
+        the same classes: chooses the best step
+    test
+        the same classes: scored once by each run
+    synthetic
+        the same classes: is training with these better?
+    runs
+        trainings that differ in their seed; paper: 10
+    out
+        folder for runs and scores; goes on there
+    preset
+        tiny, modern or paper; default: tiny on a CPU, else modern
+    positive
+        the class whose probability is scored; default: second by name
+    size
+        bring all images to this size first; else they must agree
+    steps
+        batches of training; paper: 6250
+    lr
+        learning rate; paper: 0.0001
+    precision
+        auto, float32, bfloat16 or float16; auto: half on a GPU
+    weights
+        imagenet, none, or a file of the network's weights
+    seed
+        of the first run; the next ones have the next seeds
+    overwrite
+        replace the scores of another comparison
+    """
+    import torch
+
+    from medbudget.classifier import (
+        ClassifierSettings,
+        check_splits,
+        load_cases,
+        repeat_classifier,
+        score_gain,
+        score_runs,
+    )
+    from medbudget.files import check_output, check_writable, hash_tensors, hold, write_json
+    from medbudget.metrics import bootstrap_auc, delong_difference, format_table, to_json
+
+    folders = {"train": train, "val": val, "test": test}
+    if synthetic is not None:
+        folders["synthetic"] = synthetic
+    cases = {n: load_cases(f, positive=positive, size=size) for n, f in folders.items()}
+    check_splits(cases)
+    check_writable(out / "scores.csv")
+    device = machine.prepare()
+    gpu = torch.device(device).type != "cpu" if device else torch.cuda.is_available()
+    settings = ClassifierSettings.preset(
+        preset or ("modern" if gpu else "tiny"),
+        steps=steps,
+        lr=lr,
+        precision=precision,
+        weights=weights,
+        seed=seed,
+    )
+    record = {**asdict(settings), "runs": runs}
+    record |= {
+        name: f"{len(c)} images, {hash_tensors({'': c.images})}" for name, c in cases.items()
+    }
+    check_output(out / "settings.json", record, _read_json, overwrite=overwrite)
+    negative, shown = cases["test"].classes
+    print(f"{shown} against {negative}: " + ", ".join(f"{len(c)} {n}" for n, c in cases.items()))
+    sets = {"real": cases["train"]}
+    if synthetic is not None:
+        sets["real + synthetic"] = cases["train"] + cases["synthetic"]
+    labels = cases["test"].labels.numpy()
+    n = (int((labels == 0).sum()), int((labels == 1).sum()))
+    found, rows = {}, []
+    with hold(out):
+        if overwrite:
+            for file in out.glob("*/run_*"):
+                file.unlink()
+        write_json(out / "settings.json", record)
+        for name, chosen in sets.items():
+            folder = out / name.replace(" + ", "_and_")
+            found[name] = repeat_classifier(
+                chosen,
+                cases["val"],
+                cases["test"],
+                settings,
+                runs=runs,
+                folder=folder,
+                device=device,
+            )
+            scores = score_runs(labels, found[name])
+            if name != "real":
+                gain = bootstrap_auc(labels, found[name], found["real"])
+                scores += score_gain(gain, n)
+                one = delong_difference(labels, found[name][0], found["real"][0])
+                scores.append(_delong_score(one, n))
+            rows += [replace(score, name=f"{score.name}, {name}") for score in scores]
+        _write_scores(out / "scores.csv", cases["test"], found, seed)
+        to_json(rows, out / "result.json")
+    print(format_table(rows))
+    print(f"wrote {out / 'scores.csv'} (every test case in every run) and {out / 'result.json'}")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
+def _delong_score(difference: Any, n: tuple[int, int]) -> Any:
+    from medbudget.metrics import Score
+
+    note = f"DeLong, p = {difference.p_value:.3g}; a check on one pair of runs"
+    return Score("gain of the first run", difference.value, difference.interval, n, note=note)
+
+
+def _write_scores(path: Path, test: Any, found: dict[str, Any], seed: int) -> None:
+    """Write one line for each case, training set and run."""
+    import csv
+
+    from medbudget.files import atomic_path
+
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "label", "trained on", "seed", "score"])
+        for name, runs in found.items():
+            for i, run in enumerate(runs):
+                for case, label, score in zip(test.names, test.labels.tolist(), run):
+                    writer.writerow([case, label, name, seed + i, f"{score:.6f}"])
