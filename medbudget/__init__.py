@@ -1,17 +1,33 @@
 """Textual Inversion for medical images on a budget: the library under the companion book."""
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from medbudget import telemetry  # noqa: F401  (before what would report)
-from medbudget.base import Base, describe, load_base
-from medbudget.data.phantoms import Phantoms, make_phantoms
-from medbudget.embeddings import Embedding
-from medbudget.images import load_images, save_images
-from medbudget.inpainting import ellipse, inpaint
-from medbudget.inversion import InversionSettings, invert
-from medbudget.metrics import Score, evaluate, frechet_distance
-from medbudget.prompts import parse_prompt
-from medbudget.sampling import interpolate, sample
+from medbudget._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from medbudget.base import Base, describe, load_base
+    from medbudget.data.phantoms import Phantoms, make_phantoms
+    from medbudget.embeddings import Embedding
+    from medbudget.images import load_images, save_images
+    from medbudget.inpainting import ellipse, inpaint
+    from medbudget.inversion import InversionSettings, invert
+    from medbudget.metrics import Score, evaluate, frechet_distance
+    from medbudget.prompts import parse_prompt
+    from medbudget.sampling import interpolate, sample
+
+_MODULES = {  # loaded on first use: torch and diffusers take seconds
+    "base": ("Base", "describe", "load_base"),
+    "data.phantoms": ("Phantoms", "make_phantoms"),
+    "embeddings": ("Embedding",),
+    "images": ("load_images", "save_images"),
+    "inpainting": ("ellipse", "inpaint"),
+    "inversion": ("InversionSettings", "invert"),
+    "metrics": ("Score", "evaluate", "frechet_distance"),
+    "prompts": ("parse_prompt",),
+    "sampling": ("interpolate", "sample"),
+}
 
 __all__ = [
     "Base",
@@ -33,3 +49,20 @@ __all__ = [
     "sample",
     "save_images",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"medbudget.{module}"), name)
+            return value
+    try:
+        return import_module(f"medbudget.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"medbudget.{name}":
+            raise
+        raise AttributeError(f"module 'medbudget' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medbudget import __version__
+from medbudget._version import __version__
 from medbudget.artifacts import load_checkpoint, remove_checkpoint, save_checkpoint
 from medbudget.augment import LEVELS, augment
 from medbudget.files import check_writable, hash_tensors, hold, write_json

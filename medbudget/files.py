@@ -149,7 +149,7 @@ def check_output(
         Says which settings differ, if the file says how it was made.
     """
     path = Path(path)
-    if overwrite or not (path.exists() or path.is_symlink()):
+    if overwrite or path.is_dir() or not os.path.lexists(path):
         check_writable(path)
         return False
     stored = read(path) if read is not None else None

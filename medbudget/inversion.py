@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from medbudget import __version__
+from medbudget._version import __version__
 from medbudget.artifacts import load_checkpoint, save_checkpoint
 from medbudget.base import Base
 from medbudget.embeddings import MAX_VECTORS, Embedding, check_token

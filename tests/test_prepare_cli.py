@@ -64,4 +64,4 @@ def test_folder(prepare, tmp_path: Path) -> None:
     code, said, _ = prepare(*command)
     assert code == 0 and "0 made, 10 kept" in said
     code, _, err = prepare(*command, "--split", "most,some")
-    assert code == 1 and "0.6,0.2,0.2" in err
+    assert code == 2 and "0.6,0.2,0.2" in err

@@ -65,9 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
     except CycloptsError as error:
         command = " ".join(["medbudget", *(error.command_chain or ()), "--help"])
-        code = _report(f"{_explain(error)}; see {command}", 2)
+        code = _report(f"{_explain(error)} ({command})", 2)
     except KeyboardInterrupt as stopped:
-        message = STOPPED if arguments[0] in GOES_ON else "stopped"
+        message = STOPPED if arguments[:1] and arguments[0] in GOES_ON else "stopped"
         print(str(stopped) or message, file=sys.stderr)
         code = 128 + received[0]
     except MemoryError as error:
@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _explain(error: CycloptsError) -> str:
     """Say what is wrong with a command line."""
     if isinstance(error, MissingArgumentError) and error.argument and not error.argument.tokens:
-        return f"{error.argument.name} is missing"
+        missing = "needs a value" if error.keyword else "is missing"
+        return f"{error.argument.name} {missing}"
     if isinstance(error, UnusedCliTokensError):
         return f"too many arguments: {' '.join(error.unused_tokens or ())}"
     return str(error).rstrip(".")

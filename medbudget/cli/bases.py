@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from cyclopts import App
 
+from medbudget.cli.options import Text
+
 app = App(name="base", help="Where bases come from; fetch and verify them.")
 
 
@@ -26,7 +28,7 @@ def list_bases() -> None:
 
 
 @app.command
-def fetch(name: str = "sd2", /) -> None:
+def fetch(name: Text = "sd2", /) -> None:
     """Fetch Stable Diffusion 2.0 into the hub's cache; a broken download goes on.
 
     Parameters
@@ -42,7 +44,7 @@ def fetch(name: str = "sd2", /) -> None:
 
 
 @app.command
-def verify(name: str, /, *, device: str | None = None) -> int:
+def verify(name: Text, /, *, device: Text | None = None) -> int:
     """Measure whether a base is what it should be; exit code 1 if not.
 
     Parameters

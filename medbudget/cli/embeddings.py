@@ -6,14 +6,14 @@ from pathlib import Path
 
 from cyclopts import App
 
-from medbudget.cli.options import Words
+from medbudget.cli.options import Text, Words
 
 app = App(name="embedding", help="Look into an embedding file, convert, describe or upload it.")
 released_app = App(name="embeddings", help="Embeddings that others released.")
 
 
 @app.command
-def show(file: Path, /, *, base: str | None = None) -> None:
+def show(file: Path, /, *, base: Text | None = None) -> None:
     """Print token, shape, steps, norms and base of an embedding file.
 
     Parameters
@@ -47,7 +47,9 @@ def show(file: Path, /, *, base: str | None = None) -> None:
 
 
 @app.command
-def convert(file: Path, out: Path, /, *, token: str | None = None, overwrite: bool = False) -> None:
+def convert(
+    file: Path, out: Path, /, *, token: Text | None = None, overwrite: bool = False
+) -> None:
     """Write an embedding in another program's format.
 
     Parameters
@@ -81,7 +83,7 @@ PROGRAMS = {768: "1.x", 1024: "2.x"}  # width of the vectors: which models take 
 
 @app.command
 def card(
-    file: Path, /, *, scores: Path | None = None, licence: str = "other", out: Path | None = None,
+    file: Path, /, *, scores: Path | None = None, licence: Text = "other", out: Path | None = None,
     overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Write the model card of an embedding: data, licence, steps, base, scores, use, limits.
@@ -113,7 +115,7 @@ def card(
 
 @app.command
 def push(
-    file: Path, repo: str, /, *, scores: Path | None = None, licence: str = "other",
+    file: Path, repo: Text, /, *, scores: Path | None = None, licence: Text = "other",
     public: bool = False,
 ) -> None:  # fmt: skip
     """Upload an embedding with its card to the Hugging Face hub (after hf auth login).

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from medbudget.cli.options import BaseOptions, Paths, Words
+from medbudget.cli.options import BaseOptions, Paths, Text, Words
 
 DEFAULT = BaseOptions()
 
 
 def phantoms(
-    out: Path, /, *, kind: str = "prostate", label: Words = None, n: int = 100, size: int = 64,
-    seed: int = 0, split: str = "train",
+    out: Path, /, *, kind: Text = "prostate", label: Words = None, n: int = 100, size: int = 64,
+    seed: int = 0, split: Text = "train",
 ) -> None:  # fmt: skip
     """Draw procedural stand-ins for medical images (phantoms).
 
@@ -47,9 +47,9 @@ def phantoms(
 
 
 def invert(
-    images: Path, /, *, token: str, out: Path, preset: str | None = None,
+    images: Path, /, *, token: Text, out: Path, preset: Text | None = None,
     n_vectors: int | None = None, steps: int | None = None, lr: float | None = None,
-    batch_size: int | None = None, init: str | None = None, latents: str | None = None,
+    batch_size: int | None = None, init: Text | None = None, latents: Text | None = None,
     seed: int = 0, checkpoint: Path | None = None, checkpoint_every: int | None = None,
     preview_every: int | None = None, log_dir: Path | None = None, overwrite: bool = False,
     base: BaseOptions = DEFAULT,
@@ -175,8 +175,8 @@ def _warn_of_other_base(e: Any, base: Any) -> None:
 
 
 def sample(
-    prompt: str, /, *, out: Path, embeddings: Paths = None, n: int = 16, steps: int | None = None,
-    cfg_scale: float = 2.0, negative_prompt: str = "", seed: int = 0, overwrite: bool = False,
+    prompt: Text, /, *, out: Path, embeddings: Paths = None, n: int = 16, steps: int | None = None,
+    cfg_scale: float = 2.0, negative_prompt: Text = "", seed: int = 0, overwrite: bool = False,
     base: BaseOptions = DEFAULT,
 ) -> None:  # fmt: skip
     """Generate images from a prompt; a command that was stopped goes on where it was.
@@ -215,7 +215,7 @@ def sample(
         _warn_of_other_base(e, loaded)
     steps = default_steps(loaded) if steps is None else steps
     check_numbers(n=n, steps=steps, cfg_scale=cfg_scale)
-    settings = {
+    settings: dict[str, Any] = {
         "prompt": prompt, "negative_prompt": negative_prompt, "steps": steps,
         "cfg_scale": cfg_scale,
     }  # fmt: skip
@@ -257,8 +257,8 @@ def _describe_images(base: Any, words: list[Any], **settings: Any) -> dict[str, 
 def inpaint(
     image: Path, /, *mask_and_prompt: Annotated[str, Parameter(name="[MASK] PROMPT")], out: Path,
     ellipse: Words = None, embeddings: Paths = None, save_masks: bool = False,
-    strength: float = 0.75, mask_blur: float = 4.0, content: str = "original", n: int = 1,
-    steps: int | None = None, cfg_scale: float = 2.0, negative_prompt: str = "", seed: int = 0,
+    strength: float = 0.75, mask_blur: float = 4.0, content: Text = "original", n: int = 1,
+    steps: int | None = None, cfg_scale: float = 2.0, negative_prompt: Text = "", seed: int = 0,
     overwrite: bool = False, base: BaseOptions = DEFAULT,
 ) -> None:  # fmt: skip
     """Repaint what a mask covers: every mask on every image, or a mask for each image.

@@ -48,17 +48,18 @@ def _numbers(type_: Any, tokens: Any) -> list[float]:
     try:
         return [float(value) for value in tokens[0].value.split(",")]
     except ValueError:
-        raise ValueError(
-            f"--split {tokens[0].value}: numbers with commas, such as 0.6,0.2,0.2"
-        ) from None
+        raise ValueError("write numbers with commas, such as 0.6,0.2,0.2") from None
 
 
 def _annotate(parameter: inspect.Parameter) -> inspect.Parameter:
     """Give a function's parameter the name, the type and the help of an option."""
-    name, annotation, options = parameter.name, parameter.annotation, {}
+    name, annotation = parameter.name, parameter.annotation
+    options: dict[str, Any] = {}
     if name == "proportions":
         name, annotation = "split", list[float]
-        options = {"name": "--split", "converter": _numbers, "n_tokens": 1}
+        options = {"name": "--split", "converter": _numbers, "n_tokens": 1, "metavar": "TEXT"}
+    elif annotation in (str, str | None):
+        options = {"metavar": "TEXT"}
     elif "PathLike" in str(annotation):
         optional = parameter.default is None
         annotation = Path | None if optional else Path
@@ -80,7 +81,9 @@ def _command(module: str, name: str) -> Callable[..., int]:
     function = getattr(importlib.import_module(module), name)
 
     @functools.wraps(function)
-    def run(*folders: Path, workers: int | None, allow_broken: bool, **more: Any) -> int:
+    def run(
+        *folders: Path, workers: int | None = None, allow_broken: bool = False, **more: Any
+    ) -> int:
         from medbudget.results import count_cores
 
         report = function(*folders, workers=count_cores() if workers is None else workers, **more)

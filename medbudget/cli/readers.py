@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from medbudget.cli.options import Paths
+from medbudget.cli.options import Paths, Text
 
 app = App(
     name="reader-study", help="Which of two images looks better? A blinded study with readers."
@@ -16,7 +16,7 @@ app = App(
 @app.command
 def create(
     a: Path, b: Path, /, *, out: Path, seed: int | None = None, key: Path | None = None,
-    n_pairs: int = 50, repeats: float = 0.1, question: str | None = None,
+    n_pairs: int = 50, repeats: float = 0.1, question: Text | None = None,
 ) -> None:  # fmt: skip
     """Make blinded pairs of two folders' images, and the key in another file.
 

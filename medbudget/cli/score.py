@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from medbudget.cli.options import Machine, Words
+from medbudget.cli.options import Machine, Text, Words
 
 DEFAULT = Machine()
 
@@ -17,7 +17,7 @@ DEFAULT = Machine()
 def evaluate(
     real: Path, synthetic: Path, /, *, train: Path | None = None, features: Words = None,
     permutation: Path | None = None, paired: bool = False, repeats: int = 1000,
-    normalize: str = "none", interval: str = "influence",
+    normalize: Text = "none", interval: Text = "influence",
     floor: Annotated[bool, Parameter(negative="--no-floor")] = True, size: int | None = None,
     out: Path | None = None, pairs: Path | None = None, overwrite: bool = False, seed: int = 0,
     machine: Machine = DEFAULT,
@@ -119,9 +119,9 @@ def _write_pairs(made: Any, learned: Any, path: Path) -> None:
 
 def classify(
     train: Path, val: Path, test: Path, /, *, synthetic: Path | None = None, runs: int = 10,
-    out: Path = Path("classified"), preset: str | None = None, positive: str | None = None,
+    out: Path = Path("classified"), preset: Text | None = None, positive: Text | None = None,
     size: int | None = None, steps: int | None = None, lr: float | None = None,
-    precision: str | None = None, weights: str | None = None, seed: int = 0,
+    precision: Text | None = None, weights: Text | None = None, seed: int = 0,
     overwrite: bool = False, machine: Machine = DEFAULT,
 ) -> None:  # fmt: skip
     """Train classifiers on real and on real + synthetic images; compare them on a test set.

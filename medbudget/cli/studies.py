@@ -9,7 +9,7 @@ from typing import Any
 
 from cyclopts import App, Parameter
 
-from medbudget.cli.options import Words
+from medbudget.cli.options import Text, Words
 
 app = App(name="study", help="The paper's tables and figures as studies.")
 
@@ -31,7 +31,7 @@ class Options:
     """
 
     store: Path = Path("studies")
-    preset: str = "tiny"
+    preset: Text = "tiny"
     data: Words = None
 
 
@@ -130,8 +130,8 @@ def _run_study(
 
 def _add(name: str, doc: str) -> None:
     def command(
-        *, options: Options = DEFAULT, engine: str = "local", workers: int | None = None,
-        address: str | None = None, shard: str = "1/1", dry_run: bool = False,
+        *, options: Options = DEFAULT, engine: Text = "local", workers: int | None = None,
+        address: Text | None = None, shard: Text = "1/1", dry_run: bool = False,
     ) -> None:  # fmt: skip
         o = options
         _run_study(name, o.store, o.preset, o.data, engine, workers, address, shard, dry_run)
@@ -162,9 +162,9 @@ _add("interpolation", "Figures 2 and 8: a disease score along each axis from hea
 
 @app.command
 def stylegan3(
-    *, store: Path = Path("studies/stylegan3"), preset: str = "tiny", data: Words = None,
+    *, store: Path = Path("studies/stylegan3"), preset: Text = "tiny", data: Words = None,
     start: Path | None = None, kimg: float | None = None, record: bool = False,
-    device: str | None = None,
+    device: Text | None = None,
 ) -> None:  # fmt: skip
     """Section 4.2: StyleGAN3 and Textual Inversion on the same cases.
 
@@ -225,7 +225,7 @@ def stylegan3(
 
 
 @app.command
-def status(name: str, /, *, options: Options = DEFAULT) -> None:
+def status(name: Text, /, *, options: Options = DEFAULT) -> None:
     """Print what is done, what is missing and how long that will take.
 
     Parameters
@@ -240,7 +240,7 @@ def status(name: str, /, *, options: Options = DEFAULT) -> None:
 
 
 @app.command
-def report(name: str, /, *, options: Options = DEFAULT, record: bool = False) -> None:
+def report(name: Text, /, *, options: Options = DEFAULT, record: bool = False) -> None:
     """Write the report of what is done: Markdown, HTML, figure.
 
     Parameters
@@ -262,7 +262,7 @@ def report(name: str, /, *, options: Options = DEFAULT, record: bool = False) ->
 
 
 @app.command
-def clean(name: str, /, *, options: Options = DEFAULT, yes: bool = False) -> None:
+def clean(name: Text, /, *, options: Options = DEFAULT, yes: bool = False) -> None:
     """Delete results in the store that this study does not use, and abandoned scratch files.
 
     Parameters

@@ -306,7 +306,7 @@ def check_settings(
 
 def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
     """Write the settings into a new folder, or check that they are those of the old one."""
-    from medbudget import __version__
+    from medbudget._version import __version__
 
     chosen = [[i.file, i.patient, str(i.job)] for i in sorted(items, key=lambda i: i.file)]
     now = {

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from medbudget import __version__
+from medbudget._version import __version__
 from medbudget.artifacts import load_checkpoint, save_checkpoint
 from medbudget.files import check_writable, hash_tensors, hold, write_bytes
 from medbudget.images import check_images
