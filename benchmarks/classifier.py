@@ -31,8 +31,8 @@ from torchvision.transforms import v2 as T
 
 from medbudget import make_phantoms, save_images
 from medbudget.augment import HEAVY
+from medbudget.cases import Cases
 from medbudget.classifier import (
-    Cases,
     ClassifierSettings,
     _autocast,
     make_network,

@@ -34,7 +34,8 @@ from medbudget import (
     sample,
 )
 from medbudget.base import Base
-from medbudget.classifier import Cases, ClassifierSettings, train_classifier
+from medbudget.cases import Cases
+from medbudget.classifier import ClassifierSettings, train_classifier
 from medbudget.files import hash_tensors
 from medbudget.images import find_images
 from medbudget.metrics import auc, frechet_distance, precision_recall

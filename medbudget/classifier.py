@@ -6,12 +6,11 @@ rate, batches of 32. All images stay on the device as bytes; augmentation runs t
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from medbudget._version import __version__
-from medbudget.artifacts import load_checkpoint, remove_checkpoint, save_checkpoint
+from medbudget.artifacts import load_checkpoint, save_checkpoint
 from medbudget.augment import LEVELS, augment
-from medbudget.files import check_writable, hash_tensors, hold, write_json
-from medbudget.images import ImageError, check_images, check_twins, find_images, load_images
+from medbudget.cases import Cases, check_drawn, check_splits
+from medbudget.files import check_writable, hash_tensors, hold
+from medbudget.images import check_images
 from medbudget.metrics.auc import (
     Difference,
     auc,
@@ -44,137 +44,6 @@ RESNET18_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 RESNET18_HASH = "f37072fd"
 NETWORKS = ("resnet18", "efficientnet-lite0")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, eq=False)
-class Cases:
-    """Images of two classes.
-
-    Attributes
-    ----------
-    images : torch.Tensor
-        ``(N, 3, H, W) uint8``.
-    labels : torch.Tensor
-        ``(N,) int64``: 0 and 1; 1 is the class that a score speaks for.
-    names : tuple of str
-        N names for records, e.g. files; empty where there are none.
-    classes : (str, str)
-        What 0 and 1 mean.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    names: tuple[str, ...] = ()
-    classes: tuple[str, str] = ("negative", "positive")
-
-    def __post_init__(self) -> None:
-        check_images(self.images)
-        if self.labels.shape != (len(self.images),):
-            raise ValueError(
-                f"{len(self.images)} images and labels of shape {tuple(self.labels.shape)}: one "
-                "label for each image is needed"
-            )
-        found = sorted(set(self.labels.tolist()))
-        if found != [0, 1]:
-            raise ValueError(
-                f"labels must be 0 and 1, and both must occur; found {found[:5]}: a classifier "
-                "needs cases of two classes"
-            )
-        if self.names and len(self.names) != len(self.images):
-            raise ValueError(f"{len(self.names)} names for {len(self.images)} images")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @classmethod
-    def of(cls, negative: torch.Tensor, positive: torch.Tensor, **options: Any) -> Cases:
-        """Return the cases of two sets of images."""
-        labels = torch.tensor([0] * len(negative) + [1] * len(positive))
-        return cls(torch.cat([negative, positive]), labels, **options)
-
-    def __add__(self, other: Cases) -> Cases:
-        if self.images.shape[1:] != other.images.shape[1:]:
-            raise ValueError(
-                f"images of sizes {tuple(self.images.shape[2:])} and "
-                f"{tuple(other.images.shape[2:])} cannot be mixed; load both with one size=…"
-            )
-        return Cases(
-            torch.cat([self.images, other.images]),
-            torch.cat([self.labels, other.labels]),
-            self.names + other.names if self.names and other.names else (),
-            self.classes,
-        )
-
-
-def load_cases(
-    folder: str | os.PathLike[str], *, positive: str | None = None, size: int | None = None
-) -> Cases:
-    """Load a folder that has one folder of images for each of two classes.
-
-    Parameters
-    ----------
-    positive : str, optional
-        The class that scores speak for; default: the second by name.
-    size : int, optional
-        See `load_images`. Without it, all images must have one size.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No such folder, not two classes, another `positive`, images that cannot be used.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no such folder: {root}")
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(names) != 2:
-        raise ValueError(
-            f"{root} has {len(names)} class folders ({', '.join(names[:5]) or 'none'}); two are "
-            "needed, one for each class"
-        )
-    if positive is not None and positive not in names:
-        raise ValueError(f"no class {positive!r} in {root}; there are {', '.join(names)}")
-    if positive == names[0]:
-        names.reverse()
-    sets = [load_images(root / name, size=size) for name in names]
-    if sets[0].shape[1:] != sets[1].shape[1:]:
-        raise ImageError(
-            f"{names[0]} has images of {tuple(sets[0].shape[2:])}, {names[1]} of "
-            f"{tuple(sets[1].shape[2:])} (H, W): a classifier could learn the size; pass size=…"
-        )
-    files = tuple(f"{name}/{p.name}" for name in names for p in find_images(root / name))
-    return Cases.of(*sets, names=files, classes=(names[0], names[1]))
-
-
-def check_splits(splits: Mapping[str, Cases]) -> None:
-    """Raise if splits do not fit together: other classes or sizes, or an image in two of them.
-
-    Raises
-    ------
-    ValueError
-        What differs, or which images leak.
-    """
-    (first, one), *rest = splits.items()
-    for name, other in rest:
-        if other.classes != one.classes:
-            raise ValueError(
-                f"the class folders differ: {first} has {', '.join(sorted(one.classes))}, {name} "
-                f"has {', '.join(sorted(other.classes))}; give them the same names"
-            )
-        if other.images.shape[1:] != one.images.shape[1:]:
-            raise ValueError(
-                f"the sizes differ: {first} has {tuple(one.images.shape[2:])}, {name} "
-                f"{tuple(other.images.shape[2:])} (H, W); bring all to one with size=…"
-            )
-    check_twins(
-        (split, cases.classes[label], name, image)
-        for split, cases in splits.items()
-        for image, label, name in zip(
-            cases.images,
-            cases.labels.tolist(),
-            cases.names or map("image {}".format, range(len(cases))),
-        )
-    )
 
 
 @dataclass(frozen=True)
@@ -267,6 +136,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def choose_settings(
+    preset: str | None = None, device: str | torch.device | None = None, **changes: Any
+) -> ClassifierSettings:
+    """Return a preset's settings; without a name ``tiny`` on a CPU, ``modern`` on a GPU."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return ClassifierSettings.preset(
+        preset or ("tiny" if place.type == "cpu" else "modern"), **changes
+    )
+
+
 # --------------------------------------------------------------------------------- the network
 
 
@@ -301,13 +180,23 @@ class Network(nn.Module):
             stage.eval()
         return self
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = (images - self.mean) / self.sd
-        x = x.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Bring values to what the weights were trained on."""
+        return ((images - self.mean) / self.sd).contiguous(memory_format=torch.channels_last)
+
+    def run(self, x: torch.Tensor, *, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Pass feature maps through some of the stages."""
+        for stage in self.stages[start:stop]:
             x = stage(x)
+        return x
+
+    def decide(self, x: torch.Tensor) -> torch.Tensor:
+        """Turn the last stage's maps into logits."""
         logits: torch.Tensor = self.head(x.mean((2, 3)))
         return logits
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.decide(self.run(self.normalize(images)))
 
 
 def make_network(settings: ClassifierSettings) -> Network:
@@ -435,7 +324,9 @@ class Classifier:
 def saliency(
     classifier: Classifier, images: torch.Tensor, *, stage: int = -1
 ) -> npt.NDArray[np.float32]:
-    """Return where an image speaks for class 1: Grad-CAM (Selvaraju et al. 2017), by captum.
+    """Return where an image speaks for class 1: Grad-CAM (Selvaraju et al. 2017).
+
+    The maps of a stage are weighed by the mean of the logit's slope over each map, and summed.
 
     Parameters
     ----------
@@ -450,17 +341,21 @@ def saliency(
         ``(N, size, size)`` from 0 to 1, 1 at the image's own maximum; all 0 where nothing speaks
         for class 1. A map of what the network used, not of where a disease is.
     """
-    from captum.attr import LayerAttribution, LayerGradCam
-
     check_images(images)
     s, network = classifier.settings, classifier.network.eval()
     place = next(network.parameters()).device
     small = resize(images.to(place), s.size, antialias=s.antialias) / 255
-    cam = LayerGradCam(network, network.stages[stage])
-    coarse = cam.attribute(small, target=1, relu_attributions=True)
-    maps = LayerAttribution.interpolate(coarse, (s.size, s.size), "bilinear")[:, 0].detach()
-    top = maps.amax((1, 2), keepdim=True)
-    scaled: npt.NDArray[np.float32] = (maps / top.clamp(min=1e-12)).cpu().numpy()
+    last = range(len(network.stages))[stage] + 1
+    with torch.no_grad():
+        maps = network.run(network.normalize(small), stop=last)
+    maps.requires_grad_(True)
+    logit = network.decide(network.run(maps, start=last))[:, 1]
+    (slope,) = torch.autograd.grad(logit.sum(), maps)
+    cam = (slope.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu().detach()
+    cam = F.interpolate(cam, (s.size, s.size), mode="bilinear")[:, 0]
+    scaled: npt.NDArray[np.float32] = (
+        (cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu().numpy()
+    )
     return scaled
 
 
@@ -526,8 +421,9 @@ def train_classifier(
         A loss that is not finite; `InUseError`: another process writes the same checkpoint.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = settings or ClassifierSettings.preset("tiny" if place.type == "cpu" else "modern")
+    settings = settings or choose_settings(device=place)
     check_splits({"train": train, "val": val})
+    check_drawn(train, "training")
     if checkpoint is not None:
         checkpoint = check_writable(checkpoint)
     network = make_network(settings).to(place)
@@ -653,89 +549,13 @@ def _resume(path: Path, identity: dict, network, optimizer, scaler) -> dict[str,
     return state
 
 
-# -------------------------------------------------------------------------------- repeated runs
-
-
-def repeat_classifier(
-    train: Cases,
-    val: Cases,
-    test: Cases,
-    settings: ClassifierSettings,
+def score_runs(
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
     *,
-    runs: int = 10,
-    folder: str | os.PathLike[str] | None = None,
-    device: str | torch.device | None = None,
-) -> npt.NDArray[np.float64]:
-    """Train and test with the seeds ``settings.seed``, + 1, …: scores of every case in every run.
-
-    Parameters
-    ----------
-    folder : path, optional
-        Each run leaves ``run_SEED.json`` there, and is not repeated where that is of the same
-        settings and images; a run that was stopped goes on from its checkpoint.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(runs, N) float64``: probabilities of class 1.
-
-    Raises
-    ------
-    ValueError
-        Fewer than one run, splits that do not fit together, another study's runs in `folder`.
-    """
-    if runs < 1:
-        raise ValueError(f"at least one run is needed, got {runs}")
-    check_splits({"train": train, "val": val, "test": test})
-    scores = []
-    for seed in tqdm(range(settings.seed, settings.seed + runs), desc="runs", unit="run"):
-        mine = replace(settings, seed=seed)
-        identity = {
-            "settings": {k: v for k, v in asdict(mine).items() if k != "checkpoint_every"},
-            **{
-                name: hash_tensors({"images": cases.images, "labels": cases.labels})
-                for name, cases in (("train", train), ("val", val), ("test", test))
-            },
-        }
-        path = None if folder is None else check_writable(Path(folder) / f"run_{seed}.json")
-        unfinished = None if path is None else path.with_suffix(".ckpt")
-        if path is not None and path.exists():
-            scores.append(_read_run(path, identity))
-            remove_checkpoint(path.with_suffix(".ckpt"))  # if killed just after the record
-            continue
-        made = train_classifier(train, val, mine, checkpoint=unfinished, device=device)
-        probabilities, score = made.test(test)
-        if path is not None and unfinished is not None:
-            record = {
-                "identity": identity,
-                "auc": score.value,
-                "record": made.record,
-                "names": list(test.names),
-                "labels": test.labels.tolist(),
-                "scores": probabilities.tolist(),
-            }
-            write_json(path, record)
-            remove_checkpoint(unfinished)
-        scores.append(probabilities)
-    return np.stack(scores)
-
-
-def _read_run(path: Path, identity: Mapping[str, Any]) -> npt.NDArray[np.float64]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        found, scores = stored["identity"], np.array(stored["scores"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is no record of a run; remove it to run it again") from None
-    if found != identity:
-        differs = [key for key in identity if found.get(key) != identity[key]]
-        raise ValueError(
-            f"{path} is of another study: {', '.join(differs)} differ; name another folder, or "
-            "remove it"
-        )
-    return scores
-
-
-def score_runs(labels: npt.ArrayLike, scores: npt.ArrayLike, *, repeats: int = 2000) -> list[Score]:
+    repeats: int = 2000,
+    patients: Sequence[Hashable] | None = None,
+) -> list[Score]:
     """Return the mean AUC of repeated runs with its interval, their spread, and calibration.
 
     Parameters
@@ -746,11 +566,14 @@ def score_runs(labels: npt.ArrayLike, scores: npt.ArrayLike, *, repeats: int = 2
         ``(runs, n)``: probabilities of class 1.
     repeats : int
         Of the two-level bootstrap, over cases and runs.
+    patients : sequence, optional
+        Whose case each is: patients are resampled instead of cases.
     """
     truth, values = np.asarray(labels), np.atleast_2d(np.asarray(scores, dtype=np.float64))
     n = (int((truth == 0).sum()), int((truth == 1).sum()))
-    found = bootstrap_auc(truth, values, repeats=repeats)
-    note = f"mean of {len(values)} runs; two-level bootstrap over cases and runs"
+    found = bootstrap_auc(truth, values, repeats=repeats, patients=patients)
+    what = "cases" if patients is None else f"{len(set(patients))} patients"
+    note = f"mean of {len(values)} runs; two-level bootstrap over {what} and runs"
     rows = [Score("AUC", found.value, found.interval, n, note=note)]
     if len(values) > 1:
         sd = float(np.std([auc(truth, one) for one in values], ddof=1))

@@ -247,13 +247,13 @@ def load_images(
     return torch.stack(images)
 
 
-def check_twins(images: Iterable[tuple[str, str, str, torch.Tensor]]) -> None:
+def check_twins(images: Iterable[tuple[str, str, str, str]]) -> None:
     """Refuse images that stand in two splits or in two classes, pixel for pixel.
 
     Parameters
     ----------
-    images : iterable of (str, str, str, torch.Tensor)
-        Split, class, name and ``(3, H, W) uint8`` of each image.
+    images : iterable of (str, str, str, str)
+        Split, class, name and `hash_pixels` of each image.
 
     Raises
     ------
@@ -262,8 +262,8 @@ def check_twins(images: Iterable[tuple[str, str, str, torch.Tensor]]) -> None:
     """
     first: dict[str, tuple[str, str, str]] = {}
     leaks, contradictions = [], []
-    for split, label, name, image in images:
-        twin = first.setdefault(hash_pixels(image), (split, label, name))
+    for split, label, name, key in images:
+        twin = first.setdefault(key, (split, label, name))
         if twin[0] != split:
             leaks.append(f"{split}: {name} is {twin[0]}: {twin[2]}")
         elif twin[1] != label:

@@ -9,21 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from medbudget.cases import Cases
 from medbudget.classifier import (
-    Cases,
+    Classifier,
     ClassifierSettings,
     _pick,
-    check_splits,
-    load_cases,
     make_network,
-    repeat_classifier,
     resize,
     saliency,
     score_gain,
     score_runs,
     train_classifier,
 )
-from medbudget.images import save_images
+from medbudget.studies.classify import judge_gain, repeat_classifier
 
 FAST = ClassifierSettings.preset(
     "tiny", size=32, steps=12, batch_size=8, validate_every=3, frozen=8, checkpoint_every=3
@@ -195,53 +193,29 @@ def test_scores_of_runs_by_hand():
     gain, least = score_gain(Difference(0.02, 0.01, (0.0, 0.04), "bootstrap", 0.05), (2, 2))
     assert gain.value == 0.02 and "p = 0.05" in gain.note
     assert least.value == pytest.approx(2.801585 * 0.01, rel=1e-5)
-
-
-# -------------------------------------------------------------------------------------- folders
-
-
-def write(folder, cases, names=("healthy", "ill")):
-    for label, name in enumerate(names):
-        save_images(cases.images[cases.labels == label], folder / name)
-
-
-def test_folders_become_cases_and_either_class_can_be_the_positive(tmp_path, splits):
-    write(tmp_path, splits[0])
-    cases = load_cases(tmp_path)
-    assert cases.classes == ("healthy", "ill") and torch.equal(cases.images, splits[0].images)
-    assert cases.names[0] == "healthy/00000.png" and cases.names[-1] == "ill/00015.png"
-    other = load_cases(tmp_path, positive="healthy")
-    assert other.classes == ("ill", "healthy")
-    assert torch.equal(other.images[other.labels == 0], cases.images[cases.labels == 1])
-
-
-def test_folders_that_cannot_be_are_refused_with_a_reason(tmp_path, splits):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_cases(tmp_path / "nothing")
-    save_images(splits[0].images[:2], tmp_path / "healthy")
-    with pytest.raises(ValueError, match=r"1 class folders \(healthy\); two are needed"):
-        load_cases(tmp_path)
-    save_images(dots(1, 0, size=48).images, tmp_path / "ill")
-    with pytest.raises(ValueError, match="a classifier could learn the size"):
-        load_cases(tmp_path)
-    assert load_cases(tmp_path, size=32).images.shape == (4, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"no class 'sick'.*healthy, ill"):
-        load_cases(tmp_path, positive="sick")
-
-
-def test_splits_that_do_not_fit_are_refused_with_a_reason(splits):
-    train, val, test = splits
-    check_splits({"train": train, "val": val, "test": test})
-    leak = Cases(
-        torch.cat([test.images, train.images[:2]]), torch.cat([test.labels, val.labels[-2:]])
+    four = [labels * 4, np.tile(runs, 4)]
+    alone, apart, whole = (
+        score_runs(*data, repeats=50, patients=patients)[0]
+        for data, patients in (((labels, runs), None), (four, None), (four, list("abcd") * 4))
     )
-    with pytest.raises(ValueError, match=r"2 images are in two splits.*test: image 24 is train"):
-        check_splits({"train": train, "val": val, "test": leak})
-    with pytest.raises(ValueError, match="the sizes differ"):
-        check_splits({"train": train, "val": dots(2, 0, size=48)})
-    named = Cases.of(val.images[:2], val.images[-2:], classes=("benign", "malignant"))
-    with pytest.raises(ValueError, match=r"class folders differ.*benign, malignant"):
-        check_splits({"train": train, "val": named})
+    assert whole.interval == alone.interval and "4 patients" in whole.note
+    assert apart.interval != alone.interval and "cases" in apart.note
+
+
+def test_the_verdict_by_hand():
+    from medbudget.metrics import Difference
+
+    def judge(value, se):
+        return judge_gain(
+            Difference(value, se, (value - 2 * se, value + 2 * se), "bootstrap", 0.04)
+        )
+
+    assert judge(0.05, 0.01).startswith("a gain is shown (+0.050, interval +0.030 to +0.070")
+    assert judge(-0.05, 0.01).startswith("a loss is shown")
+    least = 2.801585 * 0.03  # the normal quantiles of power 80 % and level 5 %
+    for value in (0.05, -0.05, 0.0):
+        assert judge(value, 0.03).endswith(f"); {least:.3f} could have been found")
+        assert judge(value, 0.03).startswith("no gain shown")
 
 
 def test_cases_and_settings_that_cannot_be_are_refused(splits):
@@ -269,6 +243,34 @@ def test_missing_resnet_weights_say_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(WeightsError, match="could not be downloaded"):
         make_network(ClassifierSettings.preset("paper"))
+
+
+def test_saliency_is_the_weighted_sum_of_maps_by_hand():
+    """The slopes of Grad-CAM by finite differences, on a grid of 4 x 4."""
+    settings = replace(FAST, size=64)
+    network = make_network(settings).eval().double()
+    images = dots(2, 3, size=64).images
+    maps = saliency(Classifier(network, settings, ("a", "b")), images, stage=4)
+    shown = 0
+    with torch.no_grad():
+        features = network.run(network.normalize(images.double() / 255), stop=5)
+
+        def logits(x):
+            return network.decide(network.run(x, start=5))[:, 1]
+
+        step = 1e-4
+        weights = torch.zeros(features.shape[:2], dtype=torch.float64)
+        for channel in range(features.shape[1]):
+            move = torch.zeros_like(features)
+            move[:, channel] = step
+            change = logits(features + move) - logits(features - move)
+            weights[:, channel] = change / (2 * step) / features[0, 0].numel()
+        cam = (weights[:, :, None, None] * features).sum(1, keepdim=True).relu()
+        wanted = torch.nn.functional.interpolate(cam, (64, 64), mode="bilinear")[:, 0]
+        for mine, theirs in zip(maps, wanted):
+            shown += bool(theirs.max() > 0)
+            assert np.allclose(mine, theirs / theirs.max().clamp(min=1e-12), atol=1e-5)
+    assert shown, "an image that speaks for class 1"
 
 
 def test_saliency_lies_where_the_classes_differ():

@@ -318,7 +318,8 @@ def test_after_a_damaged_checkpoint_the_vectors_are_those_of_an_undisturbed_run(
 
 
 def test_a_loss_that_is_not_finite_never_reaches_a_checkpoint(tmp_path, monkeypatch):
-    from medbudget.classifier import Cases, ClassifierSettings, train_classifier
+    from medbudget.cases import Cases
+    from medbudget.classifier import ClassifierSettings, train_classifier
 
     images = make_phantoms("prostate", "healthy", 12, size=32).images
     train, val = (Cases.of(part[:3], 255 - part[3:]) for part in (images[:6], images[6:]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,9 +129,9 @@ def classify(
     train
         folder with a folder of images for each class
     val
-        the same classes: chooses the best step
+        the same classes, or PatchCamelyon's …_valid_x.h5: chooses the best step
     test
-        the same classes: scored once by each run
+        the same classes, or PatchCamelyon's …_test_x.h5: scored once by each run
     synthetic
         the same classes: is training with these better?
     runs
@@ -143,7 +141,7 @@ def classify(
     preset
         tiny, modern or paper; default: tiny on a CPU, else modern
     positive
-        the class whose probability is scored; default: second by name
+        the class whose probability is scored; default: the diseased one, or the second by name
     size
         bring all images to this size first; else they must agree
     steps
@@ -159,101 +157,14 @@ def classify(
     overwrite
         replace the scores of another comparison
     """
-    import torch
+    from medbudget.classifier import choose_settings
+    from medbudget.studies.classify import classify as run
 
-    from medbudget.classifier import (
-        ClassifierSettings,
-        check_splits,
-        load_cases,
-        repeat_classifier,
-        score_gain,
-        score_runs,
-    )
-    from medbudget.files import check_output, check_writable, hash_tensors, hold, write_json
-    from medbudget.metrics import bootstrap_auc, delong_difference, format_table, to_json
-
-    folders = {"train": train, "val": val, "test": test}
-    if synthetic is not None:
-        folders["synthetic"] = synthetic
-    cases = {n: load_cases(f, positive=positive, size=size) for n, f in folders.items()}
-    check_splits(cases)
-    check_writable(out / "scores.csv")
     device = machine.prepare()
-    gpu = torch.device(device).type != "cpu" if device else torch.cuda.is_available()
-    settings = ClassifierSettings.preset(
-        preset or ("modern" if gpu else "tiny"),
-        steps=steps,
-        lr=lr,
-        precision=precision,
-        weights=weights,
-        seed=seed,
-    )
-    record = {**asdict(settings), "runs": runs}
-    record |= {
-        name: f"{len(c)} images, {hash_tensors({'': c.images})}" for name, c in cases.items()
-    }
-    check_output(out / "settings.json", record, _read_json, overwrite=overwrite)
-    negative, shown = cases["test"].classes
-    print(f"{shown} against {negative}: " + ", ".join(f"{len(c)} {n}" for n, c in cases.items()))
-    sets = {"real": cases["train"]}
-    if synthetic is not None:
-        sets["real + synthetic"] = cases["train"] + cases["synthetic"]
-    labels = cases["test"].labels.numpy()
-    n = (int((labels == 0).sum()), int((labels == 1).sum()))
-    found, rows = {}, []
-    with hold(out):
-        if overwrite:
-            for file in out.glob("*/run_*"):
-                file.unlink()
-        write_json(out / "settings.json", record)
-        for name, chosen in sets.items():
-            folder = out / name.replace(" + ", "_and_")
-            found[name] = repeat_classifier(
-                chosen,
-                cases["val"],
-                cases["test"],
-                settings,
-                runs=runs,
-                folder=folder,
-                device=device,
-            )
-            scores = score_runs(labels, found[name])
-            if name != "real":
-                gain = bootstrap_auc(labels, found[name], found["real"])
-                scores += score_gain(gain, n)
-                one = delong_difference(labels, found[name][0], found["real"][0])
-                scores.append(_delong_score(one, n))
-            rows += [replace(score, name=f"{score.name}, {name}") for score in scores]
-        _write_scores(out / "scores.csv", cases["test"], found, seed)
-        to_json(rows, out / "result.json")
-    print(format_table(rows))
-    print(f"wrote {out / 'scores.csv'} (every test case in every run) and {out / 'result.json'}")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-
-
-def _delong_score(difference: Any, n: tuple[int, int]) -> Any:
-    from medbudget.metrics import Score
-
-    note = f"DeLong, p = {difference.p_value:.3g}; a check on one pair of runs"
-    return Score("gain of the first run", difference.value, difference.interval, n, note=note)
-
-
-def _write_scores(path: Path, test: Any, found: dict[str, Any], seed: int) -> None:
-    """Write one line for each case, training set and run."""
-    import csv
-
-    from medbudget.files import atomic_path
-
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "label", "trained on", "seed", "score"])
-        for name, runs in found.items():
-            for i, run in enumerate(runs):
-                for case, label, score in zip(test.names, test.labels.tolist(), run):
-                    writer.writerow([case, label, name, seed + i, f"{score:.6f}"])
+    changes = {"steps": steps, "lr": lr, "precision": precision, "weights": weights}
+    comparison = run(
+        train, val, test, synthetic, out=out, runs=runs, positive=positive, size=size,
+        settings=choose_settings(preset, device, seed=seed, **changes), device=device,
+        overwrite=overwrite,
+    )  # fmt: skip
+    print(comparison)

@@ -190,12 +190,12 @@ def load_labels(folder: str | os.PathLike[str], split: str) -> torch.Tensor:
 
     They must agree with ``center_tumor_patch`` where the split's ``…_meta.csv`` is there.
     """
-    with open_pcam(folder, split, "y") as file:
-        values = _read_rows(file["y"], ...).reshape(-1)
-    if not np.isin(values, (0, 1)).all():
-        raise ValueError(f"labels of {split} are {np.unique(values)[:5]}; allowed are 0 and 1")
-    _read_slides(Path(folder), split, values)
-    return torch.from_numpy(values.astype(np.uint8))
+    return torch.from_numpy(_read_table(Path(folder), split)[0])
+
+
+def load_slides(folder: str | os.PathLike[str], split: str) -> list[str]:
+    """Return the slide of each patch of a split, or nothing where its ``…_meta.csv`` is not there."""
+    return _read_table(Path(folder), split)[1]
 
 
 def load_patches(
@@ -291,8 +291,7 @@ def _choose_patches(
     `taken` holds the patches chosen so far by the hash of their pixels, and gets these too.
     """
     open_pcam(folder, source, "x").close()  # unpack here, once, before there are workers
-    labels = load_labels(folder, source).numpy()
-    slides = _read_slides(folder, source, labels)
+    labels, slides = _read_table(folder, source)
     if not slides:
         notes.append(f"slides are unknown without {_meta(source)}")
     used = {item.patient for item in taken.values()}
@@ -340,11 +339,16 @@ def _meta(split: str) -> str:
     return f"camelyonpatch_level_2_split_{SPLITS[split]}_meta.csv"
 
 
-def _read_slides(folder: Path, split: str, labels: Any) -> list[str]:
-    """Return the slide of each patch, or nothing if the table is not there; check its labels."""
+def _read_table(folder: Path, split: str) -> tuple[Any, list[str]]:
+    """Return the labels of a split and the slides of its meta table, which must agree."""
+    with open_pcam(folder, split, "y") as opened:
+        labels = _read_rows(opened["y"], ...).reshape(-1)
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"labels of {split} are {np.unique(labels)[:5]}; allowed are 0 and 1")
+    labels = labels.astype(np.uint8)
     file = folder / _meta(split)
     if not file.is_file():
-        return []
+        return labels, []
     rows = read_table(file)
     slides = [row.get("wsi", "").strip() for row in rows]
     if len(slides) != len(labels) or not all(slides):
@@ -359,7 +363,7 @@ def _read_slides(folder: Path, split: str, labels: Any) -> list[str]:
             f"{file} and the labels of {split} disagree about {len(wrong)} of {len(rows)} patches "
             f"(the first is patch {wrong[0]}): they are of different splits; download both again"
         )
-    return slides
+    return labels, slides
 
 
 def _make(item: Item, *, folder: Path, size: int) -> Made:

@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from medbudget.cases import Cases, check_splits
 from medbudget.classifier import (
-    Cases,
     ClassifierSettings,
-    check_splits,
     score_gain,
     score_runs,
     train_classifier,

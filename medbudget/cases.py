@@ -1,0 +1,249 @@
+"""Cases of two classes, with the patients that they come from, and splits that do not leak."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medbudget.data.pcam import LABELS, OFFICIAL, find_split, iterate_patches, load_slides
+from medbudget.data.prepare import load_manifest
+from medbudget.images import (
+    ImageError,
+    check_images,
+    check_twins,
+    find_images,
+    hash_pixels,
+    load_images,
+)
+from medbudget.progress import tqdm
+
+HEALTHY = ("healthy", "negative", "normal", "no_finding", "control")  # never the positive class
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """Images of two classes."""
+
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    labels: torch.Tensor  # (N,) int64: 0 and 1; 1 is the class that a score speaks for
+    names: tuple[str, ...] = ()  # N names for records, such as files; empty where there are none
+    classes: tuple[str, str] = ("negative", "positive")  # what 0 and 1 mean
+    patients: tuple[str, ...] = ()  # N patients, where a manifest names them
+    keys: tuple[str, ...] = ()  # N hashes of the images as they were before a resize
+
+    def __post_init__(self) -> None:
+        check_images(self.images)
+        if self.labels.shape != (len(self.images),):
+            raise ValueError(
+                f"{len(self.images)} images and labels of shape {tuple(self.labels.shape)}: one "
+                "label for each image is needed"
+            )
+        values = sorted(set(self.labels.tolist()))
+        if values != [0, 1]:
+            raise ValueError(
+                f"labels must be 0 and 1, and both must occur; found {values[:5]}: a classifier "
+                "needs cases of two classes"
+            )
+        for name in ("names", "patients", "keys"):
+            if getattr(self, name) and len(getattr(self, name)) != len(self.images):
+                raise ValueError(f"{len(getattr(self, name))} {name} for {len(self.images)} images")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @classmethod
+    def of(cls, negative: torch.Tensor, positive: torch.Tensor, **options: Any) -> Cases:
+        """Return the cases of two sets of images."""
+        labels = torch.tensor([0] * len(negative) + [1] * len(positive))
+        return cls(torch.cat([negative, positive]), labels, **options)
+
+    @cached_property
+    def hashes(self) -> tuple[str, ...]:
+        """Return a hash of each image's pixels."""
+        return self.keys or tuple(map(hash_pixels, self.images))
+
+    def transform(self, change: Transform) -> Cases:
+        """Return the cases with other images, still known by the hashes of these."""
+        return replace(self, images=change(self.images), keys=self.hashes)
+
+    def __add__(self, other: Cases) -> Cases:
+        if self.images.shape[1:] != other.images.shape[1:]:
+            raise ValueError(
+                f"images of sizes {tuple(self.images.shape[2:])} and "
+                f"{tuple(other.images.shape[2:])} cannot be mixed; load both with one size=…"
+            )
+        both = {
+            name: mine + theirs if mine and theirs else ()
+            for name in ("names", "patients", "keys")
+            for mine, theirs in [(getattr(self, name), getattr(other, name))]
+        }
+        images = torch.cat([self.images, other.images])
+        return Cases(images, torch.cat([self.labels, other.labels]), classes=self.classes, **both)
+
+
+def load_cases(
+    source: str | os.PathLike[str],
+    *,
+    positive: str | None = None,
+    size: int | None = None,
+    change: Transform | None = None,
+) -> Cases:
+    """Load a folder with one folder of images for each of two classes, or PatchCamelyon's patches.
+
+    Parameters
+    ----------
+    source : path
+        A folder, or an official file such as ``camelyonpatch_level_2_split_test_x.h5``, of which
+        all patches are read, piece by piece; the labels lie beside it.
+    positive : str, optional
+        The class that scores speak for; default: the second by name, but none that is called
+        healthy, negative, normal, no_finding or control.
+    size : int, optional
+        See `load_images`. Without it, all images must have one size, and patches keep their 96 px.
+    change : callable, optional
+        What becomes of the images, such as a resize; their hashes are those from before.
+    """
+    if (official := find_split(source)) is not None:
+        return _load_patches(*official, positive=positive, size=size, change=change)
+    root = Path(source)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no such folder: {root}")
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(names) != 2:
+        raise ValueError(
+            f"{root} has {len(names)} class folders ({', '.join(names[:5]) or 'none'}); two are "
+            "needed, one for each class"
+        )
+    names = _order_classes(names, positive, root)
+    files = [find_images(root / name) for name in names]
+    sets = [load_images(one, size=size) for one in files]
+    if sets[0].shape[1:] != sets[1].shape[1:]:
+        raise ImageError(
+            f"{names[0]} has images of {tuple(sets[0].shape[2:])}, {names[1]} of "
+            f"{tuple(sets[1].shape[2:])} (H, W): a classifier could learn the size; pass size=…"
+        )
+    both = [*files[0], *files[1]]
+    cases = Cases.of(
+        *sets,
+        names=tuple(f"{file.parent.name}/{file.name}" for file in both),
+        classes=(names[0], names[1]),
+        patients=_find_patients(root, both),
+    )
+    return cases if change is None else cases.transform(change)
+
+
+def _order_classes(names: Sequence[str], positive: str | None, root: Path) -> list[str]:
+    """Return the negative and the positive class."""
+    first, second = sorted(names)
+    if positive is not None and positive not in names:
+        raise ValueError(f"no class {positive!r} in {root}; there are {first}, {second}")
+    healthy = [name.lower().replace(" ", "_") in HEALTHY for name in (first, second)]
+    swap = positive == first if positive else healthy == [False, True]
+    return [second, first] if swap else [first, second]
+
+
+def _find_patients(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
+    """Return each file's patient by the manifest of `medbudget prepare`, or nothing."""
+    root = root.resolve()
+    for folder in (root, *list(root.parents)[:2]):
+        if (folder / "manifest.csv").is_file():
+            table = load_manifest(folder)
+            if not {"file", "patient"} <= set(table.columns):
+                return ()
+            owner = {folder / file: one for file, one in zip(table["file"], table["patient"])}
+            patients = [owner.get(file.resolve(), "") for file in files]
+            # numbers of patients mean nothing beyond their manifest
+            return tuple(f"{folder}|{one}" for one in patients) if all(patients) else ()
+    return ()
+
+
+def _load_patches(
+    folder: Path, split: str, *, positive: str | None, size: int | None, change: Transform | None
+) -> Cases:
+    classes = _order_classes(LABELS, positive, folder)
+    parts, labels, keys = [], [], []
+    batches = iterate_patches(folder, split, size=size or 96)
+    for images, truth in tqdm(batches, desc=f"reading {split}", total=OFFICIAL[split] // 64):
+        keys += [hash_pixels(image) for image in images]
+        parts.append(images if change is None else change(images))
+        labels.append(truth.long() if classes[1] == LABELS[1] else 1 - truth.long())
+    every = torch.cat(labels)
+    return Cases(
+        torch.cat(parts),
+        every,
+        names=tuple(f"{split}_{i:06d}" for i in range(len(every))),
+        classes=(classes[0], classes[1]),
+        patients=tuple(load_slides(folder, split)),
+        keys=tuple(keys),
+    )
+
+
+def check_splits(splits: Mapping[str, Cases]) -> None:
+    """Raise if splits do not fit together.
+
+    Raises
+    ------
+    ValueError
+        Other classes or sizes, an image in two splits or in two classes, or a patient in two
+        splits; the message names them.
+    """
+    (first, one), *rest = splits.items()
+    for name, other in rest:
+        if other.classes != one.classes:
+            raise ValueError(
+                f"the class folders differ: {first} has {', '.join(sorted(one.classes))}, {name} "
+                f"has {', '.join(sorted(other.classes))}; give them the same names"
+            )
+        if other.images.shape[1:] != one.images.shape[1:]:
+            raise ValueError(
+                f"the sizes differ: {first} has {tuple(one.images.shape[2:])}, {name} "
+                f"{tuple(other.images.shape[2:])} (H, W); bring all to one with size=…"
+            )
+    named = {
+        split: cases.names or [f"image {i}" for i in range(len(cases))]
+        for split, cases in splits.items()
+    }
+    check_twins(
+        (split, cases.classes[label], name, key)
+        for split, cases in splits.items()
+        for label, name, key in zip(cases.labels.tolist(), named[split], cases.hashes)
+    )
+    owners: dict[str, tuple[str, str]] = {}
+    leaks: dict[str, str] = {}
+    for split, cases in splits.items():
+        for patient, name in zip(cases.patients, named[split]):
+            where, twin = owners.setdefault(patient, (split, name))
+            if where != split:
+                leaks.setdefault(patient, f"{split}: {name} is of one patient with {where}: {twin}")
+    if leaks:
+        more = f", and {len(leaks) - 3} more" if len(leaks) > 3 else ""
+        raise ValueError(
+            f"{len(leaks)} patients are in two splits ({'; '.join(list(leaks.values())[:3])}{more})"
+            ": a test on them is worth nothing; split by patient, e.g. with medbudget prepare folder"
+        )
+
+
+def check_drawn(cases: Cases, name: str) -> None:
+    """Raise if an image shows nothing but one value, as drawings that ended in NaN do.
+
+    Parameters
+    ----------
+    name : str
+        What the cases are called in the message, such as "synthetic".
+    """
+    flat = cases.images.flatten(1)
+    empty = torch.nonzero(flat.amin(1) == flat.amax(1)).flatten().tolist()
+    if empty:
+        which = [cases.names[i] if cases.names else f"image {i}" for i in empty[:3]]
+        raise ValueError(
+            f"{len(empty)} {name} images show one value only ({', '.join(which)}"
+            f"{', …' if len(empty) > 3 else ''}): sampling that ended in NaN leaves such images; "
+            "draw them again in float32 or bfloat16, or remove them"
+        )
