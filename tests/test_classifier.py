@@ -21,7 +21,7 @@ from medbudget.classifier import (
     score_runs,
     train_classifier,
 )
-from medbudget.studies.classify import judge_gain, repeat_classifier
+from medbudget.studies.comparison import judge_gain, repeat_classifier
 
 FAST = ClassifierSettings.preset(
     "tiny", size=32, steps=12, batch_size=8, validate_every=3, frozen=8, checkpoint_every=3

@@ -158,7 +158,7 @@ def classify(
         replace the scores of another comparison
     """
     from medbudget.classifier import choose_settings
-    from medbudget.studies.classify import classify as run
+    from medbudget.studies.comparison import classify as run
 
     device = machine.prepare()
     changes = {"steps": steps, "lr": lr, "precision": precision, "weights": weights}
