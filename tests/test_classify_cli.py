@@ -71,8 +71,9 @@ def test_classify_replaces_no_other_comparison(medbudget, splits):
         code, _, err = medbudget("classify", *other)
         assert code == 1 and "made with other settings" in err and "--overwrite" in err
         assert before == {file: file.read_bytes() for file in before}
-    more = [*options, *made, "--runs", 2]
-    assert medbudget("classify", *folders, *more)[0] == 0  # the same with one more run
+        assert "settings (" not in err, "each by its name"
+    more = [2 if part == 1 else part for part in options]
+    assert medbudget("classify", *folders, *more, *made)[0] == 0  # the same with one more run
     run = splits / "out" / "real" / "run_0.json"
     assert run.read_bytes() == before[run]
     code, _, err = medbudget("classify", *folders, *options, *made)

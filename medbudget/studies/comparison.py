@@ -125,8 +125,8 @@ def classify(
             raise ValueError(f"test has one patient with {name}: at least 2 of each are needed")
     record = {
         "runs": runs,
-        "settings": _describe(settings),
-        **{name: _hash(one) for name, one in cases.items()},
+        **_describe(settings),
+        **{name: f"{len(one)} images, {_hash(one)}" for name, one in cases.items()},
     }
     _settle(out, record, overwrite)
     scores: dict[str, npt.NDArray[np.float64]] = {}
