@@ -89,8 +89,9 @@ def tree(folder: Path, pattern: str) -> dict[str, str]:
 
 def run_study(base: Base, folder: Path, **options: Any) -> dict[str, str]:
     """Run a small study; return its results."""
-    from medbudget.studies import Store, make_study, run
     from medbudget.studies.tables import StudySettings
+
+    from medbudget.studies import Store, make_study, run
     from medbudget.studies.tasks import in_order
 
     settings = StudySettings(

@@ -19,11 +19,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from medbudget.studies.tables import make_phantom_cases
+
 from medbudget import load_base
 from medbudget.progress import quiet
 from medbudget.results import write_result
 from medbudget.studies import PRESETS, Store, Study, Task, make_study, run
-from medbudget.studies.tables import make_phantom_cases
 from medbudget.studies.tasks import in_order
 
 SMALL = replace(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,31 +13,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-from medbudget.files import hold, lock_file
 from medbudget.studies import (
-    PRESETS,
     Store,
+    StudySettings,
     Task,
-    clean,
+    count,
+    in_order,
     make_study,
-    measure_speed,
-    plan,
+    parse_changes,
     run,
-    simulate,
+    study_settings,
     write_report,
 )
-from medbudget.studies.engines import parse_shard
-from medbudget.studies.live import _bars, format_left, format_line, format_time
-from medbudget.studies.planning import Speed
 from medbudget.studies.report import format_values, read_values
-from medbudget.studies.tables import StudySettings
-from medbudget.studies.tasks import cut_sets, ensure, in_order
+from medbudget.studies.run import parse_shard
+from medbudget.studies.tasks import KINDS, ensure
 
-SMALL = StudySettings(
-    base="tiny", inversion="tiny", n=20, steps=2, size=64,
+SMALL = StudySettings.preset(
+    "tiny", n=20, steps=2, extractors=("layout",), overrides={"steps": 2, "batch_size": 1},
     grid={"sampling steps": (2, 3), "CFG scale": (1, 2), "vectors": (4, 64), "cases": (3, 100)},
-    extractors=("layout",), phantom=("prostate", "healthy"), overrides={"steps": 2, "batch_size": 1},
 )  # fmt: skip
 
 
@@ -48,19 +42,15 @@ def small(base_hash: str, **changes):
 
 
 def counts(tasks) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for task in in_order(tasks):
-        found[task.kind] = found.get(task.kind, 0) + 1
-    return found
+    return {kind: total for kind, (_, total) in count(tasks, Store(Path("none"))).items()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Bytes of every result, without what tells how long it took."""
+    """Bytes of every result."""
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for kind in ("images", "embedding", "block", "score", "compare")
         for p in sorted((folder / kind).iterdir())
-        if not p.name.endswith(".about.json")
     }
 
 
@@ -95,7 +85,7 @@ def test_images_are_shared_between_small_and_large_n():
             for t in in_order(make_study("table1", "tiny", base_hash="0", settings=s).tasks)
             if t.kind == "block"
         }
-        for s in (replace(PRESETS["tiny"], n=100), replace(PRESETS["tiny"], n=1000))
+        for s in (study_settings("table1", "tiny", n=n) for n in (100, 1000))
     )
     assert few < many and len(many) == 13 * 63
 
@@ -104,15 +94,11 @@ def test_a_changed_setting_recomputes_what_depends_on_it(tiny, finished):
     _, store = finished
     other = small(tiny.hash, grid=SMALL.grid | {"CFG scale": (2, 7)})
     # One new line: two blocks of 16, a score, a comparison.
-    missing = plan(other.tasks, store)
-    lacking = {k: missing.total[k] - missing.done[k] for k in missing.total}
+    lacking = {kind: total - done for kind, (done, total) in count(other.tasks, store).items()}
     assert lacking == {"images": 0, "embedding": 0, "block": 2, "score": 1, "compare": 1}
     longer = small(tiny.hash, overrides={"steps": 3, "batch_size": 1})
-    missing = plan(longer.tasks, store)
-    assert missing.done["images"] == 3 and missing.done["embedding"] == 0
-    assert missing.seconds["embedding"] is None  # no measured speed of these to go by
-    again = plan(other.tasks, store).seconds
-    assert again["block"] is not None and again["block"] > 0 and again["embedding"] == 0
+    found = count(longer.tasks, store)
+    assert found["images"] == (3, 3) and found["embedding"][0] == 0
 
 
 def test_a_second_run_makes_nothing_and_reports_the_same_bytes(finished, tmp_path):
@@ -124,8 +110,11 @@ def test_a_second_run_makes_nothing_and_reports_the_same_bytes(finished, tmp_pat
     second = write_report(study, store, tmp_path / "b")
     for name in ("report.md", "report.html", "figure.png"):
         assert (first.parent / name).read_bytes() == (second.parent / name).read_bytes()
-    assert not list(store.folder.rglob("*.tmp")) and not list(store.folder.rglob("*.claim"))
+    assert not list(store.folder.rglob("*.tmp"))
     assert not list((store.folder / "scratch").iterdir())
+    (first.parent / "environment.json").unlink()
+    with pytest.raises(FileExistsError, match="is no report of a study"):
+        write_report(study, store, first.parent)
 
 
 def test_the_report_shows_ours_the_papers_and_what_is_missing(tiny, finished, tmp_path):
@@ -215,120 +204,51 @@ def test_a_result_that_another_makes_is_waited_for_and_what_the_dead_left_is_rem
     task = Task("images", {"source": "phantoms", "kind": "prostate", "label": "healthy",
                            "split": "train", "seed": 0, "n": 1, "size": 64})  # fmt: skip
     store = Store(tmp_path)
-    path = store.path(task)
-    path.parent.mkdir()
-    lock_file(path).write_text('{"pid": 1, "host": "gone"}')  # its owner is dead: at once
-    assert ensure(task, store, wait=0.01) and not lock_file(path).exists()
-    lock_file(path).touch()  # died just after the result was there, before it tidied up
-    checkpoint = tmp_path / "scratch" / f"{task.key}.ckpt"
-    checkpoint.touch()
-    assert ensure(task, store) == 0
-    assert not lock_file(path).exists() and not checkpoint.exists()
+    path, scratch = store.path(task), store.scratch(task)
+    scratch.mkdir(parents=True)
+    for name in ("lock", "checkpoint"):
+        (scratch / name).touch()  # its owner was killed
+    assert ensure(task, store, wait=0.01) == 1 and not scratch.exists()
+    scratch.mkdir()  # died just after the result was there, before it tidied up
+    assert ensure(task, store, wait=0.01) == 0 and not scratch.exists()
 
     path.unlink()
-    with hold(path):
+    scratch.mkdir()
+    with FileLock(scratch / "lock"):
         done = threading.Thread(target=ensure, args=(task, store), kwargs={"wait": 0.01})
         done.start()
         done.join(0.3)
         assert done.is_alive() and not store.has(task)
     done.join(10)
-    assert store.has(task) and not lock_file(path).exists()
+    assert store.has(task) and not scratch.exists()
 
 
-def test_unused_results_are_found_and_only_deleted_on_request(tiny, finished, tmp_path):
-    study, store = finished
-    copy = Store(tmp_path / "copy")
-    shutil.copytree(store.folder, copy.folder)
-    assert clean(study.tasks, copy) == {}
-    fewer = small(tiny.hash, grid={"CFG scale": (1, 2)})
-    found = clean(fewer.tasks, copy)
-    kinds = {path.parent.name for path in found}
-    assert {"block", "embedding", "score", "compare"} == kinds and all(p.exists() for p in found)
-    clean(fewer.tasks, copy, delete=True)
-    assert not any(p.exists() for p in found)
-    assert run(fewer.tasks, copy) == 0
-
-
-def test_another_base_than_planned_is_refused(tmp_path):
-    study = small("f" * 12)
+def test_what_a_study_needs_is_looked_at_before_its_first_task(tiny, tmp_path):
+    weights = tmp_path / "own.pth"
+    with pytest.raises(FileNotFoundError, match=r"own\.pth"):
+        small(tiny.hash, extractors=("layout", f"inception={weights}"))
+    weights.write_bytes(b"no weights")
+    study = small(tiny.hash, extractors=("layout", f"inception={weights}"))
+    with pytest.raises((ValueError, OSError, RuntimeError), match=r"own\.pth"):
+        run(study.tasks, study.store(tmp_path / "store"))
+    with pytest.raises(ValueError, match=r"extractor .radimagenet.*two conventions"):
+        run(small(tiny.hash, extractors=("radimagenet",)).tasks, Store(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
     with pytest.raises(ValueError, match="planned with ffffffffffff"):
-        run(study.tasks, Store(tmp_path))
+        run(small("f" * 12).tasks, Store(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
 
 
-def test_a_trial_estimates_before_anything_is_done(tiny, tmp_path):
+def test_a_task_that_fails_ends_the_study_and_keeps_what_is_made(tiny, tmp_path, monkeypatch):
+    def broken(task, store, path, checkpoint):
+        raise ValueError("black images")
+
     study = small(tiny.hash)
-    store = Store(tmp_path / "new")
-    before = plan(study.tasks, store)
-    assert before.all_seconds is None and before.bytes is None
-    assert before.needs["embedding"] == ["images"] and before.needs["images"] == []
-    assert set(before.needs["score"]) == {"images", "block"}
-    measure_speed(study.tasks, store)
-    assert [p.name for p in store.folder.iterdir()] == ["speed.json"]  # nothing else is kept
-    found = plan(study.tasks, store)
-    assert found.all_seconds > 0 and sum(found.done.values()) == 0
-    assert {one.source for one in found.speed.values()} == {"small trial"}
-    # blocks of 16 RGB images of 64 px are most of it, beside three sets of up to 100 images
-    blocks = found.total["block"] * 16 * 3 * 64 * 64
-    assert blocks < found.bytes < 1.6 * blocks
-    longer = plan(small(tiny.hash, overrides={"steps": 400, "batch_size": 1}).tasks, store)
-    assert longer.seconds["embedding"] > 5 * found.seconds["embedding"]
-
-
-def test_speed_is_fixed_and_by_cost():
-    task = Task("block", {"steps": 10, "cfg_scale": 2.0})
-    assert Speed(1.0, 0.5, 0, "").seconds(task) == 11  # two passes a step
-    assert Speed(1.0, 0.5, 0, "").seconds(Task("block", {"steps": 10, "cfg_scale": 1})) == 6
-    sets = Task(
-        "score", {"sets": [[4, 64], [1, 64]]}, tuple(Task("block", {"i": i}) for i in range(5))
-    )
-    small = cut_sets(sets, 2)
-    assert small.settings["sets"] == [[2, 32], [1, 32]]
-    assert [t.settings["i"] for t in small.inputs] == [0, 1, 4]
-
-
-def test_progress_tells_counts_and_time_left(finished, tmp_path):
-    study, store = finished
-    assert (
-        format_time(89) == "89 s"
-        and format_time(720) == "12 min"
-        and format_time(36000) == "10.0 h"
-    )
-    none = format_line(study.tasks, Store(tmp_path), 1)
-    assert "embedding 0/3 · block 0/10" in none and none.endswith("time left not known yet")
-    assert "about 0 s left" in format_line(study.tasks, store, 1)
-    found = replace(plan(study.tasks, store), seconds={"embedding": 600.0, "compare": None})
-    assert format_left(found, 2) == "at least 5 min left"
-    assert format_left(replace(found, seconds={"embedding": 600.0}), 1) == "about 10 min left"
-
-
-def test_progress_in_a_terminal_is_a_bar_for_each_kind(finished, monkeypatch, capsys):
-    study, store = finished
-    monkeypatch.setattr("medbudget.progress.is_off", lambda: False)
-    over = threading.Event()
-    over.set()
-    _bars(study.tasks, store, 1, over)
-    shown = capsys.readouterr().err
-    for kind, total in counts(study.tasks).items():
-        assert re.search(rf"{kind} *: 100%.*{total}/{total} ", shown)
-    assert "study: about 0 s left" in shown
-
-
-def test_progress_in_a_log_is_lines_and_no_bars(tiny, finished, tmp_path):
-    study, store = finished
-    shutil.copytree(store.folder, tmp_path / "log")
-    Store(tmp_path / "log").path(study.rows[0].score).unlink()
-    script = (
-        "import sys; from test_studies import small; from medbudget.studies import *;"
-        "from pathlib import Path; run(small(sys.argv[1]).tasks, Store(Path(sys.argv[2])))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tiny.hash, tmp_path / "log"], cwd=Path(__file__).parent,
-        env={**os.environ, "TQDM_DISABLE": "0"}, capture_output=True, text=True, encoding="utf-8",
-    )  # fmt: skip
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 0 and "\r" not in done.stderr
-    assert all(re.match(r"\d\d:\d\d:\d\d images 3/3", line) for line in lines)
-    assert "score 6/6" in lines[-1] and lines[-1].endswith("about 0 s left")
+    monkeypatch.setitem(KINDS, "block", replace(KINDS["block"], run=broken))
+    with pytest.raises(ValueError, match="black images"):
+        run(study.tasks, Store(tmp_path))
+    monkeypatch.undo()
+    assert count(study.tasks, Store(tmp_path))["embedding"] == (3, 3)
 
 
 def test_workers_make_the_same_bytes(tiny, finished, tmp_path, monkeypatch):
@@ -353,17 +273,31 @@ def test_bytes_do_not_depend_on_the_threads_of_the_process(tiny, finished, tmp_p
     assert Store(tmp_path).path(word).read_bytes() == store.path(word).read_bytes()
 
 
-def test_simulated_ends_are_those_worked_out_by_hand():
+def test_inputs_come_first_and_by_level():
     word = Task("embedding", {"n": 0})
-    blocks = [Task("block", {"i": i}, (word,)) for i in range(5)]
+    blocks = [Task("block", {"i": i}, (word,)) for i in range(2)]
     score = Task("score", {}, tuple(blocks))
-    lengths = {"embedding": 10.0, "block": 2.0, "score": 1.0}
-    for workers, end in ((1, 21), (2, 10 + 6 + 1), (5, 13), (100, 13)):
-        assert simulate([score], lambda t: lengths[t.kind], workers) == (end, 21)
-    two = [Task("embedding", {"n": 1}), Task("embedding", {"n": 2})]
-    assert simulate(two, lambda t: float(t.settings["n"]), 2) == (2, 3)
-    with pytest.raises(ValueError, match="at least one"):
-        simulate(two, lambda t: 1.0, 0)
+    other = Task("embedding", {"n": 1})
+    found = [t.kind for t in in_order([score, other, score])]
+    assert found == ["embedding", "embedding", "block", "block", "score"]
+
+
+def test_settings_are_changed_by_text_and_others_refused():
+    changes = parse_changes(["n=7", "overrides.steps=3", "extractors=layout,inception=x.pth"])
+    assert changes == {
+        "n": 7, "overrides": {"steps": 3}, "extractors": ("layout", "inception=x.pth")
+    }  # fmt: skip
+    settings = study_settings("table1", "tiny", grid={"vectors": (8,)}, **changes)
+    assert settings.n == 7 and settings.grid["vectors"] == (8,)
+    assert settings.grid["cases"] == (5, 10, 50, 100), "other entries stay"
+    assert study_settings("stylegan3", "tiny").n == 200
+    for wrong in ("n", "m=1", "overrides=1", "n.x=1"):
+        with pytest.raises(ValueError, match="is not SETTING=VALUE; settings are base, "):
+            parse_changes([wrong])
+    with pytest.raises(ValueError, match="unknown settings"):
+        study_settings("table1", "tiny", m=1)
+    with pytest.raises(ValueError, match="n must be at least 2, got 1"):
+        study_settings("table1", "tiny", n=1)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "-1/2", "1/0", ""])
@@ -379,8 +313,9 @@ def test_unknown_names_list_what_is_allowed(tmp_path):
         make_study("table1", "small", base_hash="0")
     with pytest.raises(ValueError, match="no folder 'test'; its roles are train, reference"):
         make_study("table1", "tiny", base_hash="0", sources={"test": tmp_path})
-    with pytest.raises(ValueError, match="--data"):
-        make_study("table1", "paper", base_hash="0")
+    for name in ("table1", "figure5", "table2", "interpolation"):
+        with pytest.raises(ValueError, match="--data"):
+            make_study(name, "paper", base_hash="0")
     with pytest.raises(ValueError, match="local, ray"):
         run([], Store(tmp_path), engine="slurm")
     with pytest.raises(ValueError, match="at least one worker"):
@@ -401,9 +336,11 @@ def test_folders_of_real_images_replace_phantoms_and_are_checked(tiny, tmp_path)
         "table1", "tiny", base_hash=tiny.hash, sources=sources, settings=settings
     )  # fmt: skip
     assert study.floor is None
-    store = Store(tmp_path / "store", sources)
+    with pytest.raises(ValueError, match="20 images for train, 100 are needed"):
+        make_study("table1", "tiny", base_hash=tiny.hash, sources=sources, settings=SMALL)
+    store = study.store(tmp_path / "store")
     assert run(study.tasks, store) == len(in_order(study.tasks))
-    next(iter(sources["train"].glob("*.png"))).unlink()
+    next(iter(sources["train"].glob("*.png"))).unlink()  # fewer, and so others
     with pytest.raises(ValueError, match="not those that the study was planned with"):
         run(study.tasks, Store(tmp_path / "other", sources))
 

@@ -7,10 +7,10 @@ import json
 import pytest
 from safetensors.torch import save_file
 
-from medbudget import make_phantoms
+from medbudget import make_phantoms, save_images
 from medbudget.metrics import disease_score
-from medbudget.studies import Store, make_study
-from medbudget.studies.tasks import ensure, in_order
+from medbudget.studies import Store, in_order, make_study, study_settings
+from medbudget.studies.tasks import ensure
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +62,17 @@ def test_scores_and_rise_are_those_of_the_images(study, tmp_path):
     assert low["disease score"]["value"] < 0 < high["disease score"]["value"]
     steps = scores["metastasis"] - scores["normal"]
     assert rise["difference"] == pytest.approx(steps.mean()) and rise["p_value"] < 1e-6
+
+
+def test_prepared_folders_give_axes_to_each_disease_without_a_score_of_phantoms(tmp_path):
+    for name in ("no_finding", "cardiomegaly", "pneumonia"):
+        images = make_phantoms("chest", "healthy", 3, seed=len(name)).images
+        save_images(images, tmp_path / "train" / name)
+    settings = study_settings("interpolation", "paper", cases=3, size=64)
+    study = make_study(
+        "interpolation", "paper", base_hash="0", sources={"chest": tmp_path}, settings=settings
+    )
+    groups = dict.fromkeys(row.group for row in study.rows)
+    assert list(groups) == ["cardiomegaly, CFG 2", "pneumonia, CFG 2"]
+    assert {task.kind for task in in_order(study.tasks)} == {"images", "embedding", "block"}
+    assert "isease score" not in study.about and "the images given" in study.about

@@ -1,130 +1,168 @@
-"""The comparison of section 4.2: one folder, made once, refused when it is another study's."""
+"""Section 4.2 as a study: tasks like the others, and what the chapter reads of them."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from medbudget import make_phantoms
-from medbudget.images import find_images, load_images
-from medbudget.studies import stylegan3 as study
-from medbudget.stylegan3 import TINY, make_stylegan3
+from medbudget.images import load_images, make_grid, save_images
+from medbudget.results import load_result
+from medbudget.studies import count, in_order, make_study, rivals, run, study_settings, write_report
+from medbudget.stylegan3 import TINY, StyleGAN3, make_stylegan3
 from medbudget.tiny.trained import load_trained
 
-QUICK = replace(
-    study.PRESETS["tiny"], n=4, steps=1, extractors=("layout",),
-    overrides={"kimg": 0.016, "snapshot_kimg": 0.008},
+QUICK = study_settings(
+    "stylegan3", "tiny", n=4, steps=1, extractors=("layout",),
+    gan={"kimg": 0.016, "snapshot_kimg": 0.008},
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def start():
-    return make_stylegan3(replace(TINY, channel_max=8, channel_base=256))
+def start(tmp_path_factory):
+    path = tmp_path_factory.mktemp("start") / "start.safetensors"
+    make_stylegan3(replace(TINY, channel_max=8, channel_base=256)).save(path)
+    return path
+
+
+def plan(tiny, start, **changes):
+    return make_study(
+        "stylegan3", "tiny", base_hash=tiny.hash, sources={"start": start},
+        settings=replace(QUICK, **changes),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, start):
-    folder = tmp_path_factory.mktemp("study")
-    return folder, study.run_comparison(folder, settings=QUICK, start=start, device="cpu")
+def finished(tiny, start, tmp_path_factory):
+    study = plan(tiny, start)
+    store = study.store(tmp_path_factory.mktemp("study"))
+    assert run(study.tasks, store) == len(in_order(study.tasks))
+    return study, store
 
 
-def test_costs_are_counted_in_images_and_seconds(made, tiny):
-    _, values = made
-    gan, word = values["stylegan3"], values["diffusion"]
+def test_costs_are_counted_in_images_and_seconds(finished, tiny):
+    study, store = finished
+    gan, word = (store.read_json(row.details) for row in study.rows)
     assert gan["images_seen"] == 16 and gan["seconds"] > 0
+    assert [line["images"] for line in gan["history"]] == [8, 16]
     assert word["images_seen"] == 8000, "the shipped word: 1000 steps of 8"
     assert word["seconds"] == load_trained("prostate", "healthy", tiny).record["seconds"]
+    assert word["fd"]["extractor"] == gan["history"][0]["fd"]["extractor"] == "layout"
 
 
-def test_both_are_scored_on_the_same_images_with_and_without_normalisation(made):
-    scores = made[1]["scores"]
-    assert set(scores) == {"none", "paper"}
-    for rule, both in scores.items():
-        for rows in both.values():
-            assert rows[0]["name"] == "Layout distance" and rows[0]["n"] == 4
-            assert {row["normalisation"] for row in rows[:1]} == {rule}
-        assert any("p = " in row["note"] for row in both["stylegan3"])
-    z, plain = (scores[rule]["stylegan3"][0]["value"] for rule in ("paper", "none"))
-    assert z != plain
+def test_both_are_scored_on_the_same_images_with_and_without_normalisation(finished):
+    study, store = finished
+    gan, diffusion = (store.read_json(row.score) for row in study.rows)
+    for scores in (gan, diffusion):
+        plain, z = (scores[f"Layout distance{suffix}"] for suffix in ("", ", z-scored"))
+        assert plain["n"] == 4 and (plain["normalisation"], z["normalisation"]) == ("none", "paper")
+        assert plain["value"] != z["value"]
+    assert any("p = " in score["note"] for score in gan.values())
+    assert not any("p = " in score["note"] for score in diffusion.values())
 
 
-def test_the_folder_has_what_a_reader_study_needs(made):
-    folder, _ = made
-    names = [[p.name for p in find_images(folder / side)] for side in ("stylegan3", "diffusion")]
-    assert names[0] == names[1] == [f"{i:05d}.png" for i in range(4)]
-    shots = study.read_snapshots(folder)
+def test_images_of_blocks_are_those_of_one_call(finished):
+    study, store = finished
+    row = study.rows[0]
+    network = StyleGAN3.load(store.path(row.details.inputs[0]))
+    assert torch.equal(store.read_images(row.images), network.sample(4))
+    # 70 images: batches of 32, 32 and 6, as one call of sample makes them
+    sizes = [t.settings["n"] for t in rivals.plan_gan_blocks(row.details.inputs[0], 70)]
+    assert sizes == [32, 32, 6]
+
+
+def test_snapshots_are_kept_beside_the_networks(finished):
+    study, store = finished
+    shots = rivals.read_snapshots(study, store)
     assert list(shots) == [0, 8, 16]
     assert all(images.shape == (8, 3, 64, 64) for images in shots.values())
     assert not torch.equal(shots[0], shots[16])
 
 
-def test_a_finished_study_is_not_made_again(made, start, monkeypatch):
-    folder, values = made
-    for name in ("train_stylegan3", "sample", "save_images"):
-        monkeypatch.setattr(study, name, None)
-    again = study.run_comparison(folder, settings=QUICK, start=start, device="cpu")
-    assert again["stylegan3"] == values["stylegan3"] and again["scores"] == values["scores"]
+def test_status_and_report_know_the_study(finished, tmp_path, medbudget, start):
+    study, store = finished
+    assert run(study.tasks, store) == 0
+    assert count(study.tasks, store)["stylegan3"] == (1, 1)
+    text = (write_report(study, store, tmp_path).parent / "report.md").read_text("utf-8")
+    assert "| StyleGAN3 |" in text and "| diffusion |" in text and "z-scored" in text
+    code, said, _ = medbudget("study", "status", "stylegan3", "--store", tmp_path / "none")
+    assert code == 0 and "gan_block        0     7" in said
 
 
-def test_another_study_in_the_folder_is_refused(made, start):
-    folder, _ = made
-    other = replace(QUICK, cfg_scale=3.0)
-    with pytest.raises(ValueError, match="holds another study: settings differ"):
-        study.run_comparison(folder, settings=other, start=start, device="cpu")
-    with pytest.raises(ValueError, match="start differ"):
-        new = make_stylegan3(start.generator.architecture, seed=1)
-        study.run_comparison(folder, settings=QUICK, start=new, device="cpu")
+def test_other_settings_or_networks_are_another_study(finished, tiny, start, tmp_path):
+    _, store = finished
+    found = count(plan(tiny, start, cfg_scale=3.0).tasks, store)
+    assert found["stylegan3"] == (1, 1) and found["block"] == (0, 7)
+    make_stylegan3(replace(TINY, channel_max=8, channel_base=256), seed=1).save(tmp_path / "x")
+    assert count(plan(tiny, tmp_path / "x").tasks, store)["stylegan3"] == (0, 1)
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, start):
-    with pytest.raises(ValueError, match="make 64 px, the preset wants 512"):
-        study.run_comparison(tmp_path / "x", preset="paper", start=start)
-    with pytest.raises(ValueError, match="allowed are tiny, paper"):
-        study.run_comparison(tmp_path / "x", preset="colab")
-    with pytest.raises(ValueError, match="no role 'test'"):
-        study.run_comparison(tmp_path / "x", sources={"test": tmp_path}, start=start)
-    assert not (tmp_path / "x").exists()
-
-
-def test_own_images_are_trained_on_in_place_of_phantoms(tmp_path):
-    from medbudget.images import save_images
-
+def test_what_does_not_fit_is_refused_before_anything_is_made(tiny, start, tmp_path):
+    with pytest.raises(ValueError, match=r"make 64 px, this study wants 512: .*--data start=FILE"):
+        make_study("stylegan3", "paper", base_hash="0", sources={"train": tmp_path})
+    with pytest.raises(ValueError, match="takes no folder 'test'"):
+        make_study("stylegan3", "tiny", base_hash="0", sources={"test": tmp_path})
     images = make_phantoms("prostate", "healthy", 5, seed=9).images
-    save_images(images, tmp_path / "train")
-    settings = replace(QUICK, cases=4)
-    found = study.read_role(settings, {"train": tmp_path / "train"}, "train")
-    assert torch.equal(found, images[:4])
+    for role in ("train", "reference"):
+        save_images(images, tmp_path / role)
+    sources = {"start": start, "train": tmp_path / "train", "reference": tmp_path / "reference"}
     with pytest.raises(ValueError, match="5 images for train, 6 are needed"):
-        study.read_role(replace(settings, cases=6), {"train": tmp_path / "train"}, "train")
+        make_study(
+            "stylegan3", "tiny", base_hash="0", sources=sources, settings=replace(QUICK, cases=6)
+        )
+    study = make_study(
+        "stylegan3", "tiny", base_hash="0", sources=sources, settings=replace(QUICK, cases=5)
+    )
+    assert "the images given" in study.about
+
+
+def test_a_finished_study_is_recorded_as_the_chapter_reads_it(finished, tmp_path, monkeypatch):
+    study, store = finished
+    monkeypatch.setattr(rivals, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(rivals, "SNAPSHOTS", tmp_path / "s.png")
+    monkeypatch.setattr(
+        rivals, "write_result", lambda name, values, **more: json.loads(json.dumps(values))
+    )
+    values = rivals.record_rivals(study, store, "command")
+    recorded = json.loads(load_record())["values"]
+    assert set(values) == set(recorded) and values["snapshots"] == [0, 0, 8, 8, 16, 16]
+    for name in ("stylegan3", "diffusion"):
+        assert set(values[name]) == set(recorded[name])
+        assert [s["name"] for s in recorded["scores"]["paper"][name]][:1] != []
+    assert {r: set(v) for r, v in values["scores"].items()} == {
+        r: set(v) for r, v in recorded["scores"].items()
+    }
+    names = [s["name"] for s in values["scores"]["paper"]["stylegan3"]]
+    assert names[0] == "Layout distance"
+
+
+def load_record():
+    from medbudget.results import results_folder
+
+    return (results_folder() / "stylegan3_tiny.json").read_text("utf-8")
 
 
 def test_recorded_snapshots_come_back_by_images_seen(tmp_path, monkeypatch):
-    from medbudget.images import make_grid, save_images
-
     images = make_phantoms("prostate", "healthy", 16).images
     save_images(make_grid(images, columns=8, gap=0)[None], tmp_path, names=["s"])
-    monkeypatch.setattr(study, "SNAPSHOTS", tmp_path / "s.png")
-    found = study.load_snapshots([0, 7])
+    monkeypatch.setattr(rivals, "SNAPSHOTS", tmp_path / "s.png")
+    found = rivals.load_snapshots([0, 7])
     assert torch.equal(found[0], images[:8]) and torch.equal(found[7], images[8:])
 
 
 def test_command_line_refuses_with_one_line(medbudget, tmp_path):
-    code, _, error = medbudget("study", "stylegan3", "--preset", "colab")
-    assert code == 1 and "allowed are tiny, paper" in error
     code, _, error = medbudget("study", "stylegan3", "--data", "x", "--store", tmp_path / "s")
     assert code == 1 and "ROLE=FOLDER" in error
     (tmp_path / "x.pkl").write_bytes(b"no")
-    code, _, error = medbudget("study", "stylegan3", "--start", tmp_path / "x.pkl")
+    code, _, error = medbudget("study", "stylegan3", "--data", f"start={tmp_path / 'x.pkl'}")
     assert code == 1 and "no readable pickle" in error
-    code, _, error = medbudget("study", "stylegan3", "--data", "train=x", "--record")
-    assert code == 1 and "--record keeps preset tiny" in error
+    code, _, error = medbudget("study", "report", "stylegan3", "--data", "train=x", "--record")
+    assert code == 1 and "--record keeps" in error
 
 
 def test_shipped_snapshots_fit_the_record(tiny):
-    from medbudget.results import load_result
-
     recorded = load_result("stylegan3_tiny", base_hash=tiny.hash)
-    shots = study.load_snapshots(recorded["snapshots"])
+    shots = rivals.load_snapshots(recorded["snapshots"])
     assert max(shots) == recorded["stylegan3"]["images_seen"] and 0 in shots
-    folder_less = load_images(study.SNAPSHOTS)
-    assert folder_less.shape[2] == 64 * len(shots)
+    assert load_images(rivals.SNAPSHOTS).shape[2] == 64 * len(shots)

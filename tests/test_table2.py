@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,31 +12,29 @@ import torch
 
 from medbudget import make_phantoms, save_images
 from medbudget.metrics import auc, bootstrap_auc, calibration
-from medbudget.studies import Store, make_study, plan, run, write_report
-from medbudget.studies.report import read_values
-from medbudget.studies.table2 import (
-    PRESETS,
-    Table2Settings,
-    _read_part,
-    add_noise,
-    keep_agreed,
-    read_runs,
+from medbudget.studies import (
+    Store,
+    StudySettings,
+    Task,
+    count,
+    in_order,
+    make_study,
+    run,
+    study_settings,
+    write_report,
 )
-from medbudget.studies.tasks import Task, in_order
+from medbudget.studies.classifying import add_noise, keep_agreed, read_part, read_runs
+from medbudget.studies.report import read_values
 
-SMALL = Table2Settings(
-    base="tiny", inversion="tiny", classifier="tiny", runs=2, many=32, some=8, steps=2, size=64,
-    phantoms=True, cases=8, few_cases=3, repeats=100, noise={"prostate": 10.0},
+SMALL = StudySettings.preset(
+    "tiny", runs=2, many=32, some=8, steps=2, cases=8, few_cases=3, repeats=100,
+    noise={"prostate": 10.0}, overrides={"steps": 2, "batch_size": 1},
     changes={"size": 32, "steps": 4, "batch_size": 8, "validate_every": 2, "frozen": 8},
-    overrides={"steps": 2, "batch_size": 1},
 )  # fmt: skip
 
 
 def counts(tasks):
-    found: dict[str, int] = {}
-    for task in in_order(tasks):
-        found[task.kind] = found.get(task.kind, 0) + 1
-    return found
+    return {kind: total for kind, (_, total) in count(tasks, Store(Path("none"))).items()}
 
 
 def write_prostates(folder, cases=8):
@@ -76,7 +75,10 @@ def test_the_tiny_study_has_the_papers_lines_and_uses_shipped_words(tiny):
 
 def test_the_papers_own_study_has_its_numbers(tmp_path, tiny):
     sources = write_prostates(tmp_path, cases=2)
-    study = make_study("table2", "paper", base_hash="0", sources=sources)
+    with pytest.raises(ValueError, match=r"2 images for prostate/train/negative, 100 are needed"):
+        make_study("table2", "paper", base_hash="0", sources=sources)
+    settings = study_settings("table2", "paper", cases=2)
+    study = make_study("table2", "paper", base_hash="0", sources=sources, settings=settings)
     # 4 words of 1000 images in 63 blocks; 8 lines (no curve) of 10 runs
     found = counts(study.tasks)
     assert found["block"] == 4 * 63 and found["embedding"] == 4 and found["classifier"] == 80
@@ -145,9 +147,9 @@ def test_the_filter_keeps_what_the_judges_agree_with(finished):
 def test_an_image_has_the_same_noise_wherever_it_is_used(finished):
     study, store = finished
     task = line(study, "32 synthetic").images[0]
-    few, many = (_read_part([task], n, 20.0, store) for n in (3, 9))
+    few, many = (read_part([task], n, 20.0, store) for n in (3, 9))
     assert torch.equal(few, many[:3])
-    clean = _read_part([task], 9, 0.0, store)
+    clean = read_part([task], 9, 0.0, store)
     assert 10 < (many.float() - clean.float()).std() < 21
     gray = torch.full((4, 3, 64, 64), 128, dtype=torch.uint8)
     assert add_noise(gray, 20.0, 1).float().std() == pytest.approx(20, rel=0.03)
@@ -174,10 +176,10 @@ def test_changed_settings_train_again_and_keep_the_images(tiny, finished):
         sources=store.sources,
         settings=replace(SMALL, runs=3),
     )
-    found = plan(other.tasks, store)
-    assert found.done["block"] == found.total["block"] and found.done["embedding"] == 4
+    found = count(other.tasks, store)
+    assert found["block"][0] == found["block"][1] and found["embedding"][0] == 4
     # a third run of each of 9 lines; the filtered ones have another jury
-    assert found.total["classifier"] - found.done["classifier"] == 9 + 2
+    assert found["classifier"][1] - found["classifier"][0] == 9 + 2
 
 
 def test_a_test_case_among_the_training_cases_is_refused(tiny, tmp_path):
@@ -185,14 +187,15 @@ def test_a_test_case_among_the_training_cases_is_refused(tiny, tmp_path):
     leak = tmp_path / "leak" / "test" / "positive" / "00000.png"
     leak.write_bytes((tmp_path / "leak" / "train" / "positive" / "00000.png").read_bytes())
     settings = replace(SMALL, noise={}, cases=2, many=16, some=0)
-    study = make_study("table2", "tiny", base_hash=tiny.hash, sources=sources, settings=settings)
-    with pytest.raises(ValueError, match="1 images are in two splits"):
-        run(study.tasks, Store(tmp_path / "store", sources))
+    with pytest.raises(ValueError, match="1 images are in two splits"):  # before anything is made
+        make_study("table2", "tiny", base_hash=tiny.hash, sources=sources, settings=settings)
 
 
 def test_fewer_synthetic_images_than_the_lines_need_are_refused():
     with pytest.raises(ValueError, match=r"number of real images \(200\), got 100"):
-        replace(PRESETS["tiny"], many=100)
+        make_study(
+            "table2", "tiny", base_hash="0", settings=study_settings("table2", "tiny", many=100)
+        )
 
 
 def test_a_word_of_another_base_is_refused(tmp_path):
@@ -200,5 +203,52 @@ def test_a_word_of_another_base_is_refused(tmp_path):
     word = next(t for t in in_order(study.tasks) if t.kind == "word")
     with pytest.raises(ValueError, match="plan anew"):
         run([word], Store(tmp_path))
-    assert isinstance(word, Task) and set(PRESETS) == {"tiny", "colab", "paper"}
+    assert isinstance(word, Task) and set(StudySettings.PRESETS) == {"tiny", "colab", "paper"}
     assert json.dumps(dict(word.settings))
+
+
+def test_folders_as_prepare_names_them_and_older_names(tmp_path):
+    settings = replace(SMALL, cases=2, many=16, some=0, noise={})
+    names = {"chest": ("no_finding", "cardiomegaly"), "histology": ("normal", "metastasis")}
+    for kind, classes in names.items():
+        for split in ("train", "val", "test"):
+            for folder, label in zip(
+                classes, (("healthy", "cardiomegaly"), classes)[kind != "chest"]
+            ):
+                images = make_phantoms(kind, label, 2, split=split, seed=9).images
+                save_images(images, tmp_path / kind / split / folder)
+        sources = {kind: tmp_path / kind}
+        study = make_study("table2", "tiny", base_hash="0", sources=sources, settings=settings)
+        found = {t.settings["source"] for t in in_order(study.tasks) if t.kind == "images"}
+        assert f"{kind}/val/{classes[1]}" in found and len(found) == 6
+    (tmp_path / "chest" / "val" / "no_finding").rename(tmp_path / "chest" / "val" / "No Finding")
+    sources = {"chest": tmp_path / "chest"}
+    make_study("table2", "tiny", base_hash="0", sources=sources, settings=settings)
+    (tmp_path / "chest" / "val" / "No Finding").rename(tmp_path / "chest" / "val" / "healthy")
+    with pytest.raises(
+        ValueError, match=r"val has no folder no_finding \(it has: cardiomegaly, hea"
+    ):
+        make_study("table2", "tiny", base_hash="0", sources=sources, settings=settings)
+
+
+def test_histology_is_tested_on_all_patches_of_the_official_files(tiny, tmp_path):
+    from medbudget.data.pcam import load_labels
+    from medbudget.data.phantom_trees import write_pcam
+
+    write_pcam(tmp_path / "official")
+    sources = {"histology": tmp_path / "prepared", "pcam": tmp_path / "official"}
+    for label in ("normal", "metastasis"):
+        images = make_phantoms("histology", label, 2, seed=9).images
+        save_images(images, tmp_path / "prepared" / "train" / label)
+    settings = replace(SMALL, cases=2, many=16, some=0, noise={}, runs=1)
+    study = make_study("table2", "tiny", base_hash=tiny.hash, sources=sources, settings=settings)
+    store = study.store(tmp_path / "store")
+    run(study.tasks, store)
+    result = store.read_json(study.rows[0].details.inputs[0])
+    labels = load_labels(tmp_path / "official", "test").tolist()
+    assert sorted(result["labels"]) == sorted(labels) and len(labels) == 8
+    patches = [t for t in in_order(study.tasks) if t.kind == "patches"]
+    assert {store.read_images([t]).shape[2] for t in patches} == {32}
+    with pytest.raises(ValueError, match="or val and test by --data pcam=FOLDER"):
+        del sources["pcam"]
+        make_study("table2", "tiny", base_hash="0", sources=sources, settings=settings)

@@ -1,28 +1,140 @@
 """The paper's tables and figures as studies that run on a laptop, a GPU, a cluster or an array."""
 
-from medbudget.studies.catalogue import STUDIES, make_study
-from medbudget.studies.engines import run
-from medbudget.studies.planning import Plan, clean, measure_speed, plan, simulate
-from medbudget.studies.report import format_values, read_values, record_table, write_report
-from medbudget.studies.tables import PRESETS, Study, StudySettings
-from medbudget.studies.tasks import Store, Task
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from medbudget.studies import axes, rivals, table1, table2
+from medbudget.studies.report import (
+    format_values,
+    read_values,
+    record_table,
+    write_report,
+)
+from medbudget.studies.run import run
+from medbudget.studies.study import Row, Study, StudySettings, parse_changes, parse_sources
+from medbudget.studies.tasks import Store, Task, check_needs, count, in_order
 
 __all__ = [
-    "PRESETS",
     "STUDIES",
-    "Plan",
+    "Row",
     "Store",
     "Study",
     "StudySettings",
     "Task",
-    "clean",
+    "check_needs",
+    "count",
     "format_values",
+    "in_order",
     "make_study",
-    "measure_speed",
-    "plan",
+    "parse_changes",
+    "parse_sources",
     "read_values",
     "record_table",
     "run",
-    "simulate",
+    "study_settings",
     "write_report",
 ]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a study is planned."""
+
+    make: Callable[[StudySettings, str, Mapping[str, Path]], Study]
+    roles: tuple[str, ...]  # the folders of real images, and other files, that it can be given
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # to presets
+    record: Callable[[Study, Store, str], Path] = record_table  # keeps the finished study
+
+
+_AXIS = {"share": (0.0, 0.25, 0.5, 0.75, 1.0)}
+STUDIES = {
+    "table1": Recipe(table1.make_table1, table1.ROLES),
+    "figure5": Recipe(table1.make_figure5, table1.ROLES),
+    "table2": Recipe(table2.make_table2, (*table2.PROBLEMS, table2.PCAM)),
+    "interpolation": Recipe(
+        axes.make_interpolation, tuple(table2.PROBLEMS),
+        {
+            "tiny": {"grid": {"CFG scale": (2.0, 5.0), **_AXIS}, "extractors": ()},
+            "colab": {"grid": {"CFG scale": (2.0,), **_AXIS}, "extractors": (), "n": 16},
+            "paper": {"grid": {"CFG scale": (2.0,), **_AXIS}, "extractors": (), "n": 16},
+        },
+    ),
+    "stylegan3": Recipe(
+        rivals.make_rivals, ("train", "reference", rivals.START),
+        {"tiny": {"n": 200, "extractors": ("efficientnet-lite0",)}}, rivals.record_rivals,
+    ),
+}  # fmt: skip
+
+
+def study_settings(name: str, preset: str, **changes: Any) -> StudySettings:
+    """Return the settings of a study: a preset of `StudySettings` as the study wants it.
+
+    Changes of a setting that is a mapping change its entries.
+
+    Raises
+    ------
+    ValueError
+        Unknown study, preset or setting.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
+    own = dict(STUDIES[name].changes.get(preset, {}))
+    settings: StudySettings = StudySettings.preset(preset, **own)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and hasattr(settings, key):
+            changes[key] = {**getattr(settings, key), **value}
+    changed: StudySettings = StudySettings.preset(preset, **(own | changes))
+    return changed
+
+
+def make_study(
+    name: str,
+    preset: str,
+    *,
+    base_hash: str,
+    sources: Mapping[str, Path] | None = None,
+    settings: StudySettings | None = None,
+) -> Study:
+    """Plan a study.
+
+    Parameters
+    ----------
+    name : str
+        A key of `STUDIES`.
+    preset : {"tiny", "colab", "paper"}
+    base_hash : str
+        `Base.hash` of the base that the settings name.
+    sources : mapping of str to path, optional
+        Folders of real images by role, see `Recipe.roles`; needed where there are no phantoms. For
+        Table 1: ``train``, ``reference`` and, for the floor, ``floor``.
+    settings : StudySettings, optional
+        In place of the preset's; see `study_settings`.
+
+    Raises
+    ------
+    ValueError
+        Unknown study, preset or role, images that are needed and not given, or too few of them.
+    """
+    settings = settings or study_settings(name, preset)
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
+    roles = STUDIES[name].roles
+    given = {role: Path(path) for role, path in (sources or {}).items()}
+    if unknown := sorted(set(given) - set(roles)):
+        raise ValueError(
+            f"study {name} takes no folder {unknown[0]!r}; its roles are {', '.join(roles)}"
+        )
+    names = []
+    for extractor in settings.extractors:
+        extractor, equals, weights = extractor.partition("=")
+        names.append(extractor)
+        if equals:
+            given[extractor] = Path(weights)
+    study = STUDIES[name].make(replace(settings, extractors=tuple(names)), base_hash, given)
+    return replace(
+        study, name=name, preset=preset, settings=settings, base_hash=base_hash, sources=given
+    )

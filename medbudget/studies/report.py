@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,34 +16,34 @@ import torch
 from medbudget.files import atomic_path, write_text
 from medbudget.images import make_grid, to_pil
 from medbudget.results import write_result
-from medbudget.studies.planning import plan
-from medbudget.studies.tables import Study
-from medbudget.studies.tasks import Store, Task, in_order, read_images
+from medbudget.studies.study import Study
+from medbudget.studies.tasks import Store, count
 
 COLUMNS = 8
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}
+th,td{padding:.3rem .6rem;text-align:left;border-bottom:1px solid #ccc}
+img{max-width:100%;image-rendering:pixelated}
+"""
 
 
 def read_values(study: Study, store: Store) -> dict[str, Any]:
     """Return ``rows`` and ``floor`` as JSON types: of each row, what is there of scores and test."""
-
-    def read(task: Task | None) -> dict[str, Any] | None:
-        if task is None or not store.has(task):
-            return None
-        found: dict[str, Any] = json.loads(store.path(task).read_text(encoding="utf-8"))
-        return found
-
     rows = []
     for row in study.rows:
-        found: dict[str, Any] = {"setting": row.group, "value": row.value, "paper": dict(row.paper)}
-        for name, task in (
-            ("scores", row.score),
-            ("compare", row.compare),
-            ("details", row.details),
-        ):
-            if (values := read(task)) is not None:
-                found[name] = values
-        rows.append(found)
-    return {"rows": rows, "floor": read(study.floor) or {}}
+        values: dict[str, Any] = {
+            "setting": row.group,
+            "value": row.value,
+            "paper": dict(row.paper),
+        }
+        results = {"scores": row.score, "compare": row.compare, "details": row.details}
+        for name, task in results.items():
+            if task is not None and store.has(task):
+                values[name] = store.read_json(task)
+        rows.append(values)
+    floor = study.floor is not None and store.has(study.floor)
+    return {"rows": rows, "floor": store.read_json(study.floor) if floor else {}}  # type: ignore[arg-type]
 
 
 def format_values(
@@ -54,21 +54,20 @@ def format_values(
     Scores with their intervals, p where there are tests, the paper's numbers; "missing" where a
     score is not computed yet.
     """
-    columns = [name for row in values["rows"] for name in row.get("scores", {})]
-    papers = [name for row in values["rows"] for name in row["paper"]]
-    tests = any("compare" in row for row in values["rows"])
-    lines: list[dict[str, str]] = []
-    for row in values["rows"]:
+    rows = values["rows"]
+    columns = dict.fromkeys(name for row in rows for name in row.get("scores", {})) or ["score"]
+    papers = dict.fromkeys(name for row in rows for name in row["paper"])
+    tests = any("compare" in row for row in rows)
+    lines = []
+    for row in rows:
         line = dict(zip(head, (row["setting"], _format_value(row["value"]))))
-        for name in dict.fromkeys(columns or ["score"]):
+        for name in columns:
             score = row.get("scores", {}).get(name)
-            line[name] = (
-                _format_score(score) if score else "missing" if "scores" not in row else "–"
-            )
+            empty = "–" if "scores" in row else "missing"
+            line[name] = _format_score(score) if score else empty
         if tests:
             line["p"] = f"{row['compare']['p_value']:.3f}" if "compare" in row else "–"
-        for name in dict.fromkeys(papers):
-            line[f"{name} (paper)"] = str(row["paper"].get(name, "–"))
+        line |= {f"{name} (paper)": str(row["paper"].get(name, "–")) for name in papers}
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -86,13 +85,12 @@ def _format_score(score: Mapping[str, Any]) -> str:
     return f"{value} [{', '.join(interval)}]" if interval else value
 
 
-def read_rows(study: Study, store: Store) -> dict[str, torch.Tensor]:
-    """Return the first images of every line that is there, the same seeds on each."""
-    return {
-        f"{row.group} {_format_value(row.value)}": read_images(store, row.images[:1])[:COLUMNS]
-        for row in study.rows
-        if row.images and store.has(row.images[0])
-    }
+def _check_done(study: Study, store: Store) -> None:
+    missing = sum(total - done for done, total in count(study.tasks, store).values())
+    if missing:
+        raise ValueError(
+            f"{missing} results of {study.name} are missing: run the study before you record it"
+        )
 
 
 def record_table(study: Study, store: Store, command: str) -> Path:
@@ -103,11 +101,7 @@ def record_table(study: Study, store: Store, command: str) -> Path:
     ValueError
         Results are missing.
     """
-    missing = [task for task in in_order(study.tasks) if not store.has(task)]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} results of {study.name} are missing: run the study before you record it"
-        )
+    _check_done(study, store)
     values = read_values(study, store)
     name = f"{study.name}_{study.preset}"
     return write_result(name, values, command=command, base_hash=study.base_hash)
@@ -116,84 +110,57 @@ def record_table(study: Study, store: Store, command: str) -> Path:
 def write_report(study: Study, store: Store, folder: Path) -> Path:
     """Write ``report.md``, ``report.html`` and ``figure.png`` into `folder`; return the page.
 
-    The same results give the same bytes; times and machine stand in ``environment.json`` beside.
+    The same results give the same bytes; versions and machine stand in ``environment.json``.
     """
+    if (folder / "report.md").exists() and not (folder / "environment.json").exists():
+        raise FileExistsError(f"{folder / 'report.md'} is no report of a study: name another place")
     folder.mkdir(parents=True, exist_ok=True)
+    title = f"{study.name}, {study.preset}"
     values = read_values(study, store)
     table = format_values(values, study.head)
-    cells = [list(table.columns), *table.to_numpy().tolist()]
-    state = plan(study.tasks, store)
-    intro = f"Study {study.name}, preset {study.preset}. {study.about} In brackets 95 % intervals."
-    notes = []
+    if not any(row.score for row in study.rows):
+        table = table.drop(columns="score")
+    lines = [
+        f"Study {study.name}, preset {study.preset}. {study.about} In brackets 95 % intervals."
+    ]
     if study.floor is not None:
         floor = "; ".join(f"{name} {_format_score(s)}" for name, s in values["floor"].items())
-        notes.append(f"Real against real (floor): {floor or 'not computed'}.")
-    missing = sum(state.total.values()) - sum(state.done.values())
-    if missing:
-        notes.append(f"{missing} of {sum(state.total.values())} results are still missing.")
-    notes.append(
-        f"Base {study.base} {study.base_hash}; results named by a hash of settings and inputs. "
-        "Not for clinical use."
+        lines.append(f"Real against real (floor): {floor or 'not computed'}.")
+    counts = count(study.tasks, store).values()
+    done, total = sum(c[0] for c in counts), sum(c[1] for c in counts)
+    if done < total:
+        lines.append(f"{total - done} of {total} results are still missing.")
+    lines.append(
+        f"Base {study.settings.base} {study.base_hash}; results named by a hash of settings and "
+        "inputs. Not for clinical use."
     )
-    rows = read_rows(study, store)
-    figure = ""
+    rows = [row for row in study.rows if row.images and store.has(row.images[0])]
+    caption = ""
     if rows:
-        grid = make_grid(torch.cat(list(rows.values())), columns=COLUMNS)
+        blocks = [store.read_images(row.images[:1]) for row in rows]
+        columns = min(COLUMNS, *map(len, blocks))
+        grid = make_grid(torch.cat([block[:columns] for block in blocks]), columns=columns)
         with atomic_path(folder / "figure.png") as temporary, open(temporary, "wb") as file:
             to_pil(grid).save(file, format="PNG")
-        caption = "Synthetic images, the same seeds on every line"
-        notes.insert(0, f"{caption}; from the top: {', '.join(rows)}.")
-        edge = next(iter(rows.values())).shape[-2]
-        figure = _figure(list(rows), f"{caption}.", f"{grid.shape[-1]}/{edge}")
-
-    markdown = [f"# {study.name}, {study.preset}", "", intro, ""]
-    markdown += ["| " + " | ".join(line) + " |" for line in cells[:1]]
-    markdown += ["|" + "---|" * len(cells[0])]
-    markdown += ["| " + " | ".join(line) + " |" for line in cells[1:]]
-    markdown += [""] + (["![Synthetic images](figure.png)", ""] if rows else []) + notes
-    write_text(folder / "report.md", "\n".join(markdown) + "\n")
-    write_text(
-        folder / "report.html", _page(study, intro, cells, figure, notes[1:] if rows else notes)
-    )
-    environment = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{name: version(name) for name in ("medbudget", "torch", "diffusers", "numpy")},
-        "seconds": {t.key: store.seconds(t) for t in in_order(study.tasks) if store.has(t)},
-    }
+        names = ", ".join(f"{row.group} {_format_value(row.value)}".strip() for row in rows)
+        caption = f"Synthetic images, the same seeds on every line; from the top: {names}."
+    about, *notes = lines
+    figure = f"![{caption}](figure.png)\n\n{caption}" if rows else ""
+    cells = [list(table), ["---"] * table.shape[1], *table.to_numpy().tolist()]
+    markdown = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    parts = [f"# {title}", about, markdown, figure, *notes]
+    write_text(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+    figure = f'<figure><img src="figure.png" alt="{escape(caption)}"><figcaption>{escape(caption)}'
+    html = [
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>',
+        f"{STYLE}</style></head><body><h1>{title}</h1><p>{escape(about)}</p>",
+        table.to_html(index=False, border=0),
+        f"{figure}</figcaption></figure>" if rows else "",
+        *(f"<p>{escape(note)}</p>" for note in notes),
+        "</body></html>\n",
+    ]
+    write_text(folder / "report.html", "\n".join(html))
+    environment = {"python": platform.python_version(), "platform": platform.platform()}
+    environment |= {name: version(name) for name in ("medbudget", "torch", "diffusers", "numpy")}
     write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
     return folder / "report.html"
-
-
-def _figure(labels: Sequence[str], caption: str, shape: str) -> str:
-    """One line of ``figure.png`` beside each label: the image is cut by its place in it."""
-    lines = []
-    for i, label in enumerate(labels):
-        place = 100 * i / max(1, len(labels) - 1)
-        say = html.escape(label)
-        lines.append(
-            f'<tr><td>{say}</td><td><img src="figure.png" alt="Synthetic images, {say}." '
-            f'style="aspect-ratio:{shape};object-position:0 {place:.4f}%"></td></tr>'
-        )
-    return f"<table class=figure><caption>{caption}</caption>{''.join(lines)}</table>"
-
-
-def _page(study: Study, intro: str, cells: list[list[str]], figure: str, notes: list[str]) -> str:
-    def line(values: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(v)}</{tag}>" for v in values) + "</tr>"
-
-    table = line(cells[0], "th") + "".join(line(row, "td") for row in cells[1:])
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{study.name}, {study.preset}</title><style>"
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;"
-        "overflow-x:auto}th,td{padding:.3rem .6rem;text-align:left;border-bottom:1px solid #ccc}"
-        "img{width:48rem;max-width:70vw;object-fit:cover;image-rendering:pixelated;display:block}"
-        ".figure{margin-top:2rem}.figure td{padding:.1rem .6rem .1rem 0;border:0}"
-        "caption{text-align:left;padding-bottom:.5rem}"
-        f"</style></head><body><h1>{study.name}, {study.preset}</h1>"
-        f"<p>{html.escape(intro)}</p><table>{table}</table>{figure}"
-        + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-        + "</body></html>\n"
-    )

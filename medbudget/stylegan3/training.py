@@ -25,7 +25,7 @@ from medbudget.artifacts import load_checkpoint, save_checkpoint
 from medbudget.files import check_writable, hash_tensors, hold, write_bytes
 from medbudget.images import check_images
 from medbudget.metrics.evaluation import frechet_score
-from medbudget.metrics.features import features, load_extractor
+from medbudget.metrics.features import Extractor, features, load_extractor
 from medbudget.processes import stoppable
 from medbudget.progress import tqdm
 from medbudget.stylegan3.augment import adapt, augment
@@ -154,14 +154,22 @@ class StyleGAN3:
                 bar.update(len(z))
         return torch.cat(made)
 
-    def save(self, path: str | os.PathLike[str], *, half: bool = True) -> None:
-        """Write both networks as safetensors, in float16 unless `half` is False."""
+    def save(
+        self, path: str | os.PathLike[str], *, half: bool = True,
+        snapshots: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Write both networks as safetensors, in float16 unless `half` is False.
+
+        `snapshots` ``(N, 3, H, W) uint8`` are images to keep in the same file.
+        """
         path = check_writable(path)
         tensors = {
             f"{name}.{key}": (t.half() if half and t.ndim else t).cpu().contiguous()
             for name in ("generator", "discriminator")
             for key, t in getattr(self, name).state_dict().items()
         }
+        if snapshots is not None:
+            tensors["snapshots"] = snapshots
         about = {"architecture": asdict(self.generator.architecture),
                  "discriminator": asdict(self.discriminator.architecture),
                  "record": self.record}  # fmt: skip
@@ -190,7 +198,8 @@ class StyleGAN3:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["medbudget_stylegan3"])
-                tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+                names = [key for key in file.keys() if key != "snapshots"]  # noqa: SIM118
+                tensors = {key: file.get_tensor(key).float() for key in names}
             record = about["record"]
             parts = {
                 name: {
@@ -445,7 +454,7 @@ def train_stylegan3(
     start: StyleGAN3 | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
-    extractor: str | None = None,
+    extractor: str | Extractor | None = None,
     n_evaluate: int = 100,
     device: str | torch.device = "cpu",
     data: str = "",
@@ -587,9 +596,14 @@ def train_stylegan3(
 
 
 def measure_distance(
-    images: torch.Tensor, made: torch.Tensor, extractor: str
+    images: torch.Tensor, generated: torch.Tensor, extractor: str | Extractor
 ) -> dict[str, float | str | list[float]]:
     """Return the Frechet distance of generated images to `images`, as a run's history has it."""
-    found = load_extractor(extractor)
-    score = frechet_score(features(images, found), features(made, found), found)
-    return {"value": score.value, "interval": list(score.interval or ()), "extractor": found.name}
+    if isinstance(extractor, str):
+        extractor = load_extractor(extractor)
+    score = frechet_score(features(images, extractor), features(generated, extractor), extractor)
+    return {
+        "value": score.value,
+        "interval": list(score.interval or ()),
+        "extractor": extractor.name,
+    }

@@ -1,0 +1,153 @@
+"""What a study is: its settings, its lines, and the tasks that these need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from medbudget.settings import Settings
+from medbudget.studies.tasks import Store, Task
+
+
+@dataclass(frozen=True)
+class StudySettings(Settings):
+    """Settings of all studies; defaults are the paper's final configuration."""
+
+    base: str = "sd2"  # see `load_base`
+    inversion: str = "paper"  # preset of InversionSettings
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # changes to that preset
+    size: int = 512  # pixels an edge
+    n: int = 1000  # images generated, and as many real ones that they are compared with
+    steps: int = 100  # sampling steps
+    cfg_scale: float = 2.0
+    vectors: int = 64
+    cases: int = 100  # real images of a class in each split
+    extractors: tuple[str, ...] = ("inception", "radimagenet-keras")  # NAME or NAME=WEIGHTS
+    phantoms: bool = False  # draw phantoms where no folders of real images are given
+    # Table 1, Figure 5 and the axes
+    grid: Mapping[str, tuple[float, ...]] = field(
+        default_factory=lambda: {
+            "sampling steps": (25, 50, 75, 100), "CFG scale": (1, 2, 3, 5),
+            "vectors": (8, 16, 32, 64), "cases": (5, 10, 50, 100),
+        }
+    )  # values tried, one setting at a time  # fmt: skip
+    # Table 2
+    classifier: str = "paper"  # preset of ClassifierSettings
+    changes: Mapping[str, Any] = field(default_factory=dict)  # changes to that preset
+    runs: int = 10  # trainings of each line
+    many: int = 2000  # synthetic images of both classes together
+    some: int = 0  # synthetic images of one more line; 0: no such line
+    few_cases: int = 10  # cases of the words with an asterisk
+    noise: Mapping[str, float] = field(default_factory=dict)  # sd in gray levels, by problem
+    repeats: int = 2000  # of the bootstrap
+    # Section 4.2
+    stylegan3: str = "paper"  # preset of StyleGAN3Settings
+    gan: Mapping[str, Any] = field(default_factory=dict)  # changes to that preset
+
+    LIMITS: ClassVar = {
+        "size": (8, None), "n": (2, None), "steps": (1, None), "vectors": (1, 74),
+        "cases": (1, None), "runs": (1, None), "few_cases": (1, None), "some": (0, None),
+    }  # fmt: skip
+    PRESETS: ClassVar = {
+        "tiny": {
+            "base": "tiny", "inversion": "tiny", "size": 64, "n": 64, "steps": 25,
+            "extractors": ("efficientnet-lite0", "layout"), "phantoms": True,
+            "grid": {
+                "sampling steps": (10, 25, 50, 100), "CFG scale": (1, 2, 3, 5),
+                "vectors": (8, 16, 32, 64), "cases": (5, 10, 50, 100),
+            },
+            "classifier": "tiny", "runs": 5, "many": 400, "some": 96,
+            "noise": {"histology": 128.0}, "stylegan3": "tiny",
+        },
+        "colab": {
+            "inversion": "colab", "n": 200, "steps": 50,
+            "extractors": ("inception", "efficientnet-lite0"),
+            "classifier": "modern", "changes": {"steps": 1500}, "runs": 3, "many": 400, "some": 96,
+        },
+        "paper": {},
+    }  # fmt: skip
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Return changes of settings out of texts such as ``n=20`` or ``overrides.steps=100``.
+
+    Values are JSON, or else text; a list may be written with commas.
+    """
+    kinds = {f.name: f.type for f in fields(StudySettings)}
+    changes: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name, dot, inner = name.partition(".")
+        if not equals or name not in kinds or bool(dot) != ("Mapping" in str(kinds[name])):
+            plain = [n if "Mapping" not in str(k) else f"{n}.NAME" for n, k in kinds.items()]
+            raise ValueError(f"{text!r} is not SETTING=VALUE; settings are {', '.join(plain)}")
+        parsed: Any = value
+        if "tuple" in str(kinds[name]):
+            parsed = tuple(value.split(","))
+        else:
+            with suppress(ValueError):
+                parsed = json.loads(value)
+        if dot:
+            changes.setdefault(name, {})[inner] = parsed
+        else:
+            changes[name] = parsed
+    return changes
+
+
+def parse_sources(name: str, texts: Sequence[str]) -> dict[str, Path]:
+    """Return folders by role out of texts such as ``train=FOLDER``, for the study called `name`."""
+    sources = {}
+    for text in texts:
+        role, equals, path = text.partition("=")
+        if not equals:
+            raise ValueError(f"--data {text!r} is not ROLE=FOLDER; see medbudget study {name} -h")
+        sources[role] = Path(path)
+    return sources
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table."""
+
+    group: str  # what is changed here,
+    value: float | str  # and to what: the line's first two cells
+    score: Task | None = None  # its result is JSON: column to `Score.to_dict`
+    compare: Task | None = None  # test against another line: JSON with difference and p_value
+    paper: Mapping[str, float | str] = field(default_factory=dict)  # its numbers, by column
+    images: tuple[Task, ...] = ()  # generated images for the figure, from the study's first seed
+    details: Task | None = None  # whatever else is recorded of the line, JSON
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The results that the line shows."""
+        return [t for t in (*self.images[:1], self.score, self.compare, self.details) if t]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named list of lines, and what a reader must know of them."""
+
+    rows: tuple[Row, ...]
+    about: str  # sentences above the table: what was compared, n, what p tests, caveats
+    floor: Task | None = None  # scores of real against real images
+    head: tuple[str, str] = ("setting", "value")  # heads of the first two columns
+    extra: tuple[Task, ...] = ()  # results that are needed beside those of the lines
+    name: str = ""
+    preset: str = ""
+    settings: StudySettings = field(default_factory=StudySettings)
+    base_hash: str = ""
+    sources: Mapping[str, Path] = field(default_factory=dict)  # of images and weights, by role
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The results that the report needs, without what they are made from."""
+        floor = [self.floor] if self.floor else []
+        return (*floor, *self.extra, *(task for row in self.rows for task in row.tasks))
+
+    def store(self, folder: str | Path) -> Store:
+        """Return the store of this study's results in `folder`."""
+        return Store(Path(folder), self.sources)
