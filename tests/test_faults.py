@@ -124,17 +124,10 @@ def test_stops_are_put_off_to_where_a_loop_asks_and_the_second_is_not():
 
 
 FOURS = {"CFG scale": (1, 2), "vectors": (4, 64)}
-STUDY = """
-import sys
-from pathlib import Path
-from test_studies import SMALL, replace
-from medbudget import cli
-from medbudget.studies import tables
-tables.PRESETS["tiny"] = replace(SMALL, n=64, grid=GRID)
-if __name__ == "__main__":
-    sys.argv = ["medbudget", "study", "table1", "--store", sys.argv[1], "--workers", "2"]
-    cli.main()
-"""
+STUDY = [
+    *("n=64", "steps=2", "extractors=layout", "overrides.steps=2", "overrides.batch_size=1"),
+    *("grid.CFG scale=[1, 2]", "grid.vectors=[4, 64]", "grid.cases=[]", "grid.sampling steps=[]"),
+]
 
 
 def children(pid):
@@ -157,14 +150,15 @@ def test_workers_of_a_study_die_are_orphaned_and_are_interrupted(tiny, tmp_path)
 
     from medbudget.studies import Store, run
 
-    (tmp_path / "study.py").write_text(STUDY.replace("GRID", repr(FOURS)))
     store = tmp_path / "store"
 
     def start():
+        settings = (word for setting in STUDY for word in ("--set", setting))
         return subprocess.Popen(
-            [sys.executable, tmp_path / "study.py", store], stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+            [sys.executable, "-c", "from medbudget.cli import main; main()", "study", "table1",
+             "--store", store, "--workers", "2", *settings],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
 
     def disturb(how, blocks):
@@ -386,7 +380,6 @@ def test_an_output_in_use_is_refused_by_name_until_its_process_is_gone(
         out / "c": ("classify", *splits, "--runs", 1, "--steps", 1, "--out", out / "c"),
         out / "p": ("prepare", "folder", given / "classes", "--size", 32, "--workers", 1,
                     "--out", out / "p"),
-        out / "g": ("study", "stylegan3", "--store", out / "g"),
     }  # fmt: skip
     for path, command in commands.items():
         if path != ti:
@@ -399,9 +392,8 @@ def test_an_output_in_use_is_refused_by_name_until_its_process_is_gone(
         process.kill()
         process.join()
         assert lock_file(path).exists(), "what a killed one leaves"
-        if command[0] != "study":
-            assert medbudget(*command)[0] == 0, command
-            assert not lock_file(path).exists()
+        assert medbudget(*command)[0] == 0, command
+        assert not lock_file(path).exists()
 
 
 def test_a_checkpoint_in_use_is_refused_and_a_lock_is_not_inherited(holder, tiny, tmp_path):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 from medbudget.sampling import ancestral_step
+from medbudget.studies import in_order
 
 nbformat = pytest.importorskip("nbformat", reason="needs the `book` extra")
 
@@ -64,7 +66,10 @@ def equation(name: str) -> Any:
     for path in NOTEBOOKS:
         for cell in cells(path, "code"):
             if "equation" in tags(cell) and f"def {name}(" in cell.source:
-                namespace: dict[str, Any] = {"torch": torch, "ancestral_step": ancestral_step}
+                namespace: dict[str, Any] = {
+                    "torch": torch, "ancestral_step": ancestral_step, "heappop": heappop,
+                    "heappush": heappush, "in_order": in_order,
+                }  # fmt: skip
                 exec(compile(cell.source, f"{path.stem}:{cell.id}", "exec"), namespace)  # noqa: S102
                 return namespace[name]
     raise LookupError(f"no chapter defines {name} in a cell tagged `equation`")
@@ -365,6 +370,20 @@ def test_resampled_gains_are_the_librarys() -> None:
     )
     assert float(gains.std()) == pytest.approx(want.se, rel=0.06)
     assert float(gains.mean()) == pytest.approx(want.value, abs=0.1 * want.se)
+
+
+def test_simulated_ends_are_those_worked_out_by_hand() -> None:
+    from medbudget.studies import Task
+
+    simulate = equation("simulate")
+    word = Task("embedding", {"n": 0})
+    blocks = [Task("block", {"i": i}, (word,)) for i in range(5)]
+    score = Task("score", {}, tuple(blocks))
+    lengths = {"embedding": 10.0, "block": 2.0, "score": 1.0}
+    for workers, end in ((1, 21), (2, 10 + 6 + 1), (5, 13), (100, 13)):
+        assert simulate([score], lambda t: lengths[t.kind], workers) == end
+    two = [Task("embedding", {"n": 1}), Task("embedding", {"n": 2})]
+    assert simulate(two, lambda t: float(t.settings["n"]), 2) == 2
 
 
 @pytest.mark.parametrize(("weights", "scale"), [([1.0], 2.0), ([0.5] * 3, 3.0), ([-0.5, 1.5], 1.0)])
