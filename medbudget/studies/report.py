@@ -146,7 +146,7 @@ def write_report(study: Study, store: Store, folder: Path) -> Path:
         caption = f"Synthetic images, the same seeds on every line; from the top: {names}."
     about, *notes = lines
     figure = f"![{caption}](figure.png)\n\n{caption}" if rows else ""
-    cells: list[list[str]] = [list(table), ["---"] * table.shape[1], *table.to_numpy().tolist()]
+    cells = [list(map(str, table)), ["---"] * table.shape[1], *table.to_numpy().tolist()]
     markdown = "\n".join(f"| {' | '.join(line)} |" for line in cells)
     parts = [f"# {title}", about, markdown, figure, *notes]
     write_text(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
