@@ -16,7 +16,7 @@ DEFAULT = BaseOptions()
 
 def phantoms(
     out: Path, /, *, kind: Text = "prostate", label: Words = None, n: int = 100, size: int = 64,
-    seed: int = 0, split: Text = "train",
+    seed: int = 0, split: Text = "train", overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Draw procedural stand-ins for medical images (phantoms).
 
@@ -36,13 +36,21 @@ def phantoms(
         the same seed gives the same result
     split
         train, val or test: they never overlap
+    overwrite
+        replace other images that are there
     """
     from medbudget import make_phantoms, save_images
     from medbudget.data.phantoms import KINDS
+    from medbudget.files import check_output
+    from medbudget.images import read_record
 
     labels = tuple(label) if label else (KINDS[kind][0],) if kind in KINDS else ("",)
     drawn = make_phantoms(kind, labels, n, size=size, seed=seed, split=split)
-    save_images(drawn.images, out)
+    about = {"phantoms": kind, "split": split, "size": size, "drawn_with": seed}
+    records = [{**about, "labels": list(labels), "number": i} for i in range(n)]
+    for i, record in enumerate(records):
+        check_output(out / f"{i:05d}.png", record, read_record, overwrite=overwrite)
+    save_images(drawn.images, out, records=records)
     print(f"wrote {n} {kind} phantoms ({drawn.labels[0]}, {split}) to {out}")
 
 

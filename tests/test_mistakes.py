@@ -1,0 +1,123 @@
+"""What a newcomer does wrong on the command line: the first sentence of the answer, and no loss."""
+
+import json
+
+import pytest
+import torch
+
+from medbudget import Embedding, save_images
+from medbudget.images import to_pil
+
+
+def fill(folder, n=2, *, size=64, seed=0, name="{:05d}"):
+    """Write n images of noise; return the folder."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+    save_images(images, folder, names=[name.format(i) for i in range(n)])
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def word(tmp_path):
+    path = tmp_path / "word.safetensors"
+    Embedding(torch.randn(2, 96), "<word>").save(path)
+    return path
+
+
+@pytest.fixture
+def refused(medbudget):
+    """Run a command that must fail; return its message, which is one line."""
+
+    def run(*arguments, code=1):
+        got, _, said = medbudget(*arguments)
+        lines = [line for line in said.splitlines() if not line.startswith("note:")]
+        assert got == code and len(lines) == 1 and lines[0].startswith("error: "), (got, said)
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+ELLIPSE = ("--ellipse", ".5,.5,.2,.2", "--steps", 2)
+FEW = ("--steps", 2, "--n-vectors", 2, "--batch-size", 1)
+
+
+def test_inpainting_never_replaces_originals_nor_earlier_results(medbudget, refused, tmp_path):
+    folder, out = fill(tmp_path / "in"), tmp_path / "out"
+    before = contents(folder)
+    for inside in (folder, folder / "made"):
+        said = refused("inpaint", folder, "red ground", "--out", inside, *ELLIPSE)
+        assert "lies inside the input" in said and contents(folder) == before
+    assert medbudget("inpaint", folder, "red ground", "--out", out, *ELLIPSE)[0] == 0
+    first = contents(out)
+    said = refused("inpaint", folder, "blue ground", "--out", out, *ELLIPSE)
+    assert "prompt (red ground there, blue ground now)" in said and "--overwrite" in said
+    assert contents(out) == first
+    assert medbudget("inpaint", folder, "red ground", "--out", out, *ELLIPSE)[0] == 0
+    assert contents(out) == first
+    again = ("inpaint", folder, "blue ground", "--out", out, *ELLIPSE, "--overwrite")
+    assert medbudget(*again)[0] == 0 and contents(out) != first
+    to_pil(torch.zeros(3, 64, 64, dtype=torch.uint8)).save(folder / "00000.bmp")
+    said = refused("inpaint", folder, "red ground", "--out", tmp_path / "two", *ELLIPSE)
+    assert "00000" in said and "two images" in said
+
+
+def test_no_command_replaces_what_it_did_not_make(medbudget, refused, tmp_path, word):
+    real, mine = fill(tmp_path / "real", 4), fill(tmp_path / "mine", 4, seed=1)
+    before, old = contents(mine), word.read_bytes()
+    page = tmp_path / "scores.json"
+    page.write_text("[]")
+    commands = [
+        ("sample", "red", "--out", mine, "--steps", 1, "--n", 1),
+        ("phantoms", mine, "--n", 1),
+        ("invert", real, "--token", "<new>", "--out", word, *FEW),
+        ("embedding", "convert", word, word, "--token", "<other>"),
+        ("embedding", "card", word, "--out", page),
+        ("evaluate", real, mine, "--features", "layout", "--out", page),
+    ]
+    for command in commands:
+        said = refused(*command)
+        assert "is there already; choose another place, or add --overwrite" in said, command
+    assert contents(mine) == before and word.read_bytes() == old and page.read_text() == "[]"
+    assert medbudget(*commands[-1], "--overwrite")[0] == 0 and json.loads(page.read_text())
+    assert medbudget("phantoms", tmp_path / "p", "--n", 1)[0] == 0
+    assert medbudget("phantoms", tmp_path / "p", "--n", 2)[0] == 0, "the same, and one more"
+    assert "size (64 there, 32 now)" in refused("phantoms", tmp_path / "p", "--size", 32)
+
+
+def test_a_word_of_tiny_fits_no_other_program_and_one_of_sd_does(medbudget, word, tmp_path):
+    _, said, _ = medbudget("embedding", "convert", word, tmp_path / "w.pt")
+    assert "96 wide" in said and "no other program can use it" in said
+    for width, name in ((768, "1.x"), (1024, "2.x")):
+        Embedding(torch.randn(2, width), "<word>").save(tmp_path / f"{width}.safetensors")
+        command = (tmp_path / f"{width}.safetensors", tmp_path / f"{width}.pt")
+        _, said, _ = medbudget("embedding", "convert", *command)
+        assert f"Stable Diffusion {name} in A1111, ComfyUI and diffusers" in said
+
+
+def test_wrong_use_names_the_right_use(refused, tmp_path):
+    assert 'Did you mean "sample"?' in refused("sampel", code=2)
+    assert "--out is missing (medbudget sample --help)" in refused("sample", "x", code=2)
+    assert "--n needs a value" in refused("sample", "x", "--n", code=2)
+    assert "Did you mean --embeddings?" in refused(
+        "sample", "x", "--out", "o", "--embedding", "y", code=2
+    )
+    assert "too many arguments: y" in refused("sample", "x", "y", "--out", tmp_path, code=2)
+    said = refused("sample", "x", "--out", tmp_path / "o", "--device", "gpu")
+    assert said.startswith("--device gpu: allowed are cpu, cuda")
+    said = refused("sample", "x", "--out", tmp_path / "o", "--threads", 0)
+    assert said == "--threads must be at least 1, got 0"
+
+
+def test_an_output_folder_that_is_a_file_is_called_so(refused, word):
+    said = refused("sample", "red", "--out", word, "--steps", 1)
+    assert "word.safetensors is a file" in said
+
+
+def test_images_that_are_not_there_or_not_images(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in refused("describe", tmp_path / "empty")
+    assert "no such folder" in refused("describe", tmp_path / "none")

@@ -1,0 +1,58 @@
+"""Starting is light: help and the bare import load no torch, no diffusers, no pandas."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import medbudget
+
+HEAVY = {"torch", "diffusers", "transformers", "pandas", "matplotlib", "sklearn", "SimpleITK"}
+HEAVY |= {"numpy", "scipy", "PIL", "pydicom", "huggingface_hub"}
+
+
+def run(code, *arguments):
+    """Run code in a new process; return its output without the last line, and the modules loaded."""
+    code = f"import sys\ntry:\n    {code}\nexcept SystemExit as end:\n    assert not end.code\n"
+    code += "print(' '.join({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *said, modules = done.stdout.splitlines()
+    return "\n".join(said), set(modules.split())
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("sample", "--help"), ("--version",),
+                                       ("prepare", "--help"), ("study", "--help")])  # fmt: skip
+def test_help_loads_nothing_heavy(arguments):
+    said, modules = run("from medbudget.cli import main; main()", *arguments)
+    assert "medbudget" in said and not modules & HEAVY
+
+
+def test_the_import_loads_nothing_heavy_and_telemetry_is_off_before_anything_could_report():
+    said, modules = run("import medbudget, os; print(os.environ['HF_HUB_DISABLE_TELEMETRY'])")
+    assert said == "1" and "medbudget" in modules and not modules & HEAVY
+
+
+def test_every_public_name_is_there_on_first_use():
+    for name in medbudget.__all__:
+        assert getattr(medbudget, name) is not None and name in dir(medbudget)
+    assert medbudget.plots.show_images  # a module, without an import of its own
+    with pytest.raises(AttributeError, match="no attribute 'smaple'"):
+        _ = medbudget.smaple
+
+
+def test_python_m_medbudget_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "medbudget", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout == f"medbudget {medbudget.__version__}\n"
+
+
+def test_help_takes_half_a_second():
+    def measure():
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "medbudget", "--help"], capture_output=True)
+        return time.monotonic() - start
+
+    assert min(measure() for _ in range(5)) < 0.5
