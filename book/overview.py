@@ -1,4 +1,4 @@
-"""Draw the book's overview: cases, a word, images, a composition and a lesion painted in.
+"""Draw the book's overview in gray: cases, a word, an axis between words, a lesion painted in.
 
 ``python book/overview.py`` writes ``_static/overview.png``; the hash of the base that drew it
 stands in the file, and a test refuses it when the base has changed.
@@ -17,52 +17,65 @@ from medbudget.tiny.trained import load_trained
 
 TARGET = Path(__file__).parent / "_static" / "overview.png"
 GRAY, BLUE = "#555555", "#0072B2"
+SHARES = (0.0, 0.5, 1.0)
 
 
 def draw_parts(base: Base) -> list[tuple[str, str, torch.Tensor]]:
     """Return heading, explanation and image ``(3, H, W)`` of each panel."""
-    healthy, tumour = (load_trained("prostate", label, base) for label in ("healthy", "tumour"))
-    cases = make_phantoms("prostate", "tumour", 9).images
-    made = sample(base, tumour.token, embeddings=[tumour], n=9)
-    mixed = [
+    words = {k: load_trained("chest", k, base) for k in ("healthy", "cardiomegaly", "pneumonia")}
+    cases = make_phantoms("chest", "cardiomegaly", 6).images
+    drawn = sample(base, words["cardiomegaly"].token, embeddings=[words["cardiomegaly"]], n=6)
+    pair = [words["healthy"], words["cardiomegaly"]]
+    rows = [
         sample(
             base,
-            f"{healthy.token}:{1 - weight} AND {tumour.token}:{weight}",
-            embeddings=[healthy, tumour],
-            n=3,
+            f"{pair[0].token}:{1 - share} AND {pair[1].token}:{share}",
+            embeddings=pair,
+            n=2,
         )
-        for weight in (0.0, 0.5, 1.0)
+        for share in SHARES
     ]
-    axis = torch.stack(mixed, 1).flatten(0, 1)  # weights across, seeds down
-    plain = make_phantoms("prostate", "healthy", 3, split="test").images
-    mask = ellipse((0.4, 0.52), (0.11, 0.11), size=base.size)
-    away = {"cfg_scale": 10.0, "negative_prompt": healthy.token}
-    filled = inpaint(base, plain, mask, tumour.token, embeddings=[healthy, tumour], seed=3, **away)
-    shade = (mask[None, None] > 0.5) * 0.6
-    marked = (plain * (1 - shade) + 255 * shade).to(torch.uint8)
-    lesion = torch.stack([plain, marked, filled], 1).flatten(0, 1)
-    kilobytes = tumour.vectors.numel() * 4 // 1024
-    learned = f"{len(tumour.vectors)} vectors, {kilobytes} kB: new images"
+    axis = torch.stack(rows, 1).flatten(0, 1)  # shares across, seeds down
+    plain = make_phantoms("chest", "healthy", 2, split="test").images
+    mask = ellipse((0.72, 0.5), (0.11, 0.14), size=base.size)
+    painted = inpaint(
+        base,
+        plain,
+        mask,
+        words["pneumonia"].token,
+        embeddings=[words["healthy"], words["pneumonia"]],
+        seed=3,
+        cfg_scale=5.0,
+        negative_prompt=words["healthy"].token,
+    )
+    tint = torch.tensor([213.0, 94.0, 0.0])[:, None, None]
+    shade = (mask[None, None] > 0.5) * 0.55
+    marked = (plain * (1 - shade) + tint * shade).to(torch.uint8)
+    lesion = torch.stack([plain, marked, painted], 1).flatten(0, 1)
+    size = words["cardiomegaly"].vectors.numel() * 4 // 1024
+    learned = f"{len(words['cardiomegaly'].vectors)} vectors, {size} kB: new images"
     return [
         ("1  collect", "100 images of one class", make_grid(cases, columns=3)),
-        ("2  learn a word", learned, make_grid(made, columns=3)),
-        ("3  compose words", "healthy → half → tumour", make_grid(axis, columns=3)),
-        ("4  paint it in", "healthy, mask, painted", make_grid(lesion, columns=3)),
+        ("2  learn a word", learned, make_grid(drawn, columns=3)),
+        ("3  mix words", "healthy → half → large heart", make_grid(axis, columns=3)),
+        ("4  paint it in", "healthy, mask, pneumonia painted", make_grid(lesion, columns=3)),
     ]
 
 
 def main() -> None:
     base = load_base("tiny", device="cpu")
     panels = draw_parts(base)
-    figure = Figure(figsize=(11, 3.6), dpi=110, facecolor="white")
+    figure = Figure(figsize=(8, 6.6), dpi=110, facecolor="white")
     for i, (head, text, image) in enumerate(panels):
-        axes = figure.add_axes((0.015 + i * 0.25, 0.1, 0.22, 0.22 * 11 / 3.6))
-        axes.imshow(image.permute(1, 2, 0), interpolation="nearest")
+        left, low = 0.015 + (i % 2) * 0.5, 0.545 - (i // 2) * 0.475
+        axes = figure.add_axes((left, low, 0.47, 0.36))
+        axes.imshow(image.permute(1, 2, 0), interpolation="bicubic")
+        axes.set_anchor("W")
         axes.set_axis_off()
-        figure.text(0.015 + i * 0.25, 0.93, head, weight="bold", size=13, color=BLUE)
-        figure.text(0.015 + i * 0.25, 0.84, text, size=10.5, color="black")
-    note = "Panel 1: phantoms. Panels 2 and 3, and the right column of 4: synthetic, tiny base."
-    figure.text(0.015, 0.03, f"{note} Not for clinical use.", size=9, color=GRAY)
+        figure.text(left, low + 0.415, head, weight="bold", size=14, color=BLUE)
+        figure.text(left, low + 0.372, text, size=11, color="black")
+    note = "Panel 1: phantoms. Panels 2 and 3, and the right column of 4: synthetic, tiny base, 64 px."
+    figure.text(0.015, 0.015, f"{note} Not for clinical use.", size=8.5, color=GRAY)
     figure.savefig(TARGET, metadata={"base_hash": base.hash})
 
 
