@@ -74,7 +74,9 @@ def main() -> None:
         axes.set_axis_off()
         figure.text(left, low + 0.415, head, weight="bold", size=14, color=BLUE)
         figure.text(left, low + 0.372, text, size=11, color="black")
-    note = "Panel 1: phantoms. Panels 2 and 3, and the right column of 4: synthetic, tiny base, 64 px."
+    note = (
+        "Panel 1: phantoms. Panels 2 and 3, and the right column of 4: synthetic, tiny base, 64 px."
+    )
     figure.text(0.015, 0.015, f"{note} Not for clinical use.", size=8.5, color=GRAY)
     figure.savefig(TARGET, metadata={"base_hash": base.hash})
 
