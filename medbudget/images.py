@@ -287,6 +287,11 @@ def hash_pixels(image: Any) -> str:
     return hashlib.sha256(f"{values.shape} {values.dtype} ".encode() + values.tobytes()).hexdigest()
 
 
+def hash_images(images: Iterable[torch.Tensor]) -> list[str]:
+    """Return 12 hex digits for each image, equal for equal pixels."""
+    return [hash_pixels(image)[:12] for image in images]
+
+
 def save_images(
     images: torch.Tensor,
     folder: str | os.PathLike[str],

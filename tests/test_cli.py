@@ -27,7 +27,7 @@ def test_the_main_job(medbudget, tmp_path):
     )
     assert code == 0 and len(list(made.glob("*.png"))) == 4
     code, said, _ = medbudget("evaluate", real, made, "--out", tmp_path / "s.json")
-    assert code == 0 and "FD (EfficientNet-Lite0)" in said and "n lowered" not in said
+    assert code == 0 and "against training images (4 of 4)" in said.splitlines()[0]
     names = [
         score["name"] for score in json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
     ]
@@ -147,7 +147,8 @@ def test_evaluate_prints_a_table_and_writes_what_it_is_asked_for(medbudget, tmp_
     code, said, err = medbudget(*command, *options, "--out", out, "--pairs", pairs)
     assert code == 0, err
     lines = said.splitlines()
-    assert lines[0].split() == ["score", "value", "95", "%", "interval", "n", "notes"]
+    assert lines[0].startswith("verdict: cannot be told: only 12 images; Layout distance is")
+    assert lines[1].split() == ["score", "value", "95", "%", "interval", "n", "remark"]
     names = [score["name"] for score in json.loads(out.read_text(encoding="utf-8"))]
     assert names == [
         "Layout distance",
@@ -156,8 +157,11 @@ def test_evaluate_prints_a_table_and_writes_what_it_is_asked_for(medbudget, tmp_
         "Copied share (pixels)",
         "C_T (pixels)",
     ]
-    assert [line.startswith(name) for line, name in zip(lines[1:], names)] == [True] * 5
-    assert "p = 0.01 (99 paired permutations)" in said and "the floor" in said
+    assert [line.startswith(name) for line, name in zip(lines[2:], names[:4])] == [True] * 4
+    assert not any(line.startswith("C_T") for line in lines) and "p = 0.01" in said
+    _, said, _ = medbudget(*command, *options, "--verbose")
+    assert [line.startswith(name) for line, name in zip(said.splitlines()[2:], names)] == [True] * 5
+    assert "p = 0.01 (99 paired permutations)" in said and "paired by number" in said
     assert Image.open(pairs).format == "PNG"
     code, said, _ = medbudget(*command, "--no-floor", "--normalize", "paper")
     assert code == 0 and "real vs real" not in said and "normalisation paper" in said
@@ -170,7 +174,7 @@ def test_evaluate_refuses_before_it_works(medbudget, tmp_path):
         (("--pairs", tmp_path / "p.png"), "--train"),
         (("--paired",), "--permutation"),
         (("--features", "resnet"), "efficientnet-lite0"),
-        (("--features", "layout", "--interval", "wide"), "'influence', 'bootstrap', 'paper'"),
+        (("--features", "layout", "--interval", "wide"), "influence, bootstrap, paper"),
         (("--features", "layout", "--normalize", "z"), "none"),
         (("--train", tmp_path / "absent"), "no such folder"),
         (("--out", folder), "is a folder"),
@@ -222,7 +226,17 @@ def test_evaluate_on_real_x_rays(medbudget, real_data, tmp_path):
     made = fill(tmp_path / "made", normal[100:117] + normal[80:83])
     command = ("evaluate", real, made, "--train", train, "--features", "efficientnet-lite0")
     out, pairs = tmp_path / "s.json", tmp_path / "pairs.png"
-    options = ("--permutation", other, "--repeats", 199, "--out", out, "--pairs", pairs)
+    options = (
+        "--permutation",
+        other,
+        "--repeats",
+        199,
+        "--out",
+        out,
+        "--pairs",
+        pairs,
+        "--verbose",
+    )
     code, said, err = medbudget(*command, *options)
     assert code == 0, err
     scores = {score["name"]: score for score in json.loads(out.read_text(encoding="utf-8"))}

@@ -188,5 +188,28 @@ def test_centred_bootstrap_agrees_with_influence_and_the_percentile_does_not():
     assert paper.value == centred.value == pytest.approx(influence.value)
     assert paper.interval[0] > paper.value  # it does not contain its own estimate
     assert centred.interval[0] < centred.value < centred.interval[1]
-    with pytest.raises(ValueError, match="'influence', 'bootstrap', 'paper'"):
+    with pytest.raises(ValueError, match="influence, bootstrap, paper"):
         frechet_interval(x, y, method="percentile")
+
+
+def test_equal_images_of_one_patient_count_once():
+    from medbudget.metrics.frechet import draw_weights, variance_by_group
+
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(10)
+    patients = np.repeat([f"p{i}" for i in range(10)], 4)
+    four = variance_by_group(np.repeat(values, 4), patients) / 40
+    assert four == pytest.approx(values.var(ddof=1) / 10)  # the variance of 10 images' mean
+    assert variance_by_group(values, [str(i) for i in range(10)]) == pytest.approx(
+        values.var(ddof=1)
+    )
+    weights = draw_weights(rng, 40, patients).reshape(10, 4)
+    assert weights.sum() == pytest.approx(40) and (weights == weights[:, :1]).all()
+    # both methods widen the interval of doubled images by the root of 2, within noise
+    x, y = rng.standard_normal((40, 3)), rng.standard_normal((400, 3)) + 1
+    twice, who = np.repeat(x, 2, axis=0), np.repeat([f"p{i}" for i in range(40)], 2)
+    for method in ("influence", "bootstrap"):
+        options = {"method": method, "repeats": 400}
+        blind = frechet_interval(twice, y, **options).se
+        known = frechet_interval(twice, y, groups=(who, None), **options).se
+        assert 1.2 < known / blind < 1.6

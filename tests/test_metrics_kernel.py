@@ -159,3 +159,11 @@ def test_permutation_errors():
         permutation_test(a, a, r, statistic="fid")
     with pytest.raises(ValueError, match="same extractor"):
         permutation_test(a, a[:, :4], r)
+
+
+def test_patients_widen_the_kernel_distance():
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((40, 3)) + 1, rng.standard_normal((400, 3))
+    twice, who = np.repeat(x, 2, axis=0), np.repeat([f"p{i}" for i in range(40)], 2)
+    known, blind = kernel_distance(twice, y, groups=(who, None)), kernel_distance(twice, y)
+    assert known.value == blind.value and 1.2 < known.se / blind.se < 1.6

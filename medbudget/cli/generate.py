@@ -253,13 +253,18 @@ def _describe_images(base: Any, words: list[Any], **settings: Any) -> dict[str, 
     """Return what is written into every synthetic image's file."""
     from medbudget.files import hash_tensors
 
-    return {
+    record = {
         "synthetic": True,
         **settings,
         "base": Path(base.name).name,
         "base_hash": base.hash,
         "embeddings": {e.token: hash_tensors({"vectors": e.vectors}) for e in words},
     }
+    if trained_on := " ".join(
+        e.record["image_hashes"] for e in words if "image_hashes" in e.record
+    ):
+        record["training_images"] = trained_on
+    return record
 
 
 def inpaint(

@@ -17,15 +17,15 @@ def evaluate(
     permutation: Path | None = None, paired: bool = False, repeats: int = 1000,
     normalize: Text = "none", interval: Text = "influence",
     floor: Annotated[bool, Parameter(negative="--no-floor")] = True, size: int | None = None,
-    out: Path | None = None, pairs: Path | None = None, overwrite: bool = False, seed: int = 0,
+    verbose: bool = False, out: Path | None = None, pairs: Path | None = None, overwrite: bool = False, seed: int = 0,
     machine: Machine = DEFAULT,
 ) -> None:  # fmt: skip
-    """Score generated images against real ones, beside the real-versus-real floor.
+    """Score generated images against real ones: a verdict, and the numbers it rests on.
 
     Parameters
     ----------
     real
-        folder of real images
+        folder of real images, best of patients that were not trained on
     synthetic
         folder of generated images
     train
@@ -35,19 +35,21 @@ def evaluate(
     permutation
         folder of another generator's images: adds a test
     paired
-        files of both generators were made from the same seeds, in order
+        pair both generators' files by recorded seed, or by number in their names
     repeats
         permutations
     normalize
-        none, or paper: each image z-scored
+        none, paper (each image z-scored), or both
     interval
         influence, bootstrap or paper
     floor
         real versus real beside every distance
     size
-        pixels; default: that of the synthetic images
+        longest edge of all images, padded to squares; default: that of the synthetic images
+    verbose
+        all scores, with their notes
     out
-        also write the scores as JSON
+        also write all scores as JSON
     pairs
         PNG of the 8 images nearest to --train, beside theirs
     overwrite
@@ -56,9 +58,8 @@ def evaluate(
         the same seed gives the same result
     """
     from medbudget import evaluate as run
-    from medbudget import load_images
     from medbudget.files import check_output
-    from medbudget.metrics import format_table, to_json
+    from medbudget.metrics import format_table, judge, summarize, to_json
 
     if pairs is not None and train is None:
         raise ValueError("--pairs shows training images: name their folder with --train")
@@ -67,42 +68,42 @@ def evaluate(
     for path in (out, pairs):
         if path is not None:
             check_output(path, overwrite=overwrite)
-    device = machine.prepare()
-    made = load_images(synthetic, size=size)
-
-    def load(folder: Path | None) -> Any:
-        return None if folder is None else load_images(folder, size=size or made.shape[2])
-
-    learned = load(train)
     scores = run(
-        load(real),
-        made,
+        real,
+        synthetic,
         features=features or "efficientnet-lite0",
-        train=learned,
-        permutation=load(permutation),
+        train=train,
+        permutation=permutation,
         paired=paired,
+        size=size,
         normalize=normalize,
         interval=interval,
         floor=floor,
         repeats=repeats,
         seed=seed,
-        device=device,
+        device=machine.prepare(),
         progress=True,
     )
-    print(format_table(scores))
+    if verbose:
+        print(f"verdict: {judge(scores)}\n{format_table(scores)}")
+    else:
+        print(f"{summarize(scores)}\nall scores and notes: --verbose, or --out scores.json")
     if out is not None:
         to_json(scores, out)
         print(f"wrote {out}")
-    if pairs is not None:
-        _write_pairs(made, learned, pairs)
+    if pairs is not None and train is not None:
+        _write_pairs(synthetic, train, size, pairs)
 
 
-def _write_pairs(made: Any, learned: Any, path: Path) -> None:
+def _write_pairs(synthetic: Path, train: Path, size: int | None, path: Path) -> None:
     """Draw the synthetic images nearest to training images (in pixels) above their neighbours."""
     from medbudget import plots
     from medbudget.files import atomic_path
     from medbudget.metrics import pixel_neighbours
+    from medbudget.metrics.image_sets import load_sets
 
+    sets = load_sets({"synthetic": synthetic, "train": train}, size=size)
+    made, learned = sets["synthetic"].images, sets["train"].images
     distance, index = pixel_neighbours(made, learned)
     worst = distance.argsort()[:8].copy()
     figure = plots.show_rows(

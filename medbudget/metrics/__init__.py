@@ -37,6 +37,7 @@ from medbudget.metrics.neighbours import (
 )
 from medbudget.metrics.permutation import PermutationTest, permutation_test
 from medbudget.metrics.scores import Score, format_table, to_json, to_table
+from medbudget.metrics.verdict import judge, summarize
 
 __all__ = [
     "Calibration",
@@ -65,6 +66,7 @@ __all__ = [
     "frechet_interval",
     "frechet_score",
     "hanley_mcneil",
+    "judge",
     "kernel_distance",
     "load_extractor",
     "membership_inference",
@@ -73,6 +75,7 @@ __all__ = [
     "permutation_test",
     "pixel_neighbours",
     "precision_recall",
+    "summarize",
     "to_json",
     "to_table",
 ]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
-from medbudget.images import check_images
-from medbudget.metrics.features import OFFLINE, Extractor, load_extractor
+from medbudget.metrics.features import NORMALISATIONS, OFFLINE, Extractor, load_extractor
 from medbudget.metrics.features import features as compute_features
-from medbudget.metrics.frechet import Features, frechet_interval
+from medbudget.metrics.frechet import METHODS, Features, Groups, frechet_interval
+from medbudget.metrics.image_sets import ImageSet, Index, Source, load_sets, pair
 from medbudget.metrics.kernel import kernel_distance, precision_recall
-from medbudget.metrics.neighbours import memorisation, not_in, wilson
+from medbudget.metrics.neighbours import memorisation, wilson
 from medbudget.metrics.permutation import permutation_test
-from medbudget.metrics.scores import Score
+from medbudget.metrics.scores import FEW, FLOOR, Score
+
+NO_GROUPS: tuple[Groups, Groups] = (None, None)
 
 
 def _score(
@@ -37,6 +41,7 @@ def _score(
         resize=extractor.resize_rule,
         normalisation=normalize,
         note="; ".join(note for note in (*notes, extractor.note) if note),
+        remark=f"only {min(n)} images" if min(n) < FEW else "",
     )
 
 
@@ -48,14 +53,15 @@ def frechet_score(
     name: str = "",
     normalize: str = "none",
     interval: str = "influence",
+    groups: tuple[Groups, Groups] = NO_GROUPS,
     note: str = "",
 ) -> Score:
     """Return the Frechet distance of two ``(n, d)`` sets of one extractor's features as a score.
 
-    `interval` is the method of `frechet_interval`; `normalize` is what was done before the
-    features were computed.
+    `interval` and `groups` (patients) are those of `frechet_interval`; `normalize` is what was
+    done before the features were computed.
     """
-    estimate = frechet_interval(x, y, method=interval)
+    estimate = frechet_interval(x, y, method=interval, groups=groups)
     method = {
         "influence": "",
         "bootstrap": "bootstrap interval",
@@ -75,47 +81,38 @@ def frechet_score(
 
 
 def _kernel_scores(
-    x: Features, y: Features, extractor: Extractor, normalize: str, k: int = 3
+    x: Features, y: Features, extractor: Extractor, normalize: str, groups: tuple[Groups, Groups]
 ) -> list[Score]:
     """Return the kernel distance, precision and recall of two sets of features."""
     n, m = len(np.asarray(x)), len(np.asarray(y))
-    kernel = kernel_distance(x, y)
-    scores = [
-        _score(
-            "KID" if extractor.name == "inception" else f"Kernel distance ({extractor.title})",
-            kernel.value,
-            kernel.interval,
-            (n, m),
-            extractor,
-            normalize,
-            "unbiased: does not depend on n",
-        )
-    ]
-    k = min(k, n - 1, m - 1)
+    about = (extractor, normalize)
+    kernel = kernel_distance(x, y, groups=groups)
+    title = "KID" if extractor.name == "inception" else f"Kernel distance ({extractor.title})"
+    unbiased = "unbiased: does not depend on n"
+    scores = [_score(title, kernel.value, kernel.interval, (n, m), *about, unbiased)]
+    k = min(3, n - 1, m - 1)
     precision, recall = precision_recall(x, y, k=k)
-    for name, value, count in (("Precision", precision, m), ("Recall", recall, n)):
-        scores.append(
-            _score(
-                name,
-                value,
-                wilson(round(value * count), count),
-                (n, m),
-                extractor,
-                normalize,
-                f"k = {k}; Wilson interval for the other set as it is",
-            )
-        )
+    note = f"k = {k}; Wilson interval for the other set as it is"
+    for name, value, count, own in (
+        ("Precision", precision, m, groups[1]),
+        ("Recall", recall, n, groups[0]),
+    ):
+        interval = wilson(round(value * count), count)
+        if own is not None:  # images of one patient are not independent
+            interval = wilson(value * len(set(own)), len(set(own)))
+        scores.append(_score(name, value, interval, (n, m), *about, note))
     return scores
 
 
 def evaluate(
-    real: torch.Tensor,
-    synthetic: torch.Tensor,
+    real: Source,
+    synthetic: Source,
     *,
     features: str | Extractor | Sequence[str | Extractor] = OFFLINE,
-    train: torch.Tensor | None = None,
-    permutation: torch.Tensor | None = None,
+    train: Source | None = None,
+    permutation: Source | None = None,
     paired: bool = False,
+    size: int | None = None,
     normalize: str = "none",
     interval: str = "influence",
     floor: bool = True,
@@ -130,19 +127,25 @@ def evaluate(
 
     Parameters
     ----------
-    real, synthetic : torch.Tensor
-        ``(N, 3, H, W) uint8``; the two may have different N and size.
+    real, synthetic : torch.Tensor or path
+        ``(N, 3, H, W) uint8``, or a folder of images; N may differ. Folders are all brought to one
+        size by one rule (`size`). In a folder that `medbudget prepare` made, intervals are over
+        patients, and the floor's two sets share none.
     features : str, Extractor or a sequence of them
         The extractors (`load_extractor`); the layout distance of 8x8 thumbnails is always added.
-    train : torch.Tensor, optional
+    train : torch.Tensor or path, optional
         The images that the generator was trained on: adds the memorisation scores, in pixels and
         in the first extractor's features, calibrated on the `real` images that are not in `train`.
-    permutation : torch.Tensor, optional
+    permutation : torch.Tensor or path, optional
         Another generator's images: adds permutation tests of the difference of distances.
     paired : bool
-        Images i of `synthetic` and `permutation` were made from the same seed.
-    normalize : "none" or "paper"
-        See `medbudget.metrics.normalize_images`.
+        The images of `synthetic` and `permutation` were made from the same seeds: folders are
+        paired by recorded seed or by number in the file's name, tensors by order.
+    size : int, optional
+        Longest edge of the images of folders, padded to a square; default: that of `synthetic`.
+    normalize : "none", "paper" or "both"
+        See `medbudget.metrics.normalize_images`; "both" adds the Frechet distance of images
+        z-scored as in the paper's released script.
     interval : "influence", "bootstrap" or "paper"
         See `frechet_interval`.
     floor : bool
@@ -158,12 +161,14 @@ def evaluate(
     -------
     list of Score
         For every extractor: Frechet distance, its real-versus-real floor, and (but for layout)
-        kernel distance, precision and recall, then permutation and memorisation.
+        kernel distance, precision and recall, then permutation and memorisation. A score against
+        training images, or of few images, says so in its remark.
 
     Raises
     ------
     ValueError
-        Fewer than 4 real images with a floor (2 without), or fewer than 2 synthetic ones.
+        Fewer than 4 real images with a floor (2 without), fewer than 2 synthetic ones, sets of
+        different shapes, or sets that cannot be paired.
 
     Examples
     --------
@@ -175,90 +180,182 @@ def evaluate(
     FD (EfficientNet-Lite0) 4
     FD (EfficientNet-Lite0), real vs real 4
     """
-    given = {"real": real, "synthetic": synthetic, "train": train, "permutation": permutation}
-    for name, images in given.items():
-        if images is not None:
-            check_images(images, name=name)
+    if normalize not in (*NORMALISATIONS, "both"):
+        raise ValueError(
+            f"normalize={normalize!r} is unknown; allowed are {(*NORMALISATIONS, 'both')}"
+        )
+    if interval not in METHODS:
+        raise ValueError(f"interval={interval!r} is unknown; allowed are {', '.join(METHODS)}")
     names = [features] if isinstance(features, str | Extractor) else list(features)
     if not any((f if isinstance(f, str) else f.name) == "layout" for f in names):
         names.append("layout")
-    need = 4 if floor else 2
-    if len(real) < need or len(synthetic) < 2:
-        raise ValueError(
-            f"{len(real)} real and {len(synthetic)} synthetic images are too few: at least {need} "
-            f"and 2 are needed{' for a score with its floor' if floor else ''}"
-        )
-    rng = np.random.default_rng(seed)
-    notes = []
-    second = np.empty(0, dtype=int)
-    if floor:
-        n = min(len(synthetic), len(real) // 2)
-        order = rng.permutation(len(real))
-        first, second = np.sort(order[:n]), np.sort(order[n : 2 * n])
-        chosen = np.sort(rng.permutation(len(synthetic))[:n])
-        if n < len(synthetic):
-            notes.append(
-                f"n lowered from {len(synthetic)} to {n}: {len(real)} real images give two "
-                f"disjoint sets of {n}"
-            )
-    else:
-        first, chosen = np.arange(len(real)), np.arange(len(synthetic))
-    if train is not None and (seen := int((~not_in(real[first], train)).sum())):
-        notes.append(f"{seen} of the {len(first)} real images are training images")
-    note = "; ".join(notes)
-    options: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "progress": progress}
-
     extractors = [
         load_extractor(item, device=device) if isinstance(item, str) else item for item in names
     ]
-    scores = []
-    for extractor in extractors:
-
-        def get(images: torch.Tensor, extractor: Extractor = extractor) -> np.ndarray:
-            return compute_features(images, extractor, normalize=normalize, **options)
-
-        x, y = get(real), get(synthetic)
-        settings: dict[str, Any] = {"normalize": normalize, "interval": interval}
-        scores.append(frechet_score(x[first], y[chosen], extractor, note=note, **settings))
-        if floor:
-            scores.append(
-                frechet_score(
-                    x[first],
-                    x[second],
-                    extractor,
-                    name=f"{extractor.distance_name}, real vs real",
-                    note="the floor: two disjoint real sets",
-                    **settings,
-                )
+    sets = load_sets(
+        {"real": real, "synthetic": synthetic, "train": train, "permutation": permutation},
+        size=size,
+    )
+    given, made = sets["real"], sets["synthetic"]
+    need = 4 if floor else 2
+    if len(given) < need or len(made) < 2:
+        raise ValueError(
+            f"{len(given)} real and {len(made)} synthetic images are too few: at least {need} "
+            f"and 2 are needed{' for a score with its floor' if floor else ''}"
+        )
+    first, second, chosen = _choose(given, made, floor, np.random.default_rng(seed))
+    leaks = _find_leaks(given, made, first, sets.get("train"))
+    groups = _patients(given, first), _patients(made, chosen)
+    notes = [f"{len(set(g))} patients in {len(g)} images" for g in groups if g is not None]
+    if floor and len(first) < len(made):
+        notes.append(
+            f"n lowered from {len(made)} to {len(first)}: {len(given)} real images give two "
+            f"disjoint sets of {len(first)}"
+        )
+    other = sets.get("permutation")
+    rows, columns = np.arange(len(made)), np.arange(len(other) if other else 0)
+    if other is not None and paired:
+        rows, columns, by = pair(made, other)
+        notes.append(f"paired by {by}")
+    elif other is not None and len(made) != len(other):
+        draw, same = np.random.default_rng(seed), min(len(made), len(other))
+        rows, columns = (np.sort(draw.permutation(len(p))[:same]) for p in (made, other))
+    options: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "progress": progress}
+    rules = ("none", "paper") if normalize == "both" else (normalize,)
+    scores: list[Score] = []
+    for extractor, rule in product(extractors, rules):
+        x, y = (
+            compute_features(s.images, extractor, normalize=rule, **options) for s in (given, made)
+        )
+        beside = normalize == "both" and rule == "paper"
+        name = extractor.distance_name + ", z-scored" * beside
+        about: dict[str, Any] = {"extractor": extractor, "normalize": rule, "interval": interval}
+        block = [
+            frechet_score(
+                x[first], y[chosen], name=name, groups=groups, note="; ".join(notes), **about
             )
-        if extractor.name != "layout":
-            scores += _kernel_scores(x[first], y[chosen], extractor, normalize)
-        if permutation is not None:
-            z = get(permutation)
-            same = min(len(y), len(z))
-            for statistic in ("frechet",) if extractor.name == "layout" else ("frechet", "kernel"):
-                test = permutation_test(
-                    y[:same], z[:same], x, paired=paired, statistic=statistic, repeats=repeats,
-                    seed=seed,
-                )  # fmt: skip
-                kind = extractor.distance_name if statistic == "frechet" else (
-                    f"Kernel distance ({extractor.title})"
-                )  # fmt: skip
-                scores.append(
-                    _score(
-                        f"{kind}, difference to the other set",
-                        test.difference,
-                        None,
-                        (len(x), same),
-                        extractor,
-                        normalize,
-                        f"p = {test.p_value:.3g} ({repeats} {'paired ' if paired else ''}"
-                        "permutations); below 0: nearer to the real images than the other set",
-                    )
+        ]
+        if extractor.name != "layout" and not beside:
+            block += _kernel_scores(x[first], y[chosen], extractor, rule, groups)
+        block = [_add_remark(score, leaks) for score in block]
+        if floor:
+            between = (groups[0], _patients(given, second))
+            apart = "the floor: two disjoint real sets"
+            block[1:1] = [
+                frechet_score(
+                    x[first], x[second], name=name + FLOOR, groups=between, note=apart, **about
                 )
-    if train is not None:
+            ]
+        scores += block
+        if other is not None:
+            z = compute_features(other.images, extractor, normalize=rule, **options)
+            scores += [
+                _add_remark(score, leaks)
+                for score in _compare(
+                    x, y[rows], z[columns], extractor, rule, name, paired, repeats, seed
+                )
+            ]
+    if "train" in sets:
+        learned = sets["train"].images
         spaces: list[str | Extractor] = ["pixels"]
         spaces += [e for e in extractors if e.name != "layout"][:1]
         for space in spaces:
-            scores += memorisation(synthetic, train, real, space=space, **options).scores()
+            audit = memorisation(made.images, learned, given.images, space=space, **options)
+            scores += audit.scores()
+    return scores
+
+
+def _add_remark(score: Score, remark: str) -> Score:
+    return replace(score, remark="; ".join(filter(None, (remark, score.remark))))
+
+
+def _patients(images: ImageSet, rows: Index) -> list[str] | None:
+    """Return the patients of some images, or None where each image has its own or none is known."""
+    patients = [images.patients[i] for i in rows] if images.patients else []
+    return patients if len(set(patients)) < len(patients) else None
+
+
+def _choose(
+    real: ImageSet, synthetic: ImageSet, floor: bool, rng: np.random.Generator
+) -> tuple[Index, Index, Index]:
+    """Choose two disjoint sets of real images, by patient where known, and as many synthetic."""
+    everything = np.arange(len(real))
+    if not floor:
+        return everything, np.empty(0, dtype=int), np.arange(len(synthetic))
+    order = rng.permutation(len(real))
+    halves = [order[: len(real) // 2], order[len(real) // 2 :]]
+    n = min(len(synthetic), len(real) // 2)
+    if patients := _patients(real, everything):
+        of = np.array(patients)
+        halves = [np.empty(0, dtype=int)] * 2
+        for patient in rng.permutation(np.unique(of)):
+            small = int(len(halves[1]) < len(halves[0]))
+            halves[small] = np.concatenate([halves[small], np.flatnonzero(of == patient)])
+        n = min(n, *map(len, halves))
+        if n < 2:
+            raise ValueError(
+                f"the real images are of {len(np.unique(of))} patients: too few for two disjoint "
+                "sets; add patients, or do without the floor (floor=False, --no-floor)"
+            )
+        halves = [rng.permutation(half) for half in halves]
+        order = np.concatenate([halves[0][:n], halves[1][:n]])
+    first, second = np.sort(order[:n]), np.sort(order[n : 2 * n])
+    chosen = np.sort(rng.permutation(len(synthetic))[:n])
+    if sorted(real.hashes) == sorted(synthetic.hashes):  # a set against itself: the same images
+        place = {digest: i for i, digest in enumerate(synthetic.hashes)}
+        chosen = np.array([place[real.hashes[i]] for i in first])
+    return first, second, chosen
+
+
+def _find_leaks(real: ImageSet, synthetic: ImageSet, used: Index, train: ImageSet | None) -> str:
+    """Say how many of the real images are training images, or are among the synthetic ones."""
+    remarks = []
+    seen = set(train.hashes) if train else set()
+    trained = [real.hashes[i] in seen for i in used]
+    if synthetic.training_hashes:
+        digests = real.hashes_at(synthetic.edge)
+        trained = [t or digests[i] in synthetic.training_hashes for i, t in zip(used, trained)]
+    if any(trained):
+        remarks.append(f"against training images ({sum(trained)} of {len(used)})")
+    elif train and train.patients and real.patients:
+        shared = {real.patients[i] for i in used} & set(train.patients)
+        if shared:
+            remarks.append(f"against images of {len(shared)} training patients")
+    own = set(real.hashes)
+    if copies := sum(digest in own for digest in synthetic.hashes):
+        remarks.append(f"{copies} of {len(synthetic)} synthetic images are among the real ones")
+    return "; ".join(remarks)
+
+
+def _compare(
+    x: np.ndarray,
+    y: np.ndarray,
+    z: np.ndarray,
+    extractor: Extractor,
+    normalize: str,
+    name: str,
+    paired: bool,
+    repeats: int,
+    seed: int,
+) -> list[Score]:
+    """Test whether two generators' features y and z are equally far from real ones x."""
+    scores = []
+    kinds = {"frechet": name, "kernel": f"Kernel distance ({extractor.title})"}
+    if extractor.name == "layout":
+        kinds.pop("kernel")
+    for statistic, kind in kinds.items():
+        test = permutation_test(
+            y, z, x, paired=paired, statistic=statistic, repeats=repeats, seed=seed
+        )
+        score = _score(
+            f"{kind}, difference to the other set",
+            test.difference,
+            None,
+            (len(x), len(y)),
+            extractor,
+            normalize,
+            f"p = {test.p_value:.3g} ({repeats} {'paired ' if paired else ''}permutations)",
+            "below 0: nearer to the real images than the other set",
+        )
+        scores.append(_add_remark(score, f"p = {test.p_value:.3g}"))
     return scores

@@ -11,7 +11,7 @@ result is wrong by 0.2 to 7 %.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,7 +24,9 @@ from medbudget.results import count_cores
 
 Array = npt.NDArray[np.float64]
 Features = npt.ArrayLike
+Groups = Sequence[str] | npt.NDArray[np.str_] | None  # the patient of each row
 
+METHODS = ("influence", "bootstrap", "paper")
 Z95 = 1.959963984540054
 
 
@@ -113,6 +115,7 @@ def frechet_interval(
     y: Features,
     *,
     method: str = "influence",
+    groups: tuple[Groups, Groups] = (None, None),
     repeats: int = 1000,
     seed: int = 0,
     workers: int | None = None,
@@ -136,6 +139,9 @@ def frechet_interval(
         de Wilde et al. (2024) reads. Resampling repeats images, so resampled sets are narrower
         and further apart than the real ones: the percentiles lie too high and may not even
         contain the estimate. It warns.
+    groups : (sequence or None, sequence or None)
+        The patient of every row of `x` and of `y`, where patients have several images: the
+        interval is then that over patients. ``None``: every image stands for itself.
     repeats, seed, workers
         For the two bootstraps: number of resamples, random seed, threads (default: all cores).
         The result does not depend on `workers`.
@@ -157,13 +163,11 @@ def frechet_interval(
     """
     x, y = check_pair(x, y)
     if method == "influence":
-        return _influence_interval(x, y)
-    if method not in ("bootstrap", "paper"):
-        raise ValueError(
-            f"method={method!r} is unknown; allowed are 'influence', 'bootstrap', 'paper'"
-        )
+        return _influence_interval(x, y, groups)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
     value = frechet_distance(x, y)
-    draws = bootstrap_distances(x, y, repeats=repeats, seed=seed, workers=workers)
+    draws = bootstrap_distances(x, y, groups=groups, repeats=repeats, seed=seed, workers=workers)
     se = float(draws.std(ddof=1))
     if method == "bootstrap":
         return Estimate(value, se, (max(0.0, value - Z95 * se), value + Z95 * se), method)
@@ -176,7 +180,25 @@ def frechet_interval(
     return Estimate(value, se, (float(low), float(high)), method)
 
 
-def _influence_interval(x: Array, y: Array) -> Estimate:
+def variance_by_group(values: Array, groups: Groups = None) -> float:
+    """Return n times the variance of the mean of n values; with groups, over whole groups.
+
+    Without groups this is the sample variance; with them, the cluster-robust one.
+    """
+    if groups is None:
+        return float(values.var(ddof=1))
+    n = len(values)
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    count = int(member.max()) + 1
+    if len(member) != n or count < 2:
+        raise ValueError(
+            f"{len(member)} patients' names, {count} of them different, for {n} images"
+        )
+    sums = np.bincount(member, values - values.mean())
+    return float((sums**2).sum() / n * count / (count - 1))
+
+
+def _influence_interval(x: Array, y: Array, groups: tuple[Groups, Groups]) -> Estimate:
     mean = x.mean(0) - y.mean(0)
     xc, yc = x - x.mean(0), y - y.mean(0)
     nx, ny = len(x), len(y)
@@ -191,7 +213,8 @@ def _influence_interval(x: Array, y: Array) -> Estimate:
     value = max(0.0, float(mean @ mean + traces - 2 * s.sum()))
     psi_x = 2 * xc @ mean + (xc**2).sum(1) - nx * (u**2 @ s)
     psi_y = -2 * yc @ mean + (yc**2).sum(1) - ny * (v**2 @ s)
-    se = float(np.sqrt(psi_x.var(ddof=1) / nx + psi_y.var(ddof=1) / ny))
+    variance = variance_by_group(psi_x, groups[0]) / nx + variance_by_group(psi_y, groups[1]) / ny
+    se = float(np.sqrt(variance))
     return Estimate(value, se, (max(0.0, value - Z95 * se), value + Z95 * se), "influence")
 
 
@@ -219,10 +242,29 @@ def root_trace(m: Array) -> float:
     return float(np.sqrt(np.linalg.eigvalsh(gram).clip(min=0)).sum())
 
 
+def draw_weights(rng: np.random.Generator, n: int, groups: Groups = None) -> Array:
+    """Return how often each row is drawn with replacement, ``(n,)``; with groups, whole groups."""
+    if groups is None:
+        return np.bincount(rng.integers(n, size=n), minlength=n)
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    count = int(member.max()) + 1
+    weights = np.bincount(rng.integers(count, size=count), minlength=count)[member]
+    return weights * (n / weights.sum())
+
+
 def bootstrap_distances(
-    x: Features, y: Features, *, repeats: int = 1000, seed: int = 0, workers: int | None = None
+    x: Features,
+    y: Features,
+    *,
+    groups: tuple[Groups, Groups] = (None, None),
+    repeats: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
 ) -> Array:
     """Return `repeats` Frechet distances of sets resampled with replacement.
+
+    With `groups` (see `frechet_interval`) whole patients are drawn; a resampled set may then be
+    larger or smaller, and its weights are scaled to n.
 
     A resampled covariance needs only the rows that were drawn, each scaled by the root of how
     often: 63 % of n, from one precomputed Gram matrix.
@@ -241,8 +283,7 @@ def bootstrap_distances(
 
     def one(i: int) -> float:
         rng = np.random.default_rng(seeds[i])
-        w = np.bincount(rng.integers(nx, size=nx), minlength=nx)
-        v = np.bincount(rng.integers(ny, size=ny), minlength=ny)
+        w, v = draw_weights(rng, nx, groups[0]), draw_weights(rng, ny, groups[1])
         dx, dy = w @ xc / nx, v @ yc / ny
         ix, iy = np.flatnonzero(w), np.flatnonzero(v)
         wx, vy = np.sqrt(w[ix])[:, None], np.sqrt(v[iy])[:, None]

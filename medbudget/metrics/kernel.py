@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from medbudget.metrics.frechet import Z95, Array, Estimate, Features, check_pair
+from medbudget.metrics.frechet import (
+    Z95,
+    Array,
+    Estimate,
+    Features,
+    Groups,
+    check_pair,
+    variance_by_group,
+)
 
 
 def polynomial_kernel(x: Array, y: Array) -> Array:
@@ -13,12 +21,14 @@ def polynomial_kernel(x: Array, y: Array) -> Array:
     return kernel
 
 
-def kernel_distance(x: Features, y: Features) -> Estimate:
+def kernel_distance(
+    x: Features, y: Features, *, groups: tuple[Groups, Groups] = (None, None)
+) -> Estimate:
     r"""Return the kernel distance: unbiased squared MMD with its standard error.
 
     All pairs at once, no random subsets. Unbiased: its expectation does not depend on n, and it
     may be negative for equal distributions. The standard error is that of a two-sample U-statistic,
-    first and second order, so it holds near zero too.
+    first and second order, so it holds near zero too. `groups` as in `frechet_interval`.
 
     Raises
     ------
@@ -45,8 +55,8 @@ def kernel_distance(x: Features, y: Features) -> Estimate:
     off = ~np.eye(m, dtype=bool)
     syy = float(((kyy - ry[:, None] - ry + mean_yy)[off] ** 2).mean())
     sxy = float(((kxy - cx[:, None] - cy + mean_xy) ** 2).mean())
-    hx = float((rx - cx).var(ddof=1)) - sxx / (n - 1) - sxy / m
-    hy = float((ry - cy).var(ddof=1)) - syy / (m - 1) - sxy / n
+    hx = variance_by_group(rx - cx, groups[0]) - sxx / (n - 1) - sxy / m
+    hy = variance_by_group(ry - cy, groups[1]) - syy / (m - 1) - sxy / n
     variance = max(0.0, 4 * hx / n + 4 * hy / m)
     variance += 2 * sxx / (n * (n - 1)) + 2 * syy / (m * (m - 1)) + 4 * sxy / (n * m)
     se = float(np.sqrt(variance))

@@ -21,6 +21,7 @@ from medbudget.images import check_images
 from medbudget.metrics.features import Extractor, load_extractor
 from medbudget.metrics.features import features as compute_features
 from medbudget.metrics.frechet import Z95, Array
+from medbudget.metrics.image_sets import check_shapes
 from medbudget.metrics.kernel import squared_distances
 from medbudget.metrics.scores import Score
 
@@ -187,6 +188,8 @@ class Memorisation:
         calibrated = f"calibrated on {h} held-out real images"
         blind = "noise can hide a copy here: rely on the pixels" if self.extractor else ""
         note = "; ".join(part for part in (calibrated, blind, self.note) if part)
+        if h < 99:  # too few for the 1 % level
+            common["remark"] = f"rests on only {h} held-out image{'s' * (h > 1)}"
         z = self.c_t
         return [
             Score(
@@ -263,8 +266,10 @@ def memorisation(
     ValueError
         No held-out image is left, or a level outside (0, 1).
     """
-    for name, images in (("synthetic", synthetic), ("train", train), ("heldout", heldout)):
+    sets = {"synthetic": synthetic, "training": train, "held-out": heldout}
+    for name, images in sets.items():
         check_images(images, name=name)
+    check_shapes(sets)
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
     fresh = not_in(heldout, train)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+FEW = 30  # images; below, a score says in its own line on how few it rests
+FLOOR = ", real vs real"  # ends the name of a distance between two real sets
+
+
 def format_number(value: float) -> str:
     """Four significant digits, and at most one decimal from 100 on."""
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
@@ -38,6 +42,8 @@ class Score:
         "none" or "paper".
     note : str
         How the interval was made, and caveats.
+    remark : str
+        What must be read with the number and stands in its own line: few images, training images.
 
     Examples
     --------
@@ -54,6 +60,7 @@ class Score:
     resize: str = ""
     normalisation: str = "none"
     note: str = ""
+    remark: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.name} {format_number(self.value)}"]
@@ -62,6 +69,8 @@ class Score:
         parts.append(
             f"n = {self.n}" if isinstance(self.n, int) else f"n = {self.n[0]} vs {self.n[1]}"
         )
+        if self.remark:
+            parts.append(self.remark)
         if self.extractor:
             parts.append(f"{self.extractor} {self.extractor_hash}, {self.resize}")
         if self.normalisation != "none":
@@ -80,7 +89,7 @@ class Score:
 
 
 def to_table(scores: Sequence[Score]) -> pd.DataFrame:
-    """Return one row per score: value, interval, n, extractor, resize, normalisation, note."""
+    """Return one row per score: value, interval, n, extractor, resize, normalisation, remark, note."""
     import pandas as pd
 
     rows = []
@@ -96,6 +105,7 @@ def to_table(scores: Sequence[Score]) -> pd.DataFrame:
                 "extractor": f"{score.extractor} {score.extractor_hash}".strip(),
                 "resize": score.resize,
                 "normalisation": score.normalisation,
+                "remark": score.remark,
                 "note": score.note,
             }
         )
@@ -103,29 +113,34 @@ def to_table(scores: Sequence[Score]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def format_table(scores: Sequence[Score]) -> str:
+def format_table(scores: Sequence[Score], *, notes: bool = True) -> str:
     """Return the scores as text: a table of values, below it the extractors and numbered notes."""
-    rows = [("score", "value", "95 % interval", "n", "notes")]
-    notes: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     extractors: dict[str, None] = {}
+    rows = [["score", "value", "95 % interval", "n", "remark", "notes"]]
     for score in scores:
         interval = " to ".join(map(format_number, score.interval)) if score.interval else ""
         n = str(score.n) if isinstance(score.n, int) else f"{score.n[0]} vs {score.n[1]}"
-        parts = [notes.setdefault(p, len(notes) + 1) for p in score.note.split("; ") if p]
+        parts = [numbers.setdefault(p, len(numbers) + 1) for p in score.note.split("; ") if p]
         marks = ", ".join(map(str, parts))
-        rows.append((score.name, format_number(score.value), interval, n, marks))
+        rows.append([score.name, format_number(score.value), interval, n, score.remark, marks])
         if score.extractor:
             about = (f"{score.extractor} {score.extractor_hash}".strip(), score.resize)
             normalised = f"normalisation {score.normalisation}"
             extractors[", ".join((*filter(None, about), normalised))] = None
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    if not any(score.remark for score in scores):
+        rows = [row[:4] + row[5:] for row in rows]
+    if not notes:
+        rows = [row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
         cells = [f"{text:<{width}}" for text, width in zip(row, widths)]
         cells[1] = f"{row[1]:>{widths[1]}}"
         lines.append("  ".join(cells).rstrip())
     lines += [f"features: {about}" for about in extractors]
-    lines += [f"{number}: {part}" for part, number in notes.items()]
+    if notes:
+        lines += [f"{number}: {part}" for part, number in numbers.items()]
     return "\n".join(lines)
 
 

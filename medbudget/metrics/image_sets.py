@@ -1,0 +1,244 @@
+"""Sets of images to score: one rule of size for all of them, and what their files tell."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from medbudget.images import (
+    SHEET,
+    check_images,
+    find_images,
+    hash_images,
+    is_prepared,
+    load_images,
+    read_record,
+)
+from medbudget.pictures import ImageError, open_picture
+
+Source = torch.Tensor | str | os.PathLike[str]
+Index = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images with the files that they came from; tensors have no files."""
+
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    files: tuple[Path, ...] = ()
+    name: str = ""  # for messages: the folder
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def hashes(self) -> list[str]:
+        """Return a hash of each image's pixels."""
+        return hash_images(self.images)
+
+    @property
+    def edge(self) -> int:
+        """Return the longest edge of the files, before they were brought to one size."""
+        return _longest_edge(self.files or self.images)
+
+    def hashes_at(self, size: int) -> list[str]:
+        """Return the hashes that the images have when they are loaded at another size."""
+        if not self.files or self.images.shape[3] == size:
+            return self.hashes
+        return hash_images(load_images(self.files, size=size))
+
+    @cached_property
+    def patients(self) -> list[str] | None:
+        """Return each image's patient by the manifest of `medbudget prepare`.
+
+        ``None`` where there is no manifest, or one that does not name all of the files.
+        """
+        files = [file.resolve() for file in self.files]
+        known: dict[Path, str] = {}
+        for folder in {parent for file in files for parent in list(file.parents)[:4]}:
+            if not (folder / "manifest.csv").is_file():
+                continue
+            with open(folder / "manifest.csv", newline="", encoding="utf-8-sig") as opened:
+                rows = csv.DictReader(opened, restval="")
+                if {"file", "patient"} <= set(rows.fieldnames or ()):
+                    known |= {folder / row["file"]: row["patient"] for row in rows}
+        patients = [known.get(file, "") for file in files]
+        return patients if patients and all(patients) else None
+
+    @cached_property
+    def records(self) -> list[dict[str, object]]:
+        """Return what `sample` and `inpaint` wrote into each file ({} where nothing is)."""
+        return [read_record(file) or {} for file in self.files]
+
+    @cached_property
+    def training_hashes(self) -> set[str]:
+        """Return the hashes of the images that these images' words were trained on, as recorded."""
+        listed = {str(record.get("training_images", "")) for record in self.records}
+        return set(" ".join(listed).split())
+
+    def seeds(self) -> list[int] | None:
+        """Return each file's seed: ours, or that of A1111's "parameters"; None where one lacks it."""
+        seeds: list[int | None] = []
+        for file, record in zip(self.files, self.records):
+            seed = record.get("seed")
+            if isinstance(seed, int):
+                image = record.get("image", 0)
+                seeds.append(seed + image if isinstance(image, int) else seed)
+                continue
+            found = None
+            with suppress(Exception), Image.open(file, formats=("PNG",)) as opened:
+                found = re.search(r"\bSeed: (\d+)", str(opened.info.get("parameters", "")))
+            seeds.append(int(found[1]) if found else None)
+        if not any(seed is not None for seed in seeds):
+            return None
+        if None in seeds:
+            raise ValueError(
+                f"{self.name}: {seeds.count(None)} of {len(seeds)} files record no seed, so they "
+                "cannot be paired; leave --paired out, or draw them again"
+            )
+        return [seed for seed in seeds if seed is not None]
+
+    def numbers(self) -> list[int]:
+        """Return the last number in each file's name."""
+        found = [re.findall(r"\d+", file.stem) for file in self.files]
+        if not all(found):
+            without = next(file.name for file, parts in zip(self.files, found) if not parts)
+            raise ValueError(
+                f"{self.name}: {without} has neither a recorded seed nor a number in its name, so it "
+                "cannot be paired; leave --paired out, or name files by their seed"
+            )
+        return [int(parts[-1]) for parts in found]
+
+
+def load_sets(
+    sources: Mapping[str, Source | None], *, size: int | None = None
+) -> dict[str, ImageSet]:
+    """Load folders by one rule: longest edge to `size` pixels, padded with black to a square.
+
+    Parameters
+    ----------
+    sources : mapping of str to tensor or path
+        Role to ``(N, 3, H, W) uint8`` images, or a folder; ``None`` is left out. Needs
+        "synthetic".
+    size : int, optional
+        Default: the longest edge of the synthetic images. Tensors stay as they are.
+
+    Raises
+    ------
+    ValueError
+        Sets that are not of one shape (width to height): they would be distorted differently.
+    """
+    files: dict[str, list[Path]] = {}
+    for name, source in sources.items():
+        if isinstance(source, str | os.PathLike):
+            files[name] = _find_files(name, source)
+        elif source is not None:
+            check_images(source, name=name)
+    size = size or _longest_edge(files.get("synthetic") or sources["synthetic"])
+    sets = {}
+    for name, source in sources.items():
+        if isinstance(source, torch.Tensor):
+            sets[name] = ImageSet(source, name=name)
+        elif source is not None:
+            images = load_images(files[name], size=size)
+            sets[name] = ImageSet(images, tuple(files[name]), str(source))
+    check_shapes({name: part.images for name, part in sets.items()})
+    return sets
+
+
+def _find_files(role: str, folder: str | os.PathLike[str]) -> list[Path]:
+    """Return a folder's images; of a prepared folder as a whole, only training images are meant."""
+    if role != "train" and is_prepared(folder):
+        cells = sorted(
+            str(path.relative_to(folder)) for path in Path(folder).glob("*/*") if path.is_dir()
+        )
+        raise ImageError(
+            f"{folder} was prepared with {', '.join(cells)}: name one of them for the {role} images "
+            "(not the training images, for a score)"
+        )
+    return [file for file in find_images(folder) if file.name != SHEET]
+
+
+def check_shapes(sets: Mapping[str, torch.Tensor]) -> None:
+    """Refuse sets of another shape (width to height): features would stretch them differently."""
+    shapes = {name: tuple(images.shape[2:]) for name, images in sets.items()}
+    first, (high, wide) = next(iter(shapes.items()))
+    for name, (h, w) in shapes.items():
+        if abs(h * wide - w * high) > max(h, w, high, wide):  # more than a pixel of rounding
+            raise ValueError(
+                f"{first} images are {high} x {wide} and {name} images {h} x {w} (H x W): of another "
+                "shape, so they cannot be compared; load both with load_images(…, size=…), which "
+                "pads to squares"
+            )
+
+
+def _longest_edge(source: Any) -> int:
+    """Return the longest edge of a tensor's images, or of files that can be read."""
+    if isinstance(source, torch.Tensor):
+        return max(source.shape[2:])
+    edges = [1]
+    for file in source:
+        with suppress(ImageError):  # reported when the images are loaded
+            edges.append(max(open_picture(file)[0].size))
+    return max(edges)
+
+
+def pair(first: ImageSet, second: ImageSet) -> tuple[Index, Index, str]:
+    """Pair the images of two folders by recorded seed, or by the number in the file's name.
+
+    Returns
+    -------
+    first, second : (N,) int
+        Image ``first[i]`` belongs to ``second[i]``.
+    by : str
+        "seed", "number", or "order" for tensors.
+
+    Raises
+    ------
+    ValueError
+        Sets that do not hold exactly the same seeds or numbers, each once.
+    """
+    if len(first) != len(second):
+        raise ValueError(
+            f"paired images need as many in both sets, got {len(first)} in {first.name} and "
+            f"{len(second)} in {second.name}; draw both from the same seeds, or leave --paired out"
+        )
+    if not first.files or not second.files:
+        order = np.arange(len(first))
+        return order, order, "order"
+    keys, by = [first.seeds(), second.seeds()], "seed"
+    if keys == [None, None]:
+        keys, by = [first.numbers(), second.numbers()], "number"
+    a, b = keys
+    if a is None or b is None:
+        lacking = first.name if a is None else second.name
+        raise ValueError(
+            f"the files of {lacking} record no seed, those of the other folder do: they cannot be "
+            "paired; leave --paired out"
+        )
+    for part, values in ((first, a), (second, b)):
+        if len(set(values)) < len(values):
+            twice = next(value for value in values if values.count(value) > 1)
+            raise ValueError(
+                f"{part.name} has {by} {twice} more than once, so its images cannot be paired; "
+                "name one prompt's folder, or leave --paired out"
+            )
+    if set(a) != set(b):
+        alone = sorted(set(a) ^ set(b))
+        raise ValueError(
+            f"{first.name} and {second.name} do not have the same {by}s (e.g. {by} {alone[0]} is in "
+            "one of them only); draw both from the same seeds, or leave --paired out"
+        )
+    return np.argsort(a), np.argsort(b), by

@@ -1,0 +1,80 @@
+"""A verdict in words on the scores of `evaluate`, above the five numbers that it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from medbudget.metrics.scores import FEW, FLOOR, Score, format_table
+
+FAR = 2.0  # times the floor
+
+
+def judge(scores: Sequence[Score]) -> str:
+    """Return what the scores of `evaluate` say, in words: how near, how copied, how sure.
+
+    The distance is judged by its floor: near it where the two intervals overlap, above it where
+    they do not, far from it at twice the floor or more.
+
+    Examples
+    --------
+    >>> fd, floor = ((f"FD (X){end}", value) for end, value in (("", 171.0), (FLOOR, 77.0)))
+    >>> print(judge([Score(name, v, (v - 9, v + 9), 100, "X") for name, v in (fd, floor)]))
+    far from the real images: FD (X) is 2.2 times its floor; copies: not checked (name the training images)
+    """
+    by_name = {score.name: score for score in scores}
+    pairs = [(by_name[n.removesuffix(FLOOR)], by_name[n]) for n in by_name if n.endswith(FLOOR)]
+    parts = [_judge_distance(*pairs[0])] if pairs else ["no floor, so no verdict on the distance"]
+    if pairs and (leak := _leak(pairs[0][0])):
+        parts.insert(0, f"no test of the generator: {leak}")
+    copied = next((s for s in scores if s.name.startswith("Copied share")), None)
+    parts.append(_judge_copies(copied))
+    return "; ".join(parts)
+
+
+def _leak(score: Score) -> str:
+    """Return the part of a remark that says that real images were not held out."""
+    return "; ".join(part for part in score.remark.split("; ") if not part.startswith("only "))
+
+
+def _judge_distance(score: Score, floor: Score) -> str:
+    n = score.n if isinstance(score.n, int) else min(score.n)
+    low = score.interval[0] if score.interval else score.value
+    high = floor.interval[1] if floor.interval else floor.value
+    times = score.value / floor.value if floor.value > 0 else float("inf")
+    what = f"{score.name} is {times:.1f} times its floor"
+    if low > high:
+        word = "far from the real images" if times >= FAR else "above the floor"
+        return f"{word}: {what}" + f" (rough: only {n} images)" * (n < FEW)
+    if n < FEW:
+        return f"cannot be told: only {n} images; {what}"
+    return f"near the floor: at n = {n} the distance does not tell them from real images ({what})"
+
+
+def _judge_copies(copied: Score | None) -> str:
+    if copied is None:
+        return "copies: not checked (name the training images)"
+    n = copied.n if isinstance(copied.n, int) else min(copied.n)
+    found = round(copied.value * n)
+    if "rests on" in copied.remark:
+        return f"copies: {found} of {n} flagged, but this {copied.remark}"
+    if copied.interval and copied.interval[0] > 0.01:
+        return f"copies: {found} of {n} are nearer to training images than chance explains"
+    return f"copies: none beyond chance ({found} of {n} flagged)"
+
+
+def summarize(scores: Sequence[Score]) -> str:
+    """Return the verdict and the five numbers that matter most, each with its remark.
+
+    They are the first extractor's distance and floor, precision, recall, and the share of copies
+    (without training images the layout distance); differences to another set come on top.
+    """
+    first = next((s for s in scores if not s.name.startswith("Layout")), scores[0])
+    wanted = {first.name, first.name + FLOOR, "Precision", "Recall"}
+    checked = any(s.name.startswith("Copied share") for s in scores)
+    shown: dict[str, Score] = {}
+    for score in scores:
+        pixels = score.name.startswith("Copied share (pixels")
+        layout = not checked and score.name == "Layout distance"
+        if score.name in wanted or pixels or layout or ", difference to" in score.name:
+            shown.setdefault(score.name, score)
+    return f"verdict: {judge(scores)}\n{format_table(list(shown.values()), notes=False)}"
