@@ -68,8 +68,8 @@ def summarize(scores: Sequence[Score]) -> str:
     They are the first extractor's distance and floor, precision, recall, and the share of copies
     (without training images the layout distance); differences to another set come on top.
     """
-    first = next((s for s in scores if not s.name.startswith("Layout")), scores[0])
-    wanted = {first.name, first.name + FLOOR, "Precision", "Recall"}
+    first = scores[0].name
+    wanted = {first, first + FLOOR, "Precision", "Recall"}
     checked = any(s.name.startswith("Copied share") for s in scores)
     shown: dict[str, Score] = {}
     for score in scores:
