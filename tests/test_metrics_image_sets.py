@@ -107,7 +107,7 @@ def test_empty_folders_one_image_and_prepared_folders_are_refused_by_name(medbud
     for bad, message in (
         ("empty", "no images in"),
         ("one", "1 synthetic images are too few"),
-        ("prepared", "it has the folders ['test']: name one of them"),
+        ("prepared", "only a contact sheet and the folders ['test']: name one"),
     ):
         code, _, said = medbudget("evaluate", tmp_path / "good", tmp_path / bad)
         assert code == 1 and message in said, said

@@ -245,7 +245,7 @@ def root_trace(m: Array) -> float:
 def draw_weights(rng: np.random.Generator, n: int, groups: Groups = None) -> Array:
     """Return how often each row is drawn with replacement, ``(n,)``; with groups, whole groups."""
     if groups is None:
-        return np.bincount(rng.integers(n, size=n), minlength=n)
+        return np.bincount(rng.integers(n, size=n), minlength=n).astype(float)
     _, member = np.unique(np.asarray(groups), return_inverse=True)
     count = int(member.max()) + 1
     weights = np.bincount(rng.integers(count, size=count), minlength=count)[member]

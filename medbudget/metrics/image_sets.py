@@ -146,7 +146,7 @@ def load_sets(
             files[name] = _find_files(name, source)
         elif source is not None:
             check_images(source, name=name)
-    size = size or _longest_edge(files.get("synthetic") or sources["synthetic"])
+    size = size or _longest_edge(files.get("synthetic", sources["synthetic"]))
     sets = {}
     for name, source in sources.items():
         if isinstance(source, torch.Tensor):
@@ -168,7 +168,13 @@ def _find_files(role: str, folder: str | os.PathLike[str]) -> list[Path]:
             f"{folder} was prepared with {', '.join(cells)}: name one of them for the {role} images "
             "(not the training images, for a score)"
         )
-    return [file for file in find_images(folder) if file.name != SHEET]
+    files = [file for file in find_images(folder) if file.name != SHEET]
+    if not files:
+        inner = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+        raise ImageError(
+            f"{folder} has only a contact sheet and the folders {inner}: name one of them"
+        )
+    return files
 
 
 def check_shapes(sets: Mapping[str, torch.Tensor]) -> None:

@@ -209,7 +209,7 @@ class Memorisation:
         ]
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a proportion.
 
     Examples
