@@ -17,8 +17,8 @@ def evaluate(
     permutation: Path | None = None, paired: bool = False, repeats: int = 1000,
     normalize: Text = "none", interval: Text = "influence",
     floor: Annotated[bool, Parameter(negative="--no-floor")] = True, size: int | None = None,
-    verbose: bool = False, out: Path | None = None, pairs: Path | None = None, overwrite: bool = False, seed: int = 0,
-    machine: Machine = DEFAULT,
+    verbose: bool = False, out: Path | None = None, pairs: Path | None = None,
+    overwrite: bool = False, seed: int = 0, machine: Machine = DEFAULT,
 ) -> None:  # fmt: skip
     """Score generated images against real ones: a verdict, and the numbers it rests on.
 
