@@ -30,6 +30,7 @@ def test_a_folder_against_its_own_copy_has_distance_zero(medbudget, tmp_path):
     save_images(chests(24), tmp_path / "made", names=[f"other_{24 - i}" for i in range(24)])
     command = ("evaluate", tmp_path / "real", tmp_path / "made", "--features", "layout")
     for floor in ((), ("--no-floor",)):
+        (tmp_path / "s.json").unlink(missing_ok=True)
         code, said, error = medbudget(*command, *floor, "--out", tmp_path / "s.json")
         assert code == 0, error
         score = json.loads((tmp_path / "s.json").read_text())[0]
