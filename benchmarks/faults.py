@@ -87,7 +87,11 @@ def prepare(given: Path, out: Path) -> None:
 def classify(given: Path, out: Path) -> None:
     from medbudget import classifier
 
-    classifier.PRESETS["tiny"] |= {"validate_every": 5, "checkpoint_every": 5, "batch_size": 4}
+    classifier.ClassifierSettings.PRESETS["tiny"] |= {
+        "validate_every": 5,
+        "checkpoint_every": 5,
+        "batch_size": 4,
+    }
     splits = (given / "splits" / name for name in ("train", "val", "test"))
     medbudget("classify", *splits, "--runs", 2, "--steps", 15, "--preset", "tiny",
               "--out", out / "classified")  # fmt: skip
@@ -162,7 +166,7 @@ COMMANDS = {
         lambda _, folder, names: (folder.name, names), 2, "24 PNG files, 2 processes",
     ),
     "classify": Command(
-        classify, "medbudget.classifier:_pick", lambda *args, **_: args[2:], 5,
+        classify, "medbudget.classifier:draw_indices", lambda *args, **_: args[2:], 5,
         "2 runs of 15 steps, a checkpoint every 5",
     ),
     "study": Command(

@@ -10,9 +10,9 @@ import os
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from medbudget._version import __version__
-from medbudget.artifacts import load_checkpoint, save_checkpoint
 from medbudget.augment import LEVELS, augment
 from medbudget.cases import Cases, check_drawn, check_splits
-from medbudget.files import check_writable, hash_tensors, hold
+from medbudget.files import hash_tensors
 from medbudget.images import check_images
 from medbudget.metrics.auc import (
     Difference,
@@ -37,113 +36,67 @@ from medbudget.metrics.auc import (
 from medbudget.metrics.extractors import download, fit, load_state
 from medbudget.metrics.features import efficientnet_network
 from medbudget.metrics.scores import Score
-from medbudget.processes import stoppable
-from medbudget.progress import tqdm
+from medbudget.runs import Steps, draw_indices
+from medbudget.settings import Settings
 
 RESNET18_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 RESNET18_HASH = "f37072fd"
-NETWORKS = ("resnet18", "efficientnet-lite0")
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class ClassifierSettings:
-    """Settings of `train_classifier`; make one with `ClassifierSettings.preset`.
+class ClassifierSettings(Settings):
+    """Settings of `train_classifier`; the defaults are the paper's.
 
-    Attributes
-    ----------
-    network : str
-        ``resnet18`` (the paper) or ``efficientnet-lite0`` (real ImageNet weights, no download).
-    weights : str
-        ``imagenet``, ``none``, or a file (``.safetensors`` or ``.pth``).
-    size : int
-        Pixels; images are resized once, bilinearly.
-    antialias : bool
-        Of that resize; the paper's had none.
-    normalize : bool
-        Bring values to what the weights were trained on; the paper left them in [0, 1].
-    augment : str
-        ``heavy`` (the paper) or ``none``.
-    frozen : int
-        Leading stages that keep their weights: the stem and the groups of blocks that follow.
-    steps, batch_size, lr
-        Of Adam; the learning rate is constant.
-    validate_every : int
-        Steps between validations; the step of the best one counts.
-    precision : str
-        ``auto``: bfloat16 or float16 where a GPU has it, else float32.
-    checkpoint_every : int
-        Steps between checkpoints, where `train_classifier` is given a path for them.
+    ``tiny``: 64 px, the last stages of EfficientNet-Lite0, under a minute on a CPU; ``modern``: the
+    paper's at 224 px, antialiased and normalised.
     """
 
-    network: str = "resnet18"
-    weights: str = "imagenet"
-    size: int = 196
-    antialias: bool = False
-    normalize: bool = False
-    augment: str = "heavy"
-    frozen: int = 0
-    steps: int = 6250
+    network: str = "resnet18"  # or efficientnet-lite0: real ImageNet weights, no download
+    weights: str = "imagenet"  # none, or a file (.safetensors or .pth)
+    size: int = 196  # pixels; images are resized once, bilinearly
+    antialias: bool = False  # in that resize; the paper's had none
+    normalize: bool = False  # to what the weights were trained on; the paper left [0, 1]
+    augment: str = "heavy"  # the paper's, or none
+    frozen: int = 0  # leading stages that keep their weights: stem, then groups of blocks
+    steps: int = 6250  # batches
     batch_size: int = 32
-    lr: float = 1e-4
-    validate_every: int = 50
-    precision: str = "auto"
+    lr: float = 1e-4  # of Adam, constant
+    validate_every: int = 50  # steps; the step of the best validation counts
+    precision: str = "auto"  # bfloat16 or float16 where a GPU has it, else float32
     seed: int = 0
-    checkpoint_every: int = 500
+    checkpoint_every: int = 500  # steps, where a checkpoint is asked for
 
-    def __post_init__(self) -> None:
-        choices = {"network": NETWORKS, "augment": tuple(LEVELS), "precision": PRECISIONS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        for name, low in (
-            ("size", 32), ("steps", 1), ("batch_size", 2), ("validate_every", 1),
-            ("checkpoint_every", 1), ("frozen", 0), ("seed", 0),
-        ):  # fmt: skip
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not 0 < self.lr < 1:
-            raise ValueError(f"lr must be between 0 and 1, such as 1e-4, got {self.lr}")
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> ClassifierSettings:
-        """Return the settings called ``tiny``, ``modern`` or ``paper``, with overrides.
-
-        ``tiny``: 64 px, the last stages of EfficientNet-Lite0, under a minute on a CPU;
-        ``modern``: the paper's at 224 px, antialiased and normalised. Overrides that are None are
-        ignored.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; allowed are {', '.join(PRESETS)}")
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(overrides) - known):
-            raise ValueError(
-                f"unknown setting {', '.join(unknown)}; allowed are {', '.join(sorted(known))}"
-            )
-        given = {key: value for key, value in overrides.items() if value is not None}
-        return cls(**(PRESETS[name] | given))
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "modern": {"size": 224, "antialias": True, "normalize": True},
-    "tiny": {
-        "network": "efficientnet-lite0", "size": 64, "antialias": True, "normalize": True,
-        "frozen": 6, "steps": 200, "batch_size": 16, "lr": 1e-3, "validate_every": 25,
-    },
-}  # fmt: skip
+    PRESETS: ClassVar = {
+        "paper": {},
+        "modern": {"size": 224, "antialias": True, "normalize": True},
+        "tiny": {
+            "network": "efficientnet-lite0", "size": 64, "antialias": True, "normalize": True,
+            "frozen": 6, "steps": 200, "batch_size": 16, "lr": 1e-3, "validate_every": 25,
+        },
+    }  # fmt: skip
+    CHOICES: ClassVar = {
+        "network": ("resnet18", "efficientnet-lite0"),
+        "augment": tuple(LEVELS),
+        "precision": ("auto", "float32", "bfloat16", "float16"),
+    }
+    LIMITS: ClassVar = {
+        "size": (32, None), "frozen": (0, None), "steps": (1, None), "batch_size": (2, None),
+        "lr": (1e-9, 0.999), "validate_every": (1, None), "seed": (0, None),
+        "checkpoint_every": (1, None),
+    }  # fmt: skip
 
 
 def choose_settings(
     preset: str | None = None, device: str | torch.device | None = None, **changes: Any
 ) -> ClassifierSettings:
     """Return a preset's settings; without a name ``tiny`` on a CPU, ``modern`` on a GPU."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return ClassifierSettings.preset(
-        preset or ("tiny" if place.type == "cpu" else "modern"), **changes
-    )
+    tiny = find_device(device).type == "cpu"
+    return ClassifierSettings.preset(preset or ("tiny" if tiny else "modern"), **changes)
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """Return the device that is named, or a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 # --------------------------------------------------------------------------------- the network
@@ -264,22 +217,13 @@ def resize(images: torch.Tensor, size: int, *, antialias: bool) -> torch.Tensor:
 
 @dataclass(eq=False)
 class Classifier:
-    """A trained classifier with the record of its training and of every test.
+    """A trained classifier with the record of its training and of every test."""
 
-    Attributes
-    ----------
-    network : Network
-        With the weights of the best validation.
-    settings : ClassifierSettings
-    classes : (str, str)
-    record : dict
-        ``history`` (steps, losses, validation AUCs), ``best_step``, ``best_auc``, hashes of the
-        training and validation images, and ``tests``: one entry for each call of `test`.
-    """
-
-    network: Network
+    network: Network  # with the weights of the best validation
     settings: ClassifierSettings
     classes: tuple[str, str]
+    # history (steps, losses, validation AUCs), best_step, best_auc, hashes of the training and
+    # validation images, and tests: one entry for each call of `test`
     record: dict[str, Any] = field(default_factory=dict)
 
     def predict(self, images: torch.Tensor, *, batch_size: int = 64) -> npt.NDArray[np.float64]:
@@ -312,13 +256,11 @@ class Classifier:
         tests.append({"images": key, "n": len(cases)})
         times = sum(one["images"] == key for one in tests)
         probabilities = self.predict(cases.images)
-        found = delong(cases.labels.numpy(), probabilities)
+        estimate = delong(cases.labels.numpy(), probabilities)
         note = "DeLong interval; tested once" if times == 1 else f"tested {times} times"
         positive = int(cases.labels.sum())
-        score = Score(
-            "AUC", found.value, found.interval, (len(cases) - positive, positive), note=note
-        )
-        return probabilities, score
+        n = (len(cases) - positive, positive)
+        return probabilities, Score("AUC", estimate.value, estimate.interval, n, note=note)
 
 
 def saliency(
@@ -343,8 +285,8 @@ def saliency(
     """
     check_images(images)
     s, network = classifier.settings, classifier.network.eval()
-    place = next(network.parameters()).device
-    small = resize(images.to(place), s.size, antialias=s.antialias) / 255
+    device = next(network.parameters()).device
+    small = resize(images.to(device), s.size, antialias=s.antialias) / 255
     last = range(len(network.stages))[stage] + 1
     with torch.no_grad():
         maps = network.run(network.normalize(small), stop=last)
@@ -381,14 +323,67 @@ def _predict(
     return logits.double().softmax(1)[:, 1].cpu().numpy()
 
 
-def _pick(n: int, batch: int, step: int, seed: int) -> torch.Tensor:
-    """Which images a step sees: all in a new random order each epoch, by seed and step alone."""
-    order: list[int] = []
-    while len(order) < batch:
-        epoch, start = divmod(step * batch + len(order), n)
-        shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order += torch.randperm(n, generator=shuffle)[start:].tolist()[: batch - len(order)]
-    return torch.tensor(order)
+# --------------------------------------------------------------------------------- the training
+
+
+class Training:
+    """A training in progress: network, optimizer, and the weights of the best validation."""
+
+    def __init__(self, settings: ClassifierSettings, device: torch.device) -> None:
+        self.network = make_network(settings).to(device)
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=settings.lr, fused=True)
+        self.context, kind = _autocast(device, settings.precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
+        self.step = 0
+        self.history: dict[str, list[Any]] = {"steps": [], "losses": [], "aucs": []}
+        self.best: dict[str, torch.Tensor] = {}
+        self.recent: list[torch.Tensor] = []  # losses since the last validation
+
+    def learn(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take one step on a batch ``(B, 3, H, W)`` in [0, 1]."""
+        self.network.train()
+        with self.context:
+            loss = F.cross_entropy(self.network(images).float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.recent.append(loss.detach())
+        self.step += 1
+
+    def validate(self, value: float) -> float:
+        """Note the AUC of this step, keep the weights if it is the best, return the mean loss."""
+        loss = self.mean_loss()
+        self.recent = []
+        if not self.best or value > max(self.history["aucs"]):
+            self.best = {key: v.detach().clone() for key, v in self.network.state_dict().items()}
+        for key, one in (("steps", self.step), ("losses", loss), ("aucs", value)):
+            self.history[key].append(one)
+        return loss
+
+    def mean_loss(self) -> float:
+        """Return the mean loss since the last validation, which must be finite."""
+        loss = float(torch.stack(self.recent).mean()) if self.recent else 0.0
+        if not np.isfinite(loss):
+            raise RuntimeError(
+                f"the loss became {loss} before step {self.step}: use a lower learning rate, or "
+                "precision float32. The last checkpoint is untouched"
+            )
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        self.mean_loss()
+        parts = {
+            name: getattr(self, name).state_dict() for name in ("network", "optimizer", "scaler")
+        }
+        return parts | {name: getattr(self, name) for name in ("step", "history", "best", "recent")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("network", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.history, self.best = state["step"], state["history"], state["best"]
+        self.recent = [loss.to(self.network.mean.device) for loss in state["recent"]]
 
 
 def train_classifier(
@@ -407,87 +402,52 @@ def train_classifier(
     settings : ClassifierSettings, optional
         Default: ``tiny`` on a CPU, ``modern`` on a GPU.
     checkpoint : path, optional
-        Saved there every ``settings.checkpoint_every`` steps, and at Ctrl-C or SIGTERM after the
-        step. If it exists, the run goes on from it and ends as an undisturbed one. The one before
-        is kept beside it, for the case that it is damaged. Removed by nobody.
+        Saved every ``settings.checkpoint_every`` steps, and at Ctrl-C; if it exists, the run goes
+        on from it and ends as an undisturbed one. See `Steps`.
     callback : callable, optional
         Called after every validation with ``{"step", "steps", "loss", "auc"}``.
 
     Raises
     ------
-    ValueError
-        Splits that do not fit together or share an image, a checkpoint of another run.
     RuntimeError
-        A loss that is not finite; `InUseError`: another process writes the same checkpoint.
+        A loss that is not finite.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = settings or choose_settings(device=place)
+    place = find_device(device)
+    s = settings or choose_settings(device=place)
     check_splits({"train": train, "val": val})
     check_drawn(train, "training")
-    if checkpoint is not None:
-        checkpoint = check_writable(checkpoint)
-    network = make_network(settings).to(place)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=settings.lr, fused=True)
+    run = Training(s, place)
     images, watched = (
-        resize(cases.images.to(place), settings.size, antialias=settings.antialias)
-        for cases in (train, val)
+        resize(cases.images.to(place), s.size, antialias=s.antialias) for cases in (train, val)
     )
     labels, truth = train.labels.to(place), val.labels.numpy()
-    level = LEVELS[settings.augment]
-    context, kind = _autocast(place, settings.precision)
-    scaler = torch.amp.GradScaler(place.type, enabled=kind == torch.float16)
     identity = {
-        "settings": {
-            k: v for k, v in asdict(settings).items() if k not in ("steps", "checkpoint_every")
-        },
+        "settings": s.without("steps", "checkpoint_every"),
         "train": hash_tensors({"images": train.images, "labels": train.labels}),
         "val": hash_tensors({"images": val.images, "labels": val.labels}),
     }
-    state: dict[str, Any] = {
-        "step": 0, "steps": [], "losses": [], "aucs": [], "best": None, "recent": [],
-    }  # fmt: skip
     start = time.monotonic()
-    with stoppable() as stopped, hold(checkpoint):
-        if checkpoint is not None:
-            state = _resume(checkpoint, identity, network, optimizer, scaler) or state
-        bar = tqdm(total=settings.steps, initial=state["step"], desc="classifier", unit="step")
-        try:
-            while state["step"] < settings.steps and not stopped():
-                step = state["step"]
-                pick = _pick(len(images), settings.batch_size, step, settings.seed).to(place)
-                generator = torch.Generator(place).manual_seed(settings.seed * 15_485_863 + step)
-                network.train()
-                with context:
-                    batch = augment(images[pick] / 255, level, generator=generator)
-                    loss = F.cross_entropy(network(batch).float(), labels[pick])
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                state["recent"].append(loss.detach())
-                state["step"] = step + 1
-                bar.update()
-                last = state["step"] == settings.steps
-                if state["step"] % settings.validate_every == 0 or last:
-                    _validate(network, watched, truth, settings, state, callback)
-                    bar.set_postfix(auc=f"{state['aucs'][-1]:.3f}")
-                due = last or stopped() or state["step"] % settings.checkpoint_every == 0
-                if checkpoint is not None and due:
-                    _check_losses(state)
-                    _save(checkpoint, identity, network, optimizer, scaler, state)
-        finally:
-            bar.close()
-    if state["step"] < settings.steps:
-        raise KeyboardInterrupt  # if the signal's own handler has not
-    network.load_state_dict(state["best"]["network"])
-    network.eval()
-    at = state["best"]["index"]
+    for step in Steps(
+        run, s.steps, checkpoint=checkpoint, identity=identity, every=s.checkpoint_every,
+        desc="classifier",
+    ):  # fmt: skip
+        chosen = draw_indices(len(images), s.batch_size, step, s.seed).to(place)
+        generator = torch.Generator(place).manual_seed(s.seed * 15_485_863 + step)
+        with run.context:
+            batch = augment(images[chosen] / 255, LEVELS[s.augment], generator=generator)
+        run.learn(batch, labels[chosen])
+        if run.step % s.validate_every == 0 or run.step == s.steps:
+            value = auc(truth, _predict(run.network, watched, 64, s.precision))
+            loss = run.validate(value)
+            if callback is not None:
+                callback({"step": run.step, "steps": s.steps, "loss": loss, "auc": value})
+    run.network.load_state_dict(run.best)
+    best = int(np.argmax(run.history["aucs"]))
     record = {
-        "settings": asdict(settings),
-        "history": {key: state[key] for key in ("steps", "losses", "aucs")},
-        "best_step": state["steps"][at],
-        "best_auc": state["aucs"][at],
+        "settings": asdict(s),
+        "history": run.history,
+        "best_step": run.history["steps"][best],
+        "best_auc": run.history["aucs"][best],
         "n": {"train": len(train), "val": len(val)},
         "train_hash": hash_tensors({"images": train.images}),
         "val_hash": hash_tensors({"images": val.images}),
@@ -496,57 +456,7 @@ def train_classifier(
         "seconds": round(time.monotonic() - start, 1),
         "tests": [],
     }
-    return Classifier(network, settings, train.classes, record)
-
-
-def _validate(
-    network: Network, images: torch.Tensor, truth: npt.NDArray[Any], settings: ClassifierSettings,
-    state: dict[str, Any], callback: Callable[[dict[str, Any]], None] | None,
-) -> None:  # fmt: skip
-    loss = _check_losses(state)
-    state["recent"] = []
-    value = auc(truth, _predict(network, images, 64, settings.precision))
-    if state["best"] is None or value > max(state["aucs"]):
-        copy = {key: v.detach().clone() for key, v in network.state_dict().items()}
-        state["best"] = {"network": copy, "index": len(state["aucs"])}
-    for key, one in (("steps", state["step"]), ("losses", loss), ("aucs", value)):
-        state[key].append(one)
-    if callback is not None:
-        callback({"step": state["step"], "steps": settings.steps, "loss": loss, "auc": value})
-
-
-def _check_losses(state: dict[str, Any]) -> float:
-    """Return the mean loss since the last validation, which must be finite."""
-    loss = float(torch.stack(state["recent"]).mean()) if state["recent"] else 0.0
-    if not np.isfinite(loss):
-        raise RuntimeError(
-            f"the loss became {loss} before step {state['step']}: use a lower learning rate, or "
-            "precision float32. The last checkpoint is untouched"
-        )
-    return loss
-
-
-def _save(path: Path, identity: dict, network, optimizer, scaler, state: dict[str, Any]) -> None:
-    content = {
-        "identity": identity,
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "state": state,
-    }
-    save_checkpoint(path, content)
-
-
-def _resume(path: Path, identity: dict, network, optimizer, scaler) -> dict[str, Any] | None:
-    place = next(network.parameters()).device
-    stored = load_checkpoint(path, identity, device=place)
-    if stored is None:
-        return None
-    network.load_state_dict(stored["network"])
-    optimizer.load_state_dict(stored["optimizer"])
-    scaler.load_state_dict(stored["scaler"])
-    state: dict[str, Any] = stored["state"]
-    return state
+    return Classifier(run.network.eval(), s, train.classes, record)
 
 
 def score_runs(

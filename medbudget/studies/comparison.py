@@ -11,7 +11,7 @@ import csv
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from medbudget.artifacts import remove_checkpoint
 from medbudget.cases import Cases, check_drawn, check_splits, load_cases
 from medbudget.classifier import (
     ClassifierSettings,
@@ -212,7 +211,7 @@ def repeat_classifier(
         unfinished = None if path is None else path.with_suffix(".ckpt")
         if path is not None and path.exists():
             scores.append(_read_run(path, identity))
-            remove_checkpoint(path.with_suffix(".ckpt"))  # if killed just after the record
+            path.with_suffix(".ckpt").unlink(missing_ok=True)  # if killed just after the record
             continue
         made = train_classifier(train, val, mine, checkpoint=unfinished, device=device)
         probabilities, score = made.test(test)
@@ -226,7 +225,7 @@ def repeat_classifier(
                 "scores": probabilities.tolist(),
             }
             write_json(path, record)
-            remove_checkpoint(unfinished)
+            unfinished.unlink(missing_ok=True)
         scores.append(probabilities)
     return np.stack(scores)
 
@@ -275,7 +274,7 @@ def _load(
 
 def _describe(settings: ClassifierSettings) -> dict[str, Any]:
     """Return the settings that a run's scores depend on."""
-    return {k: v for k, v in asdict(settings).items() if k != "checkpoint_every"}
+    return settings.without("checkpoint_every")
 
 
 def _hash(cases: Cases) -> str:
