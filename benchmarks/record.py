@@ -23,6 +23,12 @@ from medbudget import load_base
 from medbudget.results import StaleResultError, count_cores, load_result
 
 ROOT = Path(__file__).resolve().parent.parent
+RENAMED = {  # commands of results that were recorded when they had another form
+    "medbudget study stylegan3 --store stylegan3_tiny --preset tiny --kimg 30 --record": (
+        "medbudget study stylegan3 --store stylegan3_tiny --set gan.kimg=30; "
+        "medbudget study report stylegan3 --store stylegan3_tiny --set gan.kimg=30 --record"
+    ),
+}
 LONGEST = ("tiny_base", "table2_tiny", "stylegan3_tiny", "table1_tiny", "interpolation_tiny")
 
 
@@ -50,7 +56,7 @@ def split_command(text: str, *, real: Path | None, store: Path) -> list[list[str
         "medbudget": str(Path(sys.executable).parent / "medbudget"),
     }
     parts = []
-    for part in text.split("; "):
+    for part in RENAMED.get(text, text).split("; "):
         program, *words = shlex.split(part)
         for option, value in (("--real", real), ("--store", store)):
             if option in words:

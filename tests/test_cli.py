@@ -270,9 +270,8 @@ def test_nothing_else_is_shipped():
 
 def test_a_study_is_planned_without_computing_and_bad_roles_are_refused(medbudget, tmp_path):
     code, said, _ = medbudget("study", "table1", "--dry-run", "--store", tmp_path / "s")
-    assert code == 0 and [p.name for p in (tmp_path / "s").iterdir()] == ["speed.json"]
-    assert "small trials are timed" in said and "MiB of disk" in said
-    assert "block" in said and "52" in said
+    assert code == 0 and not (tmp_path / "s").exists()
+    assert "block            0    52" in said
     code, _, error = medbudget("study", "table1", "--data", "training=x", "--dry-run")
     assert code == 1 and "train, reference, floor" in error
     code, _, error = medbudget("study", "table1", "--shard", "5/3", "--store", tmp_path / "t")
