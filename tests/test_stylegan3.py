@@ -30,13 +30,13 @@ from medbudget.stylegan3.filters import (
     make_rates,
     upsample,
 )
+from medbudget.stylegan3.model import draw_latents
 from medbudget.stylegan3.networks import (
     SynthesisLayer,
     minibatch_std,
 )
 from medbudget.stylegan3.training import (
     discriminator_loss,
-    draw_latents,
     generator_loss,
     make_optimizers,
     r1_penalty,
@@ -266,7 +266,7 @@ def test_paper_preset_is_the_papers_command():
     assert (s.ema_kimg, s.ada_target, s.ada_every, s.ada_kimg) == (1.25, 0.6, 4, 100)
     with pytest.raises(ValueError, match="allowed are tiny, paper"):
         StyleGAN3Settings.preset("colab")
-    with pytest.raises(ValueError, match="kimg must be above 0"):
+    with pytest.raises(ValueError, match="kimg must be at least"):
         StyleGAN3Settings(kimg=0)
 
 
@@ -355,10 +355,9 @@ def test_a_resumed_run_ends_with_the_same_bits(cases, tmp_path):
     ]
     assert histories[0] == histories[1] and histories[0][-1]["images"] == 48
     assert resumed.record["images_seen"] == 48
-    with pytest.raises(ValueError, match="another run: settings differ"):
+    with pytest.raises(ValueError, match=r"another run: gamma \(0.2 there, 1 now\) differ"):
         train_stylegan3(cases, replace(QUICK, gamma=1), start=start, checkpoint=path)
     path.write_bytes(b"x")
-    path.with_name("run.ckpt.previous").unlink()
     with pytest.raises(ValueError, match="no readable checkpoint"):
         train_stylegan3(cases, QUICK, start=start, checkpoint=path)
 

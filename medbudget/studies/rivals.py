@@ -28,7 +28,8 @@ from medbudget.studies.table1 import (
 )
 from medbudget.studies.tasks import Store, Task, kind, write_images
 from medbudget.stylegan3 import StyleGAN3, StyleGAN3Settings, import_official, train_stylegan3
-from medbudget.stylegan3.training import PRETRAINED, WEIGHTS, measure_distance
+from medbudget.stylegan3.model import PRETRAINED, WEIGHTS
+from medbudget.stylegan3.training import measure_distance
 
 START = "start"  # role of the networks that training begins with; default: those that ship
 SEEN = 8  # images of each snapshot

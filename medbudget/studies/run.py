@@ -18,6 +18,7 @@ import torch
 from medbudget.files import write_text
 from medbudget.processes import start_worker
 from medbudget.progress import quiet, tqdm
+from medbudget.runs import Stopped
 from medbudget.studies.tasks import KINDS, Store, Task, check_needs, ensure, in_order
 
 ENGINES = ("local", "ray")
@@ -113,7 +114,7 @@ def _run_processes(tasks: Sequence[Task], store: Store, workers: int, devices: i
             workers, mp_context=context, initializer=_start, initargs=(numbers,)
         ) as pool,
     ):
-        futures = [pool.submit(ensure, task, store) for task in tasks]
+        futures = [pool.submit(_work, task, store) for task in tasks]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -137,6 +138,13 @@ def _start(numbers: Any) -> None:
     device = numbers.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+
+
+def _work(task: Task, store: Store) -> int:
+    try:
+        return ensure(task, store)
+    except Stopped:  # the pool would give the next task to this process
+        os._exit(1)
 
 
 def _run_ray(tasks: Sequence[Task], store: Store, address: str | None, gpus: float | None) -> int:

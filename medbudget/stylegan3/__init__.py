@@ -1,20 +1,12 @@
 """StyleGAN3-T, the paper's rival, written from the papers (arXiv 2106.12423 and 1912.04958)."""
 
 from medbudget.stylegan3.equivariance import translation_equivariance
+from medbudget.stylegan3.model import TINY, StyleGAN3, make_stylegan3
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
 from medbudget.stylegan3.official import import_official
-from medbudget.stylegan3.training import (
-    PRESETS,
-    TINY,
-    GanError,
-    StyleGAN3,
-    StyleGAN3Settings,
-    make_stylegan3,
-    train_stylegan3,
-)
+from medbudget.stylegan3.training import GanError, StyleGAN3Settings, train_stylegan3
 
 __all__ = [
-    "PRESETS",
     "TINY",
     "Architecture",
     "Discriminator",

@@ -14,7 +14,6 @@ def translation_equivariance(generator: Generator, *, n: int = 16, seed: int = 0
     """Return EQ-T: peak signal-to-noise ratio between a shifted input's image and a shifted image.
 
     Shifts are random whole numbers of pixels, up to an eighth of the image; only pixels that both
-    Shifts are random whole numbers of pixels, up to an eighth of the image; only pixels that both
     images have are compared. The peak is 2, the range of the images. The paper reports about 60 dB
     for trained networks of configuration T, and about 15 dB for StyleGAN2.
 

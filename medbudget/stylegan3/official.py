@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from medbudget.stylegan3.model import StyleGAN3, build_like
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
-from medbudget.stylegan3.training import StyleGAN3, build_like
 from medbudget.torchfiles import RefusedError, check_instructions, check_tensors, read_torch
 
 

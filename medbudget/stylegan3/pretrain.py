@@ -15,14 +15,8 @@ import numpy as np
 import torch
 
 from medbudget.images import save_images
-from medbudget.stylegan3.training import (
-    PRETRAINED,
-    TINY,
-    WEIGHTS,
-    StyleGAN3Settings,
-    make_stylegan3,
-    train_stylegan3,
-)
+from medbudget.stylegan3.model import PRETRAINED, TINY, WEIGHTS, make_stylegan3
+from medbudget.stylegan3.training import StyleGAN3Settings, train_stylegan3
 
 SETTINGS = StyleGAN3Settings(
     batch_size=16, gamma=0.1, ema_kimg=5, ema_rampup=0.05, magnitude_kimg=5, ada_target=0,

@@ -1,38 +1,29 @@
-"""Training of StyleGAN3: non-saturating loss, lazy R1, running mean of weights, adaptive
-augmentation."""
+"""Training of StyleGAN3: non-saturating loss, lazy R1, mean of weights, adaptive augmentation."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from medbudget._version import __version__
-from medbudget.artifacts import load_checkpoint, save_checkpoint
-from medbudget.files import check_writable, hash_tensors, hold, write_bytes
+from medbudget.files import hash_tensors
 from medbudget.images import check_images
 from medbudget.metrics.evaluation import frechet_score
 from medbudget.metrics.features import Extractor, features, load_extractor
-from medbudget.processes import stoppable
-from medbudget.progress import tqdm
+from medbudget.runs import Steps, draw_indices
+from medbudget.settings import Settings
 from medbudget.stylegan3.augment import adapt, augment
-from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
-
-WEIGHTS = Path(__file__).parent / "weights"
-PRETRAINED = "corpus64"  # networks that ship, made by medbudget.stylegan3.pretrain
+from medbudget.stylegan3.model import StyleGAN3, to_float
 
 
 class GanError(RuntimeError):
@@ -40,244 +31,41 @@ class GanError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class StyleGAN3Settings:
-    """Settings of `train_stylegan3`; make one with `StyleGAN3Settings.preset`.
+class StyleGAN3Settings(Settings):
+    """Settings of `train_stylegan3`; ``StyleGAN3Settings.preset("tiny")`` makes one."""
 
-    Attributes
-    ----------
-    kimg : float
-        Thousands of real images that the discriminator sees.
-    batch_size : int
-    lr_generator, lr_discriminator : float
-        Of Adam with betas 0 and 0.99.
-    gamma : float
-        Weight of R1, the squared gradient of the discriminator at real images, halved.
-    r1_every : int
-        Iterations between penalties, each as much heavier (lazy regularisation of StyleGAN2).
-    ema_kimg : float
-        Half-life of the running mean of the generator's weights, thousands of images.
-    ema_rampup : float
-        If above 0, the half-life is at most this share of the images seen; for random starts.
-    magnitude_kimg : float
-        Half-life of the generator's running mean squares.
-    mirror : bool
-        Add every image's mirror image to the data.
-    ada_target : float
-        Wanted overfitting r_t; 0 switches augmentation off.
-    ada_kimg, ada_every : float, int
-        Thousands of images in which its probability can go from 0 to 1, and iterations between
-        changes.
-    mbstd_group : int
-        Images in a group of the discriminator's standard deviation.
-    snapshot_kimg : float
-        Thousands of images between snapshots and checkpoints.
-    """
-
-    kimg: float = 100.0
+    kimg: float = 100.0  # thousands of real images that the discriminator sees
     batch_size: int = 4
-    lr_generator: float = 0.0025
+    lr_generator: float = 0.0025  # of Adam with betas 0 and 0.99
     lr_discriminator: float = 0.002
-    gamma: float = 8.0
-    r1_every: int = 16
-    ema_kimg: float = 1.25
-    ema_rampup: float = 0.0
-    magnitude_kimg: float = 20.0
-    mirror: bool = True
-    ada_target: float = 0.6
-    ada_kimg: float = 100.0
-    ada_every: int = 4
-    mbstd_group: int = 1
-    snapshot_kimg: float = 4.0
+    gamma: float = 8.0  # weight of R1, the discriminator's squared gradient at real images, halved
+    r1_every: int = 16  # iterations between penalties, each as much heavier (StyleGAN2's lazy ones)
+    ema_kimg: float = 1.25  # half-life of the mean of the generator's weights, thousands of images
+    ema_rampup: float = 0.0  # if above 0: half-life at most this share of the images seen
+    magnitude_kimg: float = 20.0  # half-life of the generator's mean squares, thousands of images
+    mirror: bool = True  # add every image's mirror image to the data
+    ada_target: float = 0.6  # wanted overfitting r_t; 0 switches augmentation off
+    ada_kimg: float = 100.0  # thousands of images in which its probability can go from 0 to 1
+    ada_every: int = 4  # iterations between its changes
+    mbstd_group: int = 1  # images in a group of the discriminator's standard deviation
+    snapshot_kimg: float = 4.0  # thousands of images between snapshots and checkpoints
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("kimg", "batch_size", "lr_generator", "lr_discriminator", "r1_every",
-                     "ema_kimg", "magnitude_kimg", "ada_kimg", "ada_every", "mbstd_group",
-                     "snapshot_kimg"):  # fmt: skip
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be above 0, got {value}")
-        if not 0 <= self.ada_target < 1:
-            raise ValueError(f"ada_target must be 0 (off) to below 1, got {self.ada_target}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma must be 0 or more, got {self.gamma}")
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> StyleGAN3Settings:
-        """Return the settings called ``tiny`` or ``paper``; overrides that are None are ignored."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; allowed are {', '.join(PRESETS)}")
-        known = {f.name for f in fields(cls)}
-        if unknown := set(overrides) - known:
-            raise TypeError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
-        return replace(PRESETS[name], **{k: v for k, v in overrides.items() if v is not None})
-
-
-PRESETS = {
-    "tiny": StyleGAN3Settings(
-        kimg=24, batch_size=8, gamma=0.2, ada_kimg=25, mbstd_group=4, magnitude_kimg=5,
-        snapshot_kimg=2,
-    ),
-    "paper": StyleGAN3Settings(),
-}  # fmt: skip
-TINY = Architecture(
-    size=64, channel_base=1024, channel_max=64, width=128, n_layers=6, mbstd_group=4
-)
-
-
-@dataclass(frozen=True, eq=False)
-class StyleGAN3:
-    """Both networks and where they come from; the generator is the running mean of its weights."""
-
-    generator: Generator
-    discriminator: Discriminator
-    record: dict[str, Any]
-
-    @property
-    def hash(self) -> str:
-        """Name of the generator's weights: 12 hex digits."""
-        return hash_tensors(self.generator.state_dict())
-
-    @torch.inference_mode()
-    def sample(
-        self, n: int, *, seed: int = 0, truncation: float = 1.0, batch_size: int = 32
-    ) -> torch.Tensor:
-        """Generate ``(n, 3, size, size) uint8``; image i comes from seed + i, as in `sample`."""
-        device = self.generator.input.phases.device
-        self.generator.eval()
-        made = []
-        with tqdm(total=n, desc="stylegan3", unit="image") as bar:
-            for first in range(0, n, batch_size):
-                seeds = range(seed + first, seed + min(first + batch_size, n))
-                z = draw_latents(seeds, self.generator.architecture.width).to(device)
-                made.append(to_uint8(self.generator(z, truncation=truncation)).cpu())
-                bar.update(len(z))
-        return torch.cat(made)
-
-    def save(
-        self, path: str | os.PathLike[str], *, half: bool = True,
-        snapshots: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Write both networks as safetensors, in float16 unless `half` is False.
-
-        `snapshots` ``(N, 3, H, W) uint8`` are images to keep in the same file.
-        """
-        path = check_writable(path)
-        tensors = {
-            f"{name}.{key}": (t.half() if half and t.ndim else t).cpu().contiguous()
-            for name in ("generator", "discriminator")
-            for key, t in getattr(self, name).state_dict().items()
-        }
-        if snapshots is not None:
-            tensors["snapshots"] = snapshots
-        about = {"architecture": asdict(self.generator.architecture),
-                 "discriminator": asdict(self.discriminator.architecture),
-                 "record": self.record}  # fmt: skip
-        meta = {"medbudget_stylegan3": json.dumps(about)}
-        write_bytes(path, save_safetensors(tensors, metadata=meta))
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike[str] = PRETRAINED, *, device: str | torch.device = "cpu"
-    ) -> StyleGAN3:
-        """Read what `save` wrote.
-
-        Parameters
-        ----------
-        path : path
-            A file, or the name of networks that ship: ``corpus64``, pretrained on the corpus of
-            the tiny base, or ``prostate_healthy64``, fine-tuned from it on 100 phantoms.
-
-        Raises
-        ------
-        ValueError
-            A file that is not of this kind.
-        """
-        if (shipped := WEIGHTS / f"{path}.safetensors").is_file():
-            path = shipped
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["medbudget_stylegan3"])
-                names = [key for key in file.keys() if key != "snapshots"]  # noqa: SIM118
-                tensors = {key: file.get_tensor(key).float() for key in names}
-            record = about["record"]
-            parts = {
-                name: {
-                    key.removeprefix(f"{name}."): value
-                    for key, value in tensors.items()
-                    if key.startswith(name)
-                }
-                for name in ("generator", "discriminator")
-            }
-            sizes = Architecture(**about["architecture"])
-            generator = build_like(Generator, sizes, parts["generator"])
-            generator.load_state_dict(parts["generator"])
-            sizes = Architecture(**about["discriminator"])
-            discriminator = build_like(Discriminator, sizes, parts["discriminator"])
-            discriminator.load_state_dict(parts["discriminator"])
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"{path} holds no StyleGAN3 of medbudget ({type(error).__name__}); give a file "
-                "that StyleGAN3.save wrote, or read an official one with import_official"
-            ) from None
-        return cls(generator.to(device).eval(), discriminator.to(device).eval(), record)
-
-
-Network = TypeVar("Network", bound=nn.Module)
-
-
-def build_like(
-    kind: Callable[[Architecture], Network],
-    architecture: Architecture,
-    found: Mapping[str, torch.Tensor],
-) -> Network:
-    """Build a network that has the shapes found in a file; tried without memory first.
-
-    Raises
-    ------
-    ValueError
-        Other shapes, named: a file must not decide how much is allocated.
-    """
-    with torch.device("meta"):
-        wanted = kind(architecture).state_dict()
-    for name, value in found.items():
-        if name in wanted and wanted[name].shape != value.shape:
-            raise ValueError(
-                f"{name} is {tuple(value.shape)}, configuration T of this size has "
-                f"{tuple(wanted[name].shape)}"
-            )
-    if missing := sorted(set(wanted) - set(found)):
-        raise ValueError(f"lacks {missing[0]} ({len(missing)} tensors in all)")
-    return kind(architecture)
-
-
-def make_stylegan3(
-    generator: Architecture, discriminator: Architecture | None = None, *, seed: int = 0
-) -> StyleGAN3:
-    """Return networks with random weights; the same seed gives the same ones."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        g, d = Generator(generator), Discriminator(discriminator or generator)
-    return StyleGAN3(g.eval(), d.eval(), {"seed": seed, "images_seen": 0})
-
-
-def draw_latents(seeds: Any, width: int) -> torch.Tensor:
-    """Return z, ``(len(seeds), width)``, each row from a seed of its own."""
-    return torch.stack(
-        [torch.randn(width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Map floats of -1 to 1 to ``uint8``."""
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """Map ``uint8`` to floats of -1 to 1."""
-    return images.float() / 127.5 - 1
+    LIMITS: ClassVar = {
+        **dict.fromkeys(
+            ("kimg", "lr_generator", "lr_discriminator", "ema_kimg", "magnitude_kimg", "ada_kimg",
+             "snapshot_kimg"), (1e-9, None),
+        ),
+        **dict.fromkeys(("batch_size", "r1_every", "ada_every", "mbstd_group"), (1, None)),
+        "gamma": (0, None), "ema_rampup": (0, None), "ada_target": (0, 0.999),
+    }  # fmt: skip
+    PRESETS: ClassVar = {
+        "tiny": {
+            "kimg": 24, "batch_size": 8, "gamma": 0.2, "ada_kimg": 25, "mbstd_group": 4,
+            "magnitude_kimg": 5, "snapshot_kimg": 2,
+        },
+        "paper": {},
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- losses
@@ -361,15 +149,12 @@ class Trainer:
         """Real images that the discriminator has seen."""
         return self.step * self.settings.batch_size
 
-    def _real(self, generator: torch.Generator) -> torch.Tensor:
-        """The batch of this step, a function of seed and step: every epoch in a new order."""
-        s, n = self.settings, len(self.images)
-        order: list[int] = []
-        while len(order) < s.batch_size:
-            epoch, start = divmod(self.seen + len(order), n)
-            shuffle = torch.Generator().manual_seed(s.seed * 1_000_003 + epoch)
-            order += torch.randperm(n, generator=shuffle)[start:].tolist()
-        real = to_float(self.images[order[: s.batch_size]])
+    def _draw_real(self, generator: torch.Generator) -> torch.Tensor:
+        """Return the batch of this step, a function of seed and step."""
+        s = self.settings
+        real = to_float(
+            self.images[draw_indices(len(self.images), s.batch_size, self.step, s.seed)]
+        )
         if s.mirror:
             flip = torch.rand(len(real), generator=generator) < 0.5
             real = torch.where(flip[:, None, None, None], real.flip(3), real)
@@ -377,7 +162,9 @@ class Trainer:
 
     def iterate(self) -> dict[str, torch.Tensor]:
         """Train both networks on one batch; return their losses."""
-        s = self.settings
+        # A CPU's time is that of its cores, so that other programs do not count.
+        clock = time.process_time if self.device.type == "cpu" else time.monotonic
+        began, s = clock(), self.settings
         draw = torch.Generator().manual_seed((s.seed + 1) * 15_485_863 + self.step)
         width = self.generator.architecture.width
         z = torch.randn((2, s.batch_size, width), generator=draw).to(self.device)
@@ -391,7 +178,7 @@ class Trainer:
         self.generator.eval()  # its running means have seen this iteration
         with torch.no_grad():
             fake = augment(self.generator(z[1]), self.p, draw)
-        real = augment(self._real(draw), self.p, draw)
+        real = augment(self._draw_real(draw), self.p, draw)
         real_logits = self.discriminator(real)
         loss_d = discriminator_loss(real_logits, self.discriminator(fake))
         self._descend(1, loss_d)
@@ -413,6 +200,9 @@ class Trainer:
                 target=s.ada_target, images_to_one=s.ada_kimg * 1000,
             )  # fmt: skip
             self.signs.zero_()
+        for name, value in losses.items():
+            self.recent.setdefault(name, []).append(value)
+        self.seconds += clock() - began
         return losses
 
     def _descend(self, which: int, loss: torch.Tensor) -> None:
@@ -421,30 +211,52 @@ class Trainer:
         loss.backward()
         optimizer.step()
 
-    def state(self) -> dict[str, Any]:
+    def average_losses(self) -> dict[str, float]:
+        """Return the mean losses since the last snapshot.
+
+        Raises
+        ------
+        GanError
+            They are not finite, so that nothing of this run may be saved.
+        """
+        means = {k: round(float(torch.stack(v).mean()), 4) for k, v in self.recent.items()}
+        if not all(math.isfinite(v) for v in means.values()):
+            raise GanError(
+                f"a loss is no longer finite after {self.seen} images: {means}; lower the learning "
+                "rates or raise gamma. The last checkpoint is untouched"
+            )
+        return means
+
+    def add_history(self) -> dict[str, Any]:
+        """Add a line to the history and return it: losses since the last one, p, time."""
+        means = self.average_losses()
+        self.recent.clear()
+        head = {"images": self.seen, "seconds": round(self.seconds, 1), "p": round(self.p, 4)}
+        self.history.append(head | means)
+        return self.history[-1]
+
+    def state_dict(self) -> dict[str, Any]:
         """Return all that a checkpoint needs."""
+        self.average_losses()
+        networks = ("generator", "discriminator", "average")
         return {
-            "generator": self.generator.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "average": self.average.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in networks},
             "optimizers": [o.state_dict() for o in self.optimizers],
-            "step": self.step,
-            "p": self.p,
-            "signs": self.signs,
-            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in ("step", "p", "signs", "seconds")},
             "history": self.history,
             "recent": self.recent,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
         for name in ("generator", "discriminator", "average"):
             getattr(self, name).load_state_dict(state[name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.step, self.p, self.seconds = state["step"], state["p"], state["seconds"]
         self.signs.copy_(state["signs"])
-        self.history, self.recent = list(state["history"]), dict(state["recent"])
+        self.history = list(state["history"])
+        self.recent = {k: [v.to(self.device) for v in vs] for k, vs in state["recent"].items()}
 
 
 def train_stylegan3(
@@ -472,12 +284,11 @@ def train_stylegan3(
         `make_stylegan3` gives random ones.
     checkpoint : path, optional
         Saved there at every snapshot, and at Ctrl-C or SIGTERM after the iteration. If it exists,
-        the run goes on from it and ends with the same weights as an undisturbed one. The one before
-        is kept beside it, for the case that it is damaged.
+        the run goes on from it and ends with the same weights as an undisturbed one.
     callback : callable, optional
         Called after every iteration, before that is saved, with ``{"step", "images_seen",
         "losses", "p", "seconds", "snapshot"}``; the last is a `StyleGAN3` at every snapshot, else None.
-    extractor : str, optional
+    extractor : str or Extractor, optional
         Measure the Frechet distance of `n_evaluate` generated images to `images` at every
         snapshot, in these features.
     data : str
@@ -498,7 +309,7 @@ def train_stylegan3(
         Another process writes the same checkpoint.
     """
     check_images(images)
-    settings = settings or PRESETS["tiny"]
+    settings = settings or StyleGAN3Settings.preset("tiny")
     start = start or StyleGAN3.load()
     size = start.generator.architecture.size
     if tuple(images.shape[2:]) != (size, size):
@@ -506,10 +317,8 @@ def train_stylegan3(
             f"images must be {size}x{size} for these networks, got {tuple(images.shape[2:])} "
             f"(H, W); load them with size={size}"
         )
-    if checkpoint is not None:
-        checkpoint = check_writable(checkpoint)
     identity = {
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("kimg",)},
+        "settings": settings.without("kimg"),
         "images": hash_tensors({"images": images}),
         "start": start.hash,
     }
@@ -524,75 +333,32 @@ def train_stylegan3(
         "device": trainer.device.type,
     }
 
-    def made() -> StyleGAN3:
-        about = record | {
-            "images_seen": trainer.seen,
-            "seconds": round(trainer.seconds, 1),
-            "history": list(trainer.history),
-        }
+    def copy_networks() -> StyleGAN3:
         networks = (copy.deepcopy(trainer.average), copy.deepcopy(trainer.discriminator).eval())
-        return StyleGAN3(*networks, about)
+        seconds, history = round(trainer.seconds, 1), list(trainer.history)
+        now = {"images_seen": trainer.seen, "seconds": seconds, "history": history}
+        return StyleGAN3(*networks, record | now)
 
-    def check() -> dict[str, float]:
-        """Return the mean losses since the last snapshot, which must be finite."""
-        means = {k: round(float(torch.stack(v).mean()), 4) for k, v in trainer.recent.items()}
-        if not all(math.isfinite(v) for v in means.values()):
-            raise GanError(
-                f"a loss is no longer finite after {trainer.seen} images: {means}; lower "
-                "the learning rates or raise gamma. The last checkpoint is untouched"
-            )
-        return means
-
-    # A CPU's time is that of its cores, so that other programs do not count.
-    clock = time.process_time if trainer.device.type == "cpu" else time.monotonic
     steps = math.ceil(settings.kimg * 1000 / settings.batch_size)
     every = max(1, round(settings.snapshot_kimg * 1000 / settings.batch_size))
-    with stoppable() as stopped, hold(checkpoint):
-        if checkpoint is not None:
-            stored = load_checkpoint(checkpoint, identity, device=trainer.device)
-            if stored is not None:
-                trainer.restore(stored)
-        bar = tqdm(total=steps, initial=trainer.step, desc="stylegan3", unit="step")
-        try:
-            while trainer.step < steps and not stopped():
-                began = clock()
-                losses = trainer.iterate()
-                trainer.seconds += clock() - began
-                for name, value in losses.items():
-                    trainer.recent.setdefault(name, []).append(value)
-                bar.update()
-                snapshot = None
-                if trainer.step % every == 0 or trainer.step == steps:
-                    means = check()
-                    trainer.recent.clear()
-                    line: dict[str, Any] = {"images": trainer.seen, "seconds": round(trainer.seconds, 1),
-                            "p": round(trainer.p, 4), **means}  # fmt: skip
-                    trainer.history.append(line)
-                    snapshot = made()
-                    if extractor is not None:
-                        line["fd"] = measure_distance(
-                            images, snapshot.sample(n_evaluate), extractor
-                        )
-                    bar.set_postfix(**{k: v for k, v in line.items() if k not in ("images", "fd")})
-                if callback is not None:
-                    callback(
-                        {
-                            "step": trainer.step,
-                            "images_seen": trainer.seen,
-                            "losses": losses,
-                            "p": trainer.p,
-                            "seconds": trainer.seconds,
-                            "snapshot": snapshot,
-                        }
-                    )
-                if checkpoint is not None and (snapshot is not None or stopped()):
-                    check()
-                    save_checkpoint(checkpoint, {"identity": identity, **trainer.state()})
-        finally:
-            bar.close()
-    if trainer.step < steps:
-        raise KeyboardInterrupt  # if the signal's own handler has not
-    return made()
+    for _ in Steps(
+        trainer, steps, checkpoint=checkpoint, identity=identity, every=every, desc="stylegan3"
+    ):
+        losses = trainer.iterate()
+        snapshot = None
+        if trainer.step % every == 0 or trainer.step == steps:
+            line = trainer.add_history()
+            snapshot = copy_networks()
+            if extractor is not None:
+                line["fd"] = measure_distance(images, snapshot.sample(n_evaluate), extractor)
+        if callback is not None:
+            callback(
+                {
+                    "step": trainer.step, "images_seen": trainer.seen, "losses": losses,
+                    "p": trainer.p, "seconds": trainer.seconds, "snapshot": snapshot,
+                }
+            )  # fmt: skip
+    return copy_networks()
 
 
 def measure_distance(
