@@ -86,7 +86,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
             plain = [n if "Mapping" not in str(k) else f"{n}.NAME" for n, k in kinds.items()]
             raise ValueError(f"{text!r} is not SETTING=VALUE; settings are {', '.join(plain)}")
         parsed: Any = value
-        if "tuple" in str(kinds[name]):
+        if str(kinds[name]).startswith("tuple"):
             parsed = tuple(value.split(","))
         else:
             with suppress(ValueError):
