@@ -184,7 +184,7 @@ def test_workers_of_a_study_die_are_orphaned_and_are_interrupted(tiny, tmp_path)
     code, _ = disturb(lambda process, workers: process.kill(), 4)
     assert code == -signal.SIGKILL
     code, said = disturb(lambda process, workers: os.killpg(process.pid, signal.SIGINT), 7)
-    assert code == 130 and said == ["stopped"]
+    assert code == 130 and said == ["stopped: the same command goes on from here"]
     study = small(tiny.hash, n=64, grid=FOURS)
     assert run(study.tasks, Store(store)) > 0
     run(study.tasks, Store(tmp_path / "whole"))
