@@ -30,9 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from medbudget import Embedding, InversionSettings, invert, load_base, make_phantoms, sample
 from medbudget.base import Base
 from medbudget.files import write_json
+from medbudget.loading import build_networks, read_architectures
 from medbudget.memory import plan_memory
 from medbudget.results import describe_device
-from medbudget.sources import build_networks, read_architectures
 
 GOALS = {
     "50,000 steps at batch 1, minutes": "under 15",

@@ -7,26 +7,30 @@ from medbudget import telemetry  # noqa: F401  (before what would report)
 from medbudget._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from medbudget.base import Base, describe, load_base
+    from medbudget.base import Base
     from medbudget.data.phantoms import Phantoms, make_phantoms
     from medbudget.embeddings import Embedding
     from medbudget.images import load_images, save_images
     from medbudget.inpainting import ellipse, inpaint
     from medbudget.inversion import InversionSettings, invert
+    from medbudget.loading import load_base
     from medbudget.metrics import Score, evaluate, frechet_distance
     from medbudget.prompts import parse_prompt
     from medbudget.sampling import interpolate, sample
+    from medbudget.tiny.words import describe
 
 _MODULES = {  # loaded on first use: torch and diffusers take seconds
-    "base": ("Base", "describe", "load_base"),
+    "base": ("Base",),
     "data.phantoms": ("Phantoms", "make_phantoms"),
     "embeddings": ("Embedding",),
     "images": ("load_images", "save_images"),
     "inpainting": ("ellipse", "inpaint"),
     "inversion": ("InversionSettings", "invert"),
+    "loading": ("load_base",),
     "metrics": ("Score", "evaluate", "frechet_distance"),
     "prompts": ("parse_prompt",),
     "sampling": ("interpolate", "sample"),
+    "tiny.words": ("describe",),
 }
 
 __all__ = [

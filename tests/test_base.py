@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from medbudget import describe, load_base, make_phantoms
-from medbudget.base import TINY, BaseError
+from medbudget.bases import BaseError
+from medbudget.loading import TINY
 
 IMAGES = make_phantoms("chest", "healthy", 18).images
 
@@ -53,6 +54,11 @@ def test_visual_words_know_places(tiny):
 def test_an_unknown_base_lists_the_allowed_ones(tmp_path):
     with pytest.raises(BaseError, match=r"'tiny'.*'sd2'.*folder"):
         load_base("sd3")
+    with pytest.raises(BaseError, match=r"did you mean 'sd21-base'\? Allowed"):
+        load_base("sd21base")
+    for name in ("512-base-ema.ckpt", "a/b.safetensors", "/no/such/folder"):
+        with pytest.raises(BaseError, match=f"no such file or folder: {name}"):
+            load_base(name)
     with pytest.raises(BaseError, match="lacks vae, unet"):
         load_base(tmp_path)
     (tmp_path / "x.ckpt").touch()
@@ -69,18 +75,6 @@ def test_sd2_without_weights_names_the_ways_out(monkeypatch, tmp_path):
     monkeypatch.setenv("MEDBUDGET_SD2", str(tmp_path / "none"))
     with pytest.raises(BaseError, match="not a folder"):
         load_base("sd2")
-
-
-def test_v_prediction_is_refused(tmp_path):
-    import json
-    import shutil
-
-    shutil.copytree(TINY, tmp_path / "b")
-    config = tmp_path / "b/scheduler/scheduler_config.json"
-    content = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps({**content, "prediction_type": "v_prediction"}))
-    with pytest.raises(BaseError, match="epsilon"):
-        load_base(tmp_path / "b")
 
 
 def test_cuda_without_a_gpu_is_an_error():

@@ -135,7 +135,7 @@ def test_the_authors_files(real_data, tmp_path, name):
 def test_diffusers_reads_our_files(tiny, tmp_path, ending):
     from diffusers import StableDiffusionPipeline
 
-    from medbudget.base import TINY
+    from medbudget.loading import TINY
 
     vectors = torch.randn(3, 96)
     path = Embedding(vectors, "<mine>").save(tmp_path / f"mine{ending}")

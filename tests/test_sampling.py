@@ -106,7 +106,7 @@ def test_scale_zero_is_the_unconditional_image(tiny):
 def test_diffusers_pipeline_agrees(tiny):
     from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 
-    from medbudget.base import TINY
+    from medbudget.loading import TINY
     from medbudget.sampling import draw_noise
 
     pipe = StableDiffusionPipeline.from_pretrained(

@@ -17,48 +17,58 @@ app = App(name="base", help="Where bases come from; fetch and verify them.")
 @app.command(name="list")
 def list_bases() -> None:
     """List the bases by name, and which of them are on this machine."""
-    from medbudget.sources import RANDOM, TINY, list_sd2_sources, read_architectures
+    from medbudget.bases import KNOWN, list_sources
+    from medbudget.loading import RANDOM, TINY, read_architectures
 
     print(f"tiny          {'ready' if (TINY / 'unet').is_dir() else 'missing'}, in the package")
-    for source, path in list_sd2_sources():
-        print(f"sd2           {f'ready, {path}' if path else 'not here'}: {source}")
+    for row in KNOWN:
+        sources = list_sources(row.name)
+        path = next((path for _, path, _ in sources if path), None)
+        print(f"{row.name:<14}{'ready' if path else 'not here'}: {row.title}; {row.expect}")
+        for source, path, note in sources:
+            print(f"{'':<14}  {source}: {path or note}")
     for name, kind in read_architectures().items():
         print(f"{name + RANDOM:<14}random weights, for trials of speed and memory: {kind['title']}")
-    print("or a folder in diffusers' layout, or a .ckpt or .safetensors file: give its path")
+    print("or any Stable Diffusion 1.x or 2.x of the hub (owner/name[@revision]), a folder in")
+    print("diffusers' layout, or a .ckpt or .safetensors file: give its path")
 
 
 @app.command
-def fetch(name: Text = "sd2", /) -> None:
-    """Fetch Stable Diffusion 2.0 into the hub's cache; a broken download goes on.
+def fetch(name: Text = "sd20", /) -> None:
+    """Fetch a base into the hub's cache; a broken download goes on.
 
     Parameters
     ----------
     name
-        sd2
+        sd20, sd21-base, sd21, sd15, sd14, or owner/name[@revision]
     """
-    from medbudget.sources import find_sd2
+    from medbudget.bases import ID, find_base, known_base, unknown_base
 
-    if name != "sd2":
-        raise ValueError(f"{name!r} is not fetched: only sd2 is; see medbudget base list")
-    print(f"ready: {find_sd2()}")
+    if not known_base(name) and not ID.fullmatch(name):
+        raise unknown_base(name)
+    print(f"ready: {find_base(name)}")
 
 
 @app.command
-def verify(name: Text, /, *, device: Text | None = None) -> int:
+def verify(name: Text, /, *, known: Text = "", device: Text | None = None) -> int:
     """Measure whether a base is what it should be; exit code 1 if not.
 
     Parameters
     ----------
     name
-        tiny, sd2, a folder or a file
+        tiny, sd20 …, owner/name, a folder or a file
+    known
+        the known base that it should be, e.g. sd20: draws its golden picture, a minute on a CPU
     device
         cpu or cuda; default: cuda if there is one
     """
-    from medbudget import load_base
-    from medbudget.base import verify_base
+    import torch
 
-    base = load_base(name, device=device)
-    checks = verify_base(base)
+    from medbudget import load_base
+    from medbudget.verify import verify_base
+
+    base = load_base(name, device=device, dtype=torch.float32)
+    checks = verify_base(base, known)
     print(f"{'hash':<13}{base.hash}, {base.size} px, {base.note or 'no note'}")
     for check, (measured, passed) in checks.items():
         print(f"{check:<13}{'ok' if passed else 'FAILED'}: {measured}")
@@ -69,8 +79,8 @@ def doctor() -> None:
     """Print versions, device, memory, reachable bases, and what fits this machine."""
     import torch
 
-    from medbudget.base import TINY, BaseError, load_base
-    from medbudget.sources import list_sd2_sources
+    from medbudget.bases import BaseError, list_sources
+    from medbudget.loading import TINY, load_base
 
     problems: list[str] = []
     names = ("medbudget", "torch", "torchvision", "diffusers", "transformers", "timm", "numpy")
@@ -102,8 +112,8 @@ def doctor() -> None:
     except BaseError as error:
         problems.append(f"base tiny in {TINY}: {error}")
     try:
-        here = next((f"{s}, {p}" for s, p in list_sd2_sources() if p is not None), None)
-        print(f"base sd2: {here or 'not here; medbudget base fetch gets it (5 GB)'}")
+        here = next((f"{s}, {p}" for s, p, _ in list_sources("sd20") if p is not None), None)
+        print(f"base sd20: {here or 'not here; medbudget base fetch gets it (5 GB)'}")
     except BaseError as error:
         problems.append(f"{error}: correct or unset it")
     if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:

@@ -22,6 +22,7 @@ def show(file: Path, /, *, base: Text | None = None) -> None:
         check that it fits this base
     """
     from medbudget import Embedding, load_base
+    from medbudget.bases import compare_origin
 
     e = Embedding.load(file)
     norms = e.vectors.norm(dim=1)
@@ -35,15 +36,11 @@ def show(file: Path, /, *, base: Text | None = None) -> None:
     if base is not None:
         loaded = load_base(base)
         e.check_fits(loaded.width, loaded.name)
-        if e.base_hash == loaded.hash:
-            print(f"fits    base {base}: same hash")
-        elif e.base_hash and e.base_hash == loaded.checkpoint_hash:
-            print(f"fits    base {base}: the checkpoint that it names")
+        same, reason = compare_origin(e, loaded)
+        if same is False:
+            print(f"! {reason}: images will differ from those it was trained for")
         else:
-            print(
-                f"! made on a base with hash {e.base_hash or 'unknown'}, {base} here has "
-                f"{loaded.hash}: images will differ from those it was trained for"
-            )
+            print(f"fits    base {base}: {reason}")
 
 
 @app.command

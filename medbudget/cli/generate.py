@@ -171,15 +171,14 @@ def _observer(
 
 def _warn_of_other_base(e: Any, base: Any) -> None:
     """Say on stderr if an embedding names a base other than this one."""
-    if not e.base_hash or e.base_hash in (base.hash, base.checkpoint_hash):
-        return
-    if len(e.base_hash) == 8 and not base.checkpoint_hash:
-        return  # A1111's hash of a file, which a folder has not
-    print(
-        f"note: {e.token} was made on a base with hash {e.base_hash}, this one has {base.hash}: "
-        "images will differ from those it was trained for",
-        file=sys.stderr,
-    )
+    from medbudget.bases import compare_origin
+
+    same, reason = compare_origin(e, base)
+    if same is False:
+        print(
+            f"note: {e.token} was {reason}: images will differ from those it was trained for",
+            file=sys.stderr,
+        )
 
 
 def sample(

@@ -62,7 +62,8 @@ class BaseOptions(Machine):
     Parameters
     ----------
     base
-        tiny, sd2, sd2-random, a folder in diffusers' layout, or a .ckpt or .safetensors file
+        tiny; sd20, sd21-base, sd21, sd15, sd14; a repository of the hub (owner/name[@revision]);
+        a folder in diffusers' layout; a .ckpt or .safetensors file; or sd2-random, sd1-random
     fast
         compile the U-Net first: a minute, pays off in long runs on a GPU
     """

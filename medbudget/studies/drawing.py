@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from medbudget.base import Base, load_base
+from medbudget.base import Base
 from medbudget.data.phantoms import make_phantoms
 from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
 from medbudget.images import load_images
 from medbudget.inversion import InversionSettings, invert
+from medbudget.loading import load_base
 from medbudget.sampling import sample
 from medbudget.studies.study import StudySettings
 from medbudget.studies.tasks import Store, Task, kind, write_images

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from medbudget.base import Base, load_base
+from medbudget.base import Base
 from medbudget.data.phantoms import KINDS, make_phantoms
 from medbudget.embeddings import Embedding
 from medbudget.inversion import InversionSettings, invert
+from medbudget.loading import load_base
 
 FOLDER = Path(__file__).parent / "embeddings"
 VECTORS, CASES = 64, 100

