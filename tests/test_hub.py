@@ -41,7 +41,8 @@ def test_a_card_has_the_hubs_header_and_what_the_reader_has_to_know(medbudget, t
         assert f"## {section}" in card
     assert "None recorded" in make_card(MINE)
     (tmp_path / "s.json").write_text("{}")
-    code, _, said = medbudget("embedding", "card", tmp_path / "m.safetensors", *options)
+    again = (*options, "--overwrite")
+    code, _, said = medbudget("embedding", "card", tmp_path / "m.safetensors", *again)
     assert code == 1 and "holds no scores" in said
 
 
