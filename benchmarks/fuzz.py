@@ -193,7 +193,7 @@ def _mend_png(data: bytes) -> bytes:
 
 
 def _read_picture(path: Path) -> None:
-    from medbudget.data.readers import Source
+    from medbudget.data.volumes import Source
     from medbudget.images import ImageError, load_image
 
     image = None
@@ -205,7 +205,7 @@ def _read_picture(path: Path) -> None:
 
 def _read_source(path: Path, source: Any) -> None:
     from medbudget.data.folder import _apply_window
-    from medbudget.data.readers import read_pixels
+    from medbudget.data.volumes import read_pixels
 
     pixels = read_pixels(path.parent, source)
     index = len(pixels.values) // 2
@@ -216,7 +216,7 @@ def _read_source(path: Path, source: Any) -> None:
 
 def _read_volume(path: Path) -> None:
     from medbudget.data.prepare import BrokenCase
-    from medbudget.data.readers import count_slices, find_sources
+    from medbudget.data.volumes import count_slices, find_sources
 
     sources = [s for s in find_sources(path.parent) if s.files[0] == path.name]
     if not sources:  # without suffix and mark, it is passed over
@@ -251,7 +251,7 @@ def _read_official(path: Path) -> None:
 
 def _read_csv(path: Path) -> None:
     from medbudget.data import chexpert, folder
-    from medbudget.data.readers import Source
+    from medbudget.data.volumes import Source
 
     if path.name == "train.csv":
         selected = chexpert.select_clean(chexpert._read_labels(path))

@@ -14,7 +14,7 @@ from medbudget import load_images, make_phantoms
 from medbudget.data.folder import prepare_folder
 from medbudget.data.phantom_trees import write_dicom
 from medbudget.data.prepare import load_manifest
-from medbudget.data.readers import Source, count_slices, find_sources, read_pixels
+from medbudget.data.volumes import Source, count_slices, find_sources, read_pixels
 from medbudget.images import to_pil
 
 sitk = pytest.importorskip("SimpleITK")
@@ -59,7 +59,7 @@ def test_dicom_rescale_and_window_tags(tmp_path: Path) -> None:
     pixels = read(tmp_path / "in")
     assert np.allclose(pixels.values[0], ramp().astype(float) * 2 - 1000)
     # PS3.3 C.11.2.1.2 with c = 0 and w = 401: black up to -200.5, white above 199.5
-    assert pixels.window == (-200.5, 199.5)
+    assert [(w.low, w.high) for w in pixels.windows] == [(-200.5, 199.5)]
     image = shown(tmp_path / "in", tmp_path / "out")
     low, high = pixels.values[0] <= -200.5, pixels.values[0] > 199.5
     inner = image[4:28]

@@ -19,7 +19,7 @@ from medbudget import load_images, save_images
 from medbudget.data import pcam
 from medbudget.data.folder import prepare_folder
 from medbudget.data.prepare import BrokenCase
-from medbudget.data.readers import Source, count_slices, find_sources, read_pixels
+from medbudget.data.volumes import Source, count_slices, find_sources, read_pixels
 from medbudget.images import ImageError, load_image
 from medbudget.reader import ReaderError, ReaderStudy
 from medbudget.torchfiles import read_torch

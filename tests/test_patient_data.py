@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medbudget.data.phantom_trees import write_dicom
-from medbudget.data.readers import find_sources, read_pixels
+from medbudget.data.volumes import find_sources, read_pixels
 from medbudget.prompts import parse_prompt
 
 pydicom = pytest.importorskip("pydicom")

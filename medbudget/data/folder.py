@@ -28,22 +28,24 @@ from medbudget.data.prepare import (
     prepare_items,
     read_table,
 )
-from medbudget.data.readers import (
-    PLANES,
-    VOLUMES,
-    Array,
-    Pixels,
-    Source,
-    count_slices,
-    find_sources,
-    read_pixels,
-)
 from medbudget.data.splits import (
     SPLITS,
     choose_reference,
     shuffle,
     split_in_proportion,
     split_patients,
+)
+from medbudget.data.volumes import (
+    PLANES,
+    Array,
+    Pixels,
+    Source,
+    Window,
+    count_slices,
+    find_sources,
+    read_mask,
+    read_pixels,
+    separate,
 )
 from medbudget.files import check_writable, hash_file, write_text
 from medbudget.images import fit_square, from_pil
@@ -147,12 +149,12 @@ def prepare_folder(
         raise ValueError(
             f"the key {key} lies in {out}, which is meant to be shared; put it elsewhere"
         )
-    sources = find_sources(root)
+    notes = [BURNT_IN]
+    sources = find_sources(root, notes=notes)
     if not sources:
         raise ValueError(
             f"no images in {root}; allowed are DICOM, NIfTI, MHA, NRRD, PNG, JPEG, TIFF, BMP, WebP"
         )
-    notes = [BURNT_IN]
     entries = (
         _read_table(root, Path(labels), sources, file_column, label_column, patient_column, notes)
         if labels is not None
@@ -255,11 +257,19 @@ def _read_table(
         if not row[label_column]:
             raise ValueError(f"{table} gives {name} no {label_column}")
         listed[name] = row
+
+    def find_row(file: str) -> str | None:
+        names = [p.as_posix() for p in (Path(file), *Path(file).parents)]
+        return next((name for name in names if name in listed), None)
+
+    single = [  # slices with rows of their own stay images of their own
+        one
+        for source in sources
+        for one in (separate(source) if len({*map(find_row, source.files)}) > 1 else [source])
+    ]
     entries, used = [], set()
-    for source in sources:
-        path = Path(source.files[0])
-        names = [p.as_posix() for p in (path, *path.parents)]
-        match = next((n for n in names if n in listed), None)
+    for source in single:
+        match = find_row(source.files[0])
         if match is not None:
             used.add(match)
             row = listed[match]
@@ -270,8 +280,8 @@ def _read_table(
             f"no file of {table} is in {root}; its paths must be relative to that folder, "
             f"such as {sources[0].files[0]}"
         )
-    if len(entries) < len(sources):
-        notes.append(f"{len(sources) - len(entries)} images are not in the table and were left out")
+    if len(entries) < len(single):
+        notes.append(f"{len(single) - len(entries)} images are not in the table and were left out")
     for name in sorted(set(listed) - used):
         row = listed[name]
         absent = Source((name,), "picture", problem="listed in the table, but not in the folder")
@@ -392,7 +402,7 @@ def _make(
         raise BrokenCase(f"{source.files[0]}: {error}") from None
     values, said = _apply_window(pixels, index, window)
     height, width = values.shape[:2]
-    row, column = pixels.spacing or (1.0, 1.0)
+    row, column = pixels.spacing or pixels.aspect
     scale = size / max(height * row, width * column)
     image = Image.fromarray(values).convert("RGB")
     shape = (max(1, round(width * column * scale)), max(1, round(height * row * scale)))
@@ -415,30 +425,10 @@ def _choose_slice(
         return rule
     if rule == "middle" or masks is None:
         return len(pixels.values) // 2
-    path = Path(source.files[0])
-    stem = path.parent if len(source.files) > 1 else path.parent / _strip_suffix(path.name)
-    found = [
-        f"{stem.as_posix()}{suffix}" for suffix in VOLUMES if (masks / f"{stem}{suffix}").is_file()
-    ]
-    if len(found) != 1:
-        raise BrokenCase(f"{len(found)} masks {stem}.* in the folder of masks; 1 is needed")
-    mask = read_pixels(masks, Source((found[0],), "volume"), plane=plane)
-    same = mask.values.shape == pixels.values.shape and np.allclose(
-        mask.frame, pixels.frame, atol=max(pixels.spacing or (1e-3,))
-    )
-    if not same:
-        raise BrokenCase(
-            f"its mask has another grid: {mask.values.shape} and {pixels.values.shape}, or another place"
-        )
-    area = (mask.values > 0).reshape(len(mask.values), -1).sum(axis=1)
+    area = read_mask(masks, source, pixels, plane=plane).reshape(len(pixels.values), -1).sum(axis=1)
     if not area.any():
         raise BrokenCase("its mask is empty")
     return int(area.argmax())
-
-
-def _strip_suffix(name: str) -> str:
-    suffix = next((s for s in VOLUMES[1:] if name.lower().endswith(s)), Path(name).suffix)
-    return name[: len(name) - len(suffix)] if suffix else name
 
 
 def _apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
@@ -446,31 +436,34 @@ def _apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
     values = pixels.values[index]
     if values.ndim == 3:
         return values, "as stored (colour)"
+    padding = None if pixels.padding is None else pixels.padding[index]
+    asked = pixels.windows[index] if pixels.windows else None
     kind = window
     if window == "auto":
         eight = values.dtype == np.uint8
-        kind = "tags" if pixels.window else "stored" if eight else "percentile"
+        kind = "tags" if asked else "stored" if eight else "percentile"
     if kind == "stored":
-        return (255 - values, "as stored (8 bit), inverted") if pixels.inverted else (
-            values,
-            "as stored (8 bit)",
-        )  # fmt: skip
-    if kind == "tags":
-        if pixels.window is None:
+        chosen, said = Window(0, 255), "as stored (8 bit)"
+    elif kind == "tags":
+        if asked is None:
             raise BrokenCase("it has no window tags; use --window percentile or LOW,HIGH")
-        low, high = pixels.window
-    elif kind == "percentile":
-        low, high = (float(v) for v in np.percentile(pixels.values, PERCENTILES))
+        chosen, said = asked, f"tags: {asked}"
     else:
-        low, high = _parse_window(window)
-        kind = "fixed"
-    if not high > low:
-        raise BrokenCase(f"its pixels have the one value {low:g} (window {kind})")
-    scaled = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1) * 255
+        if kind == "percentile":
+            seen = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
+            if not seen.size:
+                raise BrokenCase("all of it is padding")
+            low, high = np.percentile(seen, PERCENTILES)
+            chosen = Window(float(low), float(high))
+        else:
+            chosen, kind = Window(*_parse_window(window)), "fixed"
+        said = f"{kind}: {chosen}"
+    scaled = chosen.apply(values)
     if pixels.inverted:
-        scaled = 255 - scaled
-    said = f"{kind}: {low:g}..{high:g}" + (", inverted" if pixels.inverted else "")
-    return np.rint(scaled).astype(np.uint8), said
+        scaled, said = 1 - scaled, f"{said}, inverted"
+    if padding is not None:
+        scaled, said = np.where(padding, 0, scaled), f"{said}, padding black"
+    return np.rint(scaled * 255).astype(np.uint8), said
 
 
 def _write_key(key: Path, entries: Sequence[Entry], numbers: Mapping[str, str]) -> None:

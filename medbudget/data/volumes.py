@@ -1,317 +1,216 @@
-"""Read volumes of NIfTI, MetaImage and NRRD files: what a file does not hold whole is refused.
+"""Find medical images in a folder and read them, in whatever format: the one door for all.
 
-SimpleITK reads headers only. Pixels are unpacked here, because ITK accepts cut files and damaged
-streams and fills what is missing. gzip, zlib and bzip2 streams carry a check sum, which has to fit;
-uncompressed files carry none, so that only their length can be checked. No text of a header gets
-into an error.
+DICOM goes through `dicom`, NIfTI, MetaImage and NRRD through `itk`, PNG and its like through Pillow.
 """
 
 from __future__ import annotations
 
-import bz2
-import math
 import os
-import re
-import struct
-import tempfile
-import zlib
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from PIL import Image
 
+from medbudget.data import dicom
+from medbudget.data.decoding import Window
+from medbudget.data.dicom import Pixels
+from medbudget.data.itk import TURNS, VOLUMES, Array, read_size, read_stated, read_volume, turn
 from medbudget.data.prepare import BrokenCase
+from medbudget.data.series import Header, Source, join_series, read_header, separate
+from medbudget.images import describe_passed_over
+from medbudget.pictures import SUFFIXES as PICTURES
+from medbudget.pictures import ImageError, open_picture
 
-if TYPE_CHECKING:
-    import SimpleITK as sitk
+__all__ = [
+    "PLANES", "VOLUMES", "Array", "Pixels", "Source", "Window", "count_slices", "find_sources",
+    "read_mask", "read_pixels", "read_volume", "separate",
+]  # fmt: skip
 
-Array = NDArray[Any]
-
-VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
-MAX_BYTES = 4 * 2**30  # of one volume in memory
-MAX_RATIO = 1100  # deflate makes zeros 1032 times smaller
-SMALL = 64 * 2**20  # a blank image packs better still: so much is never refused
-
-NIFTI_1 = {"dim": ("8h", 40), "type": ("h", 70), "start": ("f", 108), "scale": ("2f", 112),
-           "units": ("B", 123), "codes": ("2h", 252)}  # fmt: skip
-NIFTI_2 = {"dim": ("8q", 16), "type": ("h", 12), "start": ("q", 168), "scale": ("2d", 176),
-           "units": ("i", 500), "codes": ("2i", 344)}  # fmt: skip
-NIFTI_SIZES = {348: NIFTI_1, 540: NIFTI_2}
+DICOM = (".dcm", ".ima", ".dicom")
+PLANES = ("native", *TURNS)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a file keeps its pixels, as its header says."""
+def find_sources(
+    root: str | os.PathLike[str], *, under: str = "", notes: list[str] | None = None
+) -> list[Source]:
+    """List images and volumes in `root` and below, DICOM files joined to series.
 
-    header: Path | bytes  # what SimpleITK reads the geometry from
-    data: Path  # file with the pixels
-    start: int  # of the pixels, or of the packed stream, in bytes; -1: they end the file
-    skip: int = 0  # bytes to pass over in the unpacked stream; -1: pixels end the stream
-    packed: str = ""  # "", "zlib" (or gzip), "bzip2"
-    order: str = "<"  # byte order
-    scale: tuple[float, float] = (1.0, 0.0)  # slope and intercept
-    stated: bool = True  # the header states a pixel spacing
+    Slices of one series are one volume where they lie in one plane, have one size and spacing, and
+    in one folder of the first level, which stands for a class. Hidden files are passed over.
 
-
-def read_volume(path: str | os.PathLike[str]) -> sitk.Image:
-    """Read a NIfTI, MetaImage or NRRD file whose pixels are all there.
-
-    Returns
-    -------
-    SimpleITK.Image
-        2-D or 3-D, of one value a pixel or of 8-bit RGB; NIfTI's slope and intercept are applied.
-        A 2-D NIfTI slice becomes a 3-D image, so that it keeps its direction.
+    Parameters
+    ----------
+    notes : list of str, optional
+        Gets a sentence on what was passed over, left out, split, or has gaps.
 
     Raises
     ------
-    BrokenCase
-        It is cut, damaged, of more than three dimensions, or made to use up the memory.
+    FileNotFoundError
+        No such folder.
     """
-    return read_stated(Path(path))[0]
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no such folder: {root}")
+    sources: list[Source] = []
+    headers: list[Header] = []
+    passed: list[Path] = []
+    objects: Counter[str] = Counter()
+    for path in sorted((root / under).rglob("*")):
+        relative = path.relative_to(root)
+        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+            continue
+        file, name = relative.as_posix(), path.name.lower()
+        if name.endswith(VOLUMES):
+            sources.append(Source((file,), "volume"))
+        elif name.endswith(PICTURES):
+            sources.append(Source((file,), "picture"))
+        elif name.endswith(DICOM) or _is_dicom(path):
+            try:
+                header = read_header(path, file)
+            except BrokenCase as error:
+                if name.endswith(DICOM) or _has_mark(path):
+                    sources.append(Source((file,), "dicom", problem=str(error)))
+                else:
+                    passed.append(path)
+                continue
+            if isinstance(header, str):
+                objects[header] += 1
+            else:
+                headers.append(header)
+        else:
+            passed.append(path)
+    said: dict[str, list[str]] = {}
+    sources += join_series(root, headers, said)
+    if notes is not None:
+        others = [describe_passed_over(passed)] if passed else []
+        others += [f"{n} {kind}" for kind, n in objects.items()]
+        if any(others):
+            notes.append(f"passed over, as no images: {', '.join(filter(None, others))}")
+        notes += [
+            f"{len(files)} series: {text}; such as {files[0]}" for text, files in said.items()
+        ]
+    return sorted(sources, key=lambda source: source.files)
 
 
-def read_stated(path: Path) -> tuple[sitk.Image, bool]:
-    """Read a volume as `read_volume` does, and tell whether its header states a spacing."""
-    import SimpleITK as sitk
-
-    layout = read_layout(path)
-    reader = _read_header(layout)
-    dtype, components, need = _measure(reader, layout)
-    values = _read_pixels(layout, dtype, need).reshape(
-        (*reader.GetSize()[::-1], *((components,) if components > 1 else ()))
-    )
-    slope, intercept = layout.scale
-    if (slope, intercept) != (1, 0):
-        values = values * np.result_type(dtype, np.float32).type(slope) + intercept
-    image = sitk.GetImageFromArray(values, isVector=components > 1)
-    image.SetSpacing(reader.GetSpacing())
-    image.SetOrigin(reader.GetOrigin())
-    image.SetDirection(reader.GetDirection())
-    while image.GetDimension() > 3:
-        image = image[(*[slice(None)] * (image.GetDimension() - 1), 0)]
-    return image, layout.stated
-
-
-def read_size(path: Path) -> tuple[int, ...]:
-    """Return the size of a volume (columns, rows, slices) without reading its pixels."""
-    layout = read_layout(path)
-    reader = _read_header(layout)
-    _measure(reader, layout)
-    return tuple(reader.GetSize()[:3])
-
-
-def read_layout(path: Path) -> Layout:
-    """Read where the pixels of a volume are, and refuse headers that harm ITK."""
+def _has_mark(path: Path) -> bool:
+    """Has a file the mark of DICOM behind its preamble?"""
     with open(path, "rb") as file:
-        head = file.read(1 << 20)
-    suffix = path.suffix.lower()
-    if suffix in (".nii", ".gz"):
-        return _read_nifti(path, head)
-    meta = suffix in (".mha", ".mhd")
-    fields = _read_fields(head)
-    for value in fields.get("ndims", []) + fields.get("dimension", []):
-        if value not in ("2", "3", "4", "5"):
-            raise BrokenCase("its header has no number of dimensions from 2 to 5")
-    names = [
-        name
-        for key in ("elementdatafile", "data file", "datafile")
-        for name in fields.get(key, [])
-        if name.upper() != "LOCAL"
-    ]
-    for name in names:
-        other = path.parent / name
-        if not name or Path(name).name != name or other.is_symlink() or not other.is_file():
-            raise BrokenCase(
-                "its data are in another file, which must lie beside it under a plain name; put "
-                "it there, or save header and data as one .mha or .nrrd"
-            )
-    if len(names) > 1:
-        raise BrokenCase("its header names several files for its data; save it as one file")
-
-    def first(key: str, default: str) -> str:
-        return fields.get(key, [default])[0].lower()
-
-    end = re.search(rb"^ElementDataFile[^\n]*\n" if meta else rb"\r?\n\r?\n", head, re.M | re.I)
-    if not names and end is None:
-        raise BrokenCase("its header has no end within 1 MiB: damaged, or not what its name says")
-    data = path.parent / names[0] if names else path
-    start = 0 if names else end.end() if end else 0
-    try:
-        if meta:
-            if first("binarydata", "true") != "true":
-                raise BrokenCase("its pixels are stored as text; save it with binary data")
-            size = int(first("headersize", "0"))
-            big = first("elementbyteordermsb", first("binarydatabyteordermsb", "false"))
-            return Layout(
-                path, data, size if size else start, 0,
-                "zlib" if first("compresseddata", "false") == "true" else "",
-                ">" if big == "true" else "<",
-                stated="elementspacing" in fields or "elementsize" in fields,
-            )  # fmt: skip
-        encoding = first("encoding", "raw")
-        packings = {"raw": "", "gzip": "zlib", "gz": "zlib", "bzip2": "bzip2", "bz2": "bzip2"}
-        kinds = first("kinds", "").split()
-        if encoding not in packings:
-            raise BrokenCase("its pixels are stored as text; save it as raw or gzip")
-        if first("line skip", first("lineskip", "0")) != "0":
-            raise BrokenCase("its header skips lines of its data file; save it without")
-        if kinds and any("color" in kind or "vector" in kind for kind in kinds[1:]):
-            raise BrokenCase("its colours are not the fastest axis; save it with colours first")
-        return Layout(
-            path, data, start, int(first("byte skip", first("byteskip", "0"))), packings[encoding],
-            ">" if first("endian", "little") == "big" else "<",
-            stated="spacings" in fields or "space directions" in fields,
-        )  # fmt: skip
-    except ValueError as error:
-        if isinstance(error, BrokenCase):
-            raise
-        raise BrokenCase("its header has text where a number belongs") from None
+        return file.read(132)[128:] == b"DICM"
 
 
-def _read_fields(head: bytes) -> dict[str, list[str]]:
-    """Return the lines "name = value" (MetaImage) or "name: value" (NRRD), names in lower case."""
-    fields: dict[str, list[str]] = {}
-    for name, value in re.findall(rb"^[ \t]*([\w ]+?)[ \t]*[=:]=?[ \t]*([^\r\n]*)", head, re.M):
-        fields.setdefault(name.decode("ascii", "replace").lower(), []).append(
-            os.fsdecode(value.strip())
-        )
-    return fields
+def _is_dicom(path: Path) -> bool:
+    """Does a file without a known suffix begin as DICOM does, with or without preamble?"""
+    if _has_mark(path):
+        return True
+    with open(path, "rb") as file:
+        head = file.read(8)
+    # the first element of a file without preamble: a group of 2 or 8, and a short value
+    group, length = int.from_bytes(head[:2], "little"), int.from_bytes(head[4:8], "little")
+    return group in (2, 8) and head[3:4] == b"\0" and (length < 128 or head[4:6].isalpha())
 
 
-def _read_nifti(path: Path, head: bytes) -> Layout:
-    """Read a NIfTI header of either version and byte order."""
-    packed = head[:2] == b"\x1f\x8b"
-    if packed:
-        try:
-            head = zlib.decompressobj(47).decompress(head, 4096)
-        except zlib.error:
-            raise BrokenCase("cannot be read: its compressed stream is damaged") from None
-    order = "<" if head[:4] in (b"\x5c\x01\0\0", b"\x1c\x02\0\0") else ">"
-    size = struct.unpack(f"{order}i", head[:4])[0] if len(head) > 4 else 0
-    if size not in NIFTI_SIZES or len(head) < size or b"n+" not in (head[4:6], head[344:346]):
-        raise BrokenCase("cannot be read: it is truncated, or no NIfTI volume")
-    places = NIFTI_SIZES[size]
-
-    def field(name: str) -> tuple[Any, ...]:
-        code, place = places[name]
-        return struct.unpack_from(order + code, head, place)
-
-    n, *dim = field("dim")
-    if not 1 <= n <= 7 or min(dim[:n]) < 0:
-        raise BrokenCase("its header has no number of dimensions from 1 to 7")
-    if math.prod(dim[3:n]) > 1:
-        raise BrokenCase(f"a {n}-D volume of size {tuple(dim[:n])}: export the one that you want")
-    (start,), (slope, intercept) = field("start"), field("scale")
-    if not math.isfinite(start) or start < 0:
-        raise BrokenCase("its header has no place where the pixels start")
-    scaled = math.isfinite(slope) and slope != 0 and field("type")[0] != 128  # 128: RGB
-    if scaled and not math.isfinite(intercept):
-        raise BrokenCase("its scl_inter is not a number")
-    # ITK gets a header of three dimensions, without data and without slope
-    plain = bytearray(head[:size].ljust(size + 4, b"\0"))
-    three = (*dim[: min(n, 3)], *[1] * (3 - n), 1, 1, 1, 1)
-    for name, value in (("dim", (3, *three)), ("start", (size + 4,)), ("scale", (1, 0))):
-        code, place = places[name]
-        struct.pack_into(order + code, plain, place, *value)
-    return Layout(
-        bytes(plain), path, 0, max(int(start), size), "zlib" if packed else "", order,
-        (slope, intercept) if scaled else (1.0, 0.0),
-        bool(field("units")[0] & 7 or any(field("codes"))),
-    )  # fmt: skip
+def count_slices(root: str | os.PathLike[str], source: Source, *, plane: str = "native") -> int:
+    """Return how many slices `read_pixels` would give, where possible without reading pixels."""
+    path = Path(root) / source.files[0]
+    if source.kind == "picture":
+        return 1
+    if plane != "native":
+        return len(read_pixels(root, source, plane=plane).values)
+    if len(source.files) > 1:
+        return len(source.files)
+    if source.kind == "dicom":
+        return dicom.count_frames(path)
+    size = read_size(path)
+    return size[2] if len(size) > 2 else 1
 
 
-def _read_header(layout: Layout) -> sitk.ImageFileReader:
-    """Read the header through ITK."""
-    import SimpleITK as sitk
+def read_pixels(root: str | os.PathLike[str], source: Source, *, plane: str = "native") -> Pixels:
+    """Read a picture or a volume.
 
-    reader = sitk.ImageFileReader()
-    try:
-        if isinstance(layout.header, Path):
-            reader.SetFileName(os.fspath(layout.header))
-            reader.ReadImageInformation()
-            return reader
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "header.nii"
-            file.write_bytes(layout.header)
-            reader.SetFileName(os.fspath(file))
-            reader.ReadImageInformation()
-            return reader
-    except (RuntimeError, OverflowError) as error:
-        if "orthonormal" in str(error):
-            raise BrokenCase("its axes are not at right angles: resample it first") from None
-        raise BrokenCase("cannot be read: it is truncated, or no image") from None
-
-
-def _measure(reader: sitk.ImageFileReader, layout: Layout) -> tuple[np.dtype[Any], int, int]:
-    """Return the pixels' type, values a pixel and bytes in all; refuse what cannot be read."""
-    import SimpleITK as sitk
-
-    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-    match = re.search(r"(\d+)-bit (signed|unsigned|float)", kind)
-    size, components = reader.GetSize(), reader.GetNumberOfComponents()
-    if match is None or "complex" in kind:
-        raise BrokenCase("its values are complex, or of no number type that can be read")
-    letter = {"signed": "i", "unsigned": "u", "float": "f"}[match[2]]
-    dtype = np.dtype(f"{layout.order}{letter}{int(match[1]) // 8}")
-    if not math.prod(size):
-        raise BrokenCase(f"it has no pixels: its size is {size}")
-    if len(size) > 3 and math.prod(size[3:]) > 1:
-        raise BrokenCase(f"a {len(size)}-D volume of size {size}: export the one that you want")
-    need, held = math.prod(size) * components * dtype.itemsize, layout.data.stat().st_size
-    if need > min(MAX_BYTES, SMALL + MAX_RATIO * held if layout.packed else held):
-        raise BrokenCase(
-            f"it claims {need:,} bytes of pixels, of size {size}, in a file of {held:,}: "
-            "truncated, or made to use up the memory"
-        )
-    if components > 1 and (components != 3 or dtype != np.uint8):
-        raise BrokenCase(f"{components} values of {dtype} a pixel; allowed are 1, or 8-bit RGB")
-    return dtype, components, need
-
-
-def _read_pixels(layout: Layout, dtype: np.dtype[Any], need: int) -> Array:
-    """Return the pixels as a flat array in this machine's byte order."""
-    data = layout.data.read_bytes()
-    if layout.start == -1:
-        data = data[-need:]
-    elif layout.start:
-        data = data[layout.start :]
-    if layout.packed:
-        data = unpack(data, layout.packed, need + max(layout.skip, 0) + 2**20)
-    start = len(data) - need if layout.skip == -1 else layout.skip
-    if start < 0 or len(data) - start < need:
-        raise BrokenCase(
-            f"truncated: it holds {max(len(data) - max(start, 0), 0):,} bytes of pixels where its "
-            f"header claims {need:,}"
-        )
-    values = np.frombuffer(data, dtype, need // dtype.itemsize, start)
-    return values.astype(dtype.newbyteorder("="), copy=False)
-
-
-def unpack(data: bytes, packing: str, most: int) -> bytes:
-    """Unpack a whole zlib, gzip, raw deflate or bzip2 stream of at most so many bytes.
+    Parameters
+    ----------
+    plane : {"native", "axial", "coronal", "sagittal"}
+        Which way volumes are sliced; ``native`` as they were acquired or stored. All, also single
+        slices, are turned so that they show as on a light box (axial: front up, the patient's
+        right on the left).
 
     Raises
     ------
     BrokenCase
-        It is cut, its check sum does not fit, or it holds more.
+        Whatever is wrong with it.
     """
-    out, rest = [], data
-    while rest:
-        stream: Any = (
-            bz2.BZ2Decompressor()
-            if packing == "bzip2"
-            else zlib.decompressobj(-15 if packing == "deflate" else 47)
+    if source.problem:
+        raise BrokenCase(source.problem)
+    if plane not in PLANES:
+        raise ValueError(f"unknown plane {plane!r}; allowed are {', '.join(PLANES)}")
+    paths = [Path(root) / file for file in source.files]
+    if source.kind == "picture":
+        return _read_picture(paths[0])
+    if source.kind == "dicom":
+        return dicom.read_dicom(paths, plane)
+    return _read_itk(paths[0], plane)
+
+
+def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "native") -> Array:
+    """Read the mask of a volume as ``(slices, H, W) bool``, on the volume's own grid.
+
+    Parameters
+    ----------
+    masks : path
+        Folder that holds the mask under the volume's own relative name (for a DICOM series, its
+        folder's) and any of the suffixes of volumes.
+    """
+    path = Path(source.files[0])
+    suffix = next((s for s in VOLUMES if path.name.lower().endswith(s)), path.suffix)
+    if path.name.lower().endswith(".nii.gz"):
+        suffix = ".nii.gz"
+    name = path.name[: len(path.name) - len(suffix)]
+    stem = path.parent if len(source.files) > 1 else path.parent / name
+    files = [f"{stem.as_posix()}{s}" for s in VOLUMES if (masks / f"{stem}{s}").is_file()]
+    if len(files) != 1:
+        raise BrokenCase(f"{len(files)} masks {stem}.* in the folder of masks; 1 is needed")
+    mask = read_pixels(masks, Source((files[0],), "volume"), plane=plane)
+    near = max(pixels.spacing or (1e-3,))
+    if mask.values.shape != pixels.values.shape or not np.allclose(
+        mask.frame, pixels.frame, atol=near
+    ):
+        raise BrokenCase(
+            f"its mask has another grid: {mask.values.shape} and {pixels.values.shape}, or another "
+            "place"
         )
-        try:
-            out.append(stream.decompress(rest, most + 1))
-        except (zlib.error, OSError, ValueError):
-            raise BrokenCase("cannot be read: its compressed stream is damaged") from None
-        most -= len(out[-1])
-        if most < 0:
-            raise BrokenCase("its compressed stream holds more than its header promises")
-        if not stream.eof:
-            raise BrokenCase("truncated: its compressed stream has no end")
-        rest = stream.unused_data if stream.unused_data[:2] == b"\x1f\x8b" else b""
-    return out[0] if len(out) == 1 else b"".join(out)
+    return mask.values > 0
+
+
+def _read_itk(path: Path, plane: str) -> Pixels:
+    import SimpleITK as sitk
+
+    image, stated = read_stated(path)
+    if image.GetDimension() == 3:
+        image = turn(image, plane)
+    values = sitk.GetArrayFromImage(image)
+    if image.GetDimension() == 2:
+        values = values[None]
+    if not np.isfinite(values).all():
+        raise BrokenCase("it has values that are infinite or not a number")
+    spacing = image.GetSpacing()
+    return Pixels(
+        values,
+        spacing=(float(spacing[1]), float(spacing[0])) if stated else None,
+        frame=(*image.GetOrigin(), *image.GetDirection()),
+    )
+
+
+def _read_picture(path: Path) -> Pixels:
+    try:
+        image, inverted = open_picture(path)
+    except ImageError as error:
+        said = str(error)
+        if "not a readable image" in said:  # the reason may hold the header's words
+            raise BrokenCase("not an image that can be read (truncated?)") from None
+        raise BrokenCase(f"it {said}") from None
+    if image.mode == "RGBA":
+        flat = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        flat.alpha_composite(image)
+        return Pixels(np.asarray(flat.convert("RGB"))[None], note="on black")
+    return Pixels(np.asarray(image)[None], inverted=inverted)

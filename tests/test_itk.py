@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medbudget.data.itk import read_volume
 from medbudget.data.prepare import BrokenCase
-from medbudget.data.volumes import read_volume
 
 sitk = pytest.importorskip("SimpleITK")
 nib = pytest.importorskip("nibabel")

@@ -1,0 +1,189 @@
+"""Join DICOM files of one series to volumes, where their headers say that they are one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from medbudget.data import dicom
+from medbudget.data.decoding import Numbers, get_number, get_numbers, get_text, read_dataset
+from medbudget.data.prepare import BrokenCase
+from medbudget.files import hash_file
+
+# what tells apart images of a series that lie at one position, in the order of trial
+REPEATS = (
+    "TemporalPositionIdentifier", "DiffusionBValue", "EchoTime", "EchoNumbers", "SequenceName",
+    "ImageType", "AcquisitionNumber", "TriggerTime",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image or volume on disk."""
+
+    files: tuple[str, ...]  # relative to the root; several for a DICOM series, in slice order
+    kind: str  # "picture", "volume" or "dicom"
+    patient: str = ""  # from DICOM; "" elsewhere
+    problem: str = ""  # why it cannot be used, as far as that is known before reading it
+    burnt_in: bool = False  # DICOM says that there is text in the pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """What decides which DICOM files are one volume."""
+
+    file: str
+    series: str
+    patient: str
+    burnt_in: bool
+    scout: bool
+    shape: tuple[object, ...]  # size and colour model
+    orientation: Numbers | None
+    position: Numbers | None
+    spacing: Numbers | None
+    instance: str
+    repeats: tuple[str, ...]
+
+    def is_beside(self, other: Header) -> bool:
+        """Could both be slices of one volume?"""
+        assert self.orientation and other.orientation
+        return (
+            self.shape == other.shape
+            and dicom.is_parallel(self.orientation, other.orientation)
+            and np.allclose(self.spacing or 0, other.spacing or 0, rtol=1e-3)
+        )
+
+
+def read_header(path: Path, file: str) -> Header | str:
+    """Read what joining needs; for what is no image, return what it is."""
+    data = read_dataset(path, pixels=False)
+    kind = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
+    name = getattr(kind, "name", "") if getattr(kind, "is_private", True) is False else ""
+    if name and name != str(kind) and "Image Storage" not in name:
+        return f"DICOM {name.removesuffix(' Storage')}"
+    instance, series = get_text(data, "SOPInstanceUID"), get_text(data, "SeriesInstanceUID")
+    one = get_number(data, "NumberOfFrames", 1) <= 1
+    orientation = get_numbers(data, "ImageOrientationPatient", 6) if one else None
+    position = get_numbers(data, "ImagePositionPatient", 3) if one else None
+    spacing = get_numbers(data, "PixelSpacing", 2)
+    return Header(
+        file,
+        series or f"none: {file}",
+        get_text(data, "PatientID"),
+        get_text(data, "BurnedInAnnotation") == "YES",
+        "LOCALIZER" in get_text(data, "ImageType"),
+        tuple(get_text(data, n) for n in ("Rows", "Columns", "PhotometricInterpretation")),
+        orientation if position else None,
+        position if orientation else None,
+        spacing,
+        instance,
+        tuple(get_text(data, name) for name in REPEATS),
+    )
+
+
+def join_series(root: Path, headers: Sequence[Header], said: dict[str, list[str]]) -> list[Source]:
+    """Join DICOM files of one series to volumes where their headers say that they are one."""
+    series: dict[str, list[Header]] = {}
+    for header in headers:
+        series.setdefault(header.series, []).append(header)
+    out: list[Source] = []
+    for members in series.values():
+        file = members[0].file
+
+        def note(text: str, file: str = file) -> None:
+            said.setdefault(text, []).append(file)
+
+        patients = {header.patient for header in members}
+        if len(patients) > 1:
+            out.append(_source(members, f"one series holds {len(patients)} patients"))
+            continue
+        if len({_top(header.file) for header in members}) > 1:
+            note("its slices lie in several folders of classes, and stay images of their own")
+            out += [_source([header]) for header in members]
+            continue
+        copies = _find_copies(root, members)
+        if copies:
+            note("slices that are there twice, byte for byte, are used once")
+        members = [header for header in members if header.file not in copies]
+        if {header.scout for header in members} == {True, False}:
+            note("scouts (localizers) among its slices are left out")
+            members = [header for header in members if not header.scout]
+        single = [header for header in members if header.orientation is None]
+        out += [_source([header]) for header in single]  # views, or files of several frames
+        stacks: list[list[Header]] = []
+        for header in members:
+            if header.orientation is None:
+                continue
+            stack = next((s for s in stacks if s[0].is_beside(header)), None)
+            if stack is None:
+                stacks.append([header])
+            else:
+                stack.append(header)
+        if len(stacks) > 1:
+            note("split, as its slices lie in several planes, or differ in size or spacing")
+        for stack in stacks:
+            out += _stack(stack, note)
+    return out
+
+
+def _top(file: str) -> str:
+    """Return the first folder of a path, "" if there is none."""
+    return file.split("/")[0] if "/" in file else ""
+
+
+def _find_copies(root: Path, members: Iterable[Header]) -> set[str]:
+    """Return files of a series that are, byte for byte, copies of an earlier one."""
+    first: dict[str, str] = {}
+    copies = set()
+    for header in members:
+        other = first.setdefault(header.instance, header.file)
+        if header.instance and other != header.file:
+            hashes = {hash_file(root / file) for file in (other, header.file)}
+            if len(hashes) == 1:
+                copies.add(header.file)
+    return copies
+
+
+def _stack(stack: list[Header], note: object) -> list[Source]:
+    """Put parallel slices in order; keep time points and the like apart."""
+    assert callable(note)
+    try:
+        axes = dicom.measure_axes(stack[0].orientation or ())
+    except BrokenCase as error:
+        return [_source(stack, str(error))]
+    along = [float(np.dot(header.position or (), axes[:, 2])) for header in stack]
+    stack = [stack[i] for i in np.argsort(along, kind="stable")]
+    steps = np.diff(sorted(along))
+    if len(steps) and steps.min() < 1e-3:
+        places = 1 + int((steps >= 1e-3).sum())
+        for i, name in enumerate(REPEATS):
+            groups: dict[str, list[Header]] = {}
+            for header in stack:
+                groups.setdefault(header.repeats[i], []).append(header)
+            if len(groups) > 1 and places > 1 and {len(g) for g in groups.values()} == {places}:
+                note(f"split into {len(groups)} volumes by {name}, as slices share positions")
+                return [source for group in groups.values() for source in _stack(group, note)]
+        return [
+            _source(
+                stack,
+                "several images of a series lie at one position (time points, b-values?), and no "
+                f"tag tells them apart ({', '.join(REPEATS)}); put them into series of their own",
+            )
+        ]
+    if len(steps) and dicom.is_uneven(steps):
+        note("its slices lie unevenly: is one missing?")
+    return [_source(stack)]
+
+
+def _source(members: Sequence[Header], problem: str = "") -> Source:
+    files = tuple(header.file for header in members)
+    burnt_in = any(header.burnt_in for header in members)
+    return Source(files, "dicom", min(h.patient for h in members), problem, burnt_in)
+
+
+def separate(source: Source) -> list[Source]:
+    """Return the files of a DICOM series as images of their own."""
+    return [replace(source, files=(file,), problem="") for file in source.files]
