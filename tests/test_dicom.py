@@ -695,8 +695,7 @@ def test_what_is_no_image_is_said(tmp_path):
     ):  # fmt: skip
         write(root / name, RAMP, sop=kind, **no_image)
     for name in (
-        "a/x.gif",
-        "a/y.jp2",
+        "a/x.svg",
         "a/z.mgz",
         "a/v.hdr",
         "a/v.img",
@@ -711,7 +710,7 @@ def test_what_is_no_image_is_said(tmp_path):
     for kind in (
         "1 DICOM Media Storage Directory",
         "Basic Text SR",
-        "1 .gif",
+        "1 .svg",
         "1 .gz",
         "1 .mgz",
         "1 .img",

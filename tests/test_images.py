@@ -4,10 +4,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from medbudget.data.readers import Source, read_pixels
 from PIL import Image
 
 from medbudget import load_images, save_images
+from medbudget.data.volumes import Source, read_pixels
 from medbudget.images import ImageError, check_twins, hash_pixels, load_image, make_grid
 
 
