@@ -14,7 +14,7 @@ from medbudget.cli import bases, embeddings, generate, readers, score, studies
 from medbudget.cli.prepare import app as prepare_app
 
 STOPPED = "stopped: the same command goes on from here"
-GOES_ON = ("classify", "inpaint", "invert", "prepare", "sample", "study")
+GOES_ON = ("classify", "inpaint", "prepare", "sample", "study")  # invert says more itself
 
 
 def _show_default(value: Any) -> str | None:

@@ -211,11 +211,12 @@ def sample(
     """
     from medbudget import Embedding, save_images
     from medbudget import sample as draw
-    from medbudget.files import check_output, hold
+    from medbudget.files import check_output, check_writable, hold
     from medbudget.images import read_record
     from medbudget.progress import quiet, tqdm
     from medbudget.sampling import BLOCK, check_numbers, default_steps, total_guidance
 
+    check_writable(out / "00000.png")
     words = [Embedding.load(path) for path in embeddings or []]
     loaded = base.load()
     for e in words:
