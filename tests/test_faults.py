@@ -506,7 +506,6 @@ def test_a_read_only_folder_is_refused_before_the_work(small_disk, work, medbudg
         ("phantoms", disk / "made", "--n", 1),
         ("reader-study", "create", given / "a", given / "b", "--out", disk / "s", "--seed", 1,
          "--n-pairs", 3),
-        ("study", "stylegan3", "--store", disk / "study"),
     ):  # fmt: skip
         code, _, error = medbudget(*command)
         assert code == 1 and len(error.strip().splitlines()) == 1, (command[0], error)
