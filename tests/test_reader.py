@@ -485,7 +485,7 @@ def test_command_line_from_folders_to_scores(medbudget, sources, tmp_path):
     assert page.read_text(encoding="utf-8") == study.export()
     file.write_text("mine", encoding="utf-8")
     code, _, err = medbudget("reader-study", "export", out, "--out", file)
-    assert code == 1 and "exists and is another file" in err and file.read_text() == "mine"
+    assert code == 1 and "is there already" in err and file.read_text() == "mine"
     file.write_text(json.dumps(page_records(study, "eve", ["left"] * 22)), encoding="utf-8")
     code, said, err = medbudget("reader-study", "analyse", out, "--answers", file)
     assert code == 1 and "no study.key.json" in err

@@ -70,11 +70,9 @@ def export(study: Path, /, *, out: Path, overwrite: bool = False) -> None:
     overwrite
         replace OUT if it is there
     """
-    from medbudget.files import check_output
     from medbudget.reader import ReaderStudy
 
-    check_output(out, overwrite=overwrite)
-    ReaderStudy.load(study).export(out)
+    ReaderStudy.load(study).export(out, overwrite=overwrite)
     size = out.stat().st_size / 2**20
     print(f"wrote {out} ({size:.1f} MiB): send it to readers, without the key")
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medbudget.files import InUseError, hold, write_json, write_text
+from medbudget.files import InUseError, check_output, hold, write_json, write_text
 from medbudget.images import find_images, load_image, to_pil
 from medbudget.metrics.scores import Score
 from medbudget.progress import tqdm
@@ -172,7 +172,7 @@ class ReaderStudy:
         """Return the names of the readers who have answered something."""
         return sorted(p.stem for p in (self.folder / "answers").glob("*.jsonl"))
 
-    def export(self, path: str | os.PathLike[str] | None = None) -> str:
+    def export(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> str:
         """Return the study as one HTML page without key or network, and write it if asked to.
 
         The page keeps each answer in the browser's own storage (IndexedDB, flushed to the disk)
@@ -181,7 +181,7 @@ class ReaderStudy:
         Raises
         ------
         FileExistsError
-            `path` is another file.
+            `path` is another file, unless `overwrite`.
         """
         urls = [self.urls(pair) for pair in range(len(self.pairs))]
         data = {"study": self.id, "question": self.question, "pairs": urls}
@@ -190,9 +190,9 @@ class ReaderStudy:
         template = TEMPLATE.read_text(encoding="utf-8")
         page = re.sub(r"\$(TITLE|STUDY)", lambda match: parts[match[1]], template)
         if path is not None:
-            if Path(path).exists() and Path(path).read_bytes() != page.encode():
-                raise FileExistsError(f"{path} exists and is another file: choose another name")
-            write_text(path, page)
+            if not (Path(path).is_file() and Path(path).read_bytes() == page.encode()):
+                check_output(path, overwrite=overwrite)
+                write_text(path, page)
         return page
 
     def import_answers(self, path: str | os.PathLike[str]) -> Reading:

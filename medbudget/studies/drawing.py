@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -42,6 +43,13 @@ def get_base(name: str, base_hash: str) -> Base:
             "the same weights on every machine, or plan anew"
         )
     return base
+
+
+def forget_base() -> None:
+    """Let go of the base that this process has loaded, and of its memory on a GPU."""
+    _load.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _need_base(task: Task, store: Store) -> list[tuple[Hashable, ...]]:

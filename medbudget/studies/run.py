@@ -19,6 +19,7 @@ from medbudget.files import write_text
 from medbudget.processes import start_worker
 from medbudget.progress import quiet, tqdm
 from medbudget.runs import Stopped
+from medbudget.studies.drawing import forget_base
 from medbudget.studies.tasks import KINDS, Store, Task, check_needs, ensure, in_order
 
 ENGINES = ("local", "ray")
@@ -91,6 +92,8 @@ def run(
     if count < 1:
         raise ValueError(f"at least one worker is needed, got {count}")
     check_needs(tasks, store)
+    if engine == "ray" or count > 1:
+        forget_base()  # others load it
     share = in_order(tasks)[i - 1 :: k]
     if engine == "ray":
         return _run_ray(share, store, address, gpus)
