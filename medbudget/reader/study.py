@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medbudget.files import InUseError, check_output, hold, write_json, write_text
+from medbudget.files import InUseError, check_output, hold, write_bytes, write_json
 from medbudget.images import find_images, load_image, to_pil
 from medbudget.metrics.scores import Score
 from medbudget.progress import tqdm
@@ -189,10 +189,10 @@ class ReaderStudy:
         parts = {"TITLE": html.escape(self.question), "STUDY": text}
         template = TEMPLATE.read_text(encoding="utf-8")
         page = re.sub(r"\$(TITLE|STUDY)", lambda match: parts[match[1]], template)
-        if path is not None:
-            if not (Path(path).is_file() and Path(path).read_bytes() == page.encode()):
-                check_output(path, overwrite=overwrite)
-                write_text(path, page)
+        content = page.encode()
+        if path is not None and not (Path(path).is_file() and Path(path).read_bytes() == content):
+            check_output(path, overwrite=overwrite)
+            write_bytes(path, content)
         return page
 
     def import_answers(self, path: str | os.PathLike[str]) -> Reading:
