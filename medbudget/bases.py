@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medbudget.files import write_text
+from medbudget.files import cache_folder, write_text
 
 
 class BaseError(RuntimeError):
@@ -369,8 +369,7 @@ def _fetch(name: str, repo: str, revision: str | None) -> Path:
 
 
 def _verified_file() -> Path:
-    cache = os.environ.get("MEDBUDGET_CACHE") or Path.home() / ".cache" / "medbudget"
-    return Path(cache) / "verified.json"
+    return cache_folder() / "verified.json"
 
 
 def record_verified(base_hash: str, name: str) -> None:

@@ -121,6 +121,12 @@ def check_writable(path: PathLike) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Return the folder of features and downloads: ``$MEDBUDGET_CACHE`` or ``~/.cache/medbudget``."""
+    system = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MEDBUDGET_CACHE") or Path(system) / "medbudget")
+
+
 def check_output(
     path: PathLike,
     record: Mapping[str, Any] | None = None,

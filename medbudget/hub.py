@@ -13,7 +13,7 @@ from typing import Any
 
 from medbudget.bases import ID, is_offline, known_base
 from medbudget.embeddings import Embedding, EmbeddingError
-from medbudget.files import atomic_path, check_writable, write_text
+from medbudget.files import atomic_path, cache_folder, check_writable, write_text
 
 PAPER_URL = (
     "https://github.com/brambozz/medical-diffusion-on-a-budget/raw/"
@@ -243,6 +243,5 @@ def load_word(kind: str, label: str, folder: str | os.PathLike[str] = "") -> Emb
     if (kind, label) not in _AUTHORS:
         known = ", ".join(" ".join(pair) for pair in _AUTHORS)
         raise ValueError(f"the authors released no embedding of {kind} {label}; they have: {known}")
-    cache = os.environ.get("MEDBUDGET_CACHE") or Path.home() / ".cache" / "medbudget"
-    path = fetch_paper_embedding(_AUTHORS[kind, label], Path(cache) / "embeddings")
+    path = fetch_paper_embedding(_AUTHORS[kind, label], cache_folder() / "embeddings")
     return Embedding.load(path, token=f"<{label}>")

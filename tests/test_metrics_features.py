@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from medbudget import metrics
-from medbudget.metrics.features import _cache_key, cache_folder, resize_bilinear, thumbnails
+from medbudget.files import cache_folder
+from medbudget.metrics.features import _cache_key, resize_bilinear, thumbnails
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -121,3 +121,12 @@ def test_images_that_are_not_there_or_not_images(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no images in" in refused("describe", tmp_path / "empty")
     assert "no such folder" in refused("describe", tmp_path / "none")
+
+
+def test_the_cache_says_where_it_is_and_is_cleared(medbudget, own_cache, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "a.npy").write_bytes(bytes(3 * 2**20))
+    said = medbudget("cache")[1].splitlines()
+    assert said[0].split() == ["features,", "weights", "3", "MiB", str(tmp_path / "cache")]
+    assert (tmp_path / "cache" / "a.npy").exists() and "--clear" in said[2]
+    assert medbudget("cache", "--clear")[0] == 0 and not (tmp_path / "cache").exists()

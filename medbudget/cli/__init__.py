@@ -31,6 +31,7 @@ app = App(
 )
 app.register_install_completion_command(add_to_startup=False)
 app.command(bases.doctor)
+app.command(bases.cache)
 app.command(generate.phantoms)
 app.command(generate.invert)
 app.command(generate.sample)

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from cyclopts import App
 
@@ -37,10 +38,8 @@ def list_bases() -> None:
 def fetch(name: Text = "sd20", /) -> None:
     """Fetch a base into the hub's cache; a broken download goes on.
 
-    Parameters
-    ----------
-    name
-        sd20, sd21-base, sd21, sd15, sd14, or owner/name[@revision]
+    Args:
+        name: sd20, sd21-base, sd21, sd15, sd14, or owner/name[@revision]
     """
     from medbudget.bases import ID, find_base, known_base, unknown_base
 
@@ -53,14 +52,11 @@ def fetch(name: Text = "sd20", /) -> None:
 def verify(name: Text, /, *, known: Text = "", device: Text | None = None) -> int:
     """Measure whether a base is what it should be; exit code 1 if not.
 
-    Parameters
-    ----------
-    name
-        tiny, sd20 …, owner/name, a folder or a file
-    known
-        the known base that it should be, e.g. sd20: draws its golden picture, a minute on a CPU
-    device
-        cpu or cuda; default: cuda if there is one
+    Args:
+        name: tiny, sd20 …, owner/name, a folder or a file
+        known: the known base that it should be, e.g. sd20: draws its golden picture, a minute on a
+            CPU
+        device: cpu or cuda; default: cuda if there is one
     """
     import torch
 
@@ -73,6 +69,28 @@ def verify(name: Text, /, *, known: Text = "", device: Text | None = None) -> in
     for check, (measured, passed) in checks.items():
         print(f"{check:<13}{'ok' if passed else 'FAILED'}: {measured}")
     return 0 if all(passed for _, passed in checks.values()) else 1
+
+
+def cache(*, clear: bool = False) -> None:
+    """Print where features and downloads are kept, and how much they take.
+
+    Args:
+        clear: delete medbudget's own; whatever is needed again is made or fetched again
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from medbudget.files import cache_folder
+
+    for name, folder in (("features, weights", cache_folder()), ("hub", Path(HF_HUB_CACHE))):
+        size = sum(
+            p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink()
+        )
+        print(f"{name:<18} {size / 2**20:>8.0f} MiB  {folder}")
+    if clear:
+        shutil.rmtree(cache_folder(), ignore_errors=True)
+        print(f"deleted {cache_folder()}")
+    else:
+        print("--clear deletes the first; hf cache rm deletes parts of the second")
 
 
 def doctor() -> None:

@@ -6,20 +6,18 @@ from pathlib import Path
 
 from cyclopts import App
 
-from medbudget.cli.options import Text, Words
+from medbudget.cli.options import File, Text, Words
 
 app = App(name="embedding", help="Look into an embedding file, convert, describe or upload it.")
 released_app = App(name="embeddings", help="Embeddings that others released.")
 
 
 @app.command
-def show(file: Path, /, *, base: Text | None = None) -> None:
+def show(file: File, /, *, base: Text | None = None) -> None:
     """Print token, shape, steps, norms and base of an embedding file.
 
-    Parameters
-    ----------
-    base
-        check that it fits this base
+    Args:
+        base: check that it fits this base
     """
     from medbudget import Embedding, load_base
     from medbudget.bases import compare_origin
@@ -45,18 +43,14 @@ def show(file: Path, /, *, base: Text | None = None) -> None:
 
 @app.command
 def convert(
-    file: Path, out: Path, /, *, token: Text | None = None, overwrite: bool = False
+    file: File, out: Path, /, *, token: Text | None = None, overwrite: bool = False
 ) -> None:
     """Write an embedding in another program's format.
 
-    Parameters
-    ----------
-    out
-        *.safetensors, *.pt (A1111, ComfyUI) or *.bin (diffusers)
-    token
-        give it another token
-    overwrite
-        replace OUT if it is there
+    Args:
+        out: *.safetensors, *.pt (A1111, ComfyUI) or *.bin (diffusers)
+        token: give it another token
+        overwrite: replace OUT if it is there
     """
     from medbudget import Embedding
     from medbudget.files import check_output
@@ -80,21 +74,16 @@ PROGRAMS = {768: "1.x", 1024: "2.x"}  # width of the vectors: which models take 
 
 @app.command
 def card(
-    file: Path, /, *, scores: Path | None = None, licence: Text = "other", out: Path | None = None,
+    file: File, /, *, scores: Path | None = None, licence: Text = "other", out: Path | None = None,
     overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Write the model card of an embedding: data, licence, steps, base, scores, use, limits.
 
-    Parameters
-    ----------
-    scores
-        what medbudget evaluate --out wrote
-    licence
-        as the hub spells it, e.g. mit
-    out
-        write it there; else print it
-    overwrite
-        replace OUT if it is there
+    Args:
+        scores: what medbudget evaluate --out wrote
+        licence: as the hub spells it, e.g. mit
+        out: write it there; else print it
+        overwrite: replace OUT if it is there
     """
     from medbudget import Embedding
     from medbudget.files import check_output, write_text
@@ -112,21 +101,16 @@ def card(
 
 @app.command
 def push(
-    file: Path, repo: Text, /, *, scores: Path | None = None, licence: Text = "other",
+    file: File, repo: Text, /, *, scores: Path | None = None, licence: Text = "other",
     public: bool = False,
 ) -> None:  # fmt: skip
     """Upload an embedding with its card to the Hugging Face hub (after hf auth login).
 
-    Parameters
-    ----------
-    repo
-        OWNER/NAME on the Hugging Face hub
-    scores
-        what medbudget evaluate --out wrote
-    licence
-        as the hub spells it, e.g. mit
-    public
-        else only you can see it
+    Args:
+        repo: OWNER/NAME on the Hugging Face hub
+        scores: what medbudget evaluate --out wrote
+        licence: as the hub spells it, e.g. mit
+        public: else only you can see it
     """
     from medbudget import Embedding
     from medbudget.hub import push_embedding, read_scores
@@ -142,12 +126,9 @@ def push(
 def paper(*, fetch: Words = None, out: Path = Path("embeddings")) -> None:
     """List the eight embeddings that the paper's authors released, and fetch them on request.
 
-    Parameters
-    ----------
-    fetch
-        a name, or all; repeatable
-    out
-        folder for the files
+    Args:
+        fetch: a name, or all; repeatable
+        out: folder for the files
     """
     from medbudget.hub import (
         PAPER_CHECKPOINT,

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 Text = Annotated[str, Parameter(metavar="TEXT")]
 Paths = Annotated[list[Path] | None, Parameter(consume_multiple=False)]
+File = Annotated[Path, Parameter(help="an embedding: .safetensors, .pt or .bin")]
 Words = Annotated[list[str] | None, Parameter(consume_multiple=False, metavar="TEXT...")]
 
 
@@ -20,12 +21,9 @@ Words = Annotated[list[str] | None, Parameter(consume_multiple=False, metavar="T
 class Machine:
     """Where to compute.
 
-    Parameters
-    ----------
-    device
-        cpu or cuda; default: cuda if there is one
-    threads
-        of the processor; default: one for each core
+    Args:
+        device: cpu or cuda; default: cuda if there is one
+        threads: of the processor; default: one for each core
     """
 
     device: Text | None = None
@@ -59,13 +57,9 @@ class Machine:
 class BaseOptions(Machine):
     """Which base, and where to compute.
 
-    Parameters
-    ----------
-    base
-        tiny; sd20, sd21-base, sd21, sd15, sd14; a repository of the hub (owner/name[@revision]);
-        a folder in diffusers' layout; a .ckpt or .safetensors file; or sd2-random, sd1-random
-    fast
-        compile the U-Net first: a minute, pays off in long runs on a GPU
+    Args:
+        base: tiny, sd20, sd15 … (medbudget base list), owner/name of the hub, a folder or a file
+        fast: compile the U-Net first: a minute, pays off in long runs on a GPU
     """
 
     base: Text = "tiny"

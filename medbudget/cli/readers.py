@@ -20,24 +20,15 @@ def create(
 ) -> None:  # fmt: skip
     """Make blinded pairs of two folders' images, and the key in another file.
 
-    Parameters
-    ----------
-    a
-        folder of images: the source that should win
-    b
-        folder of images of the other source
-    out
-        the study's folder, for readers
-    seed
-        default: a random one, kept in the key; tell no reader: it gives it away
-    key
-        key file; default OUT.key.json
-    n_pairs
-        paper: 50
-    repeats
-        share of the pairs that is asked twice
-    question
-        default: Which image looks more like a real one?
+    Args:
+        a: folder of images: the source that should win
+        b: folder of images of the other source
+        out: the study's folder, for readers
+        seed: default: a random one, kept in the key; tell no reader: it gives it away
+        key: key file; default OUT.key.json
+        n_pairs: paper: 50
+        repeats: share of the pairs that is asked twice
+        question: default: Which image looks more like a real one?
     """
     from medbudget.reader import QUESTION, ReaderStudy, compute_power, default_key
 
@@ -61,14 +52,10 @@ def create(
 def export(study: Path, /, *, out: Path, overwrite: bool = False) -> None:
     """Write the study as one page that works offline in a browser, without Python.
 
-    Parameters
-    ----------
-    study
-        the study's folder
-    out
-        HTML file
-    overwrite
-        replace OUT if it is there
+    Args:
+        study: the study's folder
+        out: HTML file
+        overwrite: replace OUT if it is there
     """
     from medbudget.reader import ReaderStudy
 
@@ -84,20 +71,13 @@ def analyse(
 ) -> None:  # fmt: skip
     """Import answers, open the key, test preference, sides and agreement.
 
-    Parameters
-    ----------
-    study
-        the study's folder
-    key
-        key file; default STUDY.key.json
-    answers
-        file that a reader's page saved; repeatable; imported first
-    power
-        to plan the size of the next study
-    out
-        also write the scores as JSON
-    overwrite
-        replace OUT if it is there
+    Args:
+        study: the study's folder
+        key: key file; default STUDY.key.json
+        answers: file that a reader's page saved; repeatable; imported first
+        power: to plan the size of the next study
+        out: also write the scores as JSON
+        overwrite: replace OUT if it is there
     """
     from medbudget.files import check_output
     from medbudget.metrics import format_table, to_json

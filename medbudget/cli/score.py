@@ -22,40 +22,23 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Score generated images against real ones: a verdict, and the numbers it rests on.
 
-    Parameters
-    ----------
-    real
-        folder of real images, best of patients that were not trained on
-    synthetic
-        folder of generated images
-    train
-        folder of training images: adds memorisation
-    features
-        extractor, or NAME=WEIGHTS; repeatable; default efficientnet-lite0
-    permutation
-        folder of another generator's images: adds a test
-    paired
-        pair both generators' files by recorded seed, or by number in their names
-    repeats
-        permutations
-    normalize
-        none, paper (each image z-scored), or both
-    interval
-        influence, bootstrap or paper
-    floor
-        real versus real beside every distance
-    size
-        longest edge of all images, padded to squares; default: that of the synthetic images
-    verbose
-        all scores, with their notes
-    out
-        also write all scores as JSON
-    pairs
-        PNG of the 8 images nearest to --train, beside theirs
-    overwrite
-        replace OUT and PAIRS if they are there
-    seed
-        the same seed gives the same result
+    Args:
+        real: folder of real images, best of patients that were not trained on
+        synthetic: folder of generated images
+        train: folder of training images: adds memorisation
+        features: extractor, or NAME=WEIGHTS; repeatable; default efficientnet-lite0
+        permutation: folder of another generator's images: adds a test
+        paired: pair both generators' files by recorded seed, or by number in their names
+        repeats: permutations
+        normalize: none, paper (each image z-scored), or both
+        interval: influence, bootstrap or paper
+        floor: real versus real beside every distance
+        size: longest edge of all images, padded to squares; default: that of the synthetic images
+        verbose: all scores, with their notes
+        out: also write all scores as JSON
+        pairs: PNG of the 8 images nearest to --train, beside theirs
+        overwrite: replace OUT and PAIRS if they are there
+        seed: the same seed gives the same result
     """
     from medbudget import evaluate as run
     from medbudget.files import check_output
@@ -125,38 +108,23 @@ def classify(
 ) -> None:  # fmt: skip
     """Train classifiers on real and on real + synthetic images; compare them on a test set.
 
-    Parameters
-    ----------
-    train
-        folder with a folder of images for each class
-    val
-        the same classes, or PatchCamelyon's …_valid_x.h5: chooses the best step
-    test
-        the same classes, or PatchCamelyon's …_test_x.h5: scored once by each run
-    synthetic
-        the same classes: is training with these better?
-    runs
-        trainings that differ in their seed; paper: 10
-    out
-        folder for runs and scores; goes on there
-    preset
-        tiny, modern or paper; default: tiny on a CPU, else modern
-    positive
-        the class whose probability is scored; default: the diseased one, or the second by name
-    size
-        bring all images to this size first; else they must agree
-    steps
-        batches of training; paper: 6250
-    lr
-        learning rate; paper: 0.0001
-    precision
-        auto, float32, bfloat16 or float16; auto: half on a GPU
-    weights
-        imagenet, none, or a file of the network's weights
-    seed
-        of the first run; the next ones have the next seeds
-    overwrite
-        replace the scores of another comparison
+    Args:
+        train: folder with a folder of images for each class
+        val: the same classes, or PatchCamelyon's …_valid_x.h5: chooses the best step
+        test: the same classes, or PatchCamelyon's …_test_x.h5: scored once by each run
+        synthetic: the same classes: is training with these better?
+        runs: trainings that differ in their seed; paper: 10
+        out: folder for runs and scores; goes on there
+        preset: tiny, modern or paper; default: tiny on a CPU, else modern
+        positive: the class whose probability is scored; default: the diseased one, or the second by
+            name
+        size: bring all images to this size first; else they must agree
+        steps: batches of training; paper: 6250
+        lr: learning rate; paper: 0.0001
+        precision: auto, float32, bfloat16 or float16; auto: half on a GPU
+        weights: imagenet, none, or a file of the network's weights
+        seed: of the first run; the next ones have the next seeds
+        overwrite: replace the scores of another comparison
     """
     from medbudget.classifier import choose_settings
     from medbudget.studies.comparison import classify as run

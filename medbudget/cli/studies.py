@@ -18,19 +18,11 @@ app = App(name="study", help="The paper's tables and figures as studies.")
 class Options:
     """Which study.
 
-    Parameters
-    ----------
-    store
-        folder of results; shared by all machines
-    preset
-        tiny, colab or paper
-    data
-        ROLE=FOLDER of real images; of table1, figure5 and stylegan3: train, reference, floor; of
-        table2 and interpolation: prostate, chest, histology as prepare writes them, and of table2
-        pcam with the official HDF5 files; of stylegan3 also start=FILE of networks to fine-tune
-        (tiny without --data: phantoms)
-    changes
-        SETTING=VALUE in place of the preset's, such as n=100 or gan.kimg=30
+    Args:
+        store: folder of results; shared by all machines
+        preset: tiny, colab or paper
+        data: ROLE=FOLDER of real images, or several; an unknown role lists those of the study
+        changes: SETTING=VALUE in place of the preset's, such as n=100 or gan.kimg=30
     """
 
     store: Path = Path("studies")
@@ -100,18 +92,12 @@ def _add(name: str, doc: str) -> None:
 
     command.__doc__ = f"""{doc}
 
-    Parameters
-    ----------
-    engine
-        local, or ray
-    workers
-        processes of engine local; default: GPUs, else cores up to 4
-    address
-        of a Ray cluster
-    shard
-        i/k: the i-th of k shares of the tasks
-    dry_run
-        print what there is to do, and do nothing
+    Args:
+        engine: local, or ray
+        workers: processes of engine local; default: GPUs, else cores up to 4
+        address: of a Ray cluster
+        shard: i/k: the i-th of k shares of the tasks
+        dry_run: print what there is to do, and do nothing
     """
     app.command(command, name=name)
 
@@ -127,10 +113,8 @@ _add("stylegan3", "Section 4.2: StyleGAN3 and Textual Inversion on the same case
 def status(name: Text, /, *, options: Options = DEFAULT) -> None:
     """Print what is done and what is missing.
 
-    Parameters
-    ----------
-    name
-        table1, figure5, table2, interpolation or stylegan3
+    Args:
+        name: table1, figure5, table2, interpolation or stylegan3
     """
     _print_plan(*options.plan(name))
 
@@ -139,12 +123,9 @@ def status(name: Text, /, *, options: Options = DEFAULT) -> None:
 def report(name: Text, /, *, options: Options = DEFAULT, record: bool = False) -> None:
     """Write the report of what is done: Markdown, HTML, figure.
 
-    Parameters
-    ----------
-    name
-        table1, figure5, table2, interpolation or stylegan3
-    record
-        also into results/, for the book's chapters
+    Args:
+        name: table1, figure5, table2, interpolation or stylegan3
+        record: also into results/, for the book's chapters
     """
     from medbudget.studies import STUDIES, write_report
 

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medbudget.files import hash_file, hash_tensors
+from medbudget.files import cache_folder, hash_file, hash_tensors
 from medbudget.metrics.features import (
     OFFLINE,
     Extractor,
-    cache_folder,
     freeze,
     register_extractor,
     resize_bilinear,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medbudget.files import atomic_path, hash_file
+from medbudget.files import atomic_path, cache_folder, hash_file
 from medbudget.images import check_images
 from medbudget.progress import tqdm
 
@@ -272,14 +272,6 @@ def _load(name: str, weights: str | None, device: str) -> Extractor:
 
 
 # ------------------------------------------------------------------------------- features
-
-
-def cache_folder() -> Path:
-    """Return the folder of cached features: ``$MEDBUDGET_CACHE`` or ``~/.cache/medbudget``."""
-    named = os.environ.get("MEDBUDGET_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medbudget"
 
 
 def _cache_key(images: torch.Tensor, extractor: Extractor, normalize: str) -> str:
