@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,14 +25,7 @@ from medbudget.augment import LEVELS, augment
 from medbudget.cases import Cases, check_drawn, check_splits
 from medbudget.files import hash_tensors
 from medbudget.images import check_images
-from medbudget.metrics.auc import (
-    Difference,
-    auc,
-    bootstrap_auc,
-    calibration,
-    delong,
-    detectable_difference,
-)
+from medbudget.metrics.auc import auc, delong
 from medbudget.metrics.extractors import download, fit, load_state
 from medbudget.metrics.features import efficientnet_network
 from medbudget.metrics.scores import Score
@@ -457,45 +450,3 @@ def train_classifier(
         "tests": [],
     }
     return Classifier(run.network.eval(), s, train.classes, record)
-
-
-def score_runs(
-    labels: npt.ArrayLike,
-    scores: npt.ArrayLike,
-    *,
-    repeats: int = 2000,
-    patients: Sequence[Hashable] | None = None,
-) -> list[Score]:
-    """Return the mean AUC of repeated runs with its interval, their spread, and calibration.
-
-    Parameters
-    ----------
-    labels : array_like
-        ``(n,)`` of 0 and 1.
-    scores : array_like
-        ``(runs, n)``: probabilities of class 1.
-    repeats : int
-        Of the two-level bootstrap, over cases and runs.
-    patients : sequence, optional
-        Whose case each is: patients are resampled instead of cases.
-    """
-    truth, values = np.asarray(labels), np.atleast_2d(np.asarray(scores, dtype=np.float64))
-    n = (int((truth == 0).sum()), int((truth == 1).sum()))
-    found = bootstrap_auc(truth, values, repeats=repeats, patients=patients)
-    what = "cases" if patients is None else f"{len(set(patients))} patients"
-    note = f"mean of {len(values)} runs; two-level bootstrap over {what} and runs"
-    rows = [Score("AUC", found.value, found.interval, n, note=note)]
-    if len(values) > 1:
-        sd = float(np.std([auc(truth, one) for one in values], ddof=1))
-        rows.append(Score("sd of runs", sd, None, n, note="training noise on one test set"))
-    error = calibration(truth, values).error
-    return [*rows, Score("ECE", error, None, n, note="calibration error, 10 bins, all runs")]
-
-
-def score_gain(gain: Difference, n: tuple[int, int]) -> list[Score]:
-    """Return a gain of `bootstrap_auc` as a score, and the gain that could have been detected."""
-    least = detectable_difference(gain.se)
-    return [
-        Score("gain", gain.value, gain.interval, n, note=f"p = {gain.p_value:.3g}; same cases"),
-        Score("detectable", least, None, n, note="a true gain found with power 80 % at 5 %"),
-    ]

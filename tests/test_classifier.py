@@ -16,11 +16,10 @@ from medbudget.classifier import (
     make_network,
     resize,
     saliency,
-    score_gain,
-    score_runs,
     train_classifier,
 )
-from medbudget.studies.comparison import judge_gain, repeat_classifier
+from medbudget.studies.comparison import repeat_classifier
+from medbudget.studies.gains import judge_gain, score_gain, score_runs
 
 FAST = ClassifierSettings.preset(
     "tiny", size=32, steps=12, batch_size=8, validate_every=3, frozen=8, checkpoint_every=3

@@ -21,14 +21,13 @@ from medbudget.classifier import (
     ClassifierSettings,
     make_network,
     resize,
-    score_gain,
-    score_runs,
     train_classifier,
 )
 from medbudget.data.pcam import load_labels, load_patches
 from medbudget.files import write_json
 from medbudget.metrics.auc import Difference, auc, bootstrap_auc, calibration, delong_difference
 from medbudget.metrics.scores import Score
+from medbudget.studies.gains import score_gain, score_runs
 from medbudget.studies.tasks import Store, Task, kind, write_images
 
 PCAM = "pcam"  # role of the folder of PatchCamelyon's official HDF5 files

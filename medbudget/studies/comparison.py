@@ -25,8 +25,6 @@ from medbudget.classifier import (
     ClassifierSettings,
     choose_settings,
     resize,
-    score_gain,
-    score_runs,
     train_classifier,
 )
 from medbudget.data.pcam import find_split
@@ -38,14 +36,10 @@ from medbudget.files import (
     hold,
     write_json,
 )
-from medbudget.metrics.auc import (
-    Difference,
-    bootstrap_auc,
-    delong_difference,
-    detectable_difference,
-)
+from medbudget.metrics.auc import bootstrap_auc, delong_difference
 from medbudget.metrics.scores import Score, format_table, to_json
 from medbudget.progress import tqdm
+from medbudget.studies.gains import judge_gain, score_gain, score_runs
 
 Source = Cases | str | os.PathLike[str]
 
@@ -151,24 +145,6 @@ def classify(
     counts = {name: len(one) for name, one in cases.items()}
     known = len(set(patients or ()))
     return Comparison(rows, verdict, counts, cases["test"].classes, known, out)
-
-
-def judge_gain(gain: Difference) -> str:
-    """Say in words whether a gain is shown, and if not, which one could have been found.
-
-    Examples
-    --------
-    >>> judge_gain(Difference(0.051, 0.0457, (-0.042, 0.137), "bootstrap", 0.29))
-    'no gain shown (+0.051, interval -0.042 to +0.137, p = 0.29); 0.128 could have been found'
-    """
-    low, high = gain.interval
-    numbers = f"{gain.value:+.3f}, interval {low:+.3f} to {high:+.3f}, p = {gain.p_value:.2g}"
-    if low > 0:
-        return f"a gain is shown ({numbers})"
-    if high < 0:
-        return f"a loss is shown ({numbers}): better without these synthetic images"
-    least = detectable_difference(gain.se)
-    return f"no gain shown ({numbers}); {least:.3f} could have been found"
 
 
 def repeat_classifier(
