@@ -204,12 +204,12 @@ def _read_picture(path: Path) -> None:
 
 
 def _read_source(path: Path, source: Any) -> None:
-    from medbudget.data.folder import _apply_window
+    from medbudget.data.render import apply_window
     from medbudget.data.volumes import read_pixels
 
     pixels = read_pixels(path.parent, source)
     index = len(pixels.values) // 2
-    values, _ = _apply_window(pixels, index, "auto")
+    values, _ = apply_window(pixels, index, "auto")
     assert values.dtype == np.uint8 and values.shape == pixels.values.shape[1:]
     assert min(values.shape) > 0
 
@@ -250,7 +250,8 @@ def _read_official(path: Path) -> None:
 
 
 def _read_csv(path: Path) -> None:
-    from medbudget.data import chexpert, folder
+    from medbudget.data import chexpert
+    from medbudget.data.listed import list_by_table
     from medbudget.data.volumes import Source
 
     if path.name == "train.csv":
@@ -258,7 +259,9 @@ def _read_csv(path: Path) -> None:
         assert set(selected["label"]) <= set(chexpert.OBSERVATIONS)
         return
     sources = [Source((name,), "picture") for name in ("a.png", "b.png")]
-    entries = folder._read_table(path.parent, path, sources, "file", "class", "patient", [])
+    for source in sources:
+        (path.parent / source.files[0]).touch()
+    entries = list_by_table(path.parent, path, sources, ("file", "class", None), [], [])
     assert entries and all(isinstance(e.label, str) and e.label for e in entries)
 
 

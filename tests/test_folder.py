@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from medbudget.data.folder import prepare_folder
 from medbudget.data.phantom_trees import write_dicom
 from medbudget.data.prepare import load_manifest
 from medbudget.data.volumes import Source, count_slices, find_sources, read_pixels
-from medbudget.images import to_pil
+from medbudget.images import save_images, to_pil
 
 sitk = pytest.importorskip("SimpleITK")
 NAME, ID = "Doe^Jane", "MRN-4711-X"
@@ -178,11 +180,12 @@ def test_nothing_of_the_patient_is_in_what_is_written(
         for i in range(3):
             person = {"0010|0010": NAME, "0010|0020": f"{ID}{label}{i}", "0028|0301": "YES"}
             file = tmp_path / "in" / label / f"{NAME}{i}.dcm"
+            shift = 20 * i + 70 * (label == "sick")
             if compressor == "lossy JPEG":
-                write_dicom(file, ramp(dtype=np.uint8, scale=5) + np.uint8(i), person)
+                write_dicom(file, ramp(dtype=np.uint8, scale=3) + np.uint8(shift), person)
                 compress_lossy(file, comment=f"{NAME} {ID}")
             else:
-                write_dicom(file, ramp() + i, person, compressor=compressor)
+                write_dicom(file, ramp() + shift, person, compressor=compressor)
             assert NAME.encode() in file.read_bytes()
     out, key = tmp_path / "out", tmp_path / "key.csv"
     report = prepare_folder(tmp_path / "in", out, size=32, key=key)
@@ -193,7 +196,7 @@ def test_nothing_of_the_patient_is_in_what_is_written(
         if path.is_file():
             content = path.read_bytes()
             assert not any(word in content for word in words), path
-    assert not Image.open(next(out.rglob("p*.png"))).info
+    assert set(Image.open(next(out.rglob("p*.png"))).info) == {"medbudget"}  # its row, as above
     with open(key, newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["patient"] for row in rows} == {
@@ -379,7 +382,7 @@ def test_patients_from_a_pattern_a_table_or_nobody(tmp_path: Path) -> None:
     table = load_manifest(tmp_path / "table")
     assert_patients_kept_together(table)
     assert set(table["label"]) == {"A_1_2", "B_1_2"} and len(table) == 35
-    assert any("1 images are not in the table" in note for note in report.notes)
+    assert any("1 image is not in the table" in note for note in report.notes)
     assert len(report.broken) == 1 and "not in the folder" in report.broken[0][1]
 
     report = prepare_folder(root, tmp_path / "nobody", size=32)
@@ -442,12 +445,189 @@ def test_wrong_folders_and_tables(tmp_path: Path) -> None:
         ("file,class\nz.png,x\n", "must be relative"),
         ("file,class\na.png,x\na.png,y\n", "twice"),
         ("file,class\na.png,\n", "no class"),
+        ("file,class\na.png,x\n", "no 'Patient'"),
     ):
         table.write_text(text)
         with pytest.raises(ValueError, match=said):
-            prepare_folder(root, tmp_path / "out", labels=table)
+            column = "Patient" if "Patient" in said else None
+            prepare_folder(root, tmp_path / "out", labels=table, patient_column=column)
     with pytest.raises(FileNotFoundError, match="no such table"):
         prepare_folder(root, tmp_path / "out", labels=tmp_path / "none.csv")
+
+
+def table_of(root: Path, text: str, **options):
+    """Prepare a folder with a table; return report and manifest."""
+    (root.parent / "t.csv").write_text(text, encoding="utf-8")
+    out = root.parent / "out"
+    report = prepare_folder(root, out, labels=root.parent / "t.csv", size=32, **options)
+    return report, load_manifest(out)
+
+
+def test_a_patient_with_a_space_is_one_patient(tmp_path: Path) -> None:
+    """Excel and SQL's CHAR columns pad: 'P1' and 'P1 ' are one patient, as in DICOM."""
+    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(40)])
+    rows = [f"{i}.png,a,P{i // 2}{' ' * (i % 2)}" for i in range(40)]
+    report, table = table_of(
+        tmp_path / "in", "\n".join(["file,class,patient", *rows]), key=tmp_path / "key.csv"
+    )
+    assert table["patient"].nunique() == 20 and len(table) == 40
+    assert_patients_kept_together(table)
+    assert sum(report.patients.values()) == 20
+    with open(tmp_path / "key.csv", newline="") as file:
+        assert {row["patient"] for row in csv.DictReader(file)} == {f"P{i}" for i in range(20)}
+
+
+def test_tables_of_windows_and_excel_fit(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", [f"Sub/{i}.PNG" for i in range(6)])
+    rows = [f"sub\\{i};x;P{i}" for i in range(6)] + [
+        "Sub\\0.png;x;P0",
+        "Sub/1.jpg;x;P1",
+        "2.png;;P",
+    ]
+    report, table = table_of(tmp_path / "in", "\n".join(["File;Class;Patient", *rows]))
+    assert len(table) == 6 and any("repeats rows (1)" in note for note in report.notes)
+    reasons = " ".join(reason for _, reason in report.broken)
+    assert "there is Sub/1.PNG" in reasons and "gives it no Class" in reasons
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["labels"] == "t.csv" and settings["patient_pattern"] is None
+
+
+def test_a_patient_column_that_is_not_there_is_refused_and_one_that_is_there_is_named(
+    tmp_path: Path,
+) -> None:
+    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(6)])
+    text = "\n".join(["file,class,PatientID", *(f"{i}.png,a,P{i}" for i in range(6))])
+    with pytest.raises(ValueError, match=r"no 'patient'.*--patient-column"):
+        table_of(tmp_path / "in", text, patient_column="patient")
+    report, _ = table_of(tmp_path / "in", text)
+    assert any("column PatientID is not used" in note for note in report.notes)
+
+
+def test_settings_keep_the_pattern_and_messages_show_it_as_it_was_typed(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", [f"a/{i:03d}_x.png" for i in range(6)])
+    pattern = r"(\d+)_"
+    prepare_folder(tmp_path / "in", tmp_path / "out", size=32, patient_pattern=pattern)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["patient_pattern"] == pattern
+    with pytest.raises(ValueError) as raised:
+        prepare_folder(tmp_path / "in", tmp_path / "out", size=32, patient_pattern=r"(\d+)_x")
+    assert r"patient_pattern: (\d+)_ there, (\d+)_x now" in str(raised.value)
+    with pytest.raises(ValueError) as raised:
+        prepare_folder(tmp_path / "in", tmp_path / "x", patient_pattern=r"^(\d+)_")
+    assert r"pattern ^(\d+)_ does not fit a/000_x.png: it is searched" in str(raised.value)
+
+
+def test_the_same_pixels_stay_in_one_split_whatever_the_file(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    write_pictures(root, [f"a/{i}.png" for i in range(10)])
+    for i in range(5):
+        image = Image.open(root / "a" / f"{i}.png")
+        image.save(root / "a" / f"copy{i}.bmp")  # other bytes, same pixels
+        (root / "a" / f"again{i}.png").write_bytes((root / "a" / f"{i}.png").read_bytes())
+    report = prepare_folder(root, tmp_path / "out", size=32, key=tmp_path / "key.csv")
+    table = load_manifest(tmp_path / "out")
+    assert len(table) == 20 and table["patient"].nunique() == 10
+    assert_patients_kept_together(table)
+    assert any(
+        "15 images are 5 ones, pixel for pixel (a/again0.png is a/0.png" in note
+        for note in report.notes
+    )
+
+
+def test_the_same_pixels_in_two_classes_are_refused_by_name(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    write_pictures(root, [f"{c}/{i}.png" for c in "ab" for i in range(5)])
+    write_dicom(root / "a" / "x.dcm", ramp(), {"0010|0020": "P1"})
+    write_dicom(root / "b" / "y.dcm", ramp(), {"0010|0020": "P2"})
+    report = prepare_folder(root, tmp_path / "out", size=32, proportions=[1])
+    assert report.made == 10 and dict(report.broken).keys() == {"a/x.dcm", "b/y.dcm"}
+    assert "the same pixels as b/y.dcm in class b" in dict(report.broken)["a/x.dcm"]
+
+
+def test_folders_named_after_patients_are_one_class(tmp_path: Path) -> None:
+    for i in range(4):
+        person = {"0010|0020": f"ProstateX-000{i}", "0010|0010": f"ProstateX-000{i}"}
+        write_dicom(tmp_path / "in" / f"ProstateX-000{i}" / "a.dcm", ramp() + 9 * i, person)
+    report = prepare_folder(tmp_path / "in", tmp_path / "out", proportions=[1], size=32)
+    assert report.counts == {("train", "all"): 4}
+    assert any("named after their patients" in note for note in report.notes)
+    for path in (tmp_path / "out").rglob("*"):
+        assert "prostatex" not in path.relative_to(tmp_path).as_posix().lower()
+        assert not path.is_file() or b"rostate" not in path.read_bytes()
+
+
+def test_a_class_named_after_a_patient_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    write_dicom(root / "healthy" / "a.dcm", ramp(), {"0010|0020": "P1", "0010|0010": "Roe^Ann"})
+    write_dicom(root / "Jane_Doe" / "b.dcm", ramp() + 9, PERSON)
+    with pytest.raises(ValueError, match="1 of 2 classes are named after their patients") as raised:
+        prepare_folder(root, tmp_path / "out", proportions=[1])
+    assert "Jane" not in str(raised.value) and not (tmp_path / "out").exists()
+    (tmp_path / "t.csv").write_text(f"file,class\nhealthy/a.dcm,healthy\nJane_Doe/b.dcm,{ID}\n")
+    with pytest.raises(ValueError, match="named after their patients"):
+        prepare_folder(root, tmp_path / "out", labels=tmp_path / "t.csv", proportions=[1])
+    write_pictures(tmp_path / "png", [f"anna{i}/x.png" for i in range(3)])
+    report = prepare_folder(
+        tmp_path / "png", tmp_path / "out", proportions=[1], patient_pattern="^([^/]+)/"
+    )
+    assert report.counts == {("train", "all"): 3}
+
+
+def test_what_was_prepared_or_drawn_is_no_input(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    write_pictures(root, [f"a/{i}.png" for i in range(6)])
+    for out in (root, root / "out", root / "a" / "deep" / "out"):
+        with pytest.raises(ValueError, match="lies inside the input"):
+            prepare_folder(root, out)
+    prepare_folder(root, tmp_path / "out", proportions=[1], size=32)
+    with pytest.raises(ValueError, match="was made by `medbudget prepare`"):
+        prepare_folder(tmp_path / "out", tmp_path / "x")
+    (tmp_path / "out").rename(root / "prepared")
+    drawn = make_phantoms("chest", "pneumonia", 1, size=32).images
+    save_images(drawn, root / "a", names=["drawn"], records=[{"prompt": "<x>", "seed": 1}])
+    report = prepare_folder(root, tmp_path / "new", proportions=[1], size=32)
+    assert report.counts == {("train", "a"): 6}
+    assert any("prepared was made by" in note for note in report.notes)
+    assert any("synthetic" in note and "left out (1)" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("patient", ["M\u00dcLLER", "\u60a3\u80051"])
+@pytest.mark.parametrize("charset", ["ISO_IR 192", "ISO_IR 100", "GB18030"])
+def test_a_patient_id_in_any_character_set(tmp_path: Path, charset: str, patient: str) -> None:
+    for i in range(4):
+        write_dicom(tmp_path / "in" / "c" / f"{i}.dcm", ramp() + 9 * i, {"0010|0020": f"P{i}"})
+    for name, shift in (("9", 99), ("10", 88)):
+        write_dicom(tmp_path / "in" / "c" / f"{name}.dcm", ramp() + shift, {"0010|0020": "x"})
+        try:
+            patient.encode({"ISO_IR 192": "utf-8", "ISO_IR 100": "latin-1"}.get(charset, "gb18030"))
+        except UnicodeEncodeError:
+            pytest.skip(f"{charset} has no such letters")
+        retag(
+            tmp_path / "in" / "c" / f"{name}.dcm", SpecificCharacterSet=charset, PatientID=patient
+        )
+    report = prepare_folder(
+        tmp_path / "in", tmp_path / "out", proportions=[1], size=32, key=tmp_path / "key.csv"
+    )
+    assert report.made == 6 and report.patients == {("train", "c"): 5}
+    assert patient in (tmp_path / "key.csv").read_text(encoding="utf-8")
+
+
+def test_a_file_name_in_no_character_set_stops_nothing(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", [f"a/{i}.png" for i in range(6)])
+    odd = os.fsdecode(b"\xdcbel.png")
+    (tmp_path / "in" / "a" / "0.png").rename(tmp_path / "in" / "a" / odd)
+    (tmp_path / "in" / "a" / os.fsdecode(b"kaputt\xfc.png")).write_bytes(b"x")
+    report = prepare_folder(
+        tmp_path / "in", tmp_path / "out", size=32, proportions=[1], key=tmp_path / "key.csv"
+    )
+    assert report.made == 6 and "kaputt" in str(report)
+    str(report).encode("utf-8")
+
+
+def test_proportions_add_up(tmp_path: Path) -> None:
+    for wrong in ((0.5, 0.5, 0.5), (0.6, 0.4), (0.5,), (float("nan"),) * 3):
+        with pytest.raises(ValueError, match="add up to 1"):
+            prepare_folder(tmp_path, tmp_path / "out", proportions=wrong)
 
 
 @pytest.mark.realdata

@@ -13,7 +13,7 @@ from scripts import load_script
 
 from medbudget import files, results
 from medbudget.data.folder import prepare_folder
-from medbudget.data.prepare import read_table
+from medbudget.data.tables import read_table
 from medbudget.prompts import PromptError, format_prompt, parse_prompt
 
 ROOT = Path(__file__).resolve().parent.parent

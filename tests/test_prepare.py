@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from medbudget import load_images
-from medbudget.data.prepare import BrokenCase, Item, Made, load_manifest, prepare_items
+from medbudget.data.prepare import (
+    BrokenCase,
+    Item,
+    Made,
+    Report,
+    check_settings,
+    load_manifest,
+    prepare_items,
+)
+from medbudget.images import ImageError, read_record, to_pil
 
 SETTINGS = {"dataset": "test", "size": 16}
 ITEMS = [
@@ -32,7 +41,15 @@ def make(item: Item, *, broken: tuple[int, ...] = (), log: Path | None = None) -
     image = torch.full((3, 16, 16), 10 + item.job, dtype=torch.uint8)
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[:4] = True
-    return Made(image, (f"{item.job}.raw",), "fixed", item.job, (0.5, 0.25), masks={"part": mask})
+    return Made(
+        image,
+        (f"{item.job}.raw",),
+        "fixed",
+        item.job,
+        (0.5, 0.25),
+        masks={"part": mask},
+        pixels=f"pixels {item.job}",
+    )
 
 
 def slow(item: Item, *, log: Path) -> Made:
@@ -71,7 +88,7 @@ def test_writes_images_masks_manifest_settings_and_contact_sheet(tmp_path: Path)
         == "test"
     )
     assert load_images(tmp_path / "out" / "contact_sheet.png").shape[1] == 3
-    assert not list((tmp_path / "out").rglob("*.tmp")) and not list(tmp_path.rglob(".journal*"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 def test_running_again_makes_only_what_is_missing_or_changed(tmp_path: Path) -> None:
@@ -114,9 +131,7 @@ def test_killed_and_resumed_leaves_nothing_half_written(tmp_path: Path) -> None:
     written = [p for p in out.rglob("p*.png") if not p.name.startswith(".")]
     assert 2 <= len(written) < 24
     load_images(written)  # each is whole
-    with open(out / ".journal.jsonl", "a") as journal:
-        journal.write('{"file": "train/a/p0.p')  # the line being written when it was killed
-    (out / "train" / "a" / ".p0.png.1-2.tmp").write_bytes(b"half")
+    (out / "train" / "a" / ".p0.png.0123abcd.tmp").write_bytes(b"half")
     report = prepare_items(ITEMS, make, out, settings=SETTINGS)
     assert report.kept >= 1 and report.made + report.kept == 12
     prepare_items(ITEMS, make, tmp_path / "fresh", settings=SETTINGS)
@@ -166,3 +181,109 @@ def test_a_full_disk_is_no_broken_case(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("medbudget.data.prepare.save_images", full)
     with pytest.raises(OSError, match="No space"):
         prepare_items(ITEMS, make, tmp_path / "out", settings=SETTINGS)
+
+
+def test_an_image_carries_its_row_and_nothing_of_where_it_lies(tmp_path: Path) -> None:
+    prepare_items(ITEMS, make, tmp_path, settings=SETTINGS)
+    record = read_record(tmp_path / ITEMS[4].file)
+    assert record is not None
+    assert (record["prepared"], record["slice_index"], record["masks"]) == (
+        "patient4",
+        "4",
+        ["part"],
+    )
+    assert "val" not in json.dumps(record) and str(tmp_path) not in json.dumps(record)
+
+
+def twin_of(item: Item) -> Made:
+    return make(Item(item.name, item.label, item.split, item.patient, job=item.job % 10))
+
+
+def test_the_same_pixels_stay_in_one_split_and_in_one_class(tmp_path: Path) -> None:
+    items = [
+        Item("one", "a", "train", "1", job=1),
+        Item("again", "a", "test", "2", job=11),
+        Item("too", "a", "train", "3", job=21),
+        Item("well", "a", "val", "4", job=3),
+        Item("sick", "b", "val", "5", job=13),
+        Item("other", "b", "test", "6", job=4),
+    ]
+    spares = {"a": [Item("spare", "a", "", "7", job=5)]}
+    run = partial(prepare_items, items, twin_of, tmp_path, settings=SETTINGS, spares=spares)
+    report = run()
+    reasons = dict(report.broken)
+    assert set(reasons) == {"again", "well", "sick"}
+    assert reasons["again"] == (
+        "test/a/again.png and train/a/one.png have the same pixels: kept in train alone"
+    )
+    for name in ("well", "sick"):
+        assert "val/a/well.png" in reasons[name] and "val/b/sick.png" in reasons[name]
+        assert "two classes" in reasons[name]
+    assert report.counts == {
+        ("train", "a"): 2, ("val", "a"): 0, ("val", "b"): 0, ("test", "a"): 1, ("test", "b"): 1,
+    }  # fmt: skip
+    assert (tmp_path / "test" / "a" / "spare.png").exists()
+    assert not (tmp_path / "val" / "b" / "sick.png").exists()
+    assert any("train/a/too.png of train/a/one.png" in note for note in report.notes)
+    before = files_of(tmp_path)
+    assert run().kept == 4 and files_of(tmp_path) == before
+
+
+def test_report_counts_patients_and_knows_one_from_many(tmp_path: Path) -> None:
+    items = [Item(f"i{i}", "a", "train", f"p{i // 2}", job=i) for i in range(4)]
+    report = prepare_items(items, partial(make, broken=(3,)), tmp_path, settings=SETTINGS)
+    assert report.patients == {("train", "a"): 2} and report.counts == {("train", "a"): 3}
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["split", "class", "patients", "images"]
+    assert lines[1].split() == ["train", "a", "2", "3", "(1", "missing)"]
+    assert "1 broken case was left out:" in lines
+    assert "\\udcdc" in str(Report(tmp_path, {}, 0, 0, (("bad\udcdc", "why"),)))
+
+
+@pytest.mark.parametrize(("edge", "cell"), [(16, 128), (64, 128), (100, 100), (300, 150)])
+def test_contact_sheet_has_whole_number_cells_in_the_order_of_the_splits(
+    tmp_path: Path, edge: int, cell: int
+) -> None:
+    """300 px are halved to 150, 16 px drawn 8 times larger: every gray level is the image's."""
+    gray = {"train": 50, "val": 100, "test": 150}
+    items = [Item(f"{split}1", "a", split, split, job=gray[split]) for split in gray]
+    prepare_items(items, partial(flat, edge=edge), tmp_path, settings=SETTINGS)
+    sheet = load_images(tmp_path / "contact_sheet.png")[0, 0]
+    top = 4 + 16
+    for row, split in enumerate(gray):
+        start = top + row * (max(cell, 128) + 20)
+        seen = sheet[start : start + cell, 4 : 4 + cell]
+        assert set(seen.unique().tolist()) == {gray[split], gray[split] + 1}, split
+    assert read_record(tmp_path / "contact_sheet.png") is not None
+
+
+def flat(item: Item, *, edge: int) -> Made:
+    image = torch.full((3, edge, edge), item.job, dtype=torch.uint8)
+    image[:, : edge // 2] += 1
+    return Made(image, ("x",))
+
+
+def test_load_images_finds_what_was_prepared_and_never_the_contact_sheet(tmp_path: Path) -> None:
+    one = [Item(f"i{i}", "a", "train", f"p{i}", job=i) for i in range(3)]
+    prepare_items(one, make, tmp_path / "one", settings=SETTINGS)
+    assert len(load_images(tmp_path / "one")) == 3
+    split = [*one, Item("v", "a", "val", "v", job=7)]
+    prepare_items(split, make, tmp_path / "split", settings=SETTINGS)
+    with pytest.warns(UserWarning, match="train/a is taken; name another folder for val/a"):
+        assert len(load_images(tmp_path / "split")) == 3
+    prepare_items(ITEMS, make, tmp_path / "two", settings=SETTINGS)
+    with pytest.raises(ImageError, match="2 classes; name the folder of one: train/a, train/b"):
+        load_images(tmp_path / "two")
+    sheet = (tmp_path / "one" / "contact_sheet.png").read_bytes()
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "contact_sheet.png").write_bytes(sheet)
+    with pytest.raises(ImageError, match="no images"):
+        load_images(tmp_path / "made")
+    to_pil(load_images(tmp_path / "one")[0]).save(tmp_path / "made" / "b.png")
+    assert len(load_images(tmp_path / "made")) == 1
+
+
+def test_sizes_out_of_range(tmp_path: Path) -> None:
+    for size in (7, 100_000):
+        with pytest.raises(ValueError, match=f"from 8 to 4096 pixels, got {size}"):
+            check_settings(size=size, seed=0)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
 from medbudget.data.splits import SPLITS, choose_one_per_patient, choose_reference, split_patients
-from medbudget.images import fit_square, from_pil
+from medbudget.images import fit_square, from_pil, hash_pixels
 from medbudget.pictures import ImageError, open_picture
 
 OBSERVATIONS = (
@@ -236,6 +236,7 @@ def _make(item: Item, *, root: Path, size: int) -> Made:
     if image.mode not in ("L", "RGB"):
         raise BrokenCase(f"{item.job} is no 8-bit gray image, as CheXpert's are")
     image = image.convert("L")
+    pixels = hash_pixels(image)
     cropped, box = crop_borders(image)
     scale = max(cropped.size) / size
     return Made(
@@ -244,4 +245,6 @@ def _make(item: Item, *, root: Path, size: int) -> Made:
         window="as stored (8 bit)",
         crop=f"x {box[0]}..{box[2]}, y {box[1]}..{box[3]} of {image.width} x {image.height} px; "
         f"1 px is {np.format_float_positional(scale, precision=4)} px of the source",
+        note="" if cropped.width == cropped.height else "padded to a square",
+        pixels=pixels,
     )

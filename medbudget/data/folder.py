@@ -11,60 +11,38 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
-
+from medbudget.data.identity import Person, is_identity, read_person
+from medbudget.data.listed import Entry, list_by_table
 from medbudget.data.prepare import (
     BrokenCase,
     Item,
-    Made,
     Report,
     check_settings,
     prepare_items,
-    read_table,
+    run_parallel,
 )
+from medbudget.data.render import hash_values, parse_window, render_item
 from medbudget.data.splits import (
     SPLITS,
     choose_reference,
+    join_patients,
     shuffle,
     split_in_proportion,
     split_patients,
 )
-from medbudget.data.volumes import (
-    PLANES,
-    Array,
-    Pixels,
-    Source,
-    Window,
-    count_slices,
-    find_sources,
-    read_mask,
-    read_pixels,
-    separate,
-)
-from medbudget.files import check_writable, hash_file, write_text
-from medbudget.images import fit_square, from_pil
+from medbudget.data.volumes import PLANES, Source, count_slices, find_sources, read_pixels
+from medbudget.files import check_apart, check_writable, hash_settings, write_text
+from medbudget.images import is_prepared, read_record
 
-PERCENTILES = (0.5, 99.5)
 PROPORTIONS = (0.6, 0.2, 0.2)
 BURNT_IN = (
     "text burnt into the pixels cannot be detected: look at every image before you share "
     "one, and before you train on them"
 )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A source with its class and its patient, as the reader calls them."""
-
-    source: Source
-    label: str
-    patient: str
 
 
 def prepare_folder(
@@ -74,7 +52,7 @@ def prepare_folder(
     labels: str | os.PathLike[str] | None = None,
     file_column: str = "file",
     label_column: str = "class",
-    patient_column: str = "patient",
+    patient_column: str | None = None,
     patient_pattern: str | None = None,
     proportions: Sequence[float] = PROPORTIONS,
     per_class: int | None = None,
@@ -92,24 +70,27 @@ def prepare_folder(
 ) -> Report:
     """Turn a folder of medical images into image sets, split by patient.
 
-    Reads DICOM files and series, NIfTI, MHA, NRRD, PNG, JPEG, TIFF, BMP and WebP, at any depth.
+    Reads DICOM files and series, NIfTI, MHA, NRRD and what `medbudget.images` reads, at any depth.
+    Images with the same pixels stay in one split; in two classes they are left out and named.
 
     Parameters
     ----------
     root : path
         One folder for each class, or all of them with a table of `labels`. Images that lie in
-        `root` itself are a class named "all".
+        `root` itself are a class named "all"; so are all, where every folder is one patient's.
     out : path
         Gets ``{train,val,test}/{class}/*.png``, ``manifest.csv``, ``settings.json`` and
         ``contact_sheet.png``.
     labels : path, optional
         CSV with the columns `file_column` (relative to `root`; a folder stands for all in it),
         `label_column` and, if it is known, `patient_column`. Files not listed are left out.
+    patient_column : str, optional
+        Default: ``patient``, if the table has it.
     patient_pattern : str, optional
-        Regular expression on the relative path, whose first group names the patient. Else the
+        Regular expression on the path below `root`, whose first group names the patient. Else the
         patient is the table's, DICOM's Patient ID, or each file its own.
     proportions : sequence of float
-        Of patients in train, val and test, or in train alone.
+        Of patients in train, val and test, or 1 for train alone.
     per_class : int, optional
         Patients of each class in each split, instead of all in proportion.
     reference : int
@@ -127,7 +108,8 @@ def prepare_folder(
         ``auto``: tags where there are any, else 8-bit values as they are, else percentile. Colour
         stays as it is.
     size : int
-        Pixels of the longest edge; the rest is padded with black to a square.
+        Pixels of the longest edge; the rest is padded with black to a square. Bases resize what
+        they load: ``tiny`` to 64 pixels, Stable Diffusion to 512.
     key : path, optional
         Write which number is which patient to this CSV, outside of `out`. Keep it safe.
     workers : int
@@ -137,7 +119,8 @@ def prepare_folder(
     FileNotFoundError
         No such folder or table.
     ValueError
-        Options that do not exist, nothing to read, a table that does not fit, too few patients.
+        Options that do not exist, nothing to read, a table that does not fit, classes named after
+        patients, too few patients, an `out` inside of `root`.
     """
     check_settings(
         size=size, seed=seed, workers=workers, per_class=1 if per_class is None else per_class,
@@ -145,35 +128,52 @@ def prepare_folder(
     )  # fmt: skip
     step = _check_options(slices, masks, plane, window, proportions)
     root, out = Path(root), Path(out)
+    check_apart(out, root, masks)
     if key is not None and Path(key).resolve().is_relative_to(out.resolve()):
         raise ValueError(
             f"the key {key} lies in {out}, which is meant to be shared; put it elsewhere"
         )
+    if is_prepared(root):
+        raise ValueError(f"{root} was made by `medbudget prepare`; name the folder it was made of")
     notes = [BURNT_IN]
-    sources = find_sources(root, notes=notes)
+    sources = _leave_out(root, find_sources(root, notes=notes), masks, notes)
     if not sources:
         raise ValueError(
-            f"no images in {root}; allowed are DICOM, NIfTI, MHA, NRRD, PNG, JPEG, TIFF, BMP, WebP"
+            f"no images in {root}; allowed are DICOM, NIfTI, MHA, NRRD, PNG, JPEG, TIFF, BMP, "
+            "WebP, GIF, JPEG 2000, AVIF and HEIC" + "".join(f"; {note}" for note in notes[1:])
         )
-    entries = (
-        _read_table(root, Path(labels), sources, file_column, label_column, patient_column, notes)
-        if labels is not None
-        else [Entry(s, _class_of(s), s.patient) for s in sources]
-    )
-    entries = _name_patients(entries, patient_pattern, notes)
+    broken: list[tuple[str, str]] = []
+    if labels is None:
+        entries = [Entry(source, _class_of(source), source.patient) for source in sources]
+    else:
+        columns = (file_column, label_column, patient_column)
+        entries = list_by_table(root, Path(labels), sources, columns, notes, broken)
+    entries = _name_patients(root, entries, patient_pattern, notes)
+    work = partial(_inspect, root=root)
+    facts = {
+        source.files: fact
+        for source, fact in run_parallel(
+            work, [entry.source for entry in entries], workers=workers, desc="comparing"
+        )
+    }
+    people = {files: person for files, (_, person) in facts.items()}
+    entries = _check_classes(entries, people, labels is None, notes)
+    entries = _join_twins(entries, {f: fact[0] for f, fact in facts.items()}, notes, broken)
     flagged = sum(entry.source.burnt_in for entry in entries)
     if flagged:
-        notes.append(f"{flagged} DICOM images say that they have text in their pixels")
+        said = "image says that it has" if flagged == 1 else "images say that they have"
+        notes.append(f"{flagged} DICOM {said} text in the pixels")
     strata = _stratify(entries)
     splits, left = _split(strata, proportions, per_class, allow_fewer, seed)
     extra: dict[str, str] = {}
     for label, queue in left.items() if reference else ():
         mine = {p: split for p, split in splits.items() if strata[p] == label}
-        chosen, said = choose_reference(mine, queue, reference, disjoint=disjoint)
+        chosen, said_of = choose_reference(mine, queue, reference, disjoint=disjoint)
         extra |= chosen
-        notes += [f"class {label}: {text}" for text in said]
+        notes += [f"class {label}: {text}" for text in said_of]
     numbers = {p: f"p{i + 1:05d}" for i, p in enumerate(shuffle({*splits, *extra}, seed=seed))}
     items = _list_items(root, entries, splits, extra, numbers, step, slices, plane)
+    everybody = [*people.values()]
     settings = {
         "dataset": "folder",
         "size": size,
@@ -185,27 +185,35 @@ def prepare_folder(
         "slices": slices,
         "plane": plane,
         "window": window,
+        "patient_pattern": _veil(patient_pattern, everybody),
+        "labels": None if labels is None else _veil(Path(labels).name, everybody),
+        "columns": None if labels is None else [file_column, label_column, patient_column],
     }
     make = partial(
-        _make, root=root, masks=None if masks is None else Path(masks), plane=plane, window=window,
-        size=size,
+        render_item, root=root, masks=None if masks is None else Path(masks), plane=plane,
+        window=window, size=size,
     )  # fmt: skip
-    report = prepare_items(items, make, out, settings=settings, notes=notes, workers=workers)
+    report = prepare_items(
+        items, make, out, settings=settings, notes=notes, workers=workers, broken=broken
+    )
     if key is not None:
         _write_key(Path(key), entries, numbers)
     return report
 
 
 def _check_options(
-    slices: str, masks: Any, plane: str, window: str, proportions: Sequence[float]
+    slices: str, masks: object, plane: str, window: str, proportions: Sequence[float]
 ) -> int | None:
     """Raise for options that cannot be; return K of ``every:K``."""
     if plane not in PLANES:
         raise ValueError(f"unknown plane {plane!r}; allowed are {', '.join(PLANES)}")
     if window not in ("auto", "tags", "percentile"):
-        _parse_window(window)
-    if len(proportions) not in (1, len(SPLITS)):
-        raise ValueError(f"proportions of train, val and test, or of train; got {proportions}")
+        parse_window(window)
+    if len(proportions) not in (1, len(SPLITS)) or not abs(sum(proportions) - 1) < 1e-3:
+        raise ValueError(
+            "proportions are those of train, val and test and add up to 1, or 1 for train alone; "
+            f"got {', '.join(f'{p:g}' for p in proportions)}"
+        )
     if (slices == "mask") != (masks is not None):
         raise ValueError("slices='mask' and a folder of masks (--masks) belong together")
     every = re.fullmatch(r"every:([1-9]\d*)", slices)
@@ -214,16 +222,29 @@ def _check_options(
     return int(every[1]) if every else None
 
 
-def _parse_window(window: str) -> tuple[float, float]:
-    try:
-        low, high = (float(v) for v in window.split(","))
-    except ValueError:
-        raise ValueError(
-            f"unknown window {window!r}; allowed are auto, tags, percentile, LOW,HIGH"
-        ) from None
-    if not low < high:
-        raise ValueError(f"window {window}: the first value must be below the second")
-    return low, high
+def _leave_out(
+    root: Path, sources: Sequence[Source], masks: str | os.PathLike[str] | None, notes: list[str]
+) -> list[Source]:
+    """Leave out what was prepared, drawn or is a mask, and say so."""
+    prepared = [p.parent for p in sorted(root.rglob("settings.json")) if is_prepared(p.parent)]
+    kept, drawn, masked = [], 0, 0
+    for source in sources:
+        path = root / source.files[0]
+        if any(path.is_relative_to(folder) for folder in prepared):
+            continue
+        if masks is not None and path.resolve().is_relative_to(Path(masks).resolve()):
+            masked += 1
+        elif "prepared" not in (read_record(path) or ["prepared"]):
+            drawn += 1
+        else:
+            kept.append(source)
+    for folder in prepared:
+        notes.append(f"{folder} was made by `medbudget prepare`: its images are left out")
+    if drawn:
+        notes.append(f"synthetic images and contact sheets of medbudget are left out ({drawn})")
+    if masked:
+        notes.append(f"masks are left out of the images ({masked})")
+    return kept
 
 
 def _class_of(source: Source) -> str:
@@ -232,98 +253,129 @@ def _class_of(source: Source) -> str:
     return parts[0] if len(parts) > 1 else "all"
 
 
-def _read_table(
-    root: Path,
-    table: Path,
-    sources: Sequence[Source],
-    file_column: str,
-    label_column: str,
-    patient_column: str,
-    notes: list[str],
+def _name_patients(
+    root: Path, entries: Sequence[Entry], pattern: str | None, notes: list[str]
 ) -> list[Entry]:
-    """Match the rows of a CSV with sources; a row without one becomes a source with a problem."""
-    rows = read_table(table)
-    missing = [c for c in (file_column, label_column) if not rows or c not in rows[0]]
-    if missing:
-        raise ValueError(
-            f"{table} has the columns {list(rows[0]) if rows else []}, but no {missing}; name them "
-            "with --file-column and --label-column"
-        )
-    listed: dict[str, dict[str, str]] = {}
-    for row in rows:
-        name = Path(row[file_column]).as_posix()
-        if name in listed:
-            raise ValueError(f"{table} lists {name} twice")
-        if not row[label_column]:
-            raise ValueError(f"{table} gives {name} no {label_column}")
-        listed[name] = row
-
-    def find_row(file: str) -> str | None:
-        names = [p.as_posix() for p in (Path(file), *Path(file).parents)]
-        return next((name for name in names if name in listed), None)
-
-    single = [  # slices with rows of their own stay images of their own
-        one
-        for source in sources
-        for one in (separate(source) if len({*map(find_row, source.files)}) > 1 else [source])
-    ]
-    entries, used = [], set()
-    for source in single:
-        match = find_row(source.files[0])
-        if match is not None:
-            used.add(match)
-            row = listed[match]
-            patient = row.get(patient_column) or source.patient
-            entries.append(Entry(source, row[label_column], patient))
-    if not entries:
-        raise ValueError(
-            f"no file of {table} is in {root}; its paths must be relative to that folder, "
-            f"such as {sources[0].files[0]}"
-        )
-    if len(entries) < len(single):
-        notes.append(f"{len(single) - len(entries)} images are not in the table and were left out")
-    for name in sorted(set(listed) - used):
-        row = listed[name]
-        absent = Source((name,), "picture", problem="listed in the table, but not in the folder")
-        entries.append(Entry(absent, row[label_column], row.get(patient_column) or ""))
-    return entries
-
-
-def _name_patients(entries: Sequence[Entry], pattern: str | None, notes: list[str]) -> list[Entry]:
     """Give every entry a patient: by the pattern, as known, or its own path."""
     if pattern is not None:
         try:
             expression = re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"patient pattern {pattern!r} is no regular expression: {error}"
+                f"patient pattern {pattern} is no regular expression: {error}"
             ) from None
         if expression.groups < 1:
-            raise ValueError(f"patient pattern {pattern!r} needs a group in parentheses")
+            raise ValueError(f"patient pattern {pattern} needs a group in parentheses")
         named = []
         for entry in entries:
             match = expression.search(entry.source.files[0])
-            if not match or not match[1]:
+            if not match or not (match[1] or "").strip():
                 raise ValueError(
-                    f"patient pattern {pattern!r} does not fit {entry.source.files[0]}"
+                    f"patient pattern {pattern} does not fit {entry.source.files[0]}: it is "
+                    f"searched in this path below {root}, folders and ending included"
                 )
-            named.append(Entry(entry.source, entry.label, match[1]))
+            named.append(replace(entry, patient=match[1].strip()))
         return named
     unknown = sum(not entry.patient for entry in entries)
     if unknown:
         notes.append(
-            f"the patients of {unknown} images are unknown, and each counts as its own: if one "
+            f"the patient{'s' if unknown > 1 else ''} of {unknown} "
+            f"image{'s are' if unknown > 1 else ' is'} unknown, and each counts as its own: if one "
             "patient has several, name them (a column of the table, or --patient-pattern), or "
             "splits will leak"
         )
-    return [Entry(e.source, e.label, e.patient or f"file:{e.source.files[0]}") for e in entries]
+    return [replace(e, patient=e.patient or f"file:{e.source.files[0]}") for e in entries]
+
+
+def _inspect(source: Source, *, root: Path) -> tuple[str, Person]:
+    """Return a hash of the pixels, or "" where they cannot be read, and who the patient is."""
+    person = read_person(root / source.files[0]) if source.kind == "dicom" else Person()
+    try:
+        values = read_pixels(root, source).values
+    except (ValueError, RuntimeError, OSError, EOFError):
+        return "", person  # making the image will say what is wrong
+    return hash_values(values), person
+
+
+def _check_classes(
+    entries: Sequence[Entry],
+    people: Mapping[tuple[str, ...], Person],
+    by_folder: bool,
+    notes: list[str],
+) -> list[Entry]:
+    """Keep patients' names and numbers from becoming classes, which are written everywhere."""
+    patients: dict[str, set[Person]] = {}
+    for entry in entries:
+        person = people[entry.source.files]
+        if not entry.patient.startswith("file:"):
+            person = replace(person, numbers=(*person.numbers, entry.patient))
+        patients.setdefault(entry.label, set()).add(person)
+    if by_folder:
+        patients.pop("all", None)
+    named = [label for label, own in patients.items() if is_identity(label, sorted(own, key=str))]
+    if not named:
+        return [*entries]
+    if by_folder and len(named) == len(patients):
+        notes.append(
+            "the folders are named after their patients: all images are of one class, all, so that "
+            "no name is written; name classes in a table (--labels)"
+        )
+        return [replace(entry, label="all") for entry in entries]
+    raise ValueError(
+        f"{len(named)} of {len(patients)} classes are named after their patients, as "
+        f"{'DICOM tags' if by_folder else 'the table or DICOM tags'} tell, and would be written "
+        "into folders, manifest and contact sheet; name the classes by what they show, in a table "
+        "(--labels)"
+    )
+
+
+def _join_twins(
+    entries: Sequence[Entry],
+    hashes: Mapping[tuple[str, ...], str],
+    notes: list[str],
+    broken: list[tuple[str, str]],
+) -> list[Entry]:
+    """Join patients who share an image; leave out images that are in two classes."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if hashes[entry.source.files]:
+            groups.setdefault(hashes[entry.source.files], []).append(entry)
+    twins = [group for group in groups.values() if len(group) > 1]
+    contradictory, joined = set(), []
+    for group in twins:
+        if len({entry.label for entry in group}) == 1:
+            joined.append(group)
+            continue
+        for entry in group:
+            other = next(e for e in group if e.label != entry.label)
+            contradictory.add(entry.source.files)
+            broken.append(
+                (
+                    entry.source.files[0],
+                    f"in class {entry.label}, has the same pixels as {other.source.files[0]} in "
+                    f"class {other.label}: keep it in the right one",
+                )
+            )
+    if joined:
+        n = sum(map(len, joined))
+        pairs = [f"{g[1].source.files[0]} is {g[0].source.files[0]}" for g in joined[:3]]
+        notes.append(
+            f"{n} images are {len(joined)} {'ones' if len(joined) > 1 else 'one'}, pixel for pixel "
+            f"({'; '.join(pairs)}{'; …' if len(joined) > 3 else ''}): they stay in one split"
+        )
+    group_of = join_patients({entry.patient for entry in group} for group in joined)
+    return [
+        replace(entry, group=group_of.get(entry.patient, entry.patient))
+        for entry in entries
+        if entry.source.files not in contradictory
+    ]
 
 
 def _stratify(entries: Sequence[Entry]) -> dict[str, str]:
     """Patient to class; one with several classes counts for that which the fewest patients have."""
     having: dict[str, set[str]] = {}
     for entry in entries:
-        having.setdefault(entry.label, set()).add(entry.patient)
+        having.setdefault(entry.label, set()).add(entry.group)
     strata: dict[str, str] = {}
     for label in sorted(having, key=lambda one: (len(having[one]), one)):
         for patient in having[label]:
@@ -360,17 +412,17 @@ def _list_items(
     folders: dict[str, str] = {}
     for label in sorted({entry.label for entry in entries}):
         folder = re.sub(r"[^\w.-]+", "_", label).strip("._")
-        if not folder or folder in folders.values():
+        if not folder or folder.casefold() in {name.casefold() for name in folders.values()}:
             raise ValueError(f"class {label!r} gives no folder name of its own; rename it")
         folders[label] = folder
     items = []
     counts: dict[str, int] = {}
     for entry in sorted(entries, key=lambda e: e.source.files):
         places = {}
-        if entry.patient in splits:
-            places[splits[entry.patient]] = ""
-        if entry.patient in extra:
-            other = extra[entry.patient]
+        if entry.group in splits:
+            places[splits[entry.group]] = ""
+        if entry.group in extra:
+            other = extra[entry.group]
             places["reference"] = f"also in {other}" if other else ""
         if not places:
             continue
@@ -382,97 +434,29 @@ def _list_items(
             except BrokenCase:
                 rules = ["middle"]  # reading it will say what is wrong
         for rule in rules:
-            number = numbers[entry.patient]
+            number = numbers[entry.group]
             counts[number] = counts.get(number, 0) + 1
             name = f"{number}_{counts[number]:03d}"
             job = (entry.source, rule)
+            source = "|".join((*entry.source.files, str(rule)))
+            source = source.encode("utf-8", "backslashreplace").decode()
             for split, note in places.items():
-                items.append(Item(name, folders[entry.label], split, number, job, note))
+                items.append(Item(name, folders[entry.label], split, number, job, note, source))
     return items
 
 
-def _make(
-    item: Item, *, root: Path, masks: Path | None, plane: str, window: str, size: int
-) -> Made:
-    source, rule = item.job
-    try:
-        pixels = read_pixels(root, source, plane=plane)
-        index = _choose_slice(pixels, rule, root, source, masks, plane)
-    except BrokenCase as error:  # the table names the file: it is shown to the reader, not written
-        raise BrokenCase(f"{source.files[0]}: {error}") from None
-    values, said = _apply_window(pixels, index, window)
-    height, width = values.shape[:2]
-    row, column = pixels.spacing or pixels.aspect
-    scale = size / max(height * row, width * column)
-    image = Image.fromarray(values).convert("RGB")
-    shape = (max(1, round(width * column * scale)), max(1, round(height * row * scale)))
-    image = image.resize(shape, Image.Resampling.LANCZOS)
-    volume = len(pixels.values) > 1
-    return Made(
-        from_pil(fit_square(image, size)),
-        (f"sha256:{hash_file(root / source.files[0])}",),
-        window=said + (f", {pixels.note}" if pixels.note else ""),
-        slice_index=index if volume else None,
-        spacing=(1 / scale, 1 / scale) if pixels.spacing else None,
-        crop=f"all {height} x {width} px" + (f" of {len(pixels.values)} slices" if volume else ""),
-    )
-
-
-def _choose_slice(
-    pixels: Pixels, rule: str | int, root: Path, source: Source, masks: Path | None, plane: str
-) -> int:
-    if isinstance(rule, int):
-        return rule
-    if rule == "middle" or masks is None:
-        return len(pixels.values) // 2
-    area = read_mask(masks, source, pixels, plane=plane).reshape(len(pixels.values), -1).sum(axis=1)
-    if not area.any():
-        raise BrokenCase("its mask is empty")
-    return int(area.argmax())
-
-
-def _apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
-    """Return one slice as ``(H, W[, 3]) uint8``, and how that came about."""
-    values = pixels.values[index]
-    if values.ndim == 3:
-        return values, "as stored (colour)"
-    padding = None if pixels.padding is None else pixels.padding[index]
-    asked = pixels.windows[index] if pixels.windows else None
-    kind = window
-    if window == "auto":
-        eight = values.dtype == np.uint8
-        kind = "tags" if asked else "stored" if eight else "percentile"
-    if kind == "stored":
-        chosen, said = Window(0, 255), "as stored (8 bit)"
-    elif kind == "tags":
-        if asked is None:
-            raise BrokenCase("it has no window tags; use --window percentile or LOW,HIGH")
-        chosen, said = asked, f"tags: {asked}"
-    else:
-        if kind == "percentile":
-            seen = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
-            if not seen.size:
-                raise BrokenCase("all of it is padding")
-            low, high = np.percentile(seen, PERCENTILES)
-            chosen = Window(float(low), float(high))
-        else:
-            chosen, kind = Window(*_parse_window(window)), "fixed"
-        said = f"{kind}: {chosen}"
-    scaled = chosen.apply(values)
-    if pixels.inverted:
-        scaled, said = 1 - scaled, f"{said}, inverted"
-    if padding is not None:
-        scaled, said = np.where(padding, 0, scaled), f"{said}, padding black"
-    return np.rint(scaled * 255).astype(np.uint8), said
+def _veil(text: str | None, people: Sequence[Person]) -> str | None:
+    """Return a text for the settings, or its hash where it tells who a patient is."""
+    if text and is_identity(text, people):
+        return f"hash {hash_settings({'text': text})}"
+    return text
 
 
 def _write_key(key: Path, entries: Sequence[Entry], numbers: Mapping[str, str]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("number", "patient", "file"))
-    rows = [
-        (numbers[e.patient], e.patient, e.source.files[0]) for e in entries if e.patient in numbers
-    ]
+    rows = [(numbers[e.group], e.patient, e.source.files[0]) for e in entries if e.group in numbers]
     writer.writerows(sorted(rows))
     check_writable(key)
-    write_text(key, text.getvalue())
+    write_text(key, text.getvalue().encode("utf-8", "backslashreplace").decode())

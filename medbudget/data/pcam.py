@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from medbudget.data.prepare import Item, Made, Report, check_settings, prepare_items, read_table
+from medbudget.data.prepare import Item, Made, Report, check_settings, prepare_items
 from medbudget.data.splits import shuffle
+from medbudget.data.tables import read_table
 from medbudget.files import atomic_path
 from medbudget.images import from_pil
 from medbudget.progress import tqdm

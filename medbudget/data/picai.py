@@ -24,7 +24,6 @@ from medbudget.data.prepare import (
     Report,
     check_settings,
     prepare_items,
-    read_table,
 )
 from medbudget.data.resample import (
     CENTRE,
@@ -44,6 +43,7 @@ from medbudget.data.splits import (
     choose_reference,
     split_patients,
 )
+from medbudget.data.tables import read_table
 from medbudget.data.volumes import read_volume
 from medbudget.images import from_pil
 

@@ -1,7 +1,7 @@
 """What all data preparations share: image sets with a manifest, made in parallel, resumable.
 
-A preparation is a list of `Item` (which images, for whom) and a function that makes one of them.
-Everything is written whole or not at all; a second run makes only what is missing.
+A preparation is a list of `Item` (which images, of whom) and a function that makes one of them.
+Each image is written whole, with its row of the manifest in it; a second run makes what is missing.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from medbudget.data.splits import SPLITS
 from medbudget.files import (
+    STALE,
     atomic_path,
     check_writable,
     hash_file,
@@ -33,76 +35,37 @@ from medbudget.files import (
     write_json,
     write_text,
 )
-from medbudget.images import save_images
+from medbudget.images import SHEET, ImageError, load_image, read_record, save_images
 from medbudget.processes import start_worker
 from medbudget.progress import tqdm
 
 COLUMNS = (
-    "file",
-    "split",
-    "label",
-    "patient",
-    "sources",
-    "slice_index",
-    "spacing",
-    "crop",
-    "window",
-    "masks",
-    "note",
-    "sha256",
-)
-JOURNAL = ".journal.jsonl"
-THUMB, SHOWN = 96, 10  # contact sheet: pixels of an image, images of each split and label
+    "file", "split", "label", "patient", "sources", "slice_index", "spacing", "crop", "window",
+    "masks", "note", "sha256",
+)  # fmt: skip
+RECORD = ("sources", "slice_index", "spacing", "crop", "window", "masks", "note", "pixels")
+SIZES = (8, 4096)  # pixels of an edge that can be asked for
+CELL, SHOWN = 128, 10  # contact sheet: pixels of an image, about; images of each split and class
+Row = dict[str, str]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class BrokenCase(ValueError):
     """A case that cannot be used; the message is its reason in the table at the end."""
 
 
-def read_table(file: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; fields that a row lacks are "".
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        Not there, no text, or a row with more fields than the first line names.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"no such table: {file}")
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as opened:
-            rows = list(csv.DictReader(opened, restval=""))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{file} is no CSV table in UTF-8 ({type(error).__name__}); save it as one"
-        ) from None
-    long = next((i for i, row in enumerate(rows, 2) if None in row), None)
-    if long is not None:
-        raise ValueError(f"{file}: row {long} has more fields than the first line names")
-    return rows
-
-
 @dataclass(frozen=True)
 class Item:
-    """One image that is wanted.
+    """One image that is wanted."""
 
-    Attributes
-    ----------
-    name : str
-        File name without suffix.
-    label, split, patient : str
-    job : object
-        What the making function needs to know; small and picklable.
-    note : str
-        For the manifest, e.g. that a reference case stands in another split too.
-    """
-
-    name: str
+    name: str  # file name without suffix
     label: str
     split: str
     patient: str
-    job: Any = None
-    note: str = ""
+    job: Any = None  # what the making function needs to know; small and picklable
+    note: str = ""  # for the manifest, e.g. that a reference case stands in another split too
+    source: str = ""  # says which image of which file it is, where the name does not
 
     @property
     def file(self) -> str:
@@ -112,75 +75,66 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """One image that was made, with what the manifest says of it.
+    """One image that was made, with what the manifest says of it."""
 
-    Attributes
-    ----------
-    image : torch.Tensor
-        ``(3, H, W) uint8``.
-    sources : tuple of str
-        Files it came from, relative to the dataset's folder.
-    window : str
-        How intensities became 0..255.
-    slice_index : int, optional
-    spacing : tuple of float, optional
-        Millimetres of a pixel of the output: (row, column).
-    crop : str
-        Which part of the source it shows.
-    masks : mapping of str to torch.Tensor
-        Name to ``(H, W) bool``, in the geometry of the image.
-    """
-
-    image: torch.Tensor
-    sources: tuple[str, ...]
-    window: str = ""
+    image: torch.Tensor  # (3, H, W) uint8
+    sources: tuple[str, ...]  # files it came from, relative to the dataset's folder
+    window: str = ""  # how intensities became 0..255
     slice_index: int | None = None
-    spacing: tuple[float, float] | None = None
-    crop: str = ""
-    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    spacing: tuple[float, float] | None = None  # mm of a pixel of the output: row, column
+    crop: str = ""  # which part of the source it shows
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)  # name to (H, W) bool
+    note: str = ""
+    pixels: str = ""  # hash of the source's pixels, which may be in one split and one class alone
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a preparation did.
-
-    Attributes
-    ----------
-    out : Path
-    counts : dict
-        ``(split, label)`` to the number of images there.
-    made, kept : int
-        Images made by this run, and found from an earlier one.
-    broken : tuple of (str, str)
-        Case and reason.
-    short : dict
-        ``(split, label)`` to the images that are missing for lack of intact cases.
-    notes : tuple of str
-        What the reader should know: patients with two studies, overlaps, warnings.
-    """
+    """What a preparation did."""
 
     out: Path
-    counts: dict[tuple[str, str], int]
-    made: int
-    kept: int
-    broken: tuple[tuple[str, str], ...] = ()
-    short: dict[tuple[str, str], int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    counts: dict[tuple[str, str], int]  # (split, class) to the number of images there
+    made: int  # images made by this run
+    kept: int  # images found from an earlier run
+    broken: tuple[tuple[str, str], ...] = ()  # case and reason
+    short: dict[tuple[str, str], int] = field(default_factory=dict)  # images missing
+    notes: tuple[str, ...] = ()  # what the reader should know
+    patients: dict[tuple[str, str], int] = field(default_factory=dict)  # as counts
 
     def __str__(self) -> str:
-        lines = [f"{'split':<12}{'class':<24}{'images':>7}"]
-        for (split, label), n in self.counts.items():
-            missing = self.short.get((split, label), 0)
+        wide = max((len(label) for _, label in self.counts), default=0) + 2
+        lines = [f"{'split':<12}{'class':<{max(wide, 24)}}{'patients':>9}{'images':>9}"]
+        for cell, n in self.counts.items():
+            missing = self.short.get(cell, 0)
             lines.append(
-                f"{split:<12}{label:<24}{n:>7}" + (f"  ({missing} missing)" if missing else "")
+                f"{cell[0]:<12}{cell[1]:<{max(wide, 24)}}{self.patients.get(cell, 0):>9}{n:>9}"
+                + (f"  ({missing} missing)" if missing else "")
             )
         lines.append(f"{self.made} made, {self.kept} kept from an earlier run, in {self.out}")
         lines += [f"note: {note}" for note in self.notes]
         if self.broken:
-            lines.append(f"{len(self.broken)} broken cases were left out:")
+            n = len(self.broken)
+            lines.append(f"{n} broken case{'s were' if n > 1 else ' was'} left out:")
             width = max(len(name) for name, _ in self.broken)
             lines += [f"  {name:<{width}}  {reason}" for name, reason in self.broken]
-        return "\n".join(lines)
+        text = "\n".join(lines)
+        return text.encode("utf-8", "backslashreplace").decode()  # names in unknown encodings
+
+
+def check_settings(
+    *, size: int, seed: int, workers: int = 1, per_class: int = 1, reference: int = 0
+) -> None:
+    """Raise ValueError for numbers that are out of range."""
+    for name, value, least in (
+        ("seed", seed, 0),
+        ("workers", workers, 1),
+        ("per_class", per_class, 1),
+        ("reference", reference, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise ValueError(f"size must be from {SIZES[0]} to {SIZES[1]} pixels, got {size}")
 
 
 def prepare_items(
@@ -192,8 +146,12 @@ def prepare_items(
     spares: Mapping[str, Sequence[Item]] | None = None,
     notes: Sequence[str] = (),
     workers: int = 1,
+    broken: Sequence[tuple[str, str]] = (),
 ) -> Report:
     """Make all items that `out` does not have yet, then write manifest and contact sheet.
+
+    Images of the same pixels (`Made.pixels`) stay in one split, the first of train, val, test and
+    reference; those in two classes are all left out.
 
     Parameters
     ----------
@@ -205,10 +163,12 @@ def prepare_items(
     settings : mapping
         What decides what the images look like; JSON. A later run must have the same.
     spares : mapping of str to sequence of Item, optional
-        Label to the items that replace broken ones, in this order.
+        Class to the items that replace broken ones, in this order.
     workers : int
         Processes. On Windows and macOS, more than one needs ``if __name__ == "__main__":`` in a
         script.
+    broken : sequence of (str, str)
+        Cases that are known to be unusable, and why.
 
     Raises
     ------
@@ -219,7 +179,7 @@ def prepare_items(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    if not items:
+    if not items and not broken:
         raise ValueError("nothing to prepare: no case was selected")
     files = [item.file for item in items]
     if len(set(files)) < len(files):
@@ -229,86 +189,14 @@ def prepare_items(
     check_writable(out / "settings.json")
     with hold(out):
         _settle(out, settings, items)
-        return _prepare(items, make, out, spares or {}, notes, workers)
-
-
-def _prepare(
-    items: Sequence[Item],
-    make: Callable[[Item], Made],
-    out: Path,
-    spares: Mapping[str, Sequence[Item]],
-    notes: Sequence[str],
-    workers: int,
-) -> Report:
-    for stray in out.rglob(".*.tmp"):  # of a run that was killed
-        stray.unlink()
-    done = _read_done(out)
-    earlier = set(done)
-    queues = {label: list(queue) for label, queue in spares.items()}
-    rows: dict[str, dict[str, Any]] = {}
-    broken: list[tuple[str, str]] = []
-    short: dict[tuple[str, str], int] = {}
-    kept = 0
-    todo = list(items)
-    while todo:
-        missing = []
-        for item in todo:
-            if item.file in done:
-                rows[item.file] = done[item.file]
-                kept += 1
-            else:
-                missing.append(item)
-        failed = {}
-        for item, row, reason in _run(missing, make, out, workers):
-            if row is None:
-                failed[item.file] = reason
-                continue
-            rows[item.file] = row
-        todo = []
-        for item in missing:
-            if item.file not in failed:
-                continue
-            broken.append((item.name, failed[item.file]))
-            if queues.get(item.label):
-                todo.append(replace(queues[item.label].pop(0), split=item.split))
-            else:
-                cell = (item.split, item.label)
-                short[cell] = short.get(cell, 0) + 1
-    for stale in earlier - set(rows):  # a spare whose case has been mended since
-        for path in (stale, *_masks_of(done[stale]).values()):
-            with suppress(FileNotFoundError):
-                (out / path).unlink()
-    order = {split: place for place, split in enumerate(SPLITS)}
-    cells = {(item.split, item.label) for item in items}
-    counts = {c: 0 for c in sorted(cells, key=lambda c: (order.get(c[0], len(order)), c))}
-    for row in rows.values():
-        counts[row["split"], row["label"]] += 1
-    _write_manifest(out, rows)
-    (out / JOURNAL).unlink(missing_ok=True)
-    _write_contact_sheet(out, rows)
-    return Report(out, counts, len(rows) - kept, kept, tuple(broken), short, tuple(notes))
-
-
-def check_settings(
-    *, size: int, seed: int, workers: int = 1, per_class: int = 1, reference: int = 0
-) -> None:
-    """Raise ValueError for numbers that cannot be."""
-    for name, value, least in (
-        ("size", size, 8),
-        ("seed", seed, 0),
-        ("workers", workers, 1),
-        ("per_class", per_class, 1),
-        ("reference", reference, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        return _prepare(items, make, out, spares or {}, [*notes], workers, [*broken])
 
 
 def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
     """Write the settings into a new folder, or check that they are those of the old one."""
     from medbudget._version import __version__
 
-    chosen = [[i.file, i.patient, str(i.job)] for i in sorted(items, key=lambda i: i.file)]
+    chosen = [[i.file, i.patient, i.source] for i in sorted(items, key=lambda i: i.file)]
     now = {
         "medbudget": __version__,
         **json.loads(json.dumps(dict(settings))),
@@ -317,11 +205,13 @@ def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> No
     file = out / "settings.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        keys = sorted({*now, *before} - {"medbudget"})
+        keys = [key for key in {**before, **now} if key != "medbudget"]
         other = [
-            f"{k}: {before.get(k)!r} there, {now.get(k)!r} now"
-            for k in keys
-            if before.get(k) != now.get(k)
+            f"{key}: {before.get(key)} there, {now.get(key)} now"
+            if key != "selection"
+            else "selection: the cases are others"
+            for key in keys
+            if before.get(key) != now.get(key)
         ]
         if other:
             raise ValueError(
@@ -336,52 +226,200 @@ def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> No
     write_json(file, now)
 
 
-def _read_done(out: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows of manifest and journal whose image is there, unchanged."""
-    rows: list[dict[str, Any]] = []
-    if (out / "manifest.csv").is_file():
-        with open(out / "manifest.csv", newline="", encoding="utf-8") as file:
-            rows += csv.DictReader(file)
-    if (out / JOURNAL).is_file():
-        for line in (out / JOURNAL).read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # the last line of a run that was killed
-                rows.append(json.loads(line))
+def _prepare(
+    items: Sequence[Item],
+    make: Callable[[Item], Made],
+    out: Path,
+    spares: Mapping[str, Sequence[Item]],
+    notes: list[str],
+    workers: int,
+    broken: list[tuple[str, str]],
+) -> Report:
+    for stray in out.rglob(".*.tmp"):
+        if STALE.fullmatch(stray.name):  # of a run that was killed
+            stray.unlink()
+    queues = {label: list(queue) for label, queue in spares.items()}
+    rows: dict[str, Row] = {}
+    kept: set[str] = set()
+    short: dict[tuple[str, str], int] = {}
+    todo, tried = list(items), {item.file: item for item in items}
+    while todo:
+        rows |= {item.file: row for item in todo if (row := _read_row(out, item))}
+        kept |= rows.keys() & {item.file for item in todo}
+        missing = [item for item in todo if item.file not in rows]
+        failed: dict[str, str] = {}
+        work = partial(_make_one, make=make, out=out)
+        for item, (row, reason) in run_parallel(work, missing, workers=workers, desc="preparing"):
+            if row is None:
+                failed[item.file] = reason
+            else:
+                rows[item.file] = row
+        failed |= _refuse_twins(rows)
+        for file in failed:
+            rows.pop(file, None)
+        todo = []
+        for item in [item for item in tried.values() if item.file in failed]:
+            broken.append((item.name, failed[item.file]))
+            if queues.get(item.label):
+                todo.append(replace(queues[item.label].pop(0), split=item.split))
+            else:
+                cell = (item.split, item.label)
+                short[cell] = short.get(cell, 0) + 1
+        tried = {file: item for file, item in tried.items() if file not in failed}
+        tried |= {item.file: item for item in todo}
+    _remove_others(out, rows)
+    order = {split: i for i, split in enumerate((*SPLITS, "reference"))}
+    cells = {(item.split, item.label) for item in items}
+    counts = dict.fromkeys(sorted(cells, key=lambda c: (order.get(c[0], 9), c)), 0)
+    patients: dict[tuple[str, str], set[str]] = {cell: set() for cell in counts}
+    for row in rows.values():
+        counts[row["split"], row["label"]] += 1
+        patients[row["split"], row["label"]].add(row["patient"])
+    notes += _describe(rows)
+    _write_manifest(out, rows)
+    _write_contact_sheet(out, rows, list(counts))
+    kept &= rows.keys()
+    return Report(
+        out, counts, len(rows) - len(kept), len(kept), tuple(broken), short, tuple(notes),
+        {cell: len(names) for cell, names in patients.items()},
+    )  # fmt: skip
+
+
+def _make_one(item: Item, *, make: Callable[[Item], Made], out: Path) -> tuple[Row | None, str]:
+    """Make and write one image; what is wrong with a case comes back as the reason."""
+    try:
+        made = make(item)
+    except (ValueError, RuntimeError, OSError, EOFError) as error:
+        return None, " ".join(str(error).split()) or type(error).__name__
+    for name, mask in made.masks.items():
+        image = (mask.to(torch.uint8) * 255).expand(1, 3, -1, -1)
+        save_images(image, (out / _mask_file(name, item)).parent, names=[item.name])
+    record = {
+        "prepared": item.patient,
+        "sources": " | ".join(made.sources),
+        "slice_index": "" if made.slice_index is None else str(made.slice_index),
+        "spacing": " x ".join(f"{value:g}" for value in made.spacing or ()),
+        "crop": made.crop,
+        "window": made.window,
+        "masks": [*made.masks],
+        "note": made.note,
+        "pixels": made.pixels,
+    }
+    # masks first: an image that is there says that all of its case is
+    save_images(made.image[None], (out / item.file).parent, names=[item.name], records=[record])
+    return _fill_row(out, item, record), ""
+
+
+def _mask_file(name: str, item: Item) -> str:
+    return f"masks/{name}/{item.file}"
+
+
+def _fill_row(out: Path, item: Item, record: Mapping[str, Any]) -> Row:
+    """Join an item and the record in its image to a row of the manifest."""
     return {
-        row["file"]: row
-        for row in rows
-        if not any(".." in Path(p).parts for p in (row["file"], *_masks_of(row).values()))
-        and (out / row["file"]).is_file()
-        and hash_file(out / row["file"]) == row["sha256"]
-        and all((out / mask).is_file() for mask in _masks_of(row).values())
+        "file": item.file,
+        "split": item.split,
+        "label": item.label,
+        "patient": item.patient,
+        **{key: record[key] for key in RECORD[:5]},
+        "masks": " | ".join(f"{name}={_mask_file(name, item)}" for name in record["masks"]),
+        "note": "; ".join(filter(None, (item.note, record["note"]))),
+        "sha256": hash_file(out / item.file),
+        "pixels": record["pixels"],
     }
 
 
-def _masks_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return name -> file of the masks that a row lists."""
-    return dict(part.split("=", 1) for part in row["masks"].split(" | ") if part)
+def _read_row(out: Path, item: Item) -> Row | None:
+    """Return the row of an image that an earlier run has made, None if it has to be made."""
+    record = read_record(out / item.file)
+    if record is None or record.get("prepared") != item.patient or not record.keys() >= {*RECORD}:
+        return None
+    files = [out / item.file, *(out / _mask_file(name, item) for name in record["masks"])]
+    try:
+        for file in files:
+            load_image(file)
+    except (ImageError, OSError):
+        return None
+    return _fill_row(out, item, record)
 
 
-def _run(
-    items: Sequence[Item], make: Callable[[Item], Made], out: Path, workers: int
-) -> Iterator[tuple[Item, dict[str, Any] | None, str]]:
-    """Yield each item with its row, or with None and the reason."""
-    if not items:
+def _refuse_twins(rows: Mapping[str, Row]) -> dict[str, str]:
+    """Return the images to leave out, and why, as another split or class has the same pixels."""
+    order = {split: i for i, split in enumerate((*SPLITS, "reference"))}
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows.values(), key=lambda r: (order.get(r["split"], 9), r["file"])):
+        groups.setdefault(row["pixels"], []).append(row)
+    groups.pop("", None)
+    refused = {}
+    for group in groups.values():
+        first = group[0]
+        for row in group:
+            other = next((r for r in group if r["label"] != row["label"]), None)
+            if other is not None:
+                refused[row["file"]] = (
+                    f"{row['file']} and {other['file']} have the same pixels, in two classes: "
+                    "keep it in the right one"
+                )
+            elif row["split"] != first["split"] and not row["note"].startswith("also in"):
+                refused[row["file"]] = (
+                    f"{row['file']} and {first['file']} have the same pixels: kept in "
+                    f"{first['split']} alone"
+                )
+    return refused
+
+
+def _remove_others(out: Path, rows: Mapping[str, Row]) -> None:
+    """Remove images of earlier runs that are of this set no more, e.g. of a spare."""
+    for path in out.glob("*/*/*.png"):
+        file = path.relative_to(out).as_posix()
+        record = None if file in rows else read_record(path)
+        if record is not None and "prepared" in record:
+            for name in record["masks"]:
+                (out / "masks" / name / file).unlink(missing_ok=True)
+            path.unlink()
+
+
+def _describe(rows: Mapping[str, Row]) -> Iterator[str]:
+    """Say what holds of the images in all."""
+    padded = sum("padded" in row["note"] for row in rows.values())
+    if padded:
+        yield (
+            f"{padded} of {len(rows)} images are not square: padded with black to a square, which "
+            "a model learns too; crop them first where that matters"
+        )
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(rows):
+        groups.setdefault((rows[name]["pixels"], rows[name]["split"]), []).append(name)
+    twins = [names for (pixels, _), names in groups.items() if pixels and len(names) > 1]
+    if twins:
+        yield (
+            f"{sum(map(len, twins)) - len(twins)} images have the pixels of another one, in the "
+            f"same split and class, such as {twins[0][1]} of {twins[0][0]}"
+        )
+
+
+def run_parallel(
+    function: Callable[[Job], Result], jobs: Iterable[Job], *, workers: int, desc: str
+) -> Iterator[tuple[Job, Result]]:
+    """Yield each job with what the function returns for it, in processes where that pays."""
+    jobs = list(jobs)
+    if not jobs:
         return
-    with tqdm(total=len(items), desc="preparing", unit="image") as bar:
-        if workers == 1 or len(items) == 1:
-            for item in items:
-                yield item, *_make_one(item, make, out)
+    with tqdm(total=len(jobs), desc=desc, unit="image") as bar:
+        if workers == 1 or len(jobs) == 1:
+            for job in jobs:
+                yield job, function(job)
                 bar.update()
             return
         # as torch's own DataLoader: fork on Linux, where it saves each worker all imports
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         pool = ProcessPoolExecutor(
-            min(workers, len(items)), mp_context=context, initializer=start_worker
+            min(workers, len(jobs)), mp_context=context, initializer=start_worker
         )
         try:
-            futures = {pool.submit(_make_one, item, make, out): item for item in items}
+            futures = {pool.submit(function, job): job for job in jobs}
             for future in as_completed(futures):
-                yield futures[future], *future.result()
+                yield futures[future], future.result()
                 bar.update()
         except BrokenProcessPool:
             raise RuntimeError(
@@ -392,73 +430,55 @@ def _run(
             pool.shutdown(cancel_futures=True)
 
 
-def _make_one(
-    item: Item, make: Callable[[Item], Made], out: Path
-) -> tuple[dict[str, Any] | None, str]:
-    """Make and write one image; what is wrong with a case comes back as the reason."""
-    try:
-        made = make(item)
-    except (ValueError, RuntimeError, OSError, EOFError) as error:
-        return None, " ".join(str(error).split()) or type(error).__name__
-    masks = {}
-    for name, mask in made.masks.items():
-        place = Path("masks") / name / item.split / item.label
-        save_images(_as_image(mask), out / place, names=[item.name])
-        masks[name] = (place / f"{item.name}.png").as_posix()
-    (path,) = save_images(made.image[None], (out / item.file).parent, names=[item.name])
-    row = {
-        "file": item.file,
-        "split": item.split,
-        "label": item.label,
-        "patient": item.patient,
-        "sources": " | ".join(made.sources),
-        "slice_index": "" if made.slice_index is None else str(made.slice_index),
-        "spacing": " x ".join(f"{value:g}" for value in made.spacing or ()),
-        "crop": made.crop,
-        "window": made.window,
-        "masks": " | ".join(f"{name}={file}" for name, file in masks.items()),
-        "note": item.note,
-        "sha256": hash_file(path),
-    }
-    # By who made it: a parent that lags behind and is killed would have it made again.
-    with open(out / JOURNAL, "a", encoding="utf-8") as journal:
-        journal.write(json.dumps(row) + "\n")
-    return row, ""
-
-
-def _as_image(mask: torch.Tensor) -> torch.Tensor:
-    """``(H, W) bool`` to ``(1, 3, H, W) uint8``, 0 and 255."""
-    return (mask.to(torch.uint8) * 255).expand(1, 3, -1, -1)
-
-
-def _write_manifest(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def _write_manifest(out: Path, rows: Mapping[str, Row]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows[name] for name in sorted(rows))
     write_text(out / "manifest.csv", text.getvalue())
 
 
-def _write_contact_sheet(out: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """A few images of each split and label, in labelled rows."""
-    cells: dict[str, list[str]] = {}
-    for name in sorted(rows, key=lambda n: rows[n]["sha256"]):
-        cells.setdefault(f"{rows[name]['split']} / {rows[name]['label']}", []).append(name)
-    if not cells:
-        return
-    gap, line = 4, 16
-    wide = max(min(len(names), SHOWN) for names in cells.values()) * (THUMB + gap) + gap
-    sheet = Image.new("RGB", (max(wide, 280), len(cells) * (THUMB + line + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, (title, names) in enumerate(sorted(cells.items())):
-        y = gap + r * (THUMB + line + gap)
-        draw.text((gap, y), f"{title}: {min(len(names), SHOWN)} of {len(names)}", fill="black")
-        for c, name in enumerate(names[:SHOWN]):
+def _write_contact_sheet(
+    out: Path, rows: Mapping[str, Row], cells: Sequence[tuple[str, str]]
+) -> None:
+    """Show a few images of each split and class, reduced or enlarged by a whole number."""
+    chosen = {
+        cell: sorted(
+            (name for name, row in rows.items() if (row["split"], row["label"]) == cell),
+            key=lambda name: rows[name]["sha256"],
+        )
+        for cell in cells
+    }
+    gap, line, edge = 4, 16, CELL
+    lines = []
+    for cell, names in chosen.items():
+        pictures = []
+        for name in names[:SHOWN]:
             with Image.open(out / name) as image:
-                image.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
-                sheet.paste(image, (gap + c * (THUMB + gap), y + line))
-    with atomic_path(out / "contact_sheet.png") as temporary:
-        sheet.save(temporary, format="PNG")
+                larger = max(1, CELL // max(image.size))
+                smaller = max(1, round(max(image.size) / CELL))
+                shown = image.convert("RGB").reduce(smaller)
+                shown = shown.resize((shown.width * larger, shown.height * larger), 0)
+            pictures.append(shown)
+            edge = max(edge, *shown.size)
+        lines.append((f"{cell[0]} / {cell[1]}: {len(pictures)} of {len(names)}", pictures))
+    if not rows:
+        return
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    wide = max(
+        max(len(pictures) * (edge + gap), int(ruler.textlength(title))) for title, pictures in lines
+    )
+    sheet = Image.new("RGB", (wide + 2 * gap, len(lines) * (edge + line + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (title, pictures) in enumerate(lines):
+        y = gap + r * (edge + line + gap)
+        draw.text((gap, y), title, fill="black")
+        for c, shown in enumerate(pictures):
+            sheet.paste(shown, (gap + c * (edge + gap), y + line))
+    text = PngInfo()
+    text.add_text("medbudget", json.dumps({"sheet": "contact sheet of a preparation"}))
+    with atomic_path(out / SHEET) as temporary:
+        sheet.save(temporary, format="PNG", pnginfo=text)
 
 
 def load_manifest(out: str | os.PathLike[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Who goes where: splits by patient, the same on every machine, and unmoved by new patients."""
+"""Split patients: the same on every machine, and unmoved by new patients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,32 @@ def shuffle(names: Iterable[str], *, seed: int = 0) -> list[str]:
     The order depends on nothing else: neither on the machine, nor on the order given, nor on which
     other names there are, so that new patients do not move the old ones.
     """
-    return sorted(names, key=lambda n: (hashlib.sha256(f"{seed}/{n}".encode()).digest(), n))
+
+    def key(name: str) -> tuple[bytes, str]:  # file names may be of no known encoding
+        return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogatepass")).digest(), name
+
+    return sorted(names, key=key)
+
+
+def join_patients(groups: Iterable[Iterable[str]]) -> dict[str, str]:
+    """Join patients who share an image: each of them to the one that stands for all.
+
+    Patients who share nothing with anybody are left out.
+    """
+    parents: dict[str, str] = {}
+
+    def find(patient: str) -> str:
+        while (above := parents.get(patient, patient)) != patient:
+            patient = above
+        return patient
+
+    for group in groups:
+        roots = sorted({find(patient) for patient in group})
+        for patient in group:
+            parents.setdefault(patient, patient)
+        for root in roots[1:]:
+            parents[root] = roots[0]
+    return {patient: find(patient) for patient in parents}
 
 
 def choose_one_per_patient(

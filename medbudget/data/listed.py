@@ -1,0 +1,130 @@
+"""Match the rows of a reader's table with the images of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medbudget.data.tables import Listing, read_table
+from medbudget.data.volumes import Source, separate
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A source with its class and its patient, as the reader calls them."""
+
+    source: Source
+    label: str
+    patient: str
+    group: str = ""  # the patient who stands for all those who share an image
+
+
+def list_by_table(
+    root: Path,
+    table: Path,
+    sources: Sequence[Source],
+    columns: tuple[str, str, str | None],
+    notes: list[str],
+    broken: list[tuple[str, str]],
+) -> list[Entry]:
+    """Return the sources that a table lists; a row without a file becomes one with a problem.
+
+    Parameters
+    ----------
+    columns : (str, str, str or None)
+        Of file, class and patient; None takes ``patient`` where there is one.
+    notes, broken : list
+        Get what the reader should know, and rows without a class.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such table, columns that it does not have, a file in two classes, no file that is there.
+    """
+    rows = read_table(table)
+    head = list(rows[0]) if rows else []
+    file, label, patient = _choose_columns(table, head, columns, notes)
+    listing = Listing(root)
+    listed: dict[str, tuple[str, str]] = {}
+    absent: list[tuple[str, str, str, str]] = []
+    repeated = 0
+    for row in rows:
+        name, own = row[file], (row[label], row[patient] if patient else "")
+        path, reason = listing.find(name)
+        if not own[0]:
+            broken.append((path or name or "a row", f"{table.name} gives it no {label}"))
+        elif not path:
+            absent.append((name, *own, reason))
+        elif listed.get(path, own) != own:
+            raise ValueError(
+                f"{table} lists {path} twice: as {' of '.join(filter(None, listed[path]))} and as "
+                f"{' of '.join(filter(None, own))}"
+            )
+        else:
+            repeated += path in listed
+            listed[path] = own
+
+    def find_row(path: str) -> str | None:
+        names = [p.as_posix() for p in (Path(path), *Path(path).parents)]
+        return next((name for name in names if name in listed), None)
+
+    single = [  # slices with rows of their own stay images of their own
+        one
+        for source in sources
+        for one in (separate(source) if len({*map(find_row, source.files)}) > 1 else [source])
+    ]
+    entries, used = [], set()
+    for source in single:
+        match = find_row(source.files[0])
+        if match is not None:
+            used.add(match)
+            entries.append(Entry(source, listed[match][0], listed[match][1] or source.patient))
+    if not entries:
+        reason = f"; {broken[0][1]}" if broken else ""
+        raise ValueError(
+            f"no file of {table} is in {root}; its paths must be relative to that folder, "
+            f"such as {sources[0].files[0]}{reason}"
+        )
+    if repeated:
+        notes.append(f"{table.name} repeats rows ({repeated}), which count once")
+    without = {name for name, _ in broken}
+    over = [s for s in single if find_row(s.files[0]) is None and s.files[0] not in without]
+    if over:
+        verb = "image is" if len(over) == 1 else "images are"
+        notes.append(
+            f"{len(over)} {verb} not in the table and left out, such as {over[0].files[0]}"
+        )
+    absent += [(name, *listed[name], "no image") for name in sorted(set(listed) - used)]
+    for name, its_label, its_patient, reason in absent:
+        problem = f"listed in the table, but {reason}"
+        entries.append(Entry(Source((name,), "picture", problem=problem), its_label, its_patient))
+    return entries
+
+
+def _choose_columns(
+    table: Path, head: list[str], columns: tuple[str, str, str | None], notes: list[str]
+) -> tuple[str, str, str]:
+    """Find the columns of file, class and patient ("" for none), in whatever letter case."""
+
+    def find(name: str) -> str | None:
+        same = [column for column in head if column.casefold() == name.strip().casefold()]
+        return name if name in head else same[0] if len(same) == 1 else None
+
+    file, label, patient = columns
+    chosen = [find(file), find(label), find(patient or "patient")]
+    missing = [name for name, column in zip((file, label), chosen) if column is None]
+    if missing:
+        raise ValueError(
+            f"{table} has the columns {head}, but no {missing}; name them with --file-column and "
+            "--label-column"
+        )
+    if patient is not None and chosen[2] is None:
+        raise ValueError(
+            f"{table} has the columns {head}, but no {patient!r}; name that of the patients with "
+            "--patient-column, or leave it out where there is none"
+        )
+    near = [column for column in head if "patient" in column.casefold()]
+    if chosen[2] is None and near:
+        notes.append(f"column {near[0]} is not used: --patient-column names that of the patients")
+    return str(chosen[0]), str(chosen[1]), chosen[2] or ""

@@ -1,0 +1,116 @@
+"""Turn one slice of a medical image into 8 bits: choose it, apply a window, make it square."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from medbudget.data.prepare import BrokenCase, Item, Made
+from medbudget.data.volumes import Array, Pixels, Source, Window, read_mask, read_pixels
+from medbudget.files import hash_file
+from medbudget.images import fit_square, from_pil
+
+PERCENTILES = (0.5, 99.5)
+
+
+def render_item(
+    item: Item, *, root: Path, masks: Path | None, plane: str, window: str, size: int
+) -> Made:
+    """Make the image of an `Item` whose job is (source, rule by which to choose the slice)."""
+    source, rule = item.job
+    try:
+        pixels = read_pixels(root, source, plane=plane)
+        index = _choose_slice(pixels, rule, source, masks, plane)
+        values, said = apply_window(pixels, index, window)
+    except BrokenCase as error:  # the report names the file: it is shown to the reader, not written
+        raise BrokenCase(f"{source.files[0]}: {error}") from None
+    height, width = values.shape[:2]
+    row, column = pixels.spacing or pixels.aspect
+    scale = size / max(height * row, width * column)
+    shape = (max(1, round(width * column * scale)), max(1, round(height * row * scale)))
+    image = Image.fromarray(values).convert("RGB").resize(shape, Image.Resampling.LANCZOS)
+    volume = len(pixels.values) > 1
+    return Made(
+        from_pil(fit_square(image, size)),
+        (f"sha256:{hash_file(root / source.files[0])}",),
+        window=said + (f", {pixels.note}" if pixels.note else ""),
+        slice_index=index if volume else None,
+        spacing=(1 / scale, 1 / scale) if pixels.spacing else None,
+        crop=f"all {height} x {width} px" + (f" of {len(pixels.values)} slices" if volume else ""),
+        note="" if image.size == (size, size) else "padded to a square",
+        pixels=hash_values(pixels.values[index : index + 1]),
+    )
+
+
+def hash_values(values: Array) -> str:
+    """Hash pixels ``(slices, H, W[, 3])``: equal for equal numbers of whatever type."""
+    if values.ndim == 4 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    digest = hashlib.sha256(str(values.shape).encode())
+    for plane in values:
+        digest.update((plane.astype(np.float64) + 0.0).tobytes())
+    return digest.hexdigest()
+
+
+def _choose_slice(
+    pixels: Pixels, rule: str | int, source: Source, masks: Path | None, plane: str
+) -> int:
+    if isinstance(rule, int):
+        return rule
+    if rule == "middle" or masks is None:
+        return len(pixels.values) // 2
+    area = read_mask(masks, source, pixels, plane=plane).reshape(len(pixels.values), -1).sum(axis=1)
+    if not area.any():
+        raise BrokenCase("its mask is empty")
+    return int(area.argmax())
+
+
+def parse_window(window: str) -> tuple[float, float]:
+    """Return the lowest and highest intensity of ``LOW,HIGH``."""
+    try:
+        low, high = (float(v) for v in window.split(","))
+    except ValueError:
+        raise ValueError(
+            f"unknown window {window!r}; allowed are auto, tags, percentile, LOW,HIGH"
+        ) from None
+    if not low < high:
+        raise ValueError(f"window {window}: the first value must be below the second")
+    return low, high
+
+
+def apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
+    """Return one slice as ``(H, W[, 3]) uint8``, and how that came about."""
+    values = pixels.values[index]
+    if values.ndim == 3:
+        return values, "as stored (colour)"
+    padding = None if pixels.padding is None else pixels.padding[index]
+    asked = pixels.windows[index] if pixels.windows else None
+    kind = window
+    if window == "auto":
+        eight = values.dtype == np.uint8
+        kind = "tags" if asked else "stored" if eight else "percentile"
+    if kind == "stored":
+        chosen, said = Window(0, 255), "as stored (8 bit)"
+    elif kind == "tags":
+        if asked is None:
+            raise BrokenCase("it has no window tags; use --window percentile or LOW,HIGH")
+        chosen, said = asked, f"tags: {asked}"
+    else:
+        if kind == "percentile":
+            seen = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
+            if not seen.size:
+                raise BrokenCase("all of it is padding")
+            low, high = np.percentile(seen, PERCENTILES)
+            chosen = Window(float(low), float(high))
+        else:
+            chosen, kind = Window(*parse_window(window)), "fixed"
+        said = f"{kind}: {chosen}"
+    scaled = chosen.apply(values)
+    if pixels.inverted:
+        scaled, said = 1 - scaled, f"{said}, inverted"
+    if padding is not None:
+        scaled, said = np.where(padding, 0, scaled), f"{said}, padding black"
+    return np.rint(scaled * 255).astype(np.uint8), said

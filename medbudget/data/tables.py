@@ -1,0 +1,117 @@
+"""Read CSV tables as people write them, and find the files that they list."""
+
+from __future__ import annotations
+
+import csv
+import re
+import unicodedata
+from pathlib import Path
+
+ENDING = re.compile(r"\.[a-z]\w{0,4}(\.gz)?")  # begins with a letter: no part of a UID
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; cells and column names are stripped, missing cells are "".
+
+    Columns are separated by commas, semicolons or tabs, whichever the first line has most of.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Not there, no text, a column named twice, or a row with more fields than the first line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no such table: {file}")
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as opened:
+            first = opened.readline()
+            separator = max(",;\t", key=first.count)
+            opened.seek(0)
+            lines = list(csv.reader(opened, delimiter=separator))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} is no CSV table in UTF-8 ({type(error).__name__}); save it as one"
+        ) from None
+    lines = [[cell.strip(" \t\r\n\0\ufeff\xa0") for cell in line] for line in lines]
+    if not lines:
+        return []
+    head = lines[0]
+    twice = sorted({name for name in head if name and head.count(name) > 1})
+    if twice:
+        raise ValueError(f"{file} has more than one column {', '.join(twice)}; rename them")
+    rows = []
+    for number, line in enumerate(lines[1:], 2):
+        if any(line[len(head) :]):
+            raise ValueError(f"{file}: row {number} has more fields than the first line names")
+        if any(line):
+            rows.append(dict(zip(head, [*line, *[""] * (len(head) - len(line))])))
+    return rows
+
+
+class Listing:
+    """A folder in which the files of a table are looked up, as loosely as tables spell them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folders: dict[Path, dict[str, list[str]]] = {}
+
+    def find(self, name: str) -> tuple[str, str]:
+        """Return the path of a listed file or folder, relative to the root, or "" and why not.
+
+        Backslashes, letter case, the normal form of accents, a missing ending and the root's own
+        name in front make no difference, as long as one file alone fits.
+        """
+        text = name.strip()
+        own = self.root.resolve().as_posix() + "/"
+        for form in (text, text.replace("\\", "/")):
+            form = form.removeprefix(own)
+            parts = [part for part in form.split("/") if part not in ("", ".")]
+            if ".." in parts or not parts:
+                return "", "its path leads out of the folder"
+            if form.startswith("/"):
+                continue
+            if (self.root / Path(*parts)).exists():
+                return "/".join(parts), ""
+        fits = self._walk(parts)
+        if not fits and len(parts) > 1 and _fold(parts[0]) == _fold(self.root.resolve().name):
+            fits = self._walk(parts[1:])
+        if len(fits) == 1:
+            return fits[0], ""
+        if fits:
+            return "", f"it fits several files: {', '.join(sorted(fits)[:3])}"
+        near = self._walk([*parts[:-1], parts[-1].rpartition(".")[0] or parts[-1]])
+        near = near or self._walk(parts[-1:])
+        return "", "not in the folder" + (f"; there is {sorted(near)[0]}" if near else "")
+
+    def _walk(self, parts: list[str]) -> list[str]:
+        """Return the relative paths that fit, in whatever letter case and with any ending."""
+        places = [""]
+        for i, part in enumerate(parts):
+            following = []
+            for place in places:
+                names = self._list(self.root / place)
+                fits = names.get(_fold(part), [])
+                if not fits and i == len(parts) - 1:
+                    key = _fold(part)
+                    fits = [
+                        name
+                        for folded, same in names.items()
+                        if folded.startswith(key) and ENDING.fullmatch(folded[len(key) :])
+                        for name in same
+                    ]
+                following += [f"{place}/{name}".lstrip("/") for name in fits]
+            places = following
+        return places
+
+    def _list(self, folder: Path) -> dict[str, list[str]]:
+        if folder not in self.folders:
+            names: dict[str, list[str]] = {}
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if not path.name.startswith("."):
+                    names.setdefault(_fold(path.name), []).append(path.name)
+            self.folders[folder] = names
+        return self.folders[folder]
+
+
+def _fold(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()
