@@ -1,6 +1,6 @@
 """CheXpert: chest X-rays with exactly one finding, AP, one image a patient.
 
-Sources: Irvin et al. 2019 (the data); de Wilde et al. 2024, Section 3.1 (the selection).
+Sources: Irvin et al. 2019 (the data); de Wilde et al. 2024, Section 3.3 (the selection).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """PatchCamelyon: the official HDF5 files, read where and when they are needed.
 
-Sources: Veeling et al. 2018 (the data); de Wilde et al. 2024, Section 3.1 (the selection). The
+Sources: Veeling et al. 2018 (the data); de Wilde et al. 2024, Section 3.3 (the selection). The
 official splits are by slide. Validation and test are used in full, straight from the files.
 """
 

@@ -1,6 +1,6 @@
 """PI-CAI: prostate MRI from the public layout to one axial slice a case, with its masks.
 
-Sources: Saha et al. 2024 (the data); de Wilde et al. 2024, Section 3.1. ``geometry="paper"`` makes
+Sources: Saha et al. 2024 (the data); de Wilde et al. 2024, Section 3.3. ``geometry="paper"`` makes
 the images that the released prostate words were trained on.
 """
 
