@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medbudget import Embedding, save_images
-from medbudget.images import to_pil
+from medbudget.images import read_record, to_pil
 
 
 def fill(folder, n=2, *, size=64, seed=0, name="{:05d}"):
@@ -130,3 +130,16 @@ def test_the_cache_says_where_it_is_and_is_cleared(medbudget, own_cache, tmp_pat
     assert said[0].split() == ["features,", "weights", "3", "MiB", str(tmp_path / "cache")]
     assert (tmp_path / "cache" / "a.npy").exists() and "--clear" in said[2]
     assert medbudget("cache", "--clear")[0] == 0 and not (tmp_path / "cache").exists()
+
+
+def test_options_come_from_a_file_and_the_command_line_wins(medbudget, refused, tmp_path):
+    config, out = tmp_path / "run.yaml", tmp_path / "p"
+    config.write_text(f"phantoms: {{n: 2, kind: chest, size: 32}}\nsample: {{out: {out}}}\n")
+    assert medbudget("phantoms", out, "--config", config, "--n", 3)[0] == 0
+    assert len(list(out.iterdir())) == 3
+    record = read_record(out / "00000.png")
+    assert record["phantoms"] == "chest" and record["size"] == 32
+    config.write_text("phantoms: {nn: 2}")
+    assert 'Unknown option: "[nn]"' in refused("phantoms", out, "--config", config, code=2)
+    assert "no such file gone.yaml" in refused("phantoms", out, "--config", "gone.yaml")
+    assert "--config: no such file" in refused("phantoms", out, "--config")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
+from cyclopts.config import Yaml
 
 from medbudget._version import __version__
 from medbudget.cli import bases, embeddings, generate, readers, score, studies
@@ -26,6 +28,7 @@ app = App(
     help="Textual Inversion for medical images on a budget. Not for clinical use.",
     version=f"medbudget {__version__}",
     help_format="plaintext",
+    help_epilogue="Every command takes --config FILE: options in YAML, such as sample: {n: 40}.",
     default_parameter=Parameter(negative=(), show_default=_show_default),
     suppress_keyboard_interrupt=False,
 )
@@ -52,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exit codes: 1 for an error, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     received = [signal.SIGINT]
 
     def stop(number: int, frame: Any) -> None:
@@ -63,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, stop)
     try:
+        app.config = _read_config(arguments)
         code = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
     except CycloptsError as error:
         command = " ".join(["medbudget", *(error.command_chain or ()), "--help"])
@@ -79,6 +83,18 @@ def main(arguments: list[str] | None = None) -> None:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _read_config(arguments: list[str]) -> tuple[Yaml, ...]:
+    """Take ``--config FILE`` out of the arguments; return what fills in the options not given."""
+    if "--config" not in arguments:
+        return ()
+    place = arguments.index("--config")
+    _, *file = arguments[place : place + 2]
+    del arguments[place : place + 2]
+    if not file or not Path(file[0]).is_file():
+        raise FileNotFoundError(f"--config: no such file {' '.join(file)}".rstrip())
+    return (Yaml(file[0], must_exist=True, search_parents=False),)
 
 
 def _explain(error: CycloptsError) -> str:
