@@ -295,6 +295,8 @@ def test_settings_are_changed_by_text_and_others_refused():
     for wrong in ("n", "m=1", "overrides=1", "n.x=1"):
         with pytest.raises(ValueError, match="is not SETTING=VALUE; settings are base, "):
             parse_changes([wrong])
+    with pytest.raises(ValueError, match="n must be a number, got 'many'"):
+        parse_changes(["n=many"])
     with pytest.raises(ValueError, match="unknown settings"):
         study_settings("table1", "tiny", m=1)
     with pytest.raises(ValueError, match="n must be at least 2, got 1"):

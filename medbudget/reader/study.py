@@ -290,9 +290,9 @@ def _check_sources(a: Path, b: Path, n_pairs: int) -> tuple[list[Path], list[Pat
         sizes.setdefault(tuple(image.shape[1:]), file)
         seen.setdefault(hashlib.sha256(image.numpy().tobytes()).digest(), []).append(file)
     if len(sizes) > 1:
-        found = ", ".join(f"{h} x {w} ({file})" for (h, w), file in list(sizes.items())[:3])
+        examples = ", ".join(f"{h} x {w} ({file})" for (h, w), file in list(sizes.items())[:3])
         raise ReaderError(
-            f"the images have different sizes, which tells them apart: {found}; bring all to one "
+            f"the images have different sizes, which tells them apart: {examples}; bring all to one "
             "size with `medbudget prepare folder`"
         )
     same = [alike for alike in seen.values() if len(alike) > 1]

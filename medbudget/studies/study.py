@@ -91,6 +91,8 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
         else:
             with suppress(ValueError):
                 parsed = json.loads(value)
+        if kinds[name] in ("int", "float") and not isinstance(parsed, int | float):
+            raise ValueError(f"{name} must be a number, got {value!r}")
         if dot:
             changes.setdefault(name, {})[inner] = parsed
         else:

@@ -39,19 +39,11 @@ def attenuation(taps: int, half_width: float, rate: float) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a synthesis layer's output can hold (figure 4c of the paper).
+    """What a synthesis layer's output can hold (figure 4c of the paper)."""
 
-    Attributes
-    ----------
-    cutoff, half_width : float
-        Of its low-pass filter, cycles per image.
-    rate : int
-        Sampling rate, pixels per image.
-    """
-
-    cutoff: float
-    half_width: float
-    rate: int
+    cutoff: float  # of its low-pass filter, cycles per image
+    half_width: float  # of that filter's transition band
+    rate: int  # sampling rate, pixels per image
 
 
 def make_rates(

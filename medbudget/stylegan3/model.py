@@ -131,9 +131,9 @@ Network = TypeVar("Network", bound=nn.Module)
 def build_like(
     kind: Callable[[Architecture], Network],
     architecture: Architecture,
-    found: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
 ) -> Network:
-    """Build a network that has the shapes found in a file; tried without memory first.
+    """Build a network that has the shapes of tensors from a file; tried without memory first.
 
     Raises
     ------
@@ -142,13 +142,13 @@ def build_like(
     """
     with torch.device("meta"):
         wanted = kind(architecture).state_dict()
-    for name, value in found.items():
+    for name, value in tensors.items():
         if name in wanted and wanted[name].shape != value.shape:
             raise ValueError(
                 f"{name} is {tuple(value.shape)}, configuration T of this size has "
                 f"{tuple(wanted[name].shape)}"
             )
-    if missing := sorted(set(wanted) - set(found)):
+    if missing := sorted(set(wanted) - set(tensors)):
         raise ValueError(f"lacks {missing[0]} ({len(missing)} tensors in all)")
     return kind(architecture)
 

@@ -30,28 +30,17 @@ SLOPE, GAIN = 0.2, math.sqrt(2)
 class Architecture:
     """Sizes of both networks; the defaults are those of the paper.
 
-    Attributes
-    ----------
-    size : int
-        Pixels an edge, a power of two from 32 on.
-    channel_base, channel_max : int
-        A layer has ``min(channel_base / 2 / cutoff, channel_max)`` channels in the generator and
-        ``min(channel_base / resolution, channel_max)`` in the discriminator.
-    width : int
-        Of z and w.
-    n_layers, margin : int
-        Synthesis layers, and pixels of the canvas around the image.
-    mbstd_group : int
-        Images in a group of the discriminator's standard deviation; with 1 it says nothing.
+    A layer has ``min(channel_base / 2 / cutoff, channel_max)`` channels in the generator and
+    ``min(channel_base / resolution, channel_max)`` in the discriminator.
     """
 
-    size: int = 512
+    size: int = 512  # pixels an edge, a power of two from 32 on
     channel_base: int = 32768
     channel_max: int = 512
-    width: int = 512
-    n_layers: int = 14
-    margin: int = 10
-    mbstd_group: int = 4
+    width: int = 512  # of z and w
+    n_layers: int = 14  # synthesis layers
+    margin: int = 10  # pixels of the canvas around the image
+    mbstd_group: int = 4  # images that share a standard deviation; with 1 it says nothing
 
     def __post_init__(self) -> None:
         if self.size < 32 or self.size & (self.size - 1):
@@ -142,17 +131,9 @@ class FourierInput(nn.Module):
 
 
 class SynthesisLayer(nn.Module):
-    """Modulated convolution, bias, and a leaky ReLU between two filters (figure 4b).
+    """Modulated convolution, bias, and a leaky ReLU between two filters (figure 4b)."""
 
-    Attributes
-    ----------
-    magnitude : torch.Tensor
-        Running mean square of the input: dividing by its root keeps scales apart from styles.
-    magnitude_images : float
-        Half-life of that mean, in images.
-    """
-
-    magnitude: torch.Tensor
+    magnitude: torch.Tensor  # mean square of the input: its root keeps scales apart from styles
     up_filter: torch.Tensor
     down_filter: torch.Tensor
 
@@ -164,7 +145,7 @@ class SynthesisLayer(nn.Module):
         self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3))
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.register_buffer("magnitude", torch.ones(()))
-        self.magnitude_images = 20_000.0
+        self.magnitude_images = 20_000.0  # half-life of that mean
         fine = 2 * max(before.rate, after.rate)  # where the leaky ReLU runs
         self.up, self.down = fine // before.rate, fine // after.rate
         self.register_buffer(
