@@ -170,7 +170,7 @@ COMMANDS = {
         "2 runs of 15 steps, a checkpoint every 5",
     ),
     "study": Command(
-        study, "medbudget.studies.tasks:_make", lambda task, *_: task.key, 1,
+        study, "medbudget.studies.tasks:make_result", lambda task, *_: task.key, 1,
         "Table 1 of 4 lines; what is in flight is repeated",
     ),
     "stylegan3": Command(

@@ -85,7 +85,7 @@ def test_status_and_report_know_the_study(finished, tmp_path, medbudget, start):
     assert run(study.tasks, store) == 0
     assert count(study.tasks, store)["stylegan3"] == (1, 1)
     text = (write_report(study, store, tmp_path).parent / "report.md").read_text("utf-8")
-    assert "| StyleGAN3 |" in text and "| diffusion |" in text and "z-scored" in text
+    assert "| StyleGAN3 | 16 |" in text and "| diffusion | 8000 |" in text and "z-scored" in text
     code, said, _ = medbudget("study", "status", "stylegan3", "--store", tmp_path / "none")
     assert code == 0 and "gan_block        0     7" in said
 
@@ -119,6 +119,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tiny, start, tmp_p
 
 def test_a_finished_study_is_recorded_as_the_chapter_reads_it(finished, tmp_path, monkeypatch):
     study, store = finished
+    with pytest.raises(ValueError, match="results of stylegan3 are missing"):
+        rivals.record_rivals(study, study.store(tmp_path / "none"), "command")
     monkeypatch.setattr(rivals, "WEIGHTS", tmp_path)
     monkeypatch.setattr(rivals, "SNAPSHOTS", tmp_path / "s.png")
     monkeypatch.setattr(

@@ -85,7 +85,8 @@ def _format_score(score: Mapping[str, Any]) -> str:
     return f"{value} [{', '.join(interval)}]" if interval else value
 
 
-def _check_done(study: Study, store: Store) -> None:
+def check_done(study: Study, store: Store) -> None:
+    """Raise unless all results of a study are there."""
     missing = sum(total - done for done, total in count(study.tasks, store).values())
     if missing:
         raise ValueError(
@@ -101,7 +102,7 @@ def record_table(study: Study, store: Store, command: str) -> Path:
     ValueError
         Results are missing.
     """
-    _check_done(study, store)
+    check_done(study, store)
     values = read_values(study, store)
     name = f"{study.name}_{study.preset}"
     return write_result(name, values, command=command, base_hash=study.base_hash)

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from medbudget.embeddings import Embedding
 from medbudget.files import write_json
 from medbudget.images import load_image, load_images, make_grid, save_images
+from medbudget.inversion import InversionSettings
 from medbudget.metrics.evaluation import evaluate
 from medbudget.results import write_result
 from medbudget.studies.drawing import plan_blocks, plan_shipped_word
+from medbudget.studies.report import check_done
 from medbudget.studies.study import Row, Study, StudySettings
 from medbudget.studies.table1 import (
     describe,
@@ -145,6 +147,11 @@ def make_rivals(s: StudySettings, base_hash: str, sources: Mapping[str, Path]) -
         "StyleGAN3": plan_gan_blocks(network, s.n),
         "diffusion": plan_blocks(s, base_hash, [word], n=s.n),
     }
+    inversion = InversionSettings.preset(s.inversion, **s.overrides)
+    seen = {
+        "StyleGAN3": 1000 * settings["stylegan3"]["kimg"],
+        "diffusion": float(inversion.steps * inversion.batch_size),
+    }
     rows = []
     for name, own in images.items():
         sets = [[len(own), s.n], [1, s.n]]
@@ -155,14 +162,14 @@ def make_rivals(s: StudySettings, base_hash: str, sources: Mapping[str, Path]) -
             inputs += images["diffusion"]
             cost = Task("cost", name_extractor(s, sources), (network,))
         score = Task("rival", {"sets": sets} | name_extractors(s, sources), tuple(inputs))
-        rows.append(Row("generator", name, score, images=own, details=cost))
+        rows.append(Row(name, seen[name], score, images=own, details=cost))
     about = (
         f"{describe(s, sources)} StyleGAN3 and a word learned from the same {s.cases} cases; n = "
         f"{s.n} images of each against {s.n} real ones, as they are and z-scored as the paper's "
         "script does. Difference: of StyleGAN3 to diffusion, with a permutation test. Compare "
         "what the scores see with what a reader sees."
     )
-    return Study(tuple(rows), about, head=("", "generator"))
+    return Study(tuple(rows), about, head=("generator", "images seen"))
 
 
 # ------------------------------------------------------------------------------- for the chapter
@@ -185,6 +192,7 @@ def record_rivals(study: Study, store: Store, command: str) -> Path:
     Path
         The recorded result; networks and snapshots go into the package.
     """
+    check_done(study, store)
     gan, diffusion = study.rows
     assert gan.score and gan.details and diffusion.score and diffusion.details
     snapshots = read_snapshots(study, store)

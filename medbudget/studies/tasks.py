@@ -175,7 +175,7 @@ def ensure(task: Task, store: Store, *, wait: float = 1.0) -> int:
             continue
         try:
             if not path.exists():
-                _make(task, store, path, scratch)
+                make_result(task, store)
                 made += 1
         finally:
             lock.release()
@@ -183,7 +183,9 @@ def ensure(task: Task, store: Store, *, wait: float = 1.0) -> int:
     return made
 
 
-def _make(task: Task, store: Store, path: Path, scratch: Path) -> None:
+def make_result(task: Task, store: Store) -> None:
+    """Make a result out of its inputs, which are there; see `ensure`."""
+    path, scratch = store.path(task), store.scratch(task)
     result = scratch / f"result{path.suffix}"
     with one_thread():
         KINDS[task.kind].run(task, store, result, scratch / "checkpoint")
