@@ -5,6 +5,11 @@ numbers in text headers), then read by the library in another process, whose mem
 input is *read* (a result of the promised type and shape), *refused* (an error of the library's own),
 an *error* of another kind, a *hang* (10 s of processor time) or a *crash* of the process.
 
+Every second image is damaged in its pixels only: cut, or changed where the format carries a check
+sum (PNG, .nii.gz, compressed .mha and .nrrd). It has to be refused, or give the pixels of the whole
+file; else it is *wrong*. A changed bit in uncompressed .nii, .mha, .nrrd, TIFF and DICOM, or inside a
+JPEG, JPEG 2000, JPEG-LS, RLE or deflated stream, cannot be seen: these carry no check sum.
+
     python benchmarks/fuzz.py [--inputs 100000] [--seed 0] [--formats png,dicom] [--record]
 """
 
@@ -35,7 +40,7 @@ import numpy as np
 
 LIMIT_S = 10
 MEMORY = 2**30  # beyond what the process has when it starts, whatever it reads in its life
-OUTCOMES = ("read", "refused", "error", "hang", "crash")
+OUTCOMES = ("read", "refused", "wrong", "error", "hang", "crash")
 COLUMNS = (*OUTCOMES, "peak MiB")
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF, 2**63 - 1)
 
@@ -46,9 +51,11 @@ def make_seeds(folder: Path) -> dict[str, list[tuple[str, bytes]]]:
     """Return format -> (file name, content) of small whole files."""
     import h5py
     import pandas as pd
+    import pydicom
     import SimpleITK as sitk
     import torch
     from PIL import Image
+    from pydicom.uid import JPEGLSLossless, RLELossless
 
     from medbudget import Embedding
     from medbudget.data.chexpert import OBSERVATIONS
@@ -80,6 +87,12 @@ def make_seeds(folder: Path) -> dict[str, list[tuple[str, bytes]]]:
                 file.create_dataset(part, data=values, **options)
 
         return written(f"camelyonpatch_level_2_split_train_{part}.h5", write)
+
+    def recompress(path: Path, syntax: str) -> None:
+        write_dicom(path, gray)
+        data = pydicom.dcmread(path)
+        data.compress(syntax)
+        data.save_as(path)
 
     patches, labels = rng.integers(0, 256, (4, 96, 96, 3), np.uint8), np.eye(4, dtype=np.uint8)[0]
     word = Embedding(torch.randn(2, 8), "<x>", step=3, data="4 images", record={"seed": 1})
@@ -115,6 +128,8 @@ def make_seeds(folder: Path) -> dict[str, list[tuple[str, bytes]]]:
             written("a.dcm", lambda p: write_dicom(p, colour)),
             written("a.dcm", lambda p: write_dicom(p, gray, compressor="JPEG2000")),
             written("a.dcm", lambda p: write_dicom(p, gray, compressor="JPEG")),
+            written("a.dcm", lambda p: recompress(p, RLELossless)),
+            written("a.dcm", lambda p: recompress(p, JPEGLSLossless)),
         ],
         "MHA": [*volumes("a.mha"), *volumes("b.mha", packed=True)],
         "NIfTI": volumes("a.nii", "b.nii.gz"),
@@ -177,6 +192,30 @@ def mutate(rng: np.random.Generator, data: bytes) -> bytes:
     return bytes(out)
 
 
+# where the pixels of an image begin: behind this
+STARTS = {
+    "PNG": b"IDAT", "JPEG": b"\xff\xda", "TIFF": b"", "DICOM": b"\xe0\x7f\x10\x00", "NRRD": b"\n\n",
+    "MHA": b"ElementDataFile = LOCAL\n", "NIfTI": b"",
+}  # fmt: skip
+
+
+def damage_pixels(rng: np.random.Generator, name: str, data: bytes) -> bytes:
+    """Cut a file in its pixels, or change these where the format carries a check sum."""
+    packed = b"CompressedData = True" in data or b"encoding: gzip" in data
+    checked = name == "PNG" or data[:2] == b"\x1f\x8b" or packed
+    start = data.index(STARTS[name]) + len(STARTS[name])
+    start = {"TIFF": 300, "NIfTI": 20 if data[:2] == b"\x1f\x8b" else 352}.get(name, start)
+    place = int(rng.integers(start, len(data)))
+    if not checked or rng.random() < 0.3:
+        return data[: place if rng.random() < 0.5 else len(data) - int(rng.integers(1, 9))]
+    out = bytearray(data)
+    if rng.random() < 0.2:
+        out[place : place + 8] = bytes(len(out[place : place + 8]))
+    for _ in range(int(rng.integers(1, 4))):
+        out[int(rng.integers(start, len(data)))] ^= 1 << int(rng.integers(8))
+    return bytes(out)
+
+
 def _mend_png(data: bytes) -> bytes:
     """Write right checksums, so that what lies behind them is tried too."""
     out, place = bytearray(data), 8
@@ -192,37 +231,37 @@ def _mend_png(data: bytes) -> bytes:
 # ------------------------------------------------------------------------------ reading
 
 
-def _read_picture(path: Path) -> None:
+def _read_picture(path: Path) -> Any:
     from medbudget.data.volumes import Source
     from medbudget.images import ImageError, load_image
 
-    image = None
     with contextlib.suppress(ImageError):
         image = load_image(path)
         assert image.ndim == 3 and len(image) == 3 and str(image.dtype) == "torch.uint8"
-    _read_source(path, Source((path.name,), "picture"))
+    return _read_source(path, Source((path.name,), "picture"))
 
 
-def _read_source(path: Path, source: Any) -> None:
+def _read_source(path: Path, source: Any) -> Any:
     from medbudget.data.render import apply_window
     from medbudget.data.volumes import read_pixels
 
     pixels = read_pixels(path.parent, source)
-    index = len(pixels.values) // 2
-    values, _ = apply_window(pixels, index, "auto")
-    assert values.dtype == np.uint8 and values.shape == pixels.values.shape[1:]
-    assert min(values.shape) > 0
+    shown, _ = apply_window(pixels, len(pixels.values) // 2, "auto")
+    assert shown.dtype == np.uint8 and shown.shape == pixels.values.shape[1:]
+    assert min(pixels.values.shape) > 0
+    return pixels.values
 
 
-def _read_volume(path: Path) -> None:
+def _read_volume(path: Path) -> Any:
     from medbudget.data.prepare import BrokenCase
     from medbudget.data.volumes import count_slices, find_sources
 
     sources = [s for s in find_sources(path.parent) if s.files[0] == path.name]
     if not sources:  # without suffix and mark, it is passed over
         raise BrokenCase("no image")
-    _read_source(path, sources[0])
-    assert count_slices(path.parent, sources[0]) >= 1
+    values = _read_source(path, sources[0])
+    assert count_slices(path.parent, sources[0]) == len(values)
+    return values
 
 
 def _read_h5(path: Path) -> None:
@@ -265,7 +304,7 @@ def _read_csv(path: Path) -> None:
     assert entries and all(isinstance(e.label, str) and e.label for e in entries)
 
 
-READERS: dict[str, Callable[[Path], None]] = {
+READERS: dict[str, Callable[[Path], Any]] = {
     "PNG": _read_picture,
     "JPEG": _read_picture,
     "TIFF": _read_picture,
@@ -288,16 +327,21 @@ def is_ours(error: BaseException) -> bool:
     return isinstance(error, ValueError | OSError) and ours and bool(str(error).strip())
 
 
-def try_input(name: str, path: Path) -> tuple[str, str]:
-    """Read one file; return the outcome, and the error if it is not an expected one."""
+def try_input(name: str, path: Path, right: Any = None) -> tuple[str, str]:
+    """Read one file; return the outcome, and the error if it is not an expected one.
+
+    `right` are the pixels that it has to hold, if it is read.
+    """
     try:
-        READERS[name](path)
+        values = READERS[name](path)
     except Exception as error:
         if is_ours(error):
             return "refused", ""
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
         return "error", " ".join(text.split())[:300]
+    if right is not None and not np.array_equal(values, right):
+        return "wrong", f"{np.shape(values)} pixels, not those of the whole file"
     return "read", ""
 
 
@@ -317,11 +361,12 @@ def work() -> None:
             name, seed, first, count = line.rstrip("\n").split("\t")
             place = Path(folder) / name.replace(" ", "_")
             place.mkdir(exist_ok=True)
-            files = seeds[name]
+            files, right = seeds[name], []
             for file, content in files:  # whole ones have to be read; also loads the decoders
                 (place / file).write_bytes(content)
                 found, why = try_input(name, place / file)
                 assert found == ("refused" if name == "StyleGAN3 .pkl" else "read"), (file, why)
+                right.append(READERS[name](place / file) if name in STARTS else None)
                 (place / file).unlink()
             if limit is None:
                 pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -331,10 +376,14 @@ def work() -> None:
             for i in range(int(first), int(first) + int(count)):
                 rng = np.random.default_rng([int(seed), list(READERS).index(name), i])
                 file, content = files[i % len(files)]
-                (place / file).write_bytes(mutate(rng, content))
+                whole = right[i % len(files)] if i // len(files) % 2 else None
+                changed = (
+                    mutate(rng, content) if whole is None else damage_pixels(rng, name, content)
+                )
+                (place / file).write_bytes(changed)
                 signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
                 signal.alarm(20 * LIMIT_S)
-                found, why = try_input(name, place / file)
+                found, why = try_input(name, place / file, whole)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.alarm(0)
                 (place / file).unlink()
