@@ -58,6 +58,9 @@ def open_picture(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
         )
     try:
         with Image.open(path, formats=list_formats()) as opened:
+            if opened.format == "PNG":
+                opened.verify()  # check sums, which loading passes over; no loading after it
+        with Image.open(path, formats=list_formats()) as opened:
             pages = getattr(opened, "n_frames", 1)
             depth, white_is_zero = _read_depth(opened)
             opened.load()
