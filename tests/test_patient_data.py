@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from medbudget.data.phantom_trees import write_dicom
-from medbudget.data.volumes import find_sources, read_pixels
+from medbudget.data.volumes import count_slices, find_sources, read_pixels
 from medbudget.prompts import parse_prompt
 
 pydicom = pytest.importorskip("pydicom")
@@ -168,3 +169,21 @@ def test_later_steps_have_nothing_to_lose(marked, prepared, medbudget, tmp_path)
         assert_clean(path.read_bytes(), path)
         assert b".dcm" not in path.read_bytes() and b"p0000" not in path.read_bytes()
     assert Path(word).stat().st_size < 10_000
+
+
+def test_a_warning_holds_nothing_of_a_header_either(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.ones((8, 8), np.uint16))
+    mark(path)
+    content = path.read_bytes()
+    path.write_bytes(
+        content.replace(b"1.2.826.0.1.3680043.9.999999.3", b"1.2.826.0.1.3680043.9.999999.+")
+    )
+    data = pydicom.dcmread(path)
+    data.ContentDate, data.ContentTime = "19010203", "999999"
+    data.save_as(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (source,) = find_sources(tmp_path)
+        read_pixels(tmp_path, source)
+        count_slices(tmp_path, source)
+    assert not caught

@@ -12,9 +12,11 @@ import mmap
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Numbers = tuple[float, ...]
+F = TypeVar("F", bound=Callable[..., Any])
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 RLE = "1.2.840.10008.1.2.5"
@@ -75,6 +78,18 @@ class Window:
         return f"{self.low:g}..{self.high:g}{kind}"
 
 
+def quiet(function: F) -> F:
+    """Decorate a function so that pydicom's warnings, which hold a header's words, are not shown."""
+
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*arguments, **options)
+
+    return run  # type: ignore[return-value]
+
+
 def read_dataset(path: Path, *, pixels: bool = True) -> Dataset:
     """Read a DICOM file, with or without preamble.
 
@@ -87,12 +102,10 @@ def read_dataset(path: Path, *, pixels: bool = True) -> Dataset:
 
     try:
         with (
-            warnings.catch_warnings(),
             open(path, "rb") as file,
             # a mapped file never reads more than it has, whatever length an element claims
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
-            warnings.simplefilter("ignore")
             stream: Any = content
             if content[128:132] == b"DICM" and DEFLATED.encode() in content[:2000]:
                 meta = pydicom.filereader.read_file_meta_info(os.fspath(path))
@@ -122,10 +135,8 @@ def read_dataset(path: Path, *, pixels: bool = True) -> Dataset:
 def get_text(data: Dataset, name: str) -> str:
     """Return a text of a header, stripped; "" where there is none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = data.get(name)
-            text = "" if value is None else str(value)
+        value = data.get(name)
+        text = "" if value is None else str(value)
     except Exception:
         raise BrokenCase("its header has text in no known encoding") from None
     return text.encode("utf-8", "replace").decode().strip("\0 ")
@@ -135,12 +146,10 @@ def get_numbers(data: Dataset, name: str, count: int | None = None) -> Numbers |
     """Return the numbers of a header's element, None where there are none."""
     said = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = data.get(name)
-            if value is None or value == "":
-                return None
-            numbers = tuple(map(float, [value] if np.ndim(value) == 0 else value))
+        value = data.get(name)
+        if value is None or value == "":
+            return None
+        numbers = tuple(map(float, [value] if np.ndim(value) == 0 else value))
     except Exception:
         raise BrokenCase(f"its header has no number as {said}") from None
     if not all(map(math.isfinite, numbers)) or (count and numbers and len(numbers) != count):
@@ -207,13 +216,11 @@ def decode(data: Dataset) -> tuple[Array, bool]:
     options: Any = {"allow_excess_frames": False, "correct_unused_bits": False}
     plugin = DECODERS.get(syntax, "pylibjpeg" if packed else "")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            values, meta = get_decoder(syntax).as_array(data, decoding_plugin=plugin, **options)
-            if model == "PALETTE COLOR":
-                values = apply_color_lut(values, data)
-                values = (values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8)
-                meta["photometric_interpretation"] = "RGB"
+        values, meta = get_decoder(syntax).as_array(data, decoding_plugin=plugin, **options)
+        if model == "PALETTE COLOR":
+            values = apply_color_lut(values, data)
+            values = (values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8)
+            meta["photometric_interpretation"] = "RGB"
     except NotImplementedError:
         raise BrokenCase("its transfer syntax has no decoder here; decompress it first") from None
     except Exception:  # decoders raise anything

@@ -19,6 +19,7 @@ from medbudget.data.decoding import (
     get_numbers,
     get_text,
     measure,
+    quiet,
     read_dataset,
     read_window,
     rescale,
@@ -61,11 +62,13 @@ class Frame:
     spacing: Numbers | None
 
 
+@quiet
 def count_frames(path: Path) -> int:
     """Return how many frames a file has, without reading its pixels."""
     return measure(read_dataset(path, pixels=False), path.stat().st_size)[0]
 
 
+@quiet
 def read_dicom(paths: Sequence[Path], plane: str) -> Pixels:
     """Read files of one series, or one file of one or more frames; see `volumes.read_pixels`."""
     frames, kinds = [], set()

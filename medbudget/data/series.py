@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from medbudget.data import dicom
-from medbudget.data.decoding import Numbers, get_number, get_numbers, get_text, read_dataset
+from medbudget.data.decoding import Numbers, get_number, get_numbers, get_text, quiet, read_dataset
 from medbudget.data.prepare import BrokenCase
 from medbudget.files import hash_file
 
@@ -57,6 +57,7 @@ class Header:
         )
 
 
+@quiet
 def read_header(path: Path, file: str) -> Header | str:
     """Read what joining needs; for what is no image, return what it is."""
     data = read_dataset(path, pixels=False)
