@@ -676,11 +676,13 @@ def test_what_is_no_image_is_said(tmp_path):
     root = tmp_path / "in"
     for label in "ab":
         for i in range(6):
-            write(root / label / f"{i}.dcm", RAMP + i, patient=f"{label}{i}")
+            pixels = RAMP + i + 10 * (label == "b")
+            write(root / label / f"{i}.dcm", pixels, patient=f"{label}{i}")
     bare = pydicom.dcmread(write(tmp_path / "x", RAMP, patient="P9"))
     for name, implicit in (("IM0009", True), ("IM0010", False)):
         plain = pydicom.Dataset()
         plain.update(bare)
+        plain.PixelData = (RAMP + 100 + implicit).tobytes()
         pydicom.dcmwrite(
             root / "a" / name,
             plain,

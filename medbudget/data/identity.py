@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medbudget.data.decoding import quiet
+
 NUMBERS = ("PatientID", "OtherPatientIDs")
 NAMES = ("PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName")
 UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa", "æ": "ae"})
@@ -21,6 +23,7 @@ class Person:
     names: tuple[str, ...] = ()
 
 
+@quiet
 def read_person(path: Path) -> Person:
     """Read who the patient of a DICOM file is; nobody where it does not say."""
     import pydicom
