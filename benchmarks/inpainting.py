@@ -20,7 +20,7 @@ from medbudget.base import Base
 from medbudget.data.phantoms import find_tumours
 from medbudget.inpainting import check_masks, seam_ratio
 from medbudget.results import write_result
-from medbudget.tiny.trained import load_trained
+from medbudget.tiny import load_trained
 
 PLACES = {"left": (0.4, 0.55), "right": (0.6, 0.55)}
 RADII = (0.07, 0.1, 0.13)

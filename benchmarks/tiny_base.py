@@ -42,7 +42,7 @@ from medbudget.metrics import auc, frechet_distance, precision_recall
 from medbudget.metrics.features import features
 from medbudget.results import StaleResultError, load_result, write_result
 from medbudget.sampling import BLOCK, denoise, draw_noise, make_sigmas
-from medbudget.tiny.trained import CASES, SHIPPED, load_trained
+from medbudget.tiny import CASES, SHIPPED, load_trained
 
 Row = dict[str, Any]
 NETWORK, LAYOUT = "efficientnet-lite0", "layout"

@@ -34,7 +34,10 @@ KEPT = 3  # cache entries of each chapter, so that going back to a branch costs 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # what a run's outcome may depend on; see set_environment
 SWITCHES = ("OMP_NUM_THREADS", "PYTHONHASHSEED", "HF_HUB_OFFLINE", "MEDBUDGET_SD2")
-PUBLISHED = ("book", "notebooks", "results", "_config.yml", "_toc.yml", "README.md", "CHANGELOG.md")
+PUBLISHED = (
+    "book", "notebooks", "pretraining", "results",
+    "_config.yml", "_toc.yml", "README.md", "CHANGELOG.md",
+)  # fmt: skip
 
 
 def set_environment() -> None:

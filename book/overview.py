@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from medbudget import Base, ellipse, inpaint, load_base, make_phantoms, sample
 from medbudget.images import make_grid
-from medbudget.tiny.trained import load_trained
+from medbudget.tiny import load_trained
 
 TARGET = Path(__file__).parent / "_static" / "overview.png"
 GRAY, BLUE = "#555555", "#0072B2"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from medbudget.metrics import Score, evaluate, frechet_distance
     from medbudget.prompts import parse_prompt
     from medbudget.sampling import interpolate, sample
-    from medbudget.tiny.words import describe
+    from medbudget.tiny import describe
 
 _MODULES = {  # loaded on first use: torch and diffusers take seconds
     "base": ("Base",),
@@ -30,7 +30,7 @@ _MODULES = {  # loaded on first use: torch and diffusers take seconds
     "metrics": ("Score", "evaluate", "frechet_distance"),
     "prompts": ("parse_prompt",),
     "sampling": ("interpolate", "sample"),
-    "tiny.words": ("describe",),
+    "tiny": ("describe",),
 }
 
 __all__ = [

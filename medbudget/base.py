@@ -258,7 +258,7 @@ class Base:
             unknown = [w for w in text.lower().replace(",", " ").split() if w not in known]
             warnings.warn(
                 f"base {self.name} does not know {', '.join(unknown[:5])}; its plain words are "
-                "listed in medbudget.tiny.corpus.WORDS",
+                "listed in pretraining.corpus.WORDS",
                 stacklevel=4,
             )
         return ids

@@ -36,7 +36,7 @@ from medbudget.files import hash_tensors
 from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise
 
 SD = Path(__file__).parent / "sd"
-TINY = Path(__file__).parent / "tiny" / "weights"
+TINY = Path(__file__).parent / "weights" / "tiny"
 RANDOM = "-random"
 FILES = (".ckpt", ".safetensors")
 PREDICTIONS = ("epsilon", "v_prediction")

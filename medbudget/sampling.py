@@ -194,7 +194,7 @@ def sample(
     Examples
     --------
     >>> from medbudget import load_base
-    >>> from medbudget.tiny.trained import load_trained
+    >>> from medbudget.tiny import load_trained
     >>> base = load_base("tiny", device="cpu")
     >>> word = load_trained("prostate", "tumour", base)
     >>> made = sample(base, f"{word.token}:0.7 AND red ground:0.3", embeddings=[word], n=2, steps=2)
@@ -290,7 +290,7 @@ def interpolate(
     Examples
     --------
     >>> from medbudget import load_base
-    >>> from medbudget.tiny.trained import load_trained
+    >>> from medbudget.tiny import load_trained
     >>> base = load_base("tiny", device="cpu")
     >>> a, b = (load_trained("chest", label, base) for label in ("healthy", "pneumonia"))
     >>> axis = interpolate(base, a, b, weights=(0, 0.5, 1), n=1, steps=2)

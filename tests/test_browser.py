@@ -254,7 +254,7 @@ def test_a_weight_slider_in_jupyterlab_draws_and_stops(
 ) -> None:
     lines = [
         "from medbudget import load_base",
-        "from medbudget.tiny.trained import load_trained",
+        "from medbudget.tiny import load_trained",
         "from medbudget.widgets import PromptMixer",
         "base = load_base('tiny', device='cpu')",
         "words = [load_trained('chest', label, base) for label in ('healthy', 'pneumonia')]",

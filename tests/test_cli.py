@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medbudget.tiny.trained import FOLDER, SPECS, load_trained
+from medbudget.tiny import FOLDER, SPECS, load_trained
 
 FAST = ("--steps", 4, "--batch-size", 2, "--n-vectors", 4)
 

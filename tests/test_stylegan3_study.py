@@ -11,7 +11,7 @@ from medbudget.images import load_images, make_grid, save_images
 from medbudget.results import load_result
 from medbudget.studies import count, in_order, make_study, rivals, run, study_settings, write_report
 from medbudget.stylegan3 import TINY, StyleGAN3, make_stylegan3
-from medbudget.tiny.trained import load_trained
+from medbudget.tiny import load_trained
 
 QUICK = study_settings(
     "stylegan3", "tiny", n=4, steps=1, extractors=("layout",),

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medbudget import load_base, sample
-from medbudget.tiny import corpus, export, model, train
+from medbudget import load_base, loading, sample
+from pretraining import corpus, export, model, train
 
-PACKAGE = Path(corpus.__file__).parent.parent
+PACKAGE = Path(loading.__file__).parent
 
 
 def test_it_loads_and_draws_without_a_socket(monkeypatch):
@@ -71,14 +71,20 @@ def test_a_caption_says_what_was_drawn():
 
 def test_corpus_and_phantoms_share_no_drawing_code():
     modules = {}
-    for name in ("tiny.corpus", "data.phantoms", "data.phantom_trees"):
-        path = PACKAGE / (name.replace(".", "/") + ".py")
+    root = PACKAGE.parent
+    phantoms = [p for p in (root / "medbudget/data").rglob("*.py") if "phantom" in str(p)]
+    assert phantoms
+    for path in (root / "pretraining/corpus.py", *phantoms):
+        name = path.relative_to(root).as_posix()
         tree = ast.parse(path.read_text(encoding="utf-8"))
         modules[name] = {
             node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
         } | {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    assert not any("medbudget" in (name or "") for name in modules["tiny.corpus"])
-    assert not any("tiny" in (name or "") for name in modules["data.phantoms"])
+    assert not any("medbudget" in (name or "") for name in modules["pretraining/corpus.py"])
+    for path in phantoms:
+        assert not any(
+            "pretraining" in (n or "") for n in modules[path.relative_to(root).as_posix()]
+        )
 
 
 def test_word_maps_are_recovered_from_the_shipped_table(tiny):
@@ -116,8 +122,8 @@ def test_training_goes_on_from_the_package(tmp_path, monkeypatch):
     (tmp_path / "work" / "unet.csv").write_text("step,loss,words,plain,empty\n1,.1,.2,.3,.4\n")
     run_stage(monkeypatch, "export", "--work", work)
     vae = Path("vae") / "diffusion_pytorch_model.safetensors"
-    assert (weights / vae).read_bytes() == (PACKAGE / "tiny" / "weights" / vae).read_bytes()
-    before = json.loads((PACKAGE / "tiny" / "weights" / "training.json").read_text())
+    assert (weights / vae).read_bytes() == (PACKAGE / "weights" / "tiny" / vae).read_bytes()
+    before = json.loads((PACKAGE / "weights" / "tiny" / "training.json").read_text())
     after = json.loads((weights / "training.json").read_text())
     assert after["vae"] == before["vae"]
     assert after["unet"][:-1] == before["unet"]
@@ -125,7 +131,7 @@ def test_training_goes_on_from_the_package(tmp_path, monkeypatch):
     assert (last["steps"], last["images"]) == (3, 12) and last["device"].startswith("CPU")
     old, new = (
         load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-        for folder in (PACKAGE / "tiny" / "weights", weights)
+        for folder in (PACKAGE / "weights" / "tiny", weights)
     )
     changed = [not torch.equal(old[name], new[name]) for name in old]
     assert np.mean(changed) > 0.5, "the U-Net was trained"

@@ -1,6 +1,6 @@
 """How diseased an image looks: logistic regressions on network features, fitted on phantoms.
 
-``medbudget.tiny.diseases`` fits them and writes ``disease.safetensors`` beside this file.
+``pretraining.diseases`` fits them and writes ``disease.safetensors`` beside this file.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def disease_score(
         raise ValueError(
             f"the disease scores were fitted on features of {extractor.title} "
             f"{record['extractor_hash']}, installed is {extractor.hash}; fit them again with "
-            "python -m medbudget.tiny.diseases"
+            "python -m pretraining.diseases"
         )
     row = tensors[name].double().numpy()
     return disease_features(images) @ row[:-1] + row[-1]

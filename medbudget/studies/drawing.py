@@ -21,7 +21,7 @@ from medbudget.loading import load_base
 from medbudget.sampling import sample
 from medbudget.studies.study import StudySettings
 from medbudget.studies.tasks import Store, Task, kind, write_images
-from medbudget.tiny.trained import SPECS, find_trained
+from medbudget.tiny import SPECS, find_trained
 
 BLOCK = 16  # images of one task
 TOKEN = "<class>"  # of every word that a study learns

@@ -1,22 +1,38 @@
-"""Visual words: a vocabulary that says what is where, from coarse to fine.
+"""The embedded base's visual words, and the embeddings that ship with the package.
 
-A sentence of 60 words describes an image: one word for its grain, then one for every cell of a
-1x1, a 3x3 and a 7x7 grid in reading order. A word stands for six numbers: for a cell its mean
-colour and its spread (standard deviation) per channel; for the grain the spread of the detail
-under 3 pixels and of that between 3 and 7 pixels.
+Visual words say what is where, from coarse to fine: a sentence of 60 words describes an image. One
+word for its grain, then one for every cell of a 1x1, a 3x3 and a 7x7 grid in reading order. A word
+stands for six numbers: for a cell its mean colour and its spread (standard deviation) per channel;
+for the grain the spread of the detail under 3 pixels and of that between 3 and 7 pixels.
+
+The embeddings were trained on phantoms by ``pretraining/words.py``: the eight classes, on healthy
+prostates the vectors and cases of the paper's Table 1, and prostates with a tumour from 10 cases
+for its Table 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from medbudget.base import Base
 from medbudget.bases import BaseError
+from medbudget.data.phantoms import KINDS
+from medbudget.embeddings import Embedding
 from medbudget.images import check_images
 
+FOLDER = Path(__file__).parent / "weights" / "embeddings"
+VECTORS, CASES = 64, 100
+SHIPPED = tuple((kind, label) for kind, labels in KINDS.items() for label in labels)
+SPECS = (
+    *((kind, label, VECTORS, CASES) for kind, label in SHIPPED),
+    *(("prostate", "healthy", n, CASES) for n in (8, 16, 32)),
+    *(("prostate", "healthy", VECTORS, cases) for cases in (5, 10, 50)),
+    ("prostate", "tumour", VECTORS, 10),  # Table 2's rows with an asterisk
+)
 GRIDS = (1, 3, 7)
 N_WORDS = 1 + sum(grid * grid for grid in GRIDS)
 
@@ -93,3 +109,46 @@ def describe(base: Base, images: torch.Tensor | Sequence[torch.Tensor]) -> str:
         images = torch.stack(list(images))
     numbers = compute_numbers(check_images(images)).mean(0)
     return nearest_words(numbers, base.words["grain"].float(), base.words["cells"].float())
+
+
+def path_of(kind: str, label: str, n_vectors: int, cases: int) -> Path:
+    name = f"{kind}_{label}"
+    if (n_vectors, cases) != (VECTORS, CASES):
+        name += f"_{n_vectors}vectors_{cases}cases"
+    return FOLDER / f"{name}.safetensors"
+
+
+def find_trained(kind: str, label: str, *, n_vectors: int = VECTORS, cases: int = CASES) -> Path:
+    """Return the file of a shipped embedding; ValueError if there is none for this class."""
+    path = path_of(kind, label, n_vectors, cases)
+    if not path.exists():
+        have = ", ".join(sorted(p.stem for p in FOLDER.glob("*.safetensors"))) or "none"
+        raise ValueError(f"no trained embedding {path.stem}; there are: {have}")
+    return path
+
+
+def load_trained(
+    kind: str, label: str, base: Base, *, n_vectors: int = VECTORS, cases: int = CASES
+) -> Embedding:
+    """Return the shipped embedding of a phantom class, with its training record.
+
+    Raises
+    ------
+    ValueError
+        Another base than `tiny`, none for this class, or one trained on other weights than `base`
+        has.
+    """
+    if base.name != "tiny":
+        raise ValueError(
+            f"the embeddings in the package are for the base 'tiny', this one is {base.name!r}: "
+            "learn a word with medbudget.invert, load one with Embedding.load(file), or use the "
+            "paper's with medbudget.hub.load_word"
+        )
+    path = find_trained(kind, label, n_vectors=n_vectors, cases=cases)
+    embedding = Embedding.load(path)
+    if embedding.base_hash != base.hash:
+        raise ValueError(
+            f"{path.name} was trained on a base with hash {embedding.base_hash}, this one has "
+            f"{base.hash}; train it again with python -m pretraining.words"
+        )
+    return embedding

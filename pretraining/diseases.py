@@ -1,4 +1,4 @@
-"""Fit the disease scores on phantoms: ``python -m medbudget.tiny.diseases`` writes them anew."""
+"""Fit the disease scores on phantoms: ``python -m pretraining.diseases`` writes them anew."""
 
 from __future__ import annotations
 

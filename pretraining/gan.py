@@ -1,7 +1,7 @@
 """Pretrain the networks that ship, on the corpus of the tiny base:
 
-``python -m medbudget.tiny.train corpus --work DIR --images 2``, then
-``python -m medbudget.stylegan3.pretrain --work DIR``. Interrupted, the same command goes on.
+``python -m pretraining.train corpus --work DIR --images 2``, then
+``python -m pretraining.gan --work DIR``. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations

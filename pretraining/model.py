@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medbudget.tiny import corpus
+from pretraining import corpus
 
 LATENTS = 8
 WIDTH = 96

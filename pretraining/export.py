@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medbudget.files import write_json
-from medbudget.tiny import model, words
+from medbudget.loading import TINY
+from medbudget.tiny import GRIDS, N_WORDS
+from pretraining import model
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = TINY  # the package's
 
 
 def make_vocabulary(numbers: np.ndarray, count: int, seed: int = 0) -> torch.Tensor:
@@ -92,7 +94,7 @@ def export(work: Path) -> None:
         return before.get(part, []) if found is None or found["start"] else []
 
     record = {
-        "words": {"n": words.N_WORDS, "grids": list(words.GRIDS)},
+        "words": {"n": N_WORDS, "grids": list(GRIDS)},
         "vae": [*earlier("vae", vae_state), *([_summary(vae_state)] if vae_state else [])],
         "unet": [*earlier("unet", state), _summary(state)],
         "curves": {

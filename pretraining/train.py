@@ -1,4 +1,4 @@
-"""Pretrain the embedded base: ``python -m medbudget.tiny.train STAGE --work DIR``.
+"""Pretrain the embedded base: ``python -m pretraining.train STAGE --work DIR``.
 
 Stages, in order: ``corpus`` (draws the images), ``vae``, ``latents`` (encodes the corpus),
 ``unet`` (U-Net and text encoder together), ``export`` (fp16 weights into the package).
@@ -31,8 +31,9 @@ from medbudget.inversion import min_snr_weights
 from medbudget.metrics.features import efficientnet_network
 from medbudget.progress import tqdm
 from medbudget.results import describe_device
-from medbudget.tiny import corpus, model, words
-from medbudget.tiny.export import WEIGHTS
+from medbudget.tiny import N_WORDS, compute_numbers
+from pretraining import corpus, model
+from pretraining.export import WEIGHTS
 
 NEEDS = {  # files of earlier stages, and which stage writes them
     "vae": {"images.npy": "corpus"},
@@ -271,7 +272,7 @@ def encode_corpus(work: Path, args) -> None:
         config = json.loads((WEIGHTS / "vae" / "config.json").read_text(encoding="utf-8"))
         scale = config["scaling_factor"]
     latents = np.empty((len(images), 2, model.LATENTS, 16, 16), np.float16)
-    numbers = np.empty((len(images), words.N_WORDS, 6), np.float16)
+    numbers = np.empty((len(images), N_WORDS, 6), np.float16)
     with torch.inference_mode():
         for i in tqdm(range(0, len(images), 256), desc="latents", mininterval=30):
             batch = images[i : i + 256]
@@ -280,7 +281,7 @@ def encode_corpus(work: Path, args) -> None:
             latents[i : i + 256] = (
                 torch.stack([posterior.mean, posterior.std], 1).float().cpu().numpy()
             )
-            numbers[i : i + 256] = words.compute_numbers(batch).cpu().numpy()
+            numbers[i : i + 256] = compute_numbers(batch).cpu().numpy()
     scale = scale or 1 / latents[::16, 0].astype(np.float32).std()
     for name, array in (("latents", latents), ("numbers", numbers)):
         with atomic_path(work / f"{name}.npy") as temporary, open(temporary, "wb") as file:
@@ -407,7 +408,7 @@ def embed_sentences(text, maps, tokenizer, numbers, plain, kind, rng) -> torch.T
     visual, place = (kind == 0)[:, None], np.arange(77)[None]
     inside = visual & (place >= 1) & (place <= length)
     dropped = rng.random((n, 77)) < rng.choice([0.0, 0.1, 0.5], n)[:, None]
-    keep = inside & ~dropped & (place <= words.N_WORDS)
+    keep = inside & ~dropped & (place <= N_WORDS)
     for chosen, token in (
         (inside, blank),
         (visual & (place == length + 1), tokenizer.eos_token_id),
@@ -416,7 +417,7 @@ def embed_sentences(text, maps, tokenizer, numbers, plain, kind, rng) -> torch.T
     is_plain = torch.from_numpy(kind == 1).to(device)
     ids = torch.where(is_plain[:, None], plain, ids)
     rows = text.embeddings.token_embedding(ids)
-    mapped = F.pad(maps(numbers), (0, 0, 1, 76 - words.N_WORDS))
+    mapped = F.pad(maps(numbers), (0, 0, 1, 76 - N_WORDS))
     rows = torch.where(torch.from_numpy(keep).to(device)[..., None], mapped, rows)
     with model.replaced_rows(text, rows):
         return text(ids).last_hidden_state
@@ -468,7 +469,7 @@ def main() -> None:
     elif args.stage == "unet":
         train_unet(args.work, args)
     else:
-        from medbudget.tiny.export import export
+        from pretraining.export import export
 
         export(args.work)
 
