@@ -220,7 +220,7 @@ def share_of_context() -> float:
     So little that they are not kept from step to step.
     """
     with torch.device("meta"):
-        _, unet, _ = build_networks(read_architectures()["sd2"])
+        _, unet, _ = build_networks(read_architectures()["sd2"], "meta")
         x, t, context = torch.randn(2, 4, 64, 64), torch.zeros(2), torch.randn(2, 77, 1024)
         with torch.no_grad():
             whole = count_flops(lambda: unet(x, t, encoder_hidden_states=context))

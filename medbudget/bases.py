@@ -102,7 +102,7 @@ def unknown_base(name: str) -> BaseError:
     names = ["tiny", *(k.name for k in KNOWN), *ALIASES]
     near = difflib.get_close_matches(name, names, 1)
     return BaseError(
-        f"unknown base {name!r}{f', did you mean {near[0]!r}?' if near else ''} Allowed are "
+        f"unknown base {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}: allowed are "
         f"{', '.join(map(repr, names))}, a repository of the hub (owner/name or "
         "owner/name@revision), a folder in diffusers' layout, a .ckpt or .safetensors file, and "
         "random weights for trials ('sd2-random', 'sd1-random', 'small-random')"

@@ -151,14 +151,15 @@ def noise_schedule() -> torch.Tensor:
     return torch.cumprod(1.0 - betas, dim=0)
 
 
-def build_networks(architecture: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Return VAE, U-Net and text encoder of an architecture, on the default device."""
+def build_networks(architecture: Mapping[str, Any], device: str = "cpu") -> tuple[Any, Any, Any]:
+    """Return VAE, U-Net and text encoder of an architecture; on ``meta`` they take no memory."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    vae = AutoencoderKL(**architecture["vae"])
-    unet = UNet2DConditionModel(**architecture["unet"])
-    return vae, unet, CLIPTextModel(CLIPTextConfig(**architecture["text_encoder"]))
+    with torch.device(device):
+        vae = AutoencoderKL(**architecture["vae"])
+        unet = UNet2DConditionModel(**architecture["unet"])
+        return vae, unet, CLIPTextModel(CLIPTextConfig(**architecture["text_encoder"]))
 
 
 def make_random_parts(architecture: Mapping[str, Any], seed: int = 0) -> Parts:
@@ -367,8 +368,7 @@ def load_single_file(path: Path) -> Parts:
         raise BaseError(f"{path.name}: a single-file base ends in {' or '.join(FILES)}")
     state = read_checkpoint(path)
     architecture = _guess_architecture(state, path.name)
-    with torch.device("meta"):
-        vae, unet, text_encoder = build_networks(architecture)
+    vae, unet, text_encoder = build_networks(architecture, "meta")
     if any(key.startswith(TEXT_KEY) for key in state):
         text = ldm.convert_open_clip_checkpoint(text_encoder, state, prefix=TEXT_KEY)
     else:

@@ -109,7 +109,7 @@ def _without_data(networks: tuple[Any, Any, Any], dtype: torch.dtype) -> list[An
 @cache
 def _sd2() -> tuple[Any, Any, Any]:
     with torch.device("meta"):
-        return build_networks(read_architectures()["sd2"])
+        return build_networks(read_architectures()["sd2"], "meta")
 
 
 @contextmanager

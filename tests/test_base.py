@@ -54,7 +54,7 @@ def test_visual_words_know_places(tiny):
 def test_an_unknown_base_lists_the_allowed_ones(tmp_path):
     with pytest.raises(BaseError, match=r"'tiny'.*'sd2'.*folder"):
         load_base("sd3")
-    with pytest.raises(BaseError, match=r"did you mean 'sd21-base'\? Allowed"):
+    with pytest.raises(BaseError, match=r"\(did you mean 'sd21-base'\?\): allowed"):
         load_base("sd21base")
     for name in ("512-base-ema.ckpt", "a/b.safetensors", "/no/such/folder"):
         with pytest.raises(BaseError, match=f"no such file or folder: {name}"):
