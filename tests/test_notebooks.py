@@ -342,7 +342,7 @@ def test_binomial_test_is_the_librarys() -> None:
 
 
 def test_gan_losses_are_the_librarys() -> None:
-    from medbudget.stylegan3.training import discriminator_loss, generator_loss
+    from medbudget.stylegan3.losses import discriminator_loss, generator_loss
 
     gan_losses = equation("gan_losses")
     real, fake = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))

@@ -30,17 +30,17 @@ from medbudget.stylegan3.filters import (
     make_rates,
     upsample,
 )
-from medbudget.stylegan3.model import draw_latents
-from medbudget.stylegan3.networks import (
-    SynthesisLayer,
-    minibatch_std,
-)
-from medbudget.stylegan3.training import (
+from medbudget.stylegan3.losses import (
     discriminator_loss,
     generator_loss,
     make_optimizers,
     r1_penalty,
     update_ema,
+)
+from medbudget.stylegan3.model import draw_latents
+from medbudget.stylegan3.networks import (
+    SynthesisLayer,
+    minibatch_std,
 )
 
 SMALL = Architecture(
@@ -253,7 +253,9 @@ def test_ema_by_hand():
 
 def test_lazy_regularisation_slows_the_discriminators_adam():
     model = make_stylegan3(SMALL)
-    g, d = make_optimizers(model.generator, model.discriminator, StyleGAN3Settings())
+    s = StyleGAN3Settings()
+    lr = (s.lr_generator, s.lr_discriminator)
+    g, d = make_optimizers(model.generator, model.discriminator, lr, s.r1_every)
     assert g.defaults["lr"] == 0.0025 and g.defaults["betas"] == (0, 0.99)
     assert d.defaults["lr"] == pytest.approx(0.002 * 16 / 17)
     assert d.defaults["betas"][1] == pytest.approx(0.99 ** (16 / 17))

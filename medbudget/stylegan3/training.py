@@ -6,14 +6,11 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from medbudget._version import __version__
 from medbudget.files import hash_tensors
@@ -23,6 +20,14 @@ from medbudget.metrics.features import Extractor, features, load_extractor
 from medbudget.runs import Steps, draw_indices
 from medbudget.settings import Settings
 from medbudget.stylegan3.augment import adapt, augment
+from medbudget.stylegan3.losses import (
+    discriminator_loss,
+    frozen,
+    generator_loss,
+    make_optimizers,
+    r1_penalty,
+    update_ema,
+)
 from medbudget.stylegan3.model import StyleGAN3, to_float
 
 
@@ -68,59 +73,6 @@ class StyleGAN3Settings(Settings):
     }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------- losses
-
-
-def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """Non-saturating loss: ``softplus(-D(G(z)))``, mean over the batch."""
-    return F.softplus(-fake_logits).mean()
-
-
-def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """Logistic loss: ``softplus(-D(x)) + softplus(D(G(z)))``, mean over the batch."""
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
-
-
-def r1_penalty(discriminator: nn.Module, real: torch.Tensor, gamma: float) -> torch.Tensor:
-    """R1 of Mescheder et al. 2018: ``gamma / 2 * |grad D(x)|^2`` at real images, their mean."""
-    real = real.detach().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
-    return gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
-
-
-def make_optimizers(
-    generator: nn.Module, discriminator: nn.Module, settings: StyleGAN3Settings
-) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-    """Return Adam for both; the discriminator's is slowed for its extra, lazy steps."""
-    lazy = settings.r1_every / (settings.r1_every + 1)
-    return (
-        torch.optim.Adam(generator.parameters(), lr=settings.lr_generator, betas=(0.0, 0.99)),
-        torch.optim.Adam(
-            discriminator.parameters(),
-            lr=settings.lr_discriminator * lazy,
-            betas=(0.0, 0.99**lazy),
-        ),
-    )
-
-
-@torch.no_grad()
-def update_ema(average: nn.Module, network: nn.Module, keep: float) -> None:
-    """Move running means towards the weights by ``1 - keep``; buffers are copied."""
-    for a, b in zip(average.parameters(), network.parameters()):
-        a.lerp_(b, 1 - keep)
-    for mine, theirs in zip(average.buffers(), network.buffers()):
-        mine.copy_(theirs)
-
-
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
-
-
 # --------------------------------------------------------------------------------- training
 
 
@@ -139,7 +91,10 @@ class Trainer:
         for part in self.generator.modules():
             if hasattr(part, "magnitude_images"):
                 part.magnitude_images = settings.magnitude_kimg * 1000  # type: ignore[assignment]
-        self.optimizers = make_optimizers(self.generator, self.discriminator, settings)
+        self.optimizers = make_optimizers(
+            self.generator, self.discriminator,
+            (settings.lr_generator, settings.lr_discriminator), settings.r1_every,
+        )  # fmt: skip
         self.step, self.p, self.signs, self.seconds = 0, 0.0, torch.zeros((), device=device), 0.0
         self.history: list[dict[str, Any]] = []
         self.recent: dict[str, list[torch.Tensor]] = {}  # losses since the last snapshot
@@ -170,7 +125,7 @@ class Trainer:
         z = torch.randn((2, s.batch_size, width), generator=draw).to(self.device)
 
         self.generator.train()
-        with _frozen(self.discriminator):
+        with frozen(self.discriminator):
             fake = augment(self.generator(z[0]), self.p, draw)
             loss_g = generator_loss(self.discriminator(fake))
             self._descend(0, loss_g)
