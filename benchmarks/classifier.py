@@ -35,10 +35,10 @@ from medbudget.cases import Cases
 from medbudget.classifier import (
     ClassifierSettings,
     _autocast,
-    make_network,
     train_classifier,
 )
 from medbudget.files import write_json
+from medbudget.networks import make_network
 from medbudget.results import count_cores
 
 

@@ -15,38 +15,18 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strong each transformation is; the defaults are the paper's "heavy", 0 (gamma 1) is none.
+    """How strong each transformation is; the defaults are the paper's "heavy", 0 (gamma 1) is none."""
 
-    Attributes
-    ----------
-    flip : float
-        Probability of a left-right flip.
-    noise : float
-        Largest variance of Gaussian noise, for images in [0, 1]; each sample draws its own.
-    gamma : float
-        Smallest exponent, up to 1: smaller is brighter.
-    shift, scale : float
-        Largest shift as a share of the edge, largest change of size.
-    rotate : float
-        Largest rotation, degrees.
-    distortion : float
-        Largest coefficient of the radial distortion, of either sign.
-    contrast, brightness : float
-        Largest change of the factor 1, and of the offset 0.
-    drop_channel : float
-        Probability that one channel is set to 0.
-    """
-
-    flip: float = 0.5
-    noise: float = 0.1
-    gamma: float = 0.1
-    shift: float = 0.1
-    scale: float = 0.2
-    rotate: float = 45.0
-    distortion: float = 0.05
-    contrast: float = 0.2
-    brightness: float = 0.2
-    drop_channel: float = 0.8
+    flip: float = 0.5  # probability of a left-right flip
+    noise: float = 0.1  # largest variance, of images in [0, 1]; each sample draws its own
+    gamma: float = 0.1  # smallest exponent, up to 1: smaller is brighter
+    shift: float = 0.1  # largest, as a share of the edge
+    scale: float = 0.2  # largest change of size
+    rotate: float = 45.0  # largest, degrees
+    distortion: float = 0.05  # largest coefficient of the radial distortion, of either sign
+    contrast: float = 0.2  # largest change of the factor 1
+    brightness: float = 0.2  # largest change of the offset 0
+    drop_channel: float = 0.8  # probability that one channel is set to 0
 
     def __post_init__(self) -> None:
         bounds = dict.fromkeys(("flip", "drop_channel", "shift"), 1.0) | {"rotate": 180.0}
@@ -66,31 +46,18 @@ LEVELS = {"heavy": HEAVY, "none": NONE}
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What each of B samples undergoes; tensors ``(B,)``, `shift` ``(B, 2)`` (x, y).
+    """What each of B samples undergoes; tensors ``(B,)``."""
 
-    Attributes
-    ----------
-    flip : bool
-    variance : of the noise.
-    gamma : exponent.
-    angle : radians, counter-clockwise.
-    scale : factor; above 1 enlarges.
-    shift : share of width and height.
-    distortion : coefficient of the radial distortion.
-    contrast, brightness : factor and offset.
-    dropped : int64, the channel that is set to 0, or -1.
-    """
-
-    flip: torch.Tensor
-    variance: torch.Tensor
-    gamma: torch.Tensor
-    angle: torch.Tensor
-    scale: torch.Tensor
-    shift: torch.Tensor
-    distortion: torch.Tensor
-    contrast: torch.Tensor
-    brightness: torch.Tensor
-    dropped: torch.Tensor
+    flip: torch.Tensor  # bool
+    variance: torch.Tensor  # of the noise
+    gamma: torch.Tensor  # exponent
+    angle: torch.Tensor  # radians, counter-clockwise
+    scale: torch.Tensor  # factor; above 1 enlarges
+    shift: torch.Tensor  # (B, 2): x, y as shares of width and height
+    distortion: torch.Tensor  # coefficient of the radial distortion
+    contrast: torch.Tensor  # factor
+    brightness: torch.Tensor  # offset
+    dropped: torch.Tensor  # int64: the channel that is set to 0, or -1
 
 
 def draw_augmentation(

@@ -13,11 +13,10 @@ from medbudget.cases import Cases
 from medbudget.classifier import (
     Classifier,
     ClassifierSettings,
-    make_network,
-    resize,
     saliency,
     train_classifier,
 )
+from medbudget.networks import make_network, resize
 from medbudget.studies.comparison import repeat_classifier
 from medbudget.studies.gains import judge_gain, score_gain, score_runs
 

@@ -11,16 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from medbudget.data import picai
+from medbudget.data import picai, picai_files
 from medbudget.data.phantom_trees import write_picai
-from medbudget.data.picai import (
-    load_case,
-    measure_shift,
-    prepare_picai,
-    read_marksheet,
-    target_grid,
-)
+from medbudget.data.picai import load_case, measure_shift, prepare_picai
+from medbudget.data.picai_files import read_marksheet
 from medbudget.data.prepare import BrokenCase, load_manifest
+from medbudget.data.resample import GRID, target_grid
 
 sitk = pytest.importorskip("SimpleITK")
 REAL = "10795_1000811"
@@ -84,10 +80,12 @@ def balls(tmp_path: Path) -> Path:
     place.mkdir(parents=True)
     for name, volume in (("t2w", t2w), ("adc", adc), ("hbv", hbv)):
         sitk.WriteImage(volume, str(place / f"7_8_{name}.mha"))
-    (labels / picai.GLAND).mkdir(parents=True)
-    sitk.WriteImage(sitk.Cast(t2w > 500, sitk.sitkUInt8), str(labels / picai.GLAND / "7_8.nii.gz"))
+    (labels / picai_files.GLAND).mkdir(parents=True)
+    sitk.WriteImage(
+        sitk.Cast(t2w > 500, sitk.sitkUInt8), str(labels / picai_files.GLAND / "7_8.nii.gz")
+    )
     (labels / "clinical_information").mkdir()
-    (labels / picai.MARKSHEET).write_text("patient_id,study_id,case_csPCa\n7,8,NO\n")
+    (labels / picai_files.MARKSHEET).write_text("patient_id,study_id,case_csPCa\n7,8,NO\n")
     return tmp_path
 
 
@@ -150,14 +148,14 @@ def test_slice_rules(tree: Path) -> None:
         assert case.gland.any() and case.tumour.any() == (case.label == 1)
     name, least = "10001_1000010", 2
     mask = sitk.GetArrayFromImage(
-        sitk.ReadImage(str(tree / "labels" / picai.HUMAN / f"{name}.nii.gz"))
+        sitk.ReadImage(str(tree / "labels" / picai_files.HUMAN / f"{name}.nii.gz"))
     )
     assert set(np.unique(mask)) == {0, least}
-    padding = (picai.GRID[0] - len(mask)) // 2
+    padding = (GRID[0] - len(mask)) // 2
     area = (mask >= least).sum(axis=(1, 2))
     assert load(tree, name).slice_index == area.argmax() + padding
     gland = sitk.GetArrayFromImage(
-        sitk.ReadImage(str(tree / "labels" / picai.GLAND / "10000_1000000.nii.gz"))
+        sitk.ReadImage(str(tree / "labels" / picai_files.GLAND / "10000_1000000.nii.gz"))
     )
     middle = int(np.median(np.flatnonzero(gland.any(axis=(1, 2)))))
     assert load(tree, "10000_1000000").slice_index == middle + padding
@@ -171,7 +169,7 @@ def test_a_machines_mask_stands_in_where_there_is_no_human_one(tree: Path) -> No
 
 def move_lesion(copy: Path, case: str, *, to: str, slices: int) -> None:
     """Write the machine's lesion, of its largest slice alone, `slices` lower into another folder."""
-    mask = sitk.ReadImage(str(copy / "labels" / picai.MACHINE / f"{case}.nii.gz"))
+    mask = sitk.ReadImage(str(copy / "labels" / picai_files.MACHINE / f"{case}.nii.gz"))
     values = sitk.GetArrayFromImage(mask)
     k = int(values.sum(axis=(1, 2)).argmax())
     moved = np.zeros_like(values)
@@ -185,14 +183,14 @@ def move_lesion(copy: Path, case: str, *, to: str, slices: int) -> None:
 def test_an_experts_mask_comes_before_a_machines(copy: Path) -> None:
     case = "10005_1000050"
     machine = load(copy, case)
-    move_lesion(copy, case, to=picai.POOCH, slices=3)  # its values are 0 and 1
+    move_lesion(copy, case, to=picai_files.POOCH, slices=3)  # its values are 0 and 1
     expert = load(copy, case)
     assert expert.slice_index == machine.slice_index - 3
     assert expert.sources[-1] == f"csPCa_lesion_delineations/human_expert/Pooch25/{case}.nii.gz"
     assert not any("Bosma22a" in source for source in expert.sources)
-    move_lesion(copy, case, to=picai.HUMAN, slices=1)  # 1 is ISUP 1 there: harmless
+    move_lesion(copy, case, to=picai_files.HUMAN, slices=1)  # 1 is ISUP 1 there: harmless
     assert load(copy, case).slice_index == expert.slice_index, "the expert mask that shows a tumour"
-    file = copy / "labels" / picai.HUMAN / f"{case}.nii.gz"
+    file = copy / "labels" / picai_files.HUMAN / f"{case}.nii.gz"
     sitk.WriteImage(sitk.ReadImage(str(file)) * 3, str(file))
     both = load(copy, case)
     assert both.slice_index == machine.slice_index - 1 and "resampled" in both.sources[-1]
@@ -200,8 +198,8 @@ def test_an_experts_mask_comes_before_a_machines(copy: Path) -> None:
 
 def test_an_experts_mask_that_is_empty_or_damaged_is_not_replaced_by_a_machines(copy: Path) -> None:
     case = "10005_1000050"
-    move_lesion(copy, case, to=picai.POOCH, slices=3)
-    file = copy / "labels" / picai.POOCH / f"{case}.nii.gz"
+    move_lesion(copy, case, to=picai_files.POOCH, slices=3)
+    file = copy / "labels" / picai_files.POOCH / f"{case}.nii.gz"
     sitk.WriteImage(sitk.ReadImage(str(file)) * 0, str(file))
     with pytest.raises(BrokenCase, match=r"Pooch25.* is empty"):
         load(copy, case)
@@ -218,7 +216,7 @@ def test_the_manifest_says_whose_mask_a_case_rests_on(copy: Path, tmp_path: Path
     assert set(machines["patient"]) == {"10005", "10011"}
     assert machines["sources"].str.contains("AI/Bosma22a/").all()
     assert any("2 positive cases have no lesion mask by an expert" in n for n in report.notes)
-    move_lesion(copy, "10005_1000050", to=picai.POOCH, slices=3)
+    move_lesion(copy, "10005_1000050", to=picai_files.POOCH, slices=3)
     with pytest.raises(ValueError, match="other cases"):  # not kept: they show another slice
         prepare(copy, tmp_path / "before", **options)
     prepare(copy, tmp_path / "after", **options)
@@ -227,7 +225,7 @@ def test_the_manifest_says_whose_mask_a_case_rests_on(copy: Path, tmp_path: Path
 
 
 def test_lesions_below_isup_2_are_no_tumour(copy: Path) -> None:
-    file = copy / "labels" / picai.HUMAN / "10001_1000010.nii.gz"
+    file = copy / "labels" / picai_files.HUMAN / "10001_1000010.nii.gz"
     mask = sitk.ReadImage(str(file))
     sitk.WriteImage(sitk.Cast(mask > 0, sitk.sitkUInt8), str(file))
     with pytest.raises(BrokenCase, match="empty"):
@@ -260,7 +258,7 @@ def test_size_only_resizes(tree: Path) -> None:
 def edit(copy: Path, what: str) -> None:
     """Spoil case 10000_1000000 in one way."""
     images = copy / "images" / "10000"
-    gland = copy / "labels" / picai.GLAND / "10000_1000000.nii.gz"
+    gland = copy / "labels" / picai_files.GLAND / "10000_1000000.nii.gz"
     t2w = images / "10000_1000000_t2w.mha"
     adc = images / "10000_1000000_adc.mha"
     if what == "missing sequence":
@@ -338,7 +336,7 @@ def test_wrong_input_in_the_papers_geometry(copy: Path, what: str) -> None:
 
 
 def test_absent_lesion_file_of_a_positive(copy: Path) -> None:
-    (copy / "labels" / picai.HUMAN / "10001_1000010.nii.gz").unlink()
+    (copy / "labels" / picai_files.HUMAN / "10001_1000010.nii.gz").unlink()
     with pytest.raises(BrokenCase, match=r"missing mask \(AI/Bosma22a\)"):
         load(copy, "10001_1000010")
 
@@ -354,7 +352,7 @@ def test_wrong_options_and_folders(tree: Path, tmp_path: Path) -> None:
         load_case(tree / "images", tmp_path, "10000_1000000")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_case(tmp_path / "none", tree / "labels", "10000_1000000")
-    sheet = tmp_path / picai.MARKSHEET
+    sheet = tmp_path / picai_files.MARKSHEET
     sheet.parent.mkdir()
     sheet.write_text("patient_id,study_id\n1,2\n")
     with pytest.raises(ValueError, match="case_csPCa"):
@@ -450,10 +448,10 @@ def reference_slice(folder: Path, case_id: str, label: int) -> np.ndarray:
 
     patient = case_id.split("_")[0]
     if label:
-        tumour = volume(folder / "labels" / picai.HUMAN / f"{case_id}.nii.gz", True) >= 2
+        tumour = volume(folder / "labels" / picai_files.HUMAN / f"{case_id}.nii.gz", True) >= 2
         index = int(tumour.sum(axis=(1, 2)).argmax())
     else:
-        gland = volume(folder / "labels" / picai.GLAND / f"{case_id}.nii.gz", True)
+        gland = volume(folder / "labels" / picai_files.GLAND / f"{case_id}.nii.gz", True)
         index = int(np.median(np.unique(np.nonzero(gland)[0])))
     planes = [
         volume(folder / "images" / patient / f"{case_id}_{name}.mha", False)[index]
@@ -515,7 +513,7 @@ def real_positive(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         pytest.skip(f"no PI-CAI case in {real_data}")
     folder = tmp_path_factory.mktemp("positive")
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    gland = sitk.ReadImage(str(folder / "labels" / picai.GLAND / f"{REAL}.nii.gz"))
+    gland = sitk.ReadImage(str(folder / "labels" / picai_files.GLAND / f"{REAL}.nii.gz"))
     inside = np.argwhere(sitk.GetArrayFromImage(gland))
     k, j, i = (int(v) for v in inside.mean(axis=0))
     spacing = np.array(gland.GetSpacing())
@@ -536,7 +534,7 @@ def real_positive(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     values[ball_mask(gland, lesion, 6)] = 3
     drawn = sitk.GetImageFromArray(values)
     drawn.CopyInformation(gland)
-    target = folder / "labels" / picai.HUMAN / f"{REAL}.nii.gz"
+    target = folder / "labels" / picai_files.HUMAN / f"{REAL}.nii.gz"
     target.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(drawn, str(target))
     for name, level in (("adc", 0.3), ("hbv", 3.0)):
@@ -549,7 +547,7 @@ def real_positive(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         changed = sitk.GetImageFromArray(array)
         changed.CopyInformation(volume)
         sitk.WriteImage(changed, str(file))
-    sheet = folder / "labels" / picai.MARKSHEET
+    sheet = folder / "labels" / picai_files.MARKSHEET
     patient, study = REAL.split("_")
     sheet.write_text(f"patient_id,study_id,case_csPCa\n{patient},{study},YES\n")
     return folder
@@ -560,7 +558,9 @@ def test_a_lesion_in_the_real_geometry_is_found_in_its_place(
     real: Path, real_positive: Path
 ) -> None:
     case = load(real_positive, REAL, size=300)
-    mask = sitk.ReadImage(str(next((real_positive / "labels" / picai.HUMAN).glob(f"{REAL}*"))))
+    mask = sitk.ReadImage(
+        str(next((real_positive / "labels" / picai_files.HUMAN).glob(f"{REAL}*")))
+    )
     areas = (sitk.GetArrayFromImage(mask) >= 2).sum(axis=(1, 2))
     origin, _ = target_grid(sitk.ReadImage(str(next(real_positive.rglob("*_t2w.mha")))))
     lowest = mask.TransformIndexToPhysicalPoint((0, 0, int(areas.argmax())))[2]

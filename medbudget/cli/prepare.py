@@ -25,6 +25,7 @@ HELP = {
     "allow_fewer": "take what there is where a class has fewer",
     "disjoint": "keep every patient of the splits out of the reference set",
     "file_column": "name of the table's column of files",
+    "geometry": "physical: one grid in the patient; paper: as the released prostate words saw images",
     "images": "folder of <patient>/<patient>_<study>_t2w.mha …",
     "key": "write which number is which patient there; keep it safe",
     "label_column": "name of the table's column of classes",

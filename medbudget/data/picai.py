@@ -17,6 +17,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from medbudget.data.picai_files import (
+    GLAND,
+    LABELS,
+    LESIONS,
+    MACHINE,
+    SEQUENCES,
+    Study,
+    find_images,
+    find_lesions,
+    find_t2w,
+    read_marksheet,
+)
 from medbudget.data.prepare import (
     BrokenCase,
     Item,
@@ -30,9 +42,12 @@ from medbudget.data.resample import (
     GRID,
     PERCENTILES,
     SPACING,
-    Array,
+    EmptyMask,
+    check_order,
     cut_paper,
     cut_physical,
+    read_mask,
+    read_sequence,
     shift,
     target_grid,
     to_array,
@@ -43,21 +58,11 @@ from medbudget.data.splits import (
     choose_reference,
     split_patients,
 )
-from medbudget.data.tables import read_table
-from medbudget.data.volumes import read_volume
 from medbudget.images import from_pil
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-SEQUENCES = ("t2w", "adc", "hbv")
-LABELS = ("negative", "positive")
-GLAND = "anatomical_delineations/whole_gland/AI/Bosma22b"
-HUMAN = "csPCa_lesion_delineations/human_expert/resampled"
-POOCH = "csPCa_lesion_delineations/human_expert/Pooch25"  # since July 2025, of those without HUMAN
-MACHINE = "csPCa_lesion_delineations/AI/Bosma22a"
-LESIONS = {HUMAN: 2, POOCH: 1, MACHINE: 1}  # lowest value of a significant lesion; best first
-MARKSHEET = "clinical_information/marksheet.csv"
 CHOICES = {
     "geometry": ("physical", "paper"),
     "window": ("percentile", "volume"),
@@ -81,15 +86,6 @@ class View:
                 raise ValueError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
         if self.geometry == "paper":
             object.__setattr__(self, "window", "volume")
-
-
-@dataclass(frozen=True)
-class Study:
-    """A row of the marksheet."""
-
-    case_id: str  # PATIENT_STUDY
-    patient: str
-    label: str  # one of LABELS
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +154,11 @@ def load_case(
         sequence of one value or with values that are not finite.
     """
     view = View(size, geometry, window, sequences)
-    t2w = _find_t2w(Path(images), case_id)
+    t2w = find_t2w(Path(images), case_id)
     studies = read_marksheet(labels)
     if case_id not in studies:
         raise ValueError(f"case {case_id} is not in the marksheet of {labels}")
-    lesions = _find_lesions(Path(labels), studies[case_id])
+    lesions = find_lesions(Path(labels), studies[case_id])
     return _load(
         t2w, studies[case_id], lesions, images=Path(images), labels=Path(labels), view=view
     )
@@ -208,7 +204,7 @@ def prepare_picai(
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     images, labels = Path(images), Path(labels)
     studies = read_marksheet(labels)
-    files = _find_images(images)
+    files = find_images(images)
     usable = {case: study for case, study in studies.items() if case in files}
     if not usable:
         raise ValueError(
@@ -226,7 +222,7 @@ def prepare_picai(
 
     def item(patient: str, split: str, also: str = "") -> Item:
         study = usable[chosen[patient]]
-        lesions = _find_lesions(labels, study)
+        lesions = find_lesions(labels, study)
         by_machine = any(file.startswith(MACHINE) for file in lesions)
         notes = [f"also in {also}"] * bool(also) + ["lesion mask by a machine"] * by_machine
         job = (files[study.case_id].relative_to(images).as_posix(), study, lesions)
@@ -273,11 +269,11 @@ def measure_shift(images: str | os.PathLike[str], case_id: str) -> dict[str, tup
         "adc" and "hbv" to millimetres along T2W's slices, rows and columns: what the paper's crop
         shows in its centre, relative to what T2W's crop shows there.
     """
-    t2w = _find_t2w(Path(images), case_id)
+    t2w = find_t2w(Path(images), case_id)
     middle = (np.array(GRID) - 1) / 2 * np.array(SPACING)
     centres = {}
     for name in SEQUENCES:
-        volume = _read(t2w.with_name(f"{case_id}_{name}.mha"), f"sequence {name}")
+        volume = read_sequence(t2w.with_name(f"{case_id}_{name}.mha"), f"sequence {name}")
         centres[name] = np.array(shift(*target_grid(volume), middle))
         if name == "t2w":
             axes = np.reshape(volume.GetDirection(), (3, 3))
@@ -285,62 +281,6 @@ def measure_shift(images: str | os.PathLike[str], case_id: str) -> dict[str, tup
         name: tuple(float(v) for v in (axes.T @ (centres[name] - centres["t2w"]))[::-1])
         for name in SEQUENCES[1:]
     }
-
-
-def read_marksheet(labels: str | os.PathLike[str]) -> dict[str, Study]:
-    """Read PI-CAI's marksheet: case to `Study`."""
-    file = Path(labels) / MARKSHEET
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no {MARKSHEET} in {labels}; name a copy of github.com/DIAGNijmegen/picai_labels"
-        )
-    rows = read_table(file)
-    needed = ("patient_id", "study_id", "case_csPCa")
-    if not rows or not set(needed) <= set(rows[0]):
-        raise ValueError(f"{file} needs the columns {', '.join(sorted(needed))}")
-    studies: dict[str, Study] = {}
-    for number, row in enumerate(rows, 2):
-        patient, study, cancer = (row[name].strip() for name in needed)
-        if not patient or not study:
-            raise ValueError(f"{file}: row {number} has no patient_id or no study_id")
-        if cancer not in ("YES", "NO"):
-            raise ValueError(
-                f"{file}: row {number}: case_csPCa is {cancer!r}; allowed are YES and NO"
-            )
-        case = f"{patient}_{study}"
-        if case in studies:
-            raise ValueError(f"{file}: row {number} names case {case} again; keep one of its rows")
-        studies[case] = Study(case, patient, LABELS[cancer == "YES"])
-    return studies
-
-
-def _find_images(images: Path) -> dict[str, Path]:
-    """Return case -> T2W file, whatever folds lie in or between."""
-    if not images.is_dir():
-        raise FileNotFoundError(f"no such folder: {images}")
-    files: dict[str, Path] = {}
-    for file in sorted(images.rglob("*_t2w.mha")):
-        case = file.name.removesuffix("_t2w.mha")
-        if case in files:
-            raise ValueError(f"case {case} is there twice: {files[case]} and {file}; keep one")
-        files[case] = file
-    return files
-
-
-def _find_t2w(images: Path, case_id: str) -> Path:
-    file = _find_images(images).get(case_id)
-    if file is None:
-        raise BrokenCase(f"no {case_id}_t2w.mha in {images}")
-    return file
-
-
-def _find_lesions(labels: Path, study: Study) -> tuple[str, ...]:
-    """Return the masks that may show a positive's tumour: all experts', or else the machine's."""
-    if study.label == LABELS[0]:
-        return ()
-    files = [f"{folder}/{study.case_id}.nii.gz" for folder in LESIONS]
-    experts = tuple(file for file in files[:-1] if (labels / file).is_file())
-    return experts or (files[-1],)
 
 
 def _describe_selection(
@@ -386,16 +326,16 @@ def _load(
 ) -> Case:
     names = SEQUENCES if view.sequences == "all" else SEQUENCES[:1]
     files = {name: t2w.with_name(f"{study.case_id}_{name}.mha") for name in names}
-    volumes = {name: _read(file, f"sequence {name}") for name, file in files.items()}
+    volumes = {name: read_sequence(file, f"sequence {name}") for name, file in files.items()}
     for name, volume in volumes.items():
         values = to_array(volume)
         if values.min() == values.max():
             raise BrokenCase(f"sequence {name} has the one value {values.min():g}")
     if int(np.abs(np.reshape(volumes["t2w"].GetDirection(), (3, 3))[:, 2]).argmax()) != 2:
         raise BrokenCase("T2W is not an axial volume")
-    _check_order(to_array(volumes["t2w"]))
+    check_order(to_array(volumes["t2w"]))
     gland = f"{GLAND}/{study.case_id}.nii.gz"
-    masks = {"gland": _read_mask(labels / gland, 1, volumes["t2w"])}
+    masks = {"gland": read_mask(labels / gland, 1, volumes["t2w"])}
     sources = [*(file.relative_to(images).as_posix() for file in files.values()), gland]
     if lesions:
         lesion, masks["tumour"] = _read_lesion(labels, lesions, volumes["t2w"])
@@ -430,82 +370,11 @@ def _load(
     )
 
 
-def _read(file: Path, what: str) -> sitk.Image:
-    """Read a scalar 3-D volume of finite values, or say what is wrong with the file."""
-    if not file.is_file():
-        raise BrokenCase(f"missing {what}: no {file.name}")
-    try:
-        image = read_volume(file)
-    except BrokenCase as error:
-        raise BrokenCase(f"{file.name}: {error}") from None
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise BrokenCase(f"{file.name} is not a gray 3-D volume: its size is {image.GetSize()}")
-    values = to_array(image)
-    if np.iscomplexobj(values):
-        raise BrokenCase(f"{file.name} has complex values; export their magnitude")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise BrokenCase(
-            f"{file.name} has {int((~np.isfinite(values)).sum())} values that are infinite or not a "
-            "number; compute the map again, or set them to what they should be"
-        )
-    return image
-
-
-def _check_order(volume: Array) -> None:
-    """Raise if slices are not in order: each slice should resemble one of its neighbours most."""
-    step = [max(1, edge // 32) for edge in volume.shape[1:]]
-    slices = volume[:, :: step[0], :: step[1]].reshape(len(volume), -1).astype(np.float32)
-    gaps = np.stack([np.abs(slices - one).mean(axis=1) for one in slices])
-    np.fill_diagonal(gaps, np.inf)
-    judged = np.flatnonzero(gaps.min(axis=1) > 0)  # blank slices resemble all blank slices
-    beside = np.abs(gaps[judged].argmin(axis=1) - judged) == 1
-    if len(judged) >= 4 and beside.mean() < 0.25:
-        raise BrokenCase(
-            f"T2W's slices are not in order: only {beside.sum()} of {len(beside)} resemble a "
-            "neighbour most; convert the series again, sorted by position"
-        )
-
-
 def _read_lesion(labels: Path, files: tuple[str, ...], t2w: sitk.Image) -> tuple[str, sitk.Image]:
     """Return the first mask with a significant lesion; an expert's may show harmless ones only."""
     for file in files:
         try:
-            return file, _read_mask(labels / file, LESIONS[os.path.dirname(file)], t2w)
+            return file, read_mask(labels / file, LESIONS[os.path.dirname(file)], t2w)
         except EmptyMask as error:
             empty = error
     raise empty
-
-
-class EmptyMask(BrokenCase):
-    """A mask without a voxel that counts."""
-
-
-def _read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
-    """Read a mask as 0 and 1, and check that it belongs to this T2W."""
-    import SimpleITK as sitk
-
-    name = f"{file.parent.name}/{file.name}"
-    image = _read(file, f"mask ({file.parent.parent.name}/{file.parent.name})")
-    corners = [np.sort(_corners(one), axis=0) for one in (image, t2w)]  # whichever way it is stored
-    apart = float(np.abs(corners[0] - corners[1]).max())
-    if apart > 2 * max(*image.GetSpacing(), *t2w.GetSpacing()):
-        raise BrokenCase(
-            f"mask {name} of size {image.GetSize()} lies {apart:.0f} mm off T2W of size "
-            f"{t2w.GetSize()}: it belongs to another volume"
-        )
-    values = to_array(image)
-    if values.dtype.kind == "f" and (values != np.rint(values)).any():
-        raise BrokenCase(f"mask {name} has values that are no whole numbers: it is no mask")
-    mask = sitk.Cast(image >= least, sitk.sitkUInt8)
-    if not to_array(mask).any():
-        raise EmptyMask(f"mask {name} is empty (no value >= {least})")
-    return mask
-
-
-def _corners(image: sitk.Image) -> list[tuple[float, ...]]:
-    """Return the physical places of the two opposite outer corners of a volume."""
-    size = image.GetSize()
-    return [
-        image.TransformContinuousIndexToPhysicalPoint([-0.5] * len(size)),
-        image.TransformContinuousIndexToPhysicalPoint([edge - 0.5 for edge in size]),
-    ]

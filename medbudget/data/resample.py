@@ -1,4 +1,4 @@
-"""One axial slice of a study: volumes of several grids brought to one, windowed, and cut.
+"""Volumes and masks of a study: read and checked, brought to one grid, windowed, and cut.
 
 Two geometries: in patient space ("physical"), and as the released 2-D conversion of de Wilde et al.
 (2024) does it ("paper"), whose order of operations is reimplemented here, not copied.
@@ -7,12 +7,14 @@ Two geometries: in patient space ("physical"), and as the released 2-D conversio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medbudget.data.prepare import BrokenCase
+from medbudget.data.volumes import read_volume
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -34,6 +36,77 @@ def to_array(image: sitk.Image) -> Array:
     import SimpleITK as sitk
 
     return sitk.GetArrayFromImage(image)  # a view would die with a temporary image
+
+
+def read_sequence(file: Path, what: str) -> sitk.Image:
+    """Read a scalar 3-D volume of finite values, or say what is wrong with the file."""
+    if not file.is_file():
+        raise BrokenCase(f"missing {what}: no {file.name}")
+    try:
+        image = read_volume(file)
+    except BrokenCase as error:
+        raise BrokenCase(f"{file.name}: {error}") from None
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise BrokenCase(f"{file.name} is not a gray 3-D volume: its size is {image.GetSize()}")
+    values = to_array(image)
+    if np.iscomplexobj(values):
+        raise BrokenCase(f"{file.name} has complex values; export their magnitude")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise BrokenCase(
+            f"{file.name} has {int((~np.isfinite(values)).sum())} values that are infinite or not a "
+            "number; compute the map again, or set them to what they should be"
+        )
+    return image
+
+
+def check_order(volume: Array) -> None:
+    """Raise if slices are not in order: each slice should resemble one of its neighbours most."""
+    step = [max(1, edge // 32) for edge in volume.shape[1:]]
+    slices = volume[:, :: step[0], :: step[1]].reshape(len(volume), -1).astype(np.float32)
+    gaps = np.stack([np.abs(slices - one).mean(axis=1) for one in slices])
+    np.fill_diagonal(gaps, np.inf)
+    judged = np.flatnonzero(gaps.min(axis=1) > 0)  # blank slices resemble all blank slices
+    beside = np.abs(gaps[judged].argmin(axis=1) - judged) == 1
+    if len(judged) >= 4 and beside.mean() < 0.25:
+        raise BrokenCase(
+            f"T2W's slices are not in order: only {beside.sum()} of {len(beside)} resemble a "
+            "neighbour most; convert the series again, sorted by position"
+        )
+
+
+class EmptyMask(BrokenCase):
+    """A mask without a voxel that counts."""
+
+
+def read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
+    """Read a mask as 0 and 1, and check that it belongs to this T2W."""
+    import SimpleITK as sitk
+
+    name = f"{file.parent.name}/{file.name}"
+    image = read_sequence(file, f"mask ({file.parent.parent.name}/{file.parent.name})")
+    corners = [np.sort(_corners(one), axis=0) for one in (image, t2w)]  # whichever way it is stored
+    apart = float(np.abs(corners[0] - corners[1]).max())
+    if apart > 2 * max(*image.GetSpacing(), *t2w.GetSpacing()):
+        raise BrokenCase(
+            f"mask {name} of size {image.GetSize()} lies {apart:.0f} mm off T2W of size "
+            f"{t2w.GetSize()}: it belongs to another volume"
+        )
+    values = to_array(image)
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        raise BrokenCase(f"mask {name} has values that are no whole numbers: it is no mask")
+    mask = sitk.Cast(image >= least, sitk.sitkUInt8)
+    if not to_array(mask).any():
+        raise EmptyMask(f"mask {name} is empty (no value >= {least})")
+    return mask
+
+
+def _corners(image: sitk.Image) -> list[tuple[float, ...]]:
+    """Return the physical places of the two opposite outer corners of a volume."""
+    size = image.GetSize()
+    return [
+        image.TransformContinuousIndexToPhysicalPoint([-0.5] * len(size)),
+        image.TransformContinuousIndexToPhysicalPoint([edge - 0.5 for edge in size]),
+    ]
 
 
 def cut_physical(

@@ -17,16 +17,12 @@ import numpy.typing as npt
 import torch
 
 from medbudget.cases import Cases, check_drawn, check_splits
-from medbudget.classifier import (
-    ClassifierSettings,
-    make_network,
-    resize,
-    train_classifier,
-)
+from medbudget.classifier import ClassifierSettings, train_classifier
 from medbudget.data.pcam import load_labels, load_patches
 from medbudget.files import write_json
 from medbudget.metrics.auc import Difference, auc, bootstrap_auc, calibration, delong_difference
 from medbudget.metrics.scores import Score
+from medbudget.networks import make_network, resize
 from medbudget.studies.gains import score_gain, score_runs
 from medbudget.studies.tasks import Store, Task, kind, write_images
 

@@ -24,7 +24,6 @@ from medbudget.cases import Cases, check_drawn, check_splits, load_cases
 from medbudget.classifier import (
     ClassifierSettings,
     choose_settings,
-    resize,
     train_classifier,
 )
 from medbudget.data.pcam import find_split
@@ -38,6 +37,7 @@ from medbudget.files import (
 )
 from medbudget.metrics.auc import bootstrap_auc, delong_difference
 from medbudget.metrics.scores import Score, format_table, to_json
+from medbudget.networks import resize
 from medbudget.progress import tqdm
 from medbudget.studies.gains import judge_gain, score_gain, score_runs
 
