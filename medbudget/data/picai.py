@@ -226,7 +226,9 @@ def prepare_picai(
         by_machine = any(file.startswith(MACHINE) for file in lesions)
         notes = [f"also in {also}"] * bool(also) + ["lesion mask by a machine"] * by_machine
         job = (files[study.case_id].relative_to(images).as_posix(), study, lesions)
-        return Item(study.case_id, study.label, split, patient, job, "; ".join(notes))
+        return Item(
+            study.case_id, study.label, split, patient, job, "; ".join(notes), " ".join(lesions)
+        )  # fmt: skip
 
     items = [item(patient, split) for patient, split in splits.items()]
     notes = _describe_selection(files, studies, usable, chosen)
