@@ -227,7 +227,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         with open(path, "rb") as file:
-            reason = recognise(file.read(1024)) or f"it is no whole safetensors file ({error})"
+            head = file.read(1024)
+        if head.startswith((b"PK", b"\x80")):
+            raise EmbeddingError(
+                f"{path.name} holds what a .pt or .bin file holds: give it that ending"
+            ) from None
+        reason = recognise(head) or f"it is no whole safetensors file ({error})"
         raise EmbeddingError(f"{path.name} is refused: {reason}; fetch or train it again") from None
 
 

@@ -143,3 +143,10 @@ def test_options_come_from_a_file_and_the_command_line_wins(medbudget, refused, 
     assert 'Unknown option: "[nn]"' in refused("phantoms", out, "--config", config, code=2)
     assert "no such file gone.yaml" in refused("phantoms", out, "--config", "gone.yaml")
     assert "--config: no such file" in refused("phantoms", out, "--config")
+
+
+def test_a_pt_file_under_another_name_is_called_so(medbudget, refused, word, tmp_path):
+    medbudget("embedding", "convert", word, tmp_path / "x.pt")
+    (tmp_path / "x.pt").rename(tmp_path / "y.safetensors")
+    said = refused("embedding", "show", tmp_path / "y.safetensors")
+    assert said == "y.safetensors holds what a .pt or .bin file holds: give it that ending"

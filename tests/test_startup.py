@@ -56,3 +56,13 @@ def test_help_takes_half_a_second():
         return time.monotonic() - start
 
     assert min(measure() for _ in range(5)) < 0.5
+
+
+def test_a_warning_is_a_note_without_a_line_of_python(tmp_path):
+    code = (
+        "import sys, warnings, medbudget.cli as cli\n"
+        "cli._read_config = lambda a: warnings.warn('mind the gap') or ()\n"
+        "cli.main(['--version'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "note: mind the gap\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, stop)
+    show, warnings.showwarning = warnings.showwarning, _note
     try:
         app.config = _read_config(arguments)
         code = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
@@ -80,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         code = _report(str(error), 1)
     finally:
+        warnings.showwarning = show
         if before is not None:
             signal.signal(signal.SIGTERM, before)
     sys.exit(code if isinstance(code, int) else 0)
@@ -105,6 +108,11 @@ def _explain(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"too many arguments: {' '.join(error.unused_tokens or ())}"
     return str(error).rstrip(".")
+
+
+def _note(message: Warning | str, *where: Any, **more: Any) -> None:
+    """Print a warning without the line of Python that it comes from."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def _report(message: str, code: int) -> int:
