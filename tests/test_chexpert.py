@@ -129,6 +129,59 @@ def test_too_few_and_missing(tree: Path, tmp_path: Path) -> None:
     assert "missing image" in reasons and "black" in reasons and "truncated" in reasons.lower()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.removeprefix("CheXpert-v1.0-small/"),
+        lambda path: path.replace("CheXpert-v1.0-small", "CheXpert-v1.0"),
+        lambda path: f"/data/somewhere/{path}",
+        lambda path: f"D:/x/{path}".replace("/", "\\\\"),
+        lambda path: f" {path.upper()} ",
+        lambda path: path.removesuffix(".jpg"),
+    ],
+)
+def test_paths_with_any_prefix(tree: Path, tmp_path: Path, change) -> None:
+    options = {"size": 32, "per_class": 2, "allow_fewer": True}
+    report = prepare_chexpert(tree, tmp_path / "plain", **options)
+    table = pd.read_csv(tree / "train.csv", dtype=str, keep_default_na=False)
+    table["Path"] = table["Path"].map(change)
+    table.to_csv(tree / "train.csv", index=False)
+    changed = prepare_chexpert(tree, tmp_path / "changed", **options)
+    assert not changed.broken and changed.counts == report.counts
+    assert set(load_manifest(tmp_path / "changed")["patient"]) == set(
+        load_manifest(tmp_path / "plain")["patient"]
+    )
+
+
+def test_a_damaged_row_stops_nothing_and_is_counted(tree: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(tree / "train.csv", dtype=str, keep_default_na=False)
+    table.loc[0, "Edema"], table.loc[1, "Path"] = "x", "nobody.jpg"
+    table["AP/PA"] = table["AP/PA"].replace("AP", " ap")
+    table["Pneumonia"] = table["Pneumonia"].replace("1.0", " 1 ")
+    table.to_csv(tree / "train.csv", index=False)
+    report = prepare_chexpert(tree, tmp_path / "out", size=32, per_class=2, allow_fewer=True)
+    assert report.counts["train", "pneumonia"] == 2 and not report.broken
+    assert any("left out (2)" in note for note in report.notes)
+    with pytest.raises(ValueError, match="lies inside the input"):
+        prepare_chexpert(tree, tree / "out")
+
+
+def test_the_same_x_ray_of_two_patients_stays_in_one_split(tree: Path, tmp_path: Path) -> None:
+    options = {"size": 32, "per_class": 3, "allow_fewer": True}
+    prepare_chexpert(tree, tmp_path / "one", **options)
+    table = load_manifest(tmp_path / "one")
+    sources = {
+        split: table[(table["split"] == split) & (table["label"] == "no_finding")]["sources"].iloc[
+            0
+        ]
+        for split in ("train", "test")
+    }
+    (tree.parent / sources["test"]).write_bytes((tree.parent / sources["train"]).read_bytes())
+    report = prepare_chexpert(tree, tmp_path / "two", **options)
+    ((_, reason),) = report.broken
+    assert "test/no_finding" in reason and "kept in train alone" in reason
+
+
 def test_crop_to_non_zero_borders_then_longest_edge_then_pad() -> None:
     values = np.zeros((50, 80), np.uint8)
     values[10:30, 20:70] = 100

@@ -538,9 +538,13 @@ def test_the_same_pixels_in_two_classes_are_refused_by_name(tmp_path: Path) -> N
     root = tmp_path / "in"
     write_pictures(root, [f"{c}/{i}.png" for c in "ab" for i in range(5)])
     write_dicom(root / "a" / "x.dcm", ramp(), {"0010|0020": "P1"})
-    write_dicom(root / "b" / "y.dcm", ramp(), {"0010|0020": "P2"})
+    write_dicom(root / "b" / "y.dcm", ramp(), {"0010|0020": "P1"})
+    for patient, label in ("P2", "a"), ("P3", "b"):  # not one image, as two patients are named
+        write_dicom(root / label / f"{patient}.dcm", ramp() + 99, {"0010|0020": patient})
     report = prepare_folder(root, tmp_path / "out", size=32, proportions=[1])
-    assert report.made == 10 and dict(report.broken).keys() == {"a/x.dcm", "b/y.dcm"}
+    assert report.made == 12 and dict(report.broken).keys() == {"a/x.dcm", "b/y.dcm"}
+    assert report.patients == {("train", "a"): 6, ("train", "b"): 6}
+    assert any("such as a/P2.dcm and b/P3.dcm: look at them" in note for note in report.notes)
     assert "the same pixels as b/y.dcm in class b" in dict(report.broken)["a/x.dcm"]
 
 

@@ -6,6 +6,7 @@ Sources: Irvin et al. 2019 (the data); de Wilde et al. 2024, Section 3.3 (the se
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image
 
 from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
 from medbudget.data.splits import SPLITS, choose_one_per_patient, choose_reference, split_patients
+from medbudget.data.tables import Listing
+from medbudget.files import check_apart
 from medbudget.images import fit_square, from_pil, hash_pixels
 from medbudget.pictures import ImageError, open_picture
 
@@ -55,39 +58,54 @@ def select_clean(table: Any, *, uncertain: str = "exclude") -> Any:
     Returns
     -------
     pandas.DataFrame
-        Columns path, patient and label; one row for each image, several of a patient.
+        Columns path, patient and label; one row for each image, several of a patient. Its
+        ``attrs["unusable"]`` counts rows of unknown values, without a patient, or of two labels.
 
     Raises
     ------
     ValueError
-        A missing column, an unknown value or rule, a path without a patient.
+        A missing column, an unknown rule; unknown values, or no patient in the path, in every row.
     """
     if uncertain not in UNCERTAIN:
         raise ValueError(f"unknown rule {uncertain!r}; allowed are {', '.join(UNCERTAIN)}")
+    table = table.rename(columns=lambda name: str(name).strip())
     missing = [c for c in ("Path", "AP/PA", *OBSERVATIONS) if c not in table.columns]
     if missing:
         raise ValueError(f"the table has no column {missing}; name CheXpert's train.csv")
-    findings = table[list(OBSERVATIONS)]
+    findings = table[list(OBSERVATIONS)].apply(_to_numbers)
     strange = findings.notna() & ~findings.isin([-1, 0, 1])
-    if strange.any(axis=None):
+    path = table["Path"].astype(str).str.strip().str.replace("\\", "/")
+    patient = path.str.extract(r"(?i)(?:^|/)(patient\d+)/", expand=False).str.lower()
+    if len(table) and strange.any(axis=1).all():
         column = strange.any().idxmax()
         raise ValueError(
-            f"{column} has the value {findings[column][strange[column]].iloc[0]!r}; allowed are "
+            f"{column} has the value {table[column][strange[column]].iloc[0]!r}; allowed are "
             "1, 0, -1 and empty"
         )
-    clean = (table["AP/PA"] == "AP") & ((findings == 1).sum(axis=1) == 1)
+    if len(table) and patient.isna().all():
+        raise ValueError(
+            f"no patient in path {path.iloc[0]!r}; expected …/patient00001/study1/view1_frontal.jpg"
+        )
+    usable = ~strange.any(axis=1) & patient.notna()
+    view = table["AP/PA"].astype(str).str.strip().str.upper()
+    clean = usable & (view == "AP") & ((findings == 1).sum(axis=1) == 1)
     if uncertain == "exclude":
         clean &= ~(findings == -1).any(axis=1)
-    out = table.loc[clean, ["Path"]].rename(columns={"Path": "path"})
-    out["path"] = out["path"].astype(str)
-    out["patient"] = out["path"].str.extract(r"/(patient\d+)/", expand=False)
-    if out["patient"].isna().any():
-        raise ValueError(
-            f"no patient in path {out.loc[out['patient'].isna(), 'path'].iloc[0]!r}; expected "
-            "…/patient00001/study1/view1_frontal.jpg"
-        )
-    out["label"] = (findings[clean] == 1).idxmax(axis=1)
-    return out.reset_index(drop=True)
+    out = table.loc[clean, []].assign(path=path, patient=patient)
+    out["label"] = (findings[clean] == 1).idxmax(axis=1) if clean.any() else ""
+    several = out.groupby("path")["label"].transform("nunique") > 1
+    out.attrs["unusable"] = int((~usable).sum() + several.sum())
+    return out[~several].drop_duplicates("path").reset_index(drop=True)
+
+
+def _to_numbers(column: Any) -> Any:
+    """Return a column of findings as numbers; what is no number becomes infinite."""
+    import pandas as pd
+
+    if pd.api.types.is_numeric_dtype(column):
+        return column
+    text = column.astype(str).str.strip().where(column.notna(), "")
+    return pd.to_numeric(text, errors="coerce").mask(lambda n: n.isna() & (text != ""), np.inf)
 
 
 def _read_labels(file: Path) -> Any:
@@ -165,7 +183,9 @@ def prepare_chexpert(
     root = Path(root)
     if not (root / "train.csv").is_file():
         raise FileNotFoundError(f"no train.csv in {root}; name the folder CheXpert-v1.0-small")
+    check_apart(out, root)
     selected = select_clean(_read_labels(root / "train.csv"), uncertain=uncertain)
+    unusable = selected.attrs["unusable"]
     selected = selected[selected["label"].isin(TRAINED)]
     labels = dict(zip(selected["path"], selected["label"]))
     chosen = choose_one_per_patient(
@@ -185,10 +205,15 @@ def prepare_chexpert(
 
     items = [item(patient, split) for patient, split in splits.items()]
     notes: list[str] = []
+    if unusable:
+        notes.append(
+            f"rows of the table left out ({unusable}): unknown values, no patient, or two labels"
+        )
     if reference:
         healthy = TRAINED[0]
         mine = {p: s for p, s in splits.items() if of_patient[p] == healthy}
-        extra, notes = choose_reference(mine, left[healthy], reference, disjoint=disjoint)
+        extra, said = choose_reference(mine, left[healthy], reference, disjoint=disjoint)
+        notes += said
         items += [item(patient, "reference", also) for patient, also in extra.items()]
         left[healthy] = [p for p in left[healthy] if p not in extra]
     spares = {
@@ -224,11 +249,21 @@ def crop_borders(image: Image.Image) -> tuple[Image.Image, tuple[int, int, int, 
     return image.crop(box), box
 
 
+def _find_image(root: Path, listed: str) -> Path:
+    """Find an image below `root`, whatever folders the table has in front of ``patient…``."""
+    parts = listed.split("/")
+    patient = next(i for i, part in enumerate(parts) if re.fullmatch(r"(?i)patient\d+", part))
+    listing = Listing(root)
+    reason = ""
+    for i in range(patient + 1):
+        path, reason = listing.find("/".join(parts[i:]))
+        if path and (root / path).is_file():
+            return root / path
+    raise BrokenCase(f"missing image: {listed} ({reason or 'it is a folder'})")
+
+
 def _make(item: Item, *, root: Path, size: int) -> Made:
-    path = Path(item.job)
-    file = root / Path(*path.parts[1:])  # the table's paths start with the folder's own name
-    if ".." in path.parts or not file.is_file():
-        raise BrokenCase(f"missing image: {item.job}")
+    file = _find_image(root, item.job)
     try:
         image, _ = open_picture(file)
     except ImageError as error:

@@ -41,7 +41,8 @@ def render_item(
         spacing=(1 / scale, 1 / scale) if pixels.spacing else None,
         crop=f"all {height} x {width} px" + (f" of {len(pixels.values)} slices" if volume else ""),
         note="" if image.size == (size, size) else "padded to a square",
-        pixels=hash_values(pixels.values[index : index + 1]),
+        pixels=hash_values(pixels.values[index : index + 1])
+        + (f" {item.label}" if source.patient else ""),
     )
 
 

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from pathlib import Path
 
+BLANK = " \t\r\n\0\ufeff\xa0"
 ENDING = re.compile(r"\.[a-z]\w{0,4}(\.gz)?")  # begins with a letter: no part of a UID
 
 
@@ -32,7 +33,7 @@ def read_table(file: Path) -> list[dict[str, str]]:
         raise ValueError(
             f"{file} is no CSV table in UTF-8 ({type(error).__name__}); save it as one"
         ) from None
-    lines = [[cell.strip(" \t\r\n\0\ufeff\xa0") for cell in line] for line in lines]
+    lines = [[cell.strip(BLANK) for cell in line] for line in lines]
     if not lines:
         return []
     head = lines[0]
