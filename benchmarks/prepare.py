@@ -1,13 +1,14 @@
 """Data preparation: cases per second and peak memory, beside the released script's way.
 
-    python benchmarks/prepare.py [speed] [geometry] [--n 20] [--data ../shared/data] [--record]
+    python benchmarks/prepare.py [speed] [geometry] [dicom] [--n 20] [--data ../shared/data] [--record]
 
 `speed` repeats the real case of shared/data (or, without it, a phantom of its size) with one worker
 and with two. The released script's way resamples each sequence and mask to the whole volume,
 through picai_prep, before the slice is chosen. Both read the same files and write a PNG, each way
 in a fresh process. Then the whole command on copies of the case, and the CheXpert and PatchCamelyon
 paths, on phantoms in files of the real ones' size. `geometry` tells what alignment and window
-change in that case. `--record` writes results/prepare_speed.json and prepare_geometry.json.
+change in that case; `dicom` times slices of a CT series, beside plain pydicom. `--record` writes
+results/prepare_speed.json and prepare_geometry.json.
 """
 
 from __future__ import annotations
@@ -212,6 +213,46 @@ def images_a_second(n: int) -> dict[str, float]:
     return out
 
 
+def dicom_slices_a_second(n: int = 200, edge: int = 512) -> dict[str, dict[str, float]]:
+    """Slices a second of a CT series by transfer syntax: plain pydicom's `pixel_array`, and ours.
+
+    Both read the same files. Ours also joins them to a series by their headers (find), checks them,
+    rescales, and turns the volume (read).
+    """
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
+
+    from medbudget.data.volumes import find_sources, read_pixels
+
+    rng = np.random.default_rng(0)
+    y, x = np.indices((edge, edge))
+    body = np.where((y - edge / 2) ** 2 + (x - edge / 2) ** 2 < (edge / 2.5) ** 2, 1000, 0)
+    out = {}
+    for name, syntax in (
+        ("native", ExplicitVRLittleEndian), ("RLE", RLELossless), ("JPEG-LS", JPEGLSLossless),
+        ("JPEG 2000", JPEG2000Lossless),
+    ):  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            count = n if name == "native" else n // 4
+            for k in range(count):
+                values = (body + rng.normal(0, 20, body.shape) + 100).clip(0).astype(np.uint16)
+                tags = {"0020|0010": "1", "0020|000e": "1.2.3", "0028|1052": "-1024", "0028|1053": "1",
+                        "0020|0032": f"0\\0\\{3 * k}", "0020|0037": "1\\0\\0\\0\\1\\0"}  # fmt: skip
+                path = phantom_trees.write_dicom(Path(folder) / f"{k:04d}.dcm", values, tags)
+                if syntax != ExplicitVRLittleEndian:
+                    dataset = pydicom.dcmread(path)
+                    dataset.compress(syntax)
+                    dataset.save_as(path)
+            files = sorted(Path(folder).iterdir())
+            plain = timed(lambda: sum(pydicom.dcmread(f).pixel_array.size for f in files))[1]  # noqa: B023
+            sources, find = timed(lambda: find_sources(folder))
+            assert [len(source.files) for source in sources] == [count]
+            read = timed(lambda: read_pixels(folder, sources[0]))[1]  # noqa: B023
+            seconds = {"pydicom": plain, "find": find, "read": read}
+            out[name] = {key: count / value["wall"] for key, value in seconds.items()}
+    return out
+
+
 def speed(n: int, data: Path) -> dict[str, Any]:
     """Everything that is timed, and the goals."""
     ways, whole = compare(n, data), command(n, data)
@@ -226,6 +267,7 @@ def speed(n: int, data: Path) -> dict[str, Any]:
         "a_case": ways,
         "whole_command_cases_a_second": whole,
         "images_a_second": images_a_second(n),
+        "dicom_slices_a_second": dicom_slices_a_second(),
         "goals": judge(goals),
     }
 
@@ -241,9 +283,13 @@ def main() -> None:
     if args.parts[:1] == ["repeat"]:
         repeat(args.parts[1], args.n, int(args.parts[2]), data)
         return
-    known = {"speed": partial(speed, args.n, data), "geometry": partial(describe_geometry, data)}
+    known = {
+        "speed": partial(speed, args.n, data),
+        "geometry": partial(describe_geometry, data),
+        "dicom": dicom_slices_a_second,
+    }
     if unknown := set(args.parts) - set(known):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; allowed are speed, geometry")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; allowed are {', '.join(known)}")
     if args.record and not (data / "picai").is_dir():
         parser.error(f"no real case in {data}: what is recorded is about it; name --data")
     for part in args.parts:

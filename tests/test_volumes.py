@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from dicoms import prepare, read_one, read_or_refuse, read_row
 
-from medbudget.data.itk import read_volume
+from medbudget.data.itk import TURNS, read_volume
 from medbudget.data.phantom_trees import write_picai
 from medbudget.data.picai import GLAND, load_case
 from medbudget.data.prepare import BrokenCase
@@ -123,3 +123,19 @@ def test_a_cut_mask_is_refused_by_picai_and_by_prepare_folder(tmp_path):
         (tmp_path / "masks" / "a.nii.gz").write_bytes(content[:n])
         report = prepare(tmp_path / "in", tmp_path / f"out{made}", **options)
         assert report.made == made and len(report.broken) == 1 - made
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "SPL", "IRA", "PSR"])
+@pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
+def test_volumes_are_turned_as_itk_turns_them(tmp_path, codes, plane):
+    image = sitk.GetImageFromArray(RIGHT.copy())
+    image.SetSpacing((0.5, 0.7, 3))
+    image.SetOrigin((-5, 2, 9))
+    angle = np.cos(0.1), np.sin(0.1)
+    image.SetDirection((angle[0], -angle[1], 0, angle[1], angle[0], 0, 0, 0, 1))
+    sitk.WriteImage(sitk.DICOMOrient(image, codes), str(tmp_path / "a.mha"))
+    right = sitk.DICOMOrient(image, TURNS[plane])
+    pixels = read_one(tmp_path, plane=plane)
+    assert np.array_equal(pixels.values, sitk.GetArrayFromImage(right))
+    assert np.allclose(pixels.frame, (*right.GetOrigin(), *right.GetDirection()))
+    assert np.allclose(pixels.spacing, right.GetSpacing()[1::-1])

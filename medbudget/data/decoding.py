@@ -213,6 +213,8 @@ def decode(data: Dataset) -> tuple[Array, bool]:
     packed = packed and syntax != DEFLATED
     if packed:
         _check_streams(data, n, rows, columns)
+    if syntax == "1.2.840.10008.1.2.4.51" and get_number(data, "BitsStored") > 8:
+        raise BrokenCase("JPEG of 12 bits has no decoder here; decompress it first (dcmdjpeg)")
     options: Any = {"allow_excess_frames": False, "correct_unused_bits": False}
     plugin = DECODERS.get(syntax, "pylibjpeg" if packed else "")
     try:

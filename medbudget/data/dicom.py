@@ -24,7 +24,7 @@ from medbudget.data.decoding import (
     read_window,
     rescale,
 )
-from medbudget.data.itk import MAX_BYTES, turn
+from medbudget.data.itk import MAX_BYTES, find_turn
 from medbudget.data.prepare import BrokenCase
 
 if TYPE_CHECKING:
@@ -93,39 +93,23 @@ def read_dicom(paths: Sequence[Path], plane: str) -> Pixels:
     spacing = frames[0].spacing
     frame: Numbers = ()
     if direction:
-        import SimpleITK as sitk
-
-        volumes = []
-        for array in (values, *(() if padding is None else (padding.astype(np.uint8),))):
-            image = sitk.GetImageFromArray(array, isVector=array.ndim == 4)
-            image.SetSpacing((*(spacing or (1.0, 1.0))[::-1], step))
-            image.SetOrigin(origin)
-            image.SetDirection(direction)
-            volumes.append(turn(image, plane))
-        native = turn(image, "native").GetDirection()
-        if np.allclose(native, volumes[0].GetDirection()):
-            if np.dot(np.reshape(native, (3, 3))[:, 2], np.reshape(direction, (3, 3))[:, 2]) < 0:
-                windows = windows[::-1]
+        turned = find_turn(direction, plane, len(frames))
+        mm = (*(spacing or (1.0, 1.0))[::-1], step)
+        reach = [edge * (n - 1) for edge, n in zip(mm, values.shape[2::-1])]
+        frame = turned.move(origin, direction, reach)
+        values = turned.apply(values)
+        padding = None if padding is None else turned.apply(padding)
+        if turned.axes[2] == 2:  # sliced as it was acquired
+            windows = windows[::-1] if turned.flips[2] else windows
         elif spacing is None:
             raise BrokenCase(
                 "it states no pixel spacing: slice it as it is stored (--plane native)"
             )
-        elif len({str(window) for window in windows}) == 1:
-            windows = windows[:1] * volumes[0].GetSize()[2]
         else:
-            windows = []
-        values = sitk.GetArrayFromImage(volumes[0])
-        padding = None if padding is None else sitk.GetArrayFromImage(volumes[1]) > 0
-        if spacing:
-            spacing = volumes[0].GetSpacing()[1::-1]
-        elif (
-            np.abs(np.reshape(volumes[0].GetDirection(), (3, 3)).T @ np.reshape(direction, (3, 3)))[
-                0, 0
-            ]
-            < 0.5
-        ):
-            aspect = aspect[::-1]
-        frame = (*volumes[0].GetOrigin(), *volumes[0].GetDirection())
+            same = len({str(window) for window in windows}) == 1
+            windows = windows[:1] * len(values) if same else []
+        spacing = (mm[turned.axes[1]], mm[turned.axes[0]]) if spacing else None
+        aspect = aspect if turned.axes[1] == 1 else aspect[::-1]
     return Pixels(
         values,
         spacing=None if spacing is None else (float(spacing[0]), float(spacing[1])),

@@ -15,6 +15,7 @@ import re
 import struct
 import tempfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,15 +110,40 @@ def read_size(path: Path) -> tuple[int, ...]:
     return tuple(reader.GetSize()[:3])
 
 
-def turn(image: sitk.Image, plane: str) -> sitk.Image:
-    """Turn a 3-D image so that its third axis runs through `plane`, seen as on a light box."""
+@dataclass(frozen=True)
+class Turn:
+    """How a volume is turned so that its slices are seen as on a light box."""
+
+    axes: tuple[int, ...]  # which axis (x, y, z) as stored becomes x, y and z
+    flips: tuple[bool, ...]  # which of the new axes are reversed
+
+    def apply(self, values: Array) -> Array:
+        """Turn an array ``(z, y, x[, colours])``, without a copy."""
+        values = values.transpose(*(2 - axis for axis in self.axes[::-1]), *range(3, values.ndim))
+        return values[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips[::-1])]
+
+    def move(
+        self, origin: Sequence[float], direction: Sequence[float], reach: Sequence[float]
+    ) -> tuple[float, ...]:
+        """Return origin and direction (row-major) after turning; `reach` in mm along x, y, z."""
+        columns = np.reshape(direction, (3, 3))[:, self.axes]
+        shift = columns @ (np.array(self.flips) * np.array(reach)[list(self.axes)])
+        turned = columns * np.where(self.flips, -1, 1)
+        return (*map(float, np.array(origin) + shift), *map(float, turned.ravel()))
+
+
+def find_turn(direction: Sequence[float], plane: str, slices: int) -> Turn:
+    """Find how to turn a volume so that its third axis runs through `plane`."""
     import SimpleITK as sitk
 
-    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction)
     stored = PLANE_OF[code[2]]
-    if plane not in ("native", stored) and image.GetSize()[2] == 1:
+    if plane not in ("native", stored) and slices == 1:
         raise BrokenCase(f"it is one {stored} slice, which cannot be cut in the {plane} plane")
-    return sitk.DICOMOrient(image, TURNS[stored if plane == "native" else plane])
+    target = TURNS[stored if plane == "native" else plane]
+    pairs = [next(pair for pair in ("LR", "PA", "SI") if letter in pair) for letter in target]
+    axes = tuple(next(i for i in range(3) if code[i] in pair) for pair in pairs)
+    return Turn(axes, tuple(code[axis] != letter for axis, letter in zip(axes, target)))
 
 
 def read_layout(path: Path) -> Layout:

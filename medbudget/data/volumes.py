@@ -15,7 +15,7 @@ from PIL import Image
 from medbudget.data import dicom
 from medbudget.data.decoding import Window
 from medbudget.data.dicom import Pixels
-from medbudget.data.itk import TURNS, VOLUMES, Array, read_size, read_stated, read_volume, turn
+from medbudget.data.itk import TURNS, VOLUMES, Array, find_turn, read_size, read_stated, read_volume
 from medbudget.data.prepare import BrokenCase
 from medbudget.data.series import Header, Source, join_series, read_header, separate
 from medbudget.images import describe_passed_over
@@ -186,18 +186,18 @@ def _read_itk(path: Path, plane: str) -> Pixels:
     import SimpleITK as sitk
 
     image, stated = read_stated(path)
-    if image.GetDimension() == 3:
-        image = turn(image, plane)
-    values = sitk.GetArrayFromImage(image)
-    if image.GetDimension() == 2:
-        values = values[None]
+    values, spacing = sitk.GetArrayFromImage(image), image.GetSpacing()
     if not np.isfinite(values).all():
         raise BrokenCase("it has values that are infinite or not a number")
-    spacing = image.GetSpacing()
+    if image.GetDimension() == 2:
+        values, frame = values[None], (*image.GetOrigin(), *image.GetDirection())
+    else:
+        turned = find_turn(image.GetDirection(), plane, len(values))
+        reach = [edge * (n - 1) for edge, n in zip(spacing, image.GetSize())]
+        frame = turned.move(image.GetOrigin(), image.GetDirection(), reach)
+        values, spacing = turned.apply(values), [spacing[axis] for axis in turned.axes]
     return Pixels(
-        values,
-        spacing=(float(spacing[1]), float(spacing[0])) if stated else None,
-        frame=(*image.GetOrigin(), *image.GetDirection()),
+        values, spacing=(float(spacing[1]), float(spacing[0])) if stated else None, frame=frame
     )
 
 
