@@ -12,7 +12,7 @@ import argparse
 from typing import Any
 
 from medbudget import make_phantoms
-from medbudget.metrics import features, frechet_interval, kernel_distance
+from medbudget.metrics import compute_features, frechet_interval, kernel_distance
 from medbudget.results import write_result
 
 EXTRACTORS = ("efficientnet-lite0", "layout")
@@ -41,7 +41,9 @@ def main() -> None:
     )
     values: dict[str, Any] = {"kind": "prostate", "size": healthy.shape[-1]}
     for name in EXTRACTORS:
-        x, *others = (features(images, name, progress=True) for images in (healthy, floor, tumour))
+        x, *others = (
+            compute_features(images, name, progress=True) for images in (healthy, floor, tumour)
+        )
         sets = dict(zip(("floor", "tumour"), others))
         values[name] = {label: curve(x, y, sizes) for label, y in sets.items()}
         if name == EXTRACTORS[0]:

@@ -38,8 +38,8 @@ from medbudget.cases import Cases
 from medbudget.classifier import ClassifierSettings, train_classifier
 from medbudget.files import hash_tensors
 from medbudget.images import find_images
-from medbudget.metrics import auc, frechet_distance, precision_recall
-from medbudget.metrics.features import features
+from medbudget.metrics import compute_auc, frechet_distance, precision_recall
+from medbudget.metrics.features import compute_features
 from medbudget.results import StaleResultError, load_result, write_result
 from medbudget.sampling import BLOCK, denoise, draw_noise, make_sigmas
 from medbudget.tiny import CASES, SHIPPED, load_trained
@@ -77,7 +77,7 @@ def list_prompts(kind: str) -> list[str]:
 def distances(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
     """Return both Frechet distances of two sets of images."""
     return {
-        name: frechet_distance(features(a, extractor), features(b, extractor))
+        name: frechet_distance(compute_features(a, extractor), compute_features(b, extractor))
         for name, extractor in (("FD", NETWORK), ("layout", LAYOUT))
     }
 
@@ -126,9 +126,9 @@ def best_prompt(
 ) -> tuple[str, torch.Tensor]:
     """Return the prompt with the lowest FD at n = --n-prompt, and --n images of it."""
     small = min(args.n, args.n_prompt)
-    reference = features(real[:small], NETWORK)
+    reference = compute_features(real[:small], NETWORK)
     found = {
-        prompt: frechet_distance(features(draw(base, prompt, small), NETWORK), reference)
+        prompt: frechet_distance(compute_features(draw(base, prompt, small), NETWORK), reference)
         for prompt in list_prompts(kind)
     }
     prompt = min(found, key=lambda key: found[key])
@@ -181,7 +181,9 @@ def run_inversion(base: Base, args: argparse.Namespace) -> Iterator[Row]:
         words = distances(plain, b)
         cases = make_phantoms(kind, label, CASES).images
         said = distances(draw(base, describe(base, cases), args.n), b)
-        precision, recall = precision_recall(features(b, NETWORK), features(made, NETWORK))
+        precision, recall = precision_recall(
+            compute_features(b, NETWORK), compute_features(made, NETWORK)
+        )
         yield ratio(f"{name}: FD of TI against the floor", ti["FD"], floor["FD"], 4)
         yield ratio(f"{name}: FD of TI against plain words", ti["FD"], words["FD"], 0.5)
         yield below(f"{name}: FD of TI under the described mean's", ti["FD"], said["FD"])
@@ -256,7 +258,7 @@ def run_disease(base: Base, args: argparse.Namespace) -> Iterator[Row]:
             images = draw_class(base, kind, name, args.n)
             scores.append(np.asarray(disease_score(images, kind, label)))
         truth = np.repeat([0, 1], args.n)
-        yield at_least(f"{kind} {label}: AUC", auc(truth, np.concatenate(scores)), 0.9)
+        yield at_least(f"{kind} {label}: AUC", compute_auc(truth, np.concatenate(scores)), 0.9)
 
 
 def run_axis(base: Base, args: argparse.Namespace) -> Iterator[Row]:
@@ -319,10 +321,10 @@ def run_xrays(base: Base, args: argparse.Namespace) -> Iterator[Row]:
     mean = float(np.mean(runs))
     yield at_least(f"classifier {name}, real patients: AUC of {len(runs)} runs", mean, 0.75)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(features(train.images, NETWORK), train.labels)
-    scores = probe.decision_function(features(test.images, NETWORK))
+    probe.fit(compute_features(train.images, NETWORK), train.labels)
+    scores = probe.decision_function(compute_features(test.images, NETWORK))
     yield at_least(
-        f"linear probe {name}, real patients: AUC", auc(test.labels.numpy(), scores), 0.75
+        f"linear probe {name}, real patients: AUC", compute_auc(test.labels.numpy(), scores), 0.75
     )
 
 

@@ -23,7 +23,7 @@ from medbudget.augment import LEVELS, augment
 from medbudget.cases import Cases, check_drawn, check_splits
 from medbudget.files import hash_tensors
 from medbudget.images import check_images
-from medbudget.metrics.auc import auc, delong
+from medbudget.metrics.auc import compute_auc, delong
 from medbudget.metrics.scores import Score
 from medbudget.networks import Network, make_network, resize
 from medbudget.runs import Steps, draw_indices
@@ -311,7 +311,7 @@ def train_classifier(
             batch = augment(images[chosen] / 255, LEVELS[s.augment], generator=generator)
         run.learn(batch, labels[chosen])
         if run.step % s.validate_every == 0 or run.step == s.steps:
-            value = auc(truth, _predict(run.network, watched, 64, s.precision))
+            value = compute_auc(truth, _predict(run.network, watched, 64, s.precision))
             loss = run.validate(value)
             if callback is not None:
                 callback({"step": run.step, "steps": s.steps, "loss": loss, "auc": value})

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medbudget.metrics.extractors import download, fit, load_state
-from medbudget.metrics.features import efficientnet_network
+from medbudget.weights import download, efficientnet_network, fit, load_state
 
 if TYPE_CHECKING:
     from medbudget.classifier import ClassifierSettings

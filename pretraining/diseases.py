@@ -12,9 +12,10 @@ from scipy.ndimage import gaussian_filter
 
 from medbudget.data.phantoms import KINDS, SPLITS, make_phantoms
 from medbudget.files import atomic_path
-from medbudget.metrics.auc import auc
+from medbudget.metrics.auc import compute_auc
 from medbudget.metrics.disease import FILE, SIZE, disease_features
-from medbudget.metrics.features import OFFLINE, load_extractor
+from medbudget.metrics.extractors import load_extractor
+from medbudget.weights import OFFLINE
 
 CASES = 200  # phantoms of each class that the regressions are fitted on
 COMPONENTS = 64  # principal components of the features that are used
@@ -71,7 +72,7 @@ def fit_disease(kind: str, label: str, n: int = CASES) -> tuple[torch.Tensor, di
     coefficients = regression.coef_[0] @ pca.components_
     row = np.append(coefficients, regression.intercept_[0] - coefficients @ pca.mean_)
     x, y = sets["test"]
-    measured = {"C": regression.C, "auc": round(auc(y, x @ row[:-1] + row[-1]), 4)}
+    measured = {"C": regression.C, "auc": round(compute_auc(y, x @ row[:-1] + row[-1]), 4)}
     return torch.from_numpy(row).float(), measured
 
 

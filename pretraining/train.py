@@ -28,10 +28,10 @@ from safetensors.torch import load_file
 
 from medbudget.files import atomic_path
 from medbudget.inversion import min_snr_weights
-from medbudget.metrics.features import efficientnet_network
 from medbudget.progress import tqdm
 from medbudget.results import describe_device
 from medbudget.tiny import N_WORDS, compute_numbers
+from medbudget.weights import efficientnet_network
 from pretraining import corpus, model
 from pretraining.export import WEIGHTS
 

@@ -58,9 +58,9 @@ def test_the_best_validation_is_kept(splits, trained):
     best = max(history["aucs"])
     assert trained.record["best_auc"] == best
     assert trained.record["best_step"] == history["steps"][history["aucs"].index(best)]
-    from medbudget.metrics import auc
+    from medbudget.metrics import compute_auc
 
-    assert auc(splits[1].labels.numpy(), trained.predict(splits[1].images)) == best
+    assert compute_auc(splits[1].labels.numpy(), trained.predict(splits[1].images)) == best
 
 
 def test_testing_twice_is_visible(splits, trained):
@@ -125,7 +125,7 @@ def test_the_networks_are_those_of_torchvision_and_timm():
     import timm
     from torchvision.models import resnet18
 
-    from medbudget.metrics.features import efficientnet_network
+    from medbudget.weights import efficientnet_network
 
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     paper = ClassifierSettings.preset("paper", weights="none")

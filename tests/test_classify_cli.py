@@ -10,7 +10,7 @@ import torch
 from medbudget import save_images
 from medbudget.data.pcam import prepare_pcam
 from medbudget.data.phantom_trees import write_pcam
-from medbudget.metrics import auc
+from medbudget.metrics import compute_auc
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_classify_compares_and_saves_every_score(medbudget, splits):
     result = {s["name"]: s for s in json.loads((splits / "out" / "result.json").read_text())}
     real = [line for line in lines if line["trained on"] == "real"]
     by_run = [[float(x["score"]) for x in real if x["seed"] == seed] for seed in "01"]
-    want = auc([int(x["label"]) for x in real if x["seed"] == "0"], by_run)
+    want = compute_auc([int(x["label"]) for x in real if x["seed"] == "0"], by_run)
     assert result["AUC, real"]["value"] == pytest.approx(want)
     again = medbudget("classify", *folders, *options)[1]  # taken from the saved runs
     assert again == out

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from medbudget.metrics import (
-    auc,
     bootstrap_auc,
     calibration,
+    compute_auc,
     delong,
     delong_difference,
     detectable_difference,
@@ -23,9 +23,9 @@ def cases(n, seed, gap=1.0):
 def test_auc_and_delong_by_hand():
     # positives 3, 1; negatives 2, 0: 3 of 4 pairs. v10 = (1, .5), v01 = (.5, 1)
     labels, scores = [1, 1, 0, 0], [3, 1, 2, 0]
-    assert auc(labels, scores) == 0.75
+    assert compute_auc(labels, scores) == 0.75
     assert delong(labels, scores).se == pytest.approx(np.sqrt(0.125 / 2 + 0.125 / 2))
-    assert auc([1, 1, 0, 0], [1, 1, 1, 1]) == 0.5  # ties count one half
+    assert compute_auc([1, 1, 0, 0], [1, 1, 1, 1]) == 0.5  # ties count one half
 
 
 def test_auc_agrees_with_scikit_learn_with_ties():
@@ -33,15 +33,15 @@ def test_auc_agrees_with_scikit_learn_with_ties():
 
     rng = np.random.default_rng(0)
     labels, scores = rng.integers(0, 2, 200), rng.integers(0, 9, 200)
-    assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), rel=1e-12)
+    assert compute_auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), rel=1e-12)
     runs = np.stack([scores, rng.random(200)])
     want = np.mean([roc_auc_score(labels, r) for r in runs])
-    assert auc(labels, runs) == pytest.approx(want, rel=1e-12)
+    assert compute_auc(labels, runs) == pytest.approx(want, rel=1e-12)
 
 
 def test_standard_errors_match_repeated_sampling():
     draws = [cases(50, i) for i in range(400)]
-    sd = np.std([auc(*d) for d in draws])
+    sd = np.std([compute_auc(*d) for d in draws])
     assert np.mean([delong(*d).se for d in draws[:50]]) == pytest.approx(sd, rel=0.15)
     boot = np.mean([bootstrap_auc(*d, repeats=200).se for d in draws[:10]])
     assert boot == pytest.approx(sd, rel=0.2)
@@ -51,7 +51,7 @@ def test_paired_difference_is_narrower_and_agrees_with_the_bootstrap():
     labels, a = cases(100, 0)
     b = a + np.random.default_rng(1).normal(0, 0.3, 200)
     paired = delong_difference(labels, a, b)
-    assert paired.value == pytest.approx(auc(labels, a) - auc(labels, b))
+    assert paired.value == pytest.approx(compute_auc(labels, a) - compute_auc(labels, b))
     assert paired.se < 0.5 * delong(labels, a).se
     assert bootstrap_auc(labels, a, b, repeats=500).se == pytest.approx(paired.se, rel=0.2)
     assert delong_difference(labels, a, a).p_value == 1
@@ -199,4 +199,4 @@ def test_membership_of_a_model_that_remembers_and_one_that_does_not():
 )
 def test_errors(labels, scores, message):
     with pytest.raises(ValueError, match=message):
-        auc(labels, scores)
+        compute_auc(labels, scores)

@@ -3,7 +3,7 @@ import torch
 
 from medbudget import make_phantoms
 from medbudget.data.phantoms import KINDS
-from medbudget.metrics import auc, disease_axis, disease_score
+from medbudget.metrics import compute_auc, disease_axis, disease_score
 from medbudget.metrics.disease import FILE, disease_record
 
 DISEASES = [(kind, label) for kind, labels in KINDS.items() for label in labels[1:]]
@@ -17,7 +17,7 @@ def test_tells_held_out_diseased_from_healthy(kind, label):
     ]
     healthy, diseased = (disease_score(images, kind, label) for images in sets)
     assert healthy.shape == (30,)
-    assert auc([0] * 30 + [1] * 30, [*healthy, *diseased]) > 0.9
+    assert compute_auc([0] * 30 + [1] * 30, [*healthy, *diseased]) > 0.9
     assert healthy.mean() < 0 < diseased.mean()
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from medbudget import metrics
-from medbudget.metrics import WeightsError, extractors
-from medbudget.metrics.features import resize_bilinear
+from medbudget import metrics, weights
+from medbudget.metrics import WeightsError, extractors, inception, radimagenet
+from medbudget.metrics.extractors import resize_bilinear
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -32,7 +32,7 @@ def test_tf1_resize_agrees_with_torch_fidelity(size, noise):
     want = tf1.interpolate_bilinear_2d_like_tensorflow1x(
         images.float(), size=(299, 299), align_corners=False
     )
-    torch.testing.assert_close(extractors.resize_tf1(images, 299), want, atol=1e-3, rtol=0)
+    torch.testing.assert_close(inception.resize_tf1(images, 299), want, atol=1e-3, rtol=0)
 
 
 def test_resize_rules_differ_on_a_checkerboard():
@@ -41,14 +41,14 @@ def test_resize_rules_differ_on_a_checkerboard():
     board = torch.zeros(1, 3, 448, 448, dtype=torch.uint8)
     board[..., ::2, ::2] = 255
     board[..., 1::2, 1::2] = 255
-    assert extractors.resize_tf1(board, 224).unique().tolist() == [255]
+    assert inception.resize_tf1(board, 224).unique().tolist() == [255]
     assert resize_bilinear(board, 224).mean() == pytest.approx(127.5, abs=1)
 
 
 def test_inception_agrees_with_torch_fidelity_at_random_weights(tmp_path, noise):
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     path = tmp_path / "inception.pth"
-    torch.save(randomise(extractors.inception_network()).state_dict(), path)
+    torch.save(randomise(inception.inception_network()).state_dict(), path)
     reference = fidelity.FeatureExtractorInceptionV3("i", ["2048"], str(path))
     images = noise(2)
     (want,) = reference(images)
@@ -58,7 +58,7 @@ def test_inception_agrees_with_torch_fidelity_at_random_weights(tmp_path, noise)
     assert want.std() > 0.01  # the comparison is not between zeros
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(
-        metrics.features(images, ours, batch_size=1), got.numpy(), atol=1e-4, rtol=1e-4
+        metrics.compute_features(images, ours, batch_size=1), got.numpy(), atol=1e-4, rtol=1e-4
     )
 
 
@@ -79,7 +79,7 @@ def test_radimagenet_conventions_are_two_networks_with_two_input_rules(tmp_path,
     # the Keras conversion has biases in its convolutions, so the official file must be refused
     with pytest.raises(WeightsError, match=r"does not hold the weights of radimagenet-keras"):
         metrics.load_extractor("radimagenet-keras", weights=path, device="cpu")
-    keras = randomise(extractors.keras_resnet50())
+    keras = randomise(radimagenet.keras_resnet50())
     assert keras.layer2[0].conv1.stride == (2, 2) and keras.layer2[0].conv2.stride == (1, 1)
     path = tmp_path / "keras.pth"
     torch.save(keras.state_dict(), path)
@@ -113,7 +113,7 @@ def test_missing_weights_name_the_offline_extractor(tmp_path, monkeypatch):
     for name in ("radimagenet-keras", "radimagenet-torch"):
         with pytest.raises(WeightsError, match="efficientnet-lite0, which needs no download"):
             metrics.load_extractor(name)
-    monkeypatch.setattr(extractors, "INCEPTION_URL", (tmp_path / "absent").as_uri())
+    monkeypatch.setattr(inception, "URL", (tmp_path / "absent").as_uri())
     with pytest.raises(
         WeightsError, match=r"inception could not be downloaded.*efficientnet-lite0"
     ):
@@ -128,16 +128,16 @@ def test_a_download_is_announced_and_checked(tmp_path, capsys):
     from medbudget.files import hash_file
 
     right = hash_file(source)[:8]
-    path = extractors.download("thing", source.as_uri(), right)
+    path = weights.download("thing", source.as_uri(), right)
     assert path.read_bytes() == source.read_bytes()
     assert f"downloading the weights of thing from {source.as_uri()}" in capsys.readouterr().err
-    assert extractors.download("thing", "nowhere://", right) == path  # from the cache
+    assert weights.download("thing", "nowhere://", right) == path  # from the cache
     assert "downloading" not in capsys.readouterr().err
     with pytest.raises(WeightsError, match="could not be downloaded"):
-        extractors.download("other", source.as_uri(), "00000000")
-    assert not extractors._stored("other").exists()
+        weights.download("other", source.as_uri(), "00000000")
+    assert not weights.find_weights("other").exists()
     path.write_bytes(b"damaged since")  # found out, and fetched again
-    assert extractors.download("thing", source.as_uri(), right) == path
+    assert weights.download("thing", source.as_uri(), right) == path
     assert path.read_bytes() == source.read_bytes()
 
 
@@ -177,7 +177,7 @@ def test_wrong_files_are_refused_and_no_code_from_them_runs(tmp_path, capsys, sm
 
 
 def test_one_tensor_of_another_shape_is_named(tmp_path):
-    state = extractors.torch_resnet50().state_dict()
+    state = radimagenet.torch_resnet50().state_dict()
     state["layer3.0.conv1.weight"] = state["layer3.0.conv1.weight"][:-1]
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"1 of \d+ tensors .* e\.g\. layer3\.0\.conv1\.weight"):
@@ -186,4 +186,19 @@ def test_one_tensor_of_another_shape_is_named(tmp_path):
 
 @pytest.mark.network
 def test_inception_weights_download():
-    assert metrics.load_extractor("inception").hash.startswith(extractors.INCEPTION_HASH)
+    assert metrics.load_extractor("inception").hash.startswith(inception.HASH)
+
+
+def test_inception_is_found_in_torch_hubs_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"  # pytorch-fid's name
+    torch.save(randomise(inception.inception_network()).state_dict(), path)
+    monkeypatch.setattr(inception, "URL", (tmp_path / "absent").as_uri())
+    with pytest.raises(WeightsError, match="could not be downloaded"):
+        metrics.load_extractor("inception")  # another file than its name says
+    from medbudget.files import hash_file
+
+    assert weights.find_in_hub_cache("*6726825d.pth", hash_file(path)[:8]) == path
+    monkeypatch.setattr(inception, "find_in_hub_cache", lambda *_: path)
+    assert metrics.load_extractor("inception").hash == hash_file(path)[:12]

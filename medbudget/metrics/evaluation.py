@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from medbudget.metrics.features import NORMALISATIONS, OFFLINE, Extractor, load_extractor
-from medbudget.metrics.features import features as compute_features
+from medbudget.metrics.extractors import Extractor, load_extractor
+from medbudget.metrics.features import NORMALISATIONS, compute_features
 from medbudget.metrics.frechet import METHODS, Features, Groups, frechet_interval
 from medbudget.metrics.image_sets import ImageSet, Index, Source, load_sets, pair
 from medbudget.metrics.kernel import kernel_distance, precision_recall
 from medbudget.metrics.neighbours import memorisation, wilson
 from medbudget.metrics.permutation import permutation_test
 from medbudget.metrics.scores import FEW, FLOOR, Score
+from medbudget.weights import OFFLINE
 
 NO_GROUPS: tuple[Groups, Groups] = (None, None)
 

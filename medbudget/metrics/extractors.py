@@ -1,173 +1,125 @@
-"""Extractors that need a download or a local weights file: Inception, RadImageNet, DINOv2."""
+"""Extractors: functions from images to features, with all that a score must state about them.
+
+A Frechet distance means nothing without its features, so an `Extractor` carries, besides its
+function, everything that changes the number: weights' hash, input rule and resize rule.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from medbudget.files import cache_folder, hash_file, hash_tensors
-from medbudget.metrics.features import (
+from medbudget.files import hash_file, hash_tensors
+from medbudget.metrics.inception import load_inception, resize_tf1
+from medbudget.metrics.radimagenet import load_radimagenet
+from medbudget.weights import (
     OFFLINE,
-    Extractor,
+    efficientnet_network,
+    fit,
     freeze,
-    register_extractor,
-    resize_bilinear,
+    load_state,
+    report_missing,
 )
 
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth"
-)
-INCEPTION_HASH = "6726825d"
 DINOV2 = "vit_large_patch14_dinov2"
 
 
-class WeightsError(RuntimeError):
-    """Weights that are missing, damaged or of another network; the message says what to do."""
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """A function from images to features, with all that a score must state about it."""
+
+    name: str  # the key, "efficientnet-lite0"
+    title: str  # the words for print, "EfficientNet-Lite0"
+    hash: str  # 12 hex digits of SHA-256 of the weights file (of the rule, without weights)
+    input_rule: str  # what happens to the pixel values, in words
+    resize_rule: str  # what happens to the size, in words
+    dim: int  # number of features, d
+    function: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
+    # (B, 3, H, W) uint8 on `device` to (B, d) float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"), repr=False)
+    note: str = ""  # a caveat that every score made with it repeats
+
+    @property
+    def distance_name(self) -> str:
+        """The name of the Frechet distance of these features; only Inception's is "FID"."""
+        names = {"inception": "FID", "layout": "Layout distance"}
+        return names.get(self.name, f"FD ({self.title})")
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(), _exact_float32():
+            return self.function(images.to(self.device)).float()
 
 
-def _stored(name: str) -> Path:
-    return cache_folder() / "weights" / f"{name}.pth"
-
-
-def _missing(name: str, why: str) -> WeightsError:
-    return WeightsError(
-        f"the weights of {name} {why}; pass a local file (features={name}=PATH), or put it at "
-        f"{_stored(name)}, or use {OFFLINE}, which needs no download"
+def _exact_float32() -> Any:
+    """Keep TF32 out of convolutions: it moves features by 1e-3."""
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=False, allow_tf32=False
     )
 
 
-def download(name: str, url: str, sha256: str) -> Path:
-    """Fetch a weights file once, announced and checked against the start of its SHA-256."""
-    path = _stored(name)
-    if path.exists() and hash_file(path).startswith(sha256):
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading the weights of {name} from {url} to {path}", file=sys.stderr)
-        torch.hub.download_url_to_file(
-            url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty()
-        )
-    except (OSError, RuntimeError) as error:
-        raise _missing(name, f"could not be downloaded ({error})") from None
-    return path
+def resize_bilinear(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Antialiased bilinear resize to a square: ``(B, 3, H, W) uint8 -> float32`` in [0, 255].
 
-
-def load_state(name: str, path: Path) -> dict[str, torch.Tensor]:
-    """Load a state dict without running code from the file (``.safetensors`` or ``.pth``)."""
-    if not path.exists():
-        raise _missing(name, f"are not at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        stored: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(
-            f"{path} cannot be read as weights without running code from it "
-            f"({type(error).__name__}); save its state dict as .safetensors, or use {OFFLINE}"
-        ) from None
-    if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
-        stored = stored["state_dict"]
-    if not isinstance(stored, dict) or not all(
-        isinstance(v, torch.Tensor) for v in stored.values()
-    ):
-        raise WeightsError(f"{path} holds {type(stored).__name__}, not a state dict of tensors")
-    return stored
-
-
-def fit(network: nn.Module, state: dict[str, torch.Tensor], name: str, path: Path) -> None:
-    """Load `state` into `network`: every weight of the network must be there, in its shape."""
-    own = network.state_dict()
-    wrong = [
-        key
-        for key, value in own.items()
-        if not key.endswith("num_batches_tracked")
-        and (key not in state or state[key].shape != value.shape)
-    ]
-    if wrong:
-        raise WeightsError(
-            f"{path} does not hold the weights of {name}: {len(wrong)} of {len(own)} tensors are "
-            f"missing or of another shape, e.g. {wrong[0]}"
-        )
-    network.load_state_dict(state, strict=False)
-
-
-# ------------------------------------------------------------------------------- Inception
-
-
-def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear resize as TensorFlow 1 did it: ``(B, 3, H, W) uint8 -> float32`` in [0, 255].
-
-    Output pixel i takes its value at input position i * H / size: no half-pixel centres, so the
-    image moves up and left, and no antialiasing. It is what the original FID used.
+    No rounding to whole gray levels; an image that is not square is stretched.
     """
-    x = images.float()
-    for axis in (2, 3):
-        n = x.shape[axis]
-        position = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
-        low = position.floor().long().clamp(max=n - 1)
-        high = (low + 1).clamp(max=n - 1)
-        shape = [1, 1, 1, 1]
-        shape[axis] = size
-        weight = (position - low).view(shape)
-        x = torch.lerp(x.index_select(axis, low), x.index_select(axis, high), weight)
-    return x
+    return F.interpolate(
+        images.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
+    )
 
 
-class _Repooled(nn.Module):
-    """An Inception block whose pooling branch pools as the network of 2015 does."""
+def thumbnails(images: torch.Tensor, size: int = 8) -> torch.Tensor:
+    """Area-pooled RGB thumbnails in [0, 1]: ``(B, 3, H, W) uint8 -> (B, 3 * size**2)``.
 
-    def __init__(self, block: nn.Module, pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.block: Any = block
-        self.pool = pool
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branches = self.block._forward(x)
-        branches[-1] = self.block.branch_pool(self.pool(x))
-        return torch.cat(branches, 1)
-
-
-def inception_network() -> nn.Module:
-    """Return FID's Inception-v3 (2015-12-05, 1008 classes) without weights.
-
-    It is torchvision's network but for the pooling branches: averages leave the zero padding out
-    of the count, and the last block takes the maximum. Parameter names are torchvision's.
+    They see where things are and how bright; grain and texture average out.
     """
-    from torchvision.models import Inception3
-
-    return Inception3(num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
+    return F.adaptive_avg_pool2d(images.float() / 255, size).flatten(1)
 
 
-def repool(network: nn.Module) -> nn.Module:
-    """Put 2015's pooling into `inception_network`, after its weights are loaded."""
+def _efficientnet(weights: Path | None, device: torch.device) -> Extractor:
+    frozen, weights = efficientnet_network(device, weights)
 
-    def average(x: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    def function(images: torch.Tensor) -> torch.Tensor:
+        x = (resize_bilinear(images, 224) - 127) / 128
+        return frozen(x.contiguous(memory_format=torch.channels_last))
 
-    def maximum(x: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(x, 3, stride=1, padding=1)
+    return Extractor(
+        name="efficientnet-lite0",
+        title="EfficientNet-Lite0",
+        hash=hash_file(weights)[:12],
+        input_rule="RGB, (x - 127) / 128",
+        resize_rule="antialiased bilinear to 224x224",
+        dim=1280,
+        function=function,
+        device=device,
+    )
 
-    for block in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
-        old = getattr(network, f"Mixed_{block}")
-        setattr(network, f"Mixed_{block}", _Repooled(old, maximum if block == "7c" else average))
-    network.fc = nn.Identity()
-    return network
+
+def _layout(weights: Path | None, device: torch.device) -> Extractor:
+    rule = "area pooling to 8x8"
+    return Extractor(
+        name="layout",
+        title="8x8 RGB thumbnail",
+        hash=hashlib.sha256(f"layout {rule} [0, 1]".encode()).hexdigest()[:12],
+        input_rule="RGB, x / 255",
+        resize_rule=rule,
+        dim=192,
+        function=thumbnails,
+        device=device,
+        note="sees layout and brightness, not grain",
+    )
 
 
 def _inception(weights: Path | None, device: torch.device) -> Extractor:
-    path = weights or download("inception", INCEPTION_URL, INCEPTION_HASH)
-    network = inception_network()
-    fit(network, load_state("inception", path), "inception", path)
-    network = freeze(repool(network), device)
+    network, path = load_inception(weights, device)
 
     def function(images: torch.Tensor) -> torch.Tensor:
         x = (resize_tf1(images, 299) - 128) / 128
@@ -186,89 +138,30 @@ def _inception(weights: Path | None, device: torch.device) -> Extractor:
     )
 
 
-# ----------------------------------------------------------------------------- RadImageNet
+def _radimagenet(convention: str, weights: Path | None, device: torch.device) -> Extractor:
+    network, path = load_radimagenet(convention, weights, device)
+    keras = convention == "keras"
+    mean = torch.tensor([0.406, 0.456, 0.485], device=device).view(1, 3, 1, 1)
 
+    def function(images: torch.Tensor) -> torch.Tensor:
+        x = resize_bilinear(images, 224).flip(1)
+        x = x / 255 - mean if keras else (x - 127.5) * 2 / 255
+        out: torch.Tensor = network(x.contiguous(memory_format=torch.channels_last))
+        return out
 
-def keras_resnet50() -> nn.Module:
-    """Return ResNet-50 as Keras builds it, under torchvision's parameter names, without `fc`.
-
-    Against torchvision's: biases in convolutions, the stride in each block's first convolution,
-    and another epsilon in the batch norms.
-    """
-    from torchvision.models import resnet50
-
-    network = resnet50(weights=None)
-    for layer in (network.layer2, network.layer3, network.layer4):
-        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.bias = nn.Parameter(torch.zeros(module.out_channels))
-        elif isinstance(module, nn.BatchNorm2d):
-            module.eps = 1.001e-5
-    network.fc = nn.Identity()
-    return network
-
-
-def torch_resnet50() -> nn.Module:
-    """Return torchvision's ResNet-50 without `fc`."""
-    from torchvision.models import resnet50
-
-    network = resnet50(weights=None)
-    network.fc = nn.Identity()
-    return network
-
-
-def rename_radimagenet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Map ``backbone.4.0.conv1.weight`` (a Sequential of ResNet's children) to ``layer1.0…``."""
-    children = {
-        "0": "conv1",
-        "1": "bn1",
-        "4": "layer1",
-        "5": "layer2",
-        "6": "layer3",
-        "7": "layer4",
-    }
-    renamed = {}
-    for key, value in state.items():
-        for prefix in ("module.", "backbone.", "model."):
-            key = key.removeprefix(prefix)
-        head, dot, rest = key.partition(".")
-        renamed[children.get(head, head) + dot + rest] = value
-    return renamed
-
-
-def _radimagenet(
-    name: str, title: str, build: Callable[[], nn.Module], rule: str, keras: bool
-) -> Callable[[Path | None, torch.device], Extractor]:
-    def load(weights: Path | None, device: torch.device) -> Extractor:
-        path = weights or _stored(name)
-        network = build()
-        fit(network, rename_radimagenet(load_state(name, path)), name, path)
-        network = freeze(network, device)
-        mean = torch.tensor([0.406, 0.456, 0.485], device=device).view(1, 3, 1, 1)
-
-        def function(images: torch.Tensor) -> torch.Tensor:
-            x = resize_bilinear(images, 224).flip(1)
-            x = x / 255 - mean if keras else (x - 127.5) * 2 / 255
-            out: torch.Tensor = network(x.contiguous(memory_format=torch.channels_last))
-            return out
-
-        return Extractor(
-            name=name,
-            title=title,
-            hash=hash_file(path)[:12],
-            input_rule=rule,
-            resize_rule="antialiased bilinear to 224x224",
-            dim=2048,
-            function=function,
-            device=device,
-            note="the paper does not say which RadImageNet convention its MFID used",
-        )
-
-    return load
-
-
-# ---------------------------------------------------------------------------------- DINOv2
+    return Extractor(
+        name=f"radimagenet-{convention}",
+        title=f"RadImageNet ResNet-50 ({'Keras conversion' if keras else 'official torch'})",
+        hash=hash_file(path)[:12],
+        input_rule="BGR, x / 255 minus (.406, .456, .485)"
+        if keras
+        else "BGR, (x - 127.5) * 2 / 255",
+        resize_rule="antialiased bilinear to 224x224",
+        dim=2048,
+        function=function,
+        device=device,
+        note="the paper does not say which RadImageNet convention its MFID used",
+    )
 
 
 def _dinov2(weights: Path | None, device: torch.device) -> Extractor:
@@ -284,7 +177,7 @@ def _dinov2(weights: Path | None, device: torch.device) -> Extractor:
             )
         except Exception as error:
             why = f"could not be downloaded ({type(error).__name__}: {str(error)[:100]})"
-            raise _missing("dinov2", why) from None
+            raise report_missing("dinov2", why) from None
     else:
         network = timm.create_model(DINOV2, pretrained=False, num_classes=0, img_size=224)
         fit(network, load_state("dinov2", weights), "dinov2", weights)
@@ -312,25 +205,63 @@ def _dinov2(weights: Path | None, device: torch.device) -> Extractor:
     )
 
 
-register_extractor("inception", _inception)
-register_extractor(
-    "radimagenet-keras",
-    _radimagenet(
-        "radimagenet-keras",
-        "RadImageNet ResNet-50 (Keras conversion)",
-        keras_resnet50,
-        "BGR, x / 255 minus (.406, .456, .485)",
-        keras=True,
-    ),
-)
-register_extractor(
-    "radimagenet-torch",
-    _radimagenet(
-        "radimagenet-torch",
-        "RadImageNet ResNet-50 (official torch)",
-        torch_resnet50,
-        "BGR, (x - 127.5) * 2 / 255",
-        keras=False,
-    ),
-)
-register_extractor("dinov2", _dinov2)
+_EXTRACTORS: dict[str, Callable[[Path | None, torch.device], Extractor]] = {
+    OFFLINE: _efficientnet,
+    "layout": _layout,
+    "inception": _inception,
+    "radimagenet-keras": partial(_radimagenet, "keras"),
+    "radimagenet-torch": partial(_radimagenet, "torch"),
+    "dinov2": _dinov2,
+}
+
+
+def extractor_names() -> tuple[str, ...]:
+    """Return the known extractors; "efficientnet-lite0" and "layout" need no download."""
+    return tuple(_EXTRACTORS)
+
+
+def load_extractor(
+    name: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+) -> Extractor:
+    """Load a feature extractor by name.
+
+    Parameters
+    ----------
+    name : str
+        One of `extractor_names`, or ``"NAME=PATH"`` with a local weights file.
+    weights : path, optional
+        A local weights file instead of the extractor's own source.
+    device : optional
+        Default: the GPU if there is one.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; the message lists the allowed ones.
+    WeightsError
+        Weights that are absent, damaged or of another network.
+    """
+    name, _, path = name.partition("=")
+    weights = weights or path or None
+    if name not in _EXTRACTORS:
+        hint = (
+            "RadImageNet has two conventions: choose one; "
+            if name == "radimagenet"
+            else f"{OFFLINE} works without a download; "
+        )
+        raise ValueError(
+            f"unknown extractor {name!r}; {hint}allowed are {', '.join(extractor_names())}"
+        )
+    return _load(
+        name,
+        None if weights is None else str(weights),
+        str(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+    )
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, weights: str | None, device: str) -> Extractor:
+    return _EXTRACTORS[name](None if weights is None else Path(weights), torch.device(device))

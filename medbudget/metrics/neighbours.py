@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from scipy.stats import norm, rankdata, tiecorrect
 
 from medbudget.images import check_images
-from medbudget.metrics.features import Extractor, load_extractor
-from medbudget.metrics.features import features as compute_features
+from medbudget.metrics.extractors import Extractor, load_extractor
+from medbudget.metrics.features import compute_features
 from medbudget.metrics.frechet import Z95, Array
 from medbudget.metrics.image_sets import check_shapes
 from medbudget.metrics.kernel import squared_distances

@@ -20,7 +20,13 @@ from medbudget.cases import Cases, check_drawn, check_splits
 from medbudget.classifier import ClassifierSettings, train_classifier
 from medbudget.data.pcam import load_labels, load_patches
 from medbudget.files import write_json
-from medbudget.metrics.auc import Difference, auc, bootstrap_auc, calibration, delong_difference
+from medbudget.metrics.auc import (
+    Difference,
+    bootstrap_auc,
+    calibration,
+    compute_auc,
+    delong_difference,
+)
 from medbudget.metrics.scores import Score
 from medbudget.networks import make_network, resize
 from medbudget.studies.gains import score_gain, score_runs
@@ -186,7 +192,7 @@ def _run_auc(task: Task, store: Store, path: Path, checkpoint: Path) -> None:
         rows[-1:-1] = score_gain(gain, (labels.count(0), labels.count(1)))
     if "also" in runs[0]:
         truth = runs[0]["also"]["labels"]
-        reverse = auc(truth, [run["also"]["scores"] for run in runs])
+        reverse = compute_auc(truth, [run["also"]["scores"] for run in runs])
         rows.append(Score("AUC on synthetic", reverse, None, len(truth), note="mean of runs"))
     write_json(path, {row.name: row.to_dict() for row in rows})
 

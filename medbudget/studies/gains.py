@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from medbudget.metrics.auc import (
     Difference,
-    auc,
     bootstrap_auc,
     calibration,
+    compute_auc,
     detectable_difference,
 )
 from medbudget.metrics.scores import Score
@@ -44,7 +44,7 @@ def score_runs(
     note = f"mean of {len(values)} runs; two-level bootstrap over {what} and runs"
     rows = [Score("AUC", found.value, found.interval, n, note=note)]
     if len(values) > 1:
-        sd = float(np.std([auc(truth, one) for one in values], ddof=1))
+        sd = float(np.std([compute_auc(truth, one) for one in values], ddof=1))
         rows.append(Score("sd of runs", sd, None, n, note="training noise on one test set"))
     error = calibration(truth, values).error
     return [*rows, Score("ECE", error, None, n, note="calibration error, 10 bins, all runs")]

@@ -10,7 +10,8 @@ from typing import Any
 from medbudget.files import hash_file, write_json
 from medbudget.metrics import permutation_test
 from medbudget.metrics.evaluation import frechet_score
-from medbudget.metrics.features import Extractor, features, load_extractor
+from medbudget.metrics.extractors import Extractor, load_extractor
+from medbudget.metrics.features import compute_features
 from medbudget.studies.drawing import (
     describe_images,
     plan_blocks,
@@ -56,7 +57,7 @@ def _run_score(task: Task, store: Store, path: Path, checkpoint: Path) -> None:
     scores: dict[str, Any] = {}
     for name in task.settings["extractors"]:
         extractor = get_extractor(name, store.sources.get(name))
-        x, y = features(real, extractor), features(generated, extractor)
+        x, y = compute_features(real, extractor), compute_features(generated, extractor)
         scores[extractor.distance_name] = frechet_score(x, y, extractor).to_dict()
     write_json(path, scores)
 
@@ -65,7 +66,7 @@ def _run_score(task: Task, store: Store, path: Path, checkpoint: Path) -> None:
 def _run_compare(task: Task, store: Store, path: Path, checkpoint: Path) -> None:
     s = task.settings
     extractor = get_extractor(s["extractor"], store.sources.get(s["extractor"]))
-    a, b, real = (features(images, extractor) for images in store.read_sets(task))
+    a, b, real = (compute_features(images, extractor) for images in store.read_sets(task))
     test = permutation_test(a, b, real, paired=s["paired"], repeats=s["repeats"], seed=0)
     write_json(path, {"difference": test.difference, "p_value": test.p_value})
 

@@ -16,7 +16,8 @@ from medbudget._version import __version__
 from medbudget.files import hash_tensors
 from medbudget.images import check_images
 from medbudget.metrics.evaluation import frechet_score
-from medbudget.metrics.features import Extractor, features, load_extractor
+from medbudget.metrics.extractors import Extractor, load_extractor
+from medbudget.metrics.features import compute_features
 from medbudget.runs import Steps, draw_indices
 from medbudget.settings import Settings
 from medbudget.stylegan3.augment import adapt, augment
@@ -322,7 +323,9 @@ def measure_distance(
     """Return the Frechet distance of generated images to `images`, as a run's history has it."""
     if isinstance(extractor, str):
         extractor = load_extractor(extractor)
-    score = frechet_score(features(images, extractor), features(generated, extractor), extractor)
+    score = frechet_score(
+        compute_features(images, extractor), compute_features(generated, extractor), extractor
+    )
     return {
         "value": score.value,
         "interval": list(score.interval or ()),
