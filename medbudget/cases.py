@@ -77,7 +77,7 @@ class Cases:
         if self.images.shape[1:] != other.images.shape[1:]:
             raise ValueError(
                 f"images of sizes {tuple(self.images.shape[2:])} and "
-                f"{tuple(other.images.shape[2:])} cannot be mixed; load both with one size=…"
+                f"{tuple(other.images.shape[2:])} cannot be mixed; load both with one size"
             )
         both = {
             name: mine + theirs if mine and theirs else ()
@@ -127,7 +127,8 @@ def load_cases(
     if sets[0].shape[1:] != sets[1].shape[1:]:
         raise ImageError(
             f"{names[0]} has images of {tuple(sets[0].shape[2:])}, {names[1]} of "
-            f"{tuple(sets[1].shape[2:])} (H, W): a classifier could learn the size; pass size=…"
+            f"{tuple(sets[1].shape[2:])} (H, W): a classifier could learn the size; bring "
+            "all to one with size=… (--size)"
         )
     both = [*files[0], *files[1]]
     cases = Cases.of(
@@ -204,7 +205,7 @@ def check_splits(splits: Mapping[str, Cases]) -> None:
         if other.images.shape[1:] != one.images.shape[1:]:
             raise ValueError(
                 f"the sizes differ: {first} has {tuple(one.images.shape[2:])}, {name} "
-                f"{tuple(other.images.shape[2:])} (H, W); bring all to one with size=…"
+                f"{tuple(other.images.shape[2:])} (H, W); bring all to one with size=… (--size)"
             )
     named = {
         split: cases.names or [f"image {i}" for i in range(len(cases))]

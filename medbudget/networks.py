@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medbudget.weights import download, efficientnet_network, fit, load_state
+from medbudget.weights import WeightsError, download, efficientnet_network, fit, load_state
 
 if TYPE_CHECKING:
     from medbudget.classifier import ClassifierSettings
@@ -112,7 +112,14 @@ def make_network(settings: ClassifierSettings) -> Network:
 
 def _resnet18_file() -> Path:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(RESNET18_URL).name
-    return cached if cached.is_file() else download("resnet18", RESNET18_URL, RESNET18_HASH)
+    try:
+        return cached if cached.is_file() else download("resnet18", RESNET18_URL, RESNET18_HASH)
+    except WeightsError:
+        raise WeightsError(
+            f"the weights of resnet18 could not be downloaded from {RESNET18_URL}; fetch them "
+            "elsewhere and name the file (weights=PATH, --weights PATH), or take preset tiny, whose "
+            "weights come with a package"
+        ) from None
 
 
 def resize(images: torch.Tensor, size: int, *, antialias: bool) -> torch.Tensor:

@@ -231,7 +231,7 @@ def test_missing_resnet_weights_say_what_to_do(monkeypatch, tmp_path):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(WeightsError, match="could not be downloaded"):
+    with pytest.raises(WeightsError, match=r"could not be downloaded .*--weights PATH"):
         make_network(ClassifierSettings.preset("paper"))
 
 

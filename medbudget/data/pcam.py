@@ -63,13 +63,6 @@ def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
     split : {"train", "val", "test"}
     part : {"x", "y"}
         Patches or labels. If the other part is there too, it must have as many rows.
-
-    Raises
-    ------
-    FileNotFoundError
-        Neither ``.h5`` nor ``.h5.gz``.
-    OSError
-        A damaged file, one of another split, or no room to unpack.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")
@@ -205,11 +198,6 @@ def load_patches(
     """Read some patches: ``(len(indices), 3, size, size) uint8``, in the order of `indices`.
 
     Nothing else of the file is read. Patches of 96 px are resized with a Lanczos filter.
-
-    Raises
-    ------
-    IndexError
-        An index that the split does not have.
     """
     wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
     with open_pcam(folder, split, "x") as file:
@@ -275,10 +263,8 @@ def prepare_pcam(
     for split, source, n in (("train", "train", per_class), ("reference", "val", reference)):
         if n:
             items += _choose_patches(folder, split, source, n, seed, allow_fewer, taken, notes)
-    settings = {
-        "dataset": "pcam", "size": size, "seed": seed, "per_class": per_class,
-        "reference": reference,
-    }  # fmt: skip
+    settings = {"dataset": "pcam", "size": size, "seed": seed, "per_class": per_class}
+    settings["reference"] = reference
     make = partial(_make, folder=folder, size=size)
     return prepare_items(items, make, out, settings=settings, notes=notes, workers=workers)
 

@@ -144,14 +144,6 @@ def load_case(
         ``geometry="paper"`` has only the latter and uses it whatever is given here.
     sequences : {"all", "t2w"}
         T2W, ADC and DWI as R, G and B, or T2W alone as gray.
-
-    Raises
-    ------
-    ValueError
-        An unknown option, or a case that is not in the marksheet.
-    BrokenCase
-        A missing or unreadable file, an empty mask, a mask of another grid, slices out of order, a
-        sequence of one value or with values that are not finite.
     """
     view = View(size, geometry, window, sequences)
     t2w = find_t2w(Path(images), case_id)
@@ -248,12 +240,7 @@ def prepare_picai(
         "dataset": "picai",
         **{"seed": seed, "per_class": per_class, "reference": reference, "disjoint": disjoint},
         **asdict(view),
-        "grid": {
-            "spacing_mm": SPACING,
-            "voxels": GRID,
-            "percentiles": PERCENTILES,
-            "centre": CENTRE,
-        },
+        "grid": dict(spacing_mm=SPACING, voxels=GRID, percentiles=PERCENTILES, centre=CENTRE),
     }
     spares = {label: [item(patient, "") for patient in queue] for label, queue in left.items()}
     make = partial(_make, images=images, labels=labels, view=view)
