@@ -66,3 +66,32 @@ def test_wrong_input(kind, label, problem):
         disease_score(images, kind, label)
     with pytest.raises(ValueError, match="square"):
         disease_score(images[..., :32], "prostate")
+
+
+def test_images_that_are_no_phantoms_get_no_score(noise):
+    """Another kind, noise, a flat image: a regression would give each of them a number."""
+    other = make_phantoms("histology", "normal", 4).images
+    flat = torch.full((4, 3, 64, 64), 90, dtype=torch.uint8)
+    for images in (other, noise(4), flat):
+        for kind, label in (("prostate", "tumour"), ("chest", "pneumonia")):
+            with pytest.raises(ValueError, match=f"no phantoms of the {kind}"):
+                disease_score(images, kind, label)
+
+
+def test_images_drawn_by_the_tiny_base_get_a_score(tiny):
+    from medbudget import sample
+    from medbudget.tiny import load_trained
+
+    word = load_trained("chest", "pneumonia", tiny)
+    images = sample(tiny, "<pneumonia>", embeddings=[word], n=4, steps=8)
+    assert disease_score(images, "chest", "pneumonia").shape == (4,)
+
+
+@pytest.mark.realdata
+def test_real_x_rays_get_no_disease_score_of_phantoms(real_data):
+    from medbudget import load_images
+
+    files = sorted((real_data / "chest_xray" / "pneumonia").iterdir())[:12]
+    for size in (64, 224):
+        with pytest.raises(ValueError, match="no phantoms of the chest"):
+            disease_score(load_images(files, size=size), "chest", "pneumonia")

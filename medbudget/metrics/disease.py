@@ -17,14 +17,19 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import t
 
+from medbudget.data.phantoms import KINDS, make_phantoms
 from medbudget.images import check_images
 from medbudget.metrics.extractors import load_extractor, resize_bilinear
 from medbudget.metrics.features import compute_features
+from medbudget.metrics.kernel import squared_distances
 from medbudget.metrics.scores import Score
 from medbudget.weights import OFFLINE
 
 FILE = Path(__file__).parent / "disease.safetensors"
 SIZE = 64  # pixels that every image is brought to before its features
+# Median distance to the nearest of 24 phantoms of each label. Phantoms: 4 to 7; drawn by `tiny`: 7
+# to 10, at guidance 1 up to 11.9; real chest X-rays: 12.6 to 13.5; another kind, photographs: 13 on.
+FAR = 12.2
 BLUR = 1.0  # standard deviation, pixels: grain tells a phantom from a drawn image, not a disease
 
 
@@ -49,8 +54,9 @@ def disease_score(
     Raises
     ------
     ValueError
-        An unknown kind or disease, a chest without `label`, an image that is not square, or
-        features from other weights than those it was fitted on.
+        An unknown kind or disease, a chest without `label`, an image that is not square, features
+        from other weights than those it was fitted on, or images that are no phantoms nor drawn
+        like them: real ones, for example, or those of a real base.
     """
     tensors, record = _load()
     name = _find(kind, label, tuple(tensors))
@@ -62,7 +68,27 @@ def disease_score(
             "python -m pretraining.diseases"
         )
     row = tensors[name].double().numpy()
-    return disease_features(images) @ row[:-1] + row[-1]
+    x = disease_features(images)
+    _check_phantoms(x, kind)
+    return x @ row[:-1] + row[-1]
+
+
+def _check_phantoms(x: npt.NDArray[np.float64], kind: str) -> None:
+    """Refuse features that are far from those of all phantoms of a kind."""
+    distance = np.sqrt(squared_distances(x, _phantom_features(kind)).min(1))
+    if (middle := float(np.median(distance))) > FAR:
+        raise ValueError(
+            f"these images are no phantoms of the {kind}, nor drawn like them (distance of features "
+            f"{middle:.1f}, at most {FAR} is allowed): the disease scores know phantoms only and say "
+            "nothing about other images; train a classifier on labelled images instead "
+            "(`medbudget classify`)"
+        )
+
+
+@lru_cache(maxsize=3)
+def _phantom_features(kind: str) -> npt.NDArray[np.float64]:
+    sets = [make_phantoms(kind, label, 24, seed=555).images for label in KINDS[kind]]
+    return np.concatenate([disease_features(images) for images in sets])
 
 
 def disease_axis(
