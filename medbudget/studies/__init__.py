@@ -12,6 +12,7 @@ from medbudget.studies.report import (
     format_values,
     read_values,
     record_table,
+    save_lines,
     write_report,
 )
 from medbudget.studies.run import run
@@ -35,6 +36,7 @@ __all__ = [
     "read_values",
     "record_table",
     "run",
+    "save_lines",
     "study_settings",
     "write_report",
 ]

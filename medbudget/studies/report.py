@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from medbudget.files import atomic_path, write_text
-from medbudget.images import make_grid, to_pil
+from medbudget.images import make_grid, save_images, to_pil
 from medbudget.results import write_result
 from medbudget.studies.study import Study
 from medbudget.studies.tasks import Store, count
@@ -106,6 +106,30 @@ def record_table(study: Study, store: Store, command: str) -> Path:
     values = read_values(study, store)
     name = f"{study.name}_{study.preset}"
     return write_result(name, values, command=command, base_hash=study.base_hash)
+
+
+def save_lines(study: Study, store: Store, folder: Path) -> list[Path]:
+    """Write the first `n` images of every finished line as PNG files, a folder for each line.
+
+    Named by number alone, as a reader study wants them.
+
+    Raises
+    ------
+    FileExistsError
+        A folder of a line is there already.
+    """
+    rows = [row for row in study.rows if row.images and all(map(store.has, row.images))]
+    single = len({row.group for row in rows}) == len(rows)
+    folders = {
+        folder / (row.group if single else f"{row.group} {_format_value(row.value)}"): row
+        for row in rows
+    }
+    for path in folders:
+        if path.exists():
+            raise FileExistsError(f"{path} is there already: choose another place")
+    for path, row in folders.items():
+        save_images(store.read_images(row.images)[: study.settings.n], path)
+    return list(folders)
 
 
 def write_report(study: Study, store: Store, folder: Path) -> Path:
