@@ -7,9 +7,19 @@ import pytest
 import torch
 
 from medbudget import make_phantoms
-from medbudget.images import load_images, make_grid, save_images
+from medbudget.images import find_images, load_images, make_grid, save_images
+from medbudget.reader import ReaderStudy
 from medbudget.results import load_result
-from medbudget.studies import count, in_order, make_study, rivals, run, study_settings, write_report
+from medbudget.studies import (
+    count,
+    in_order,
+    make_study,
+    rivals,
+    run,
+    save_lines,
+    study_settings,
+    write_report,
+)
 from medbudget.stylegan3 import TINY, StyleGAN3, make_stylegan3
 from medbudget.tiny import load_trained
 
@@ -70,6 +80,21 @@ def test_images_of_blocks_are_those_of_one_call(finished):
     # 70 images: batches of 32, 32 and 6, as one call of sample makes them
     sizes = [t.settings["n"] for t in rivals.plan_gan_blocks(row.details.inputs[0], 70)]
     assert sizes == [32, 32, 6]
+
+
+def test_images_of_both_are_written_for_a_reader_study(finished, tmp_path, medbudget):
+    study, store = finished
+    folders = save_lines(study, store, tmp_path)
+    assert [path.name for path in folders] == ["StyleGAN3", "diffusion"]
+    for path, row in zip(folders, study.rows):
+        assert [p.name for p in find_images(path)] == [f"{i:05d}.png" for i in range(4)]
+        assert torch.equal(load_images(path), store.read_images(row.images)[:4])
+    ReaderStudy.create(*folders, tmp_path / "study", n_pairs=4)
+    with pytest.raises(FileExistsError, match="StyleGAN3 is there already"):
+        save_lines(study, store, tmp_path)
+    assert save_lines(study, study.store(tmp_path / "none"), tmp_path) == []
+    command = ("study", "report", "stylegan3", "--store", tmp_path / "s", "--images", tmp_path)
+    assert medbudget(*command)[0] == 0, "nothing is finished there, so nothing is written"
 
 
 def test_snapshots_are_kept_beside_the_networks(finished):

@@ -120,19 +120,24 @@ def status(name: Text, /, *, options: Options = DEFAULT) -> None:
 
 
 @app.command
-def report(name: Text, /, *, options: Options = DEFAULT, record: bool = False) -> None:
+def report(
+    name: Text, /, *, options: Options = DEFAULT, record: bool = False, images: Path | None = None
+) -> None:
     """Write the report of what is done: Markdown, HTML, figure.
 
     Args:
         name: table1, figure5, table2, interpolation or stylegan3
         record: also into results/, for the book's chapters
+        images: also each line's images as PNG, in folders here; for a reader study
     """
-    from medbudget.studies import STUDIES, write_report
+    from medbudget.studies import STUDIES, save_lines, write_report
 
     if record and options.data:
         raise ValueError("--record keeps studies of phantoms only: leave --data out")
     study, store = options.plan(name)
     print(f"report: {write_report(study, store, options.store / f'{name}-{options.preset}')}")
+    for path in save_lines(study, store, images) if images else ():
+        print(f"images: {path}")
     if record:
         more = options.repeat(store=options.store.name)
         command = f"medbudget study {name} {more}; medbudget study report {name} {more} --record"
