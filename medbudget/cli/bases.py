@@ -134,11 +134,6 @@ def doctor() -> None:
         print(f"base sd20: {here or 'not here; medbudget base fetch gets it (5 GB)'}")
     except BaseError as error:
         problems.append(f"{error}: correct or unset it")
-    if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        problems.append(
-            "training on this CPU is several times faster with the three MALLOC_ variables of the "
-            "Makefile in the environment: export them before you start"
-        )
     for problem in problems:
         print(f"! {problem}")
     if not problems:
