@@ -22,7 +22,7 @@ WITH_EXAMPLES = {
     "inpaint evaluate frechet_distance parse_prompt Embedding.save Score",
     "medbudget.prompts": "format_prompt",
     "medbudget.sampling": "total_guidance",
-    "medbudget.metrics": "auc delong hanley_mcneil detectable_difference membership_inference",
+    "medbudget.metrics": "compute_auc delong hanley_mcneil detectable_difference membership_inference",
     "medbudget.metrics.neighbours": "wilson",
     "medbudget.reader": "compute_preference required_pairs",
     "medbudget.data.splits": "split_patients",
