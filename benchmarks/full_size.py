@@ -23,7 +23,6 @@ import transformers
 
 from medbudget import InversionSettings, invert, load_base, make_phantoms, sample
 from medbudget.files import write_json
-from medbudget.memory import GIB, plan_memory
 from medbudget.results import describe_device
 
 
@@ -59,13 +58,6 @@ def run(name: str) -> dict[str, Any]:
     rows["one image in two steps, s"] = time.perf_counter() - start
     rows["peak after sampling, GiB"] = peak()
     rows["image"] = {"shape": list(image.shape), "std": round(float(image.float().std()), 2)}
-    networks = (base.vae, base.unet, base.text_encoder)
-    options = {"networks": networks, "size": base.size, "dtype": base.dtype}
-    for job in ("invert", "sample"):
-        plan = plan_memory(job, checkpointing=job == "invert", **options)
-        rows[f"counted for {job} (weights on the device, activations), GiB"] = (
-            plan.weights + plan.activations
-        ) / GIB
     rows["base hash"] = base.hash
     return rows
 

@@ -31,7 +31,6 @@ from medbudget import Embedding, InversionSettings, invert, load_base, make_phan
 from medbudget.base import Base
 from medbudget.files import write_json
 from medbudget.loading import build_networks, read_architectures
-from medbudget.memory import plan_memory
 from medbudget.results import describe_device
 
 GOALS = {
@@ -370,10 +369,6 @@ def finish(
         device = torch.cuda.get_device_name()
     counted = {}
     if not args.small:
-        for job, checkpointing in (("invert", False), ("invert", True), ("sample", False)):
-            plan = plan_memory(job, checkpointing=checkpointing, dtype=torch.bfloat16)
-            key = f"{job}{' with checkpointing' if checkpointing else ''}, counted GiB"
-            counted[key] = round((plan.weights + plan.activations) / 2**30, 3)
         counted["keys and values of the text, share of a sampling step"] = share_of_context()
     options = " --small" * args.small + " --no-fast" * (not args.fast)
     options += f" --seconds {args.seconds:g}" * (args.seconds != 4)

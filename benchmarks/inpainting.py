@@ -18,7 +18,7 @@ import torch
 from medbudget import ellipse, inpaint, load_base, make_phantoms
 from medbudget.base import Base
 from medbudget.data.phantoms import find_tumours
-from medbudget.inpainting import check_masks, seam_ratio
+from medbudget.masks import check_masks, seam_ratio
 from medbudget.results import write_result
 from medbudget.tiny import load_trained
 

@@ -41,7 +41,7 @@ from medbudget.images import find_images
 from medbudget.metrics import compute_auc, frechet_distance, precision_recall
 from medbudget.metrics.features import compute_features
 from medbudget.results import StaleResultError, load_result, write_result
-from medbudget.sampling import BLOCK, denoise, draw_noise, make_sigmas
+from medbudget.sampling import BATCH, Condition, denoise, draw_noises, make_sigmas
 from medbudget.tiny import CASES, SHIPPED, load_trained
 
 Row = dict[str, Any]
@@ -339,17 +339,15 @@ def run_limits(base: Base, args: argparse.Namespace) -> Iterator[Row]:
         word = load_trained(kind, label, base)
         a, b = (make_phantoms(kind, label, args.n, split=s).images for s in ("val", "test"))
         floor = distances(a, b)
-        context, negative = base.text(word.token, embeddings=[word]), base.text("")
+        condition = Condition.encode(base, word.token, word, "", 2.0)
         for start in (25, 23, 20, 16, 12, 8, 0):
             made = []
-            for first in range(0, len(a), BLOCK):
-                x = base.encode(a[first : first + BLOCK])
-                generators = [torch.Generator().manual_seed(first + i) for i in range(len(x))]
+            for first in range(0, len(a), BATCH):
+                x = base.encode(a[first : first + BATCH])
+                noises = draw_noises(range(first, first + len(x)), x.shape[1:], base.device)
                 if start < 25:
-                    x = x * (start > 0) + sigmas[start] * draw_noise(generators, x.shape[1:])
-                    x = denoise(base, x, sigmas[start:], timesteps[start:], contexts=[context],
-                                weights=[1.0], negative=negative, cfg_scale=2.0,
-                                generators=generators)  # fmt: skip
+                    x = x * (start > 0) + sigmas[start] * next(noises)
+                    x = denoise(base, x, sigmas[start:], timesteps[start:], condition, noises)
                 made.append(base.decode(x))
             found = distances(torch.cat(made), b)
             t = float(timesteps[start]) if start < 25 else 0.0

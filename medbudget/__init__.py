@@ -8,28 +8,32 @@ from medbudget._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from medbudget.base import Base
+    from medbudget.composition import interpolate
     from medbudget.data.phantoms import Phantoms, make_phantoms
     from medbudget.embeddings import Embedding
     from medbudget.images import load_images, save_images
-    from medbudget.inpainting import ellipse, inpaint
-    from medbudget.inversion import InversionSettings, invert
+    from medbudget.inpainting import inpaint, inpaint_to
+    from medbudget.inversion import InversionSettings, invert, invert_to
     from medbudget.loading import load_base
+    from medbudget.masks import ellipse
     from medbudget.metrics import Score, evaluate, frechet_distance
     from medbudget.prompts import parse_prompt
-    from medbudget.sampling import interpolate, sample
+    from medbudget.sampling import sample, sample_to
     from medbudget.tiny import describe
 
 _MODULES = {  # loaded on first use: torch and diffusers take seconds
     "base": ("Base",),
+    "composition": ("interpolate",),
     "data.phantoms": ("Phantoms", "make_phantoms"),
     "embeddings": ("Embedding",),
     "images": ("load_images", "save_images"),
-    "inpainting": ("ellipse", "inpaint"),
-    "inversion": ("InversionSettings", "invert"),
+    "inpainting": ("inpaint", "inpaint_to"),
+    "inversion": ("InversionSettings", "invert", "invert_to"),
     "loading": ("load_base",),
+    "masks": ("ellipse",),
     "metrics": ("Score", "evaluate", "frechet_distance"),
     "prompts": ("parse_prompt",),
-    "sampling": ("interpolate", "sample"),
+    "sampling": ("sample", "sample_to"),
     "tiny": ("describe",),
 }
 
@@ -44,13 +48,16 @@ __all__ = [
     "evaluate",
     "frechet_distance",
     "inpaint",
+    "inpaint_to",
     "interpolate",
     "invert",
+    "invert_to",
     "load_base",
     "load_images",
     "make_phantoms",
     "parse_prompt",
     "sample",
+    "sample_to",
     "save_images",
 ]
 

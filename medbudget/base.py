@@ -1,76 +1,67 @@
-"""Base: the frozen parts of a Stable Diffusion."""
+"""Base: a frozen Stable Diffusion. It encodes images and texts, predicts noise, decodes latents."""
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch.func import functional_call
 
+from medbudget.bases import compare_origin
 from medbudget.embeddings import Embedding
 from medbudget.images import check_images
 from medbudget.prompts import TOKEN
 
-ENCODE_BLOCK = 16  # images of up to 128 px; fewer where they are larger
+PIXELS = 16 * 128 * 128  # that the VAE handles at once: 16 images of 128 px, one of 512
+LARGEST = 1e4  # that a latent may be; they have a standard deviation near 1
+Word: TypeAlias = "Embedding | str | os.PathLike[str]"
+Words: TypeAlias = "Word | Iterable[Word]"
+
+
+class NotFiniteError(RuntimeError):
+    """NaN, infinity or absurd numbers where latents or pixels should be."""
 
 
 @dataclass
 class Base:
-    """The frozen Stable Diffusion parts.
+    """The frozen parts of a Stable Diffusion, all on one device. Threads may share it."""
 
-    Attributes
-    ----------
-    name : str
-        ``tiny``, ``sd2`` or the path it came from.
-    vae, unet, text_encoder : torch.nn.Module
-        diffusers' AutoencoderKL and UNet2DConditionModel, transformers' CLIPTextModel.
-    alphas_cumprod : torch.Tensor
-        ``(1000,) float32``, the noise schedule on the CPU.
-    size : int
-        Pixels of the images that it was trained on (64 tiny, 512 SD 2.0).
-    preset : str
-        Name of the settings used where none are given: ``tiny`` or ``paper``.
-    hash : str
-        12 hex digits over all weights as they were stored, read as float16: the same for every
-        device and dtype.
-    prediction : str
-        What the U-Net predicts: ``epsilon`` or ``v_prediction``.
-    note : str
-        What every figure and score made with this base has to say ("" for a real one).
-    checkpoint_hash : str
-        A1111's old hash of the file, if it came from a single one: its embeddings' sd_checkpoint.
-    fast : bool
-        See `load_base`.
-    """
-
-    name: str
-    vae: Any
-    unet: Any
-    text_encoder: Any
+    name: str  # tiny, sd2, or what it was loaded from
+    vae: Any  # diffusers' AutoencoderKL
+    unet: Any  # diffusers' UNet2DConditionModel
+    text_encoder: Any  # transformers' CLIPTextModel
     tokenizer: Any
-    alphas_cumprod: torch.Tensor
-    device: torch.device
-    dtype: torch.dtype
-    size: int
-    preset: str
-    hash: str
-    prediction: str = "epsilon"
-    note: str = ""
-    words: dict[str, torch.Tensor] = field(default_factory=dict)
-    checkpoint_hash: str = ""
-    fast: bool = False
-    _rows: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
+    alphas_cumprod: torch.Tensor  # (1000,) float32, the noise schedule on the CPU
+    hash: str  # 12 hex digits over all weights as they were stored, read as float16
+    preset: str = "paper"  # settings used where none are given: tiny or paper
+    prediction: str = "epsilon"  # what the U-Net predicts; or v_prediction
+    note: str = ""  # what every figure and score made with this base must say; "" for a real one
+    words: dict[str, torch.Tensor] = field(default_factory=dict)  # visual words of tiny
+    checkpoint_hash: str = ""  # A1111's old hash of the file, where it came from a single one
+    fast: bool = False  # see `medbudget.gpu.speed_up`
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the networks."""
+        return self._table.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the networks."""
+        return self._table.dtype
 
     @property
     def width(self) -> int:
-        """Width d of a token embedding."""
-        return self.text_encoder.get_input_embeddings().weight.shape[1]
+        """Width d of a token embedding: 96 tiny, 768 SD 1.x, 1024 SD 2.x."""
+        return self._table.shape[1]
 
     @cached_property
     def device_alphas(self) -> torch.Tensor:
@@ -82,37 +73,41 @@ class Base:
         """Pixels per latent cell, f."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def size(self) -> int:
+        """Pixels of the images that it was trained on."""
+        return self.unet.config.sample_size * self.factor
+
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents of a square image of `size` pixels."""
         size = size or self.size
         step = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if size % step or size < step:
-            near = max(step, round(size / step) * step)
             raise ValueError(
                 f"size {size} does not fit base {self.name}: it must be a multiple of {step} "
-                f"pixels, e.g. {near}"
+                f"pixels, e.g. {max(step, round(size / step) * step)}"
             )
         return self.unet.config.in_channels, size // self.factor, size // self.factor
+
+    # ---- images and latents
 
     @torch.no_grad()
     def encode_posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation of the scaled latents, each ``(N, c, h, w) float32``."""
-        check_images(images)
         scale = self.vae.config.scaling_factor
         means, stds = [], []
-        for block in images.split(_block(images.shape[2])):
-            x = block.to(self.device, self.dtype) / 127.5 - 1
-            posterior = self.vae.encode(x).latent_dist
+        for part in check_images(images).split(max(1, PIXELS // images[0, 0].numel())):
+            posterior = self.vae.encode(part.to(self.device, self.dtype) / 127.5 - 1).latent_dist
             means.append(posterior.mean.float() * scale)
             stds.append(posterior.std.float() * scale)
-        return torch.cat(means), torch.cat(stds)
+        return self._check_finite(torch.cat(means), "encoded images"), torch.cat(stds)
 
     def encode(
         self, images: torch.Tensor, *, generator: torch.Generator | None = None
     ) -> torch.Tensor:
         """Encode ``(N, 3, H, W) uint8`` to latents ``(N, c, H/f, W/f) float32``.
 
-        The posterior mean, or with a (CPU) `generator` one posterior sample.
+        The posterior mean, or with a CPU `generator` one posterior sample.
         """
         mean, std = self.encode_posterior(images)
         if generator is None:
@@ -121,21 +116,41 @@ class Base:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode latents ``(N, c, h, w)`` to ``(N, 3, h*f, w*f) uint8`` on the CPU."""
+        """Decode latents ``(N, c, h, w)`` to ``(N, 3, h*f, w*f) uint8`` on the CPU.
+
+        Raises
+        ------
+        NotFiniteError
+            NaN or infinity in latents or pixels: they would become black images.
+        """
+        self._check_finite(latents, "latents")
         out = []
-        for block in latents.split(_block(latents.shape[2] * self.factor)):
-            z = (block / self.vae.config.scaling_factor).to(self.device, self.dtype)
-            x = self.vae.decode(z).sample.float()
+        for part in latents.split(max(1, PIXELS // (latents[0, 0].numel() * self.factor**2))):
+            z = (part / self.vae.config.scaling_factor).to(self.device, self.dtype)
+            x = self._check_finite(self.vae.decode(z).sample.float(), "decoded images")
             out.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
         return torch.cat(out)
+
+    def _check_finite(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        if not values.abs().max() <= LARGEST:
+            problem = (
+                "NaN or infinity" if not values.isfinite().all() else "numbers beyond any image"
+            )
+            raise NotFiniteError(
+                f"the {name} hold {problem} (base {self.name} in {str(self.dtype)[6:]}). Ways out: "
+                "in float16, load the base with dtype=torch.bfloat16 or torch.float32; lower the "
+                "guidance (cfg_scale, weights); train the embedding with a lower learning rate; if "
+                "plain prompts fail too, the base's files are damaged: `medbudget base verify`"
+            )
+        return values
 
     def predict_noise(
         self, x: torch.Tensor, t: torch.Tensor | float, context: torch.Tensor
     ) -> torch.Tensor:
-        """Return epsilon for latents at timestep t (fractional allowed), float32.
+        """Return epsilon for latents ``x (N, c, h, w)`` at timestep t (fractions allowed), float32.
 
-        A U-Net that predicts v = sqrt(a) eps - sqrt(1 - a) z (Salimans and Ho 2022, appendix D)
-        is turned into one of epsilon: sqrt(a) v + sqrt(1 - a) z_t.
+        A network that predicts v = sqrt(a) eps - sqrt(1 - a) z (Salimans and Ho 2022, appendix D)
+        is turned into one of epsilon: sqrt(a) v + sqrt(1 - a) x.
         """
         if not isinstance(t, torch.Tensor):
             t = torch.tensor(t, dtype=torch.float32)
@@ -143,80 +158,107 @@ class Base:
         predicted = self.unet(x.to(self.dtype), t, encoder_hidden_states=context).sample.float()
         if self.prediction == "epsilon":
             return predicted
+        alpha = self._alphas(t).view(-1, *[1] * (x.ndim - 1))
+        return alpha.sqrt() * predicted + (1 - alpha).sqrt() * x.float()
+
+    def _alphas(self, t: torch.Tensor) -> torch.Tensor:
+        """Return alphas_cumprod at fractional timesteps: log sigma is linear between two."""
+        log_sigmas = ((1 - self.device_alphas) / self.device_alphas).log() / 2
         low, high, share = t.floor().long(), t.ceil().long(), t - t.floor()
-        # between two timesteps, log sigma is linear (see make_sigmas)
-        log_sigma = (1 / self.device_alphas - 1).log() / 2
-        sigma = ((1 - share) * log_sigma[low] + share * log_sigma[high]).exp()
-        sigma = sigma.view(-1, 1, 1, 1) if sigma.ndim else sigma
-        return (predicted + sigma * x.float()) / (sigma**2 + 1).sqrt()
+        sigma = ((1 - share) * log_sigmas[low] + share * log_sigmas[high]).exp()
+        return 1 / (sigma**2 + 1)
 
-    def text(
-        self, prompt: str | torch.Tensor, *, embeddings: Iterable[Embedding] = ()
-    ) -> torch.Tensor:
-        """Encode one prompt, or the bare vectors of Textual Inversion, to ``(1, 77, d)``.
+    # ---- texts
 
-        Parameters
-        ----------
-        prompt : str or torch.Tensor
-            Text in which ``<token>`` stands for a loaded embedding, or vectors ``(n, d)`` which
-            take the places after BOS; gradients flow to them.
-        embeddings : iterable of Embedding
-            The loaded ones.
+    @property
+    def _table(self) -> torch.Tensor:
+        """Rows of the vocabulary, ``(49408, d)``."""
+        return self.text_encoder.get_input_embeddings().weight
+
+    def text(self, prompt: str | torch.Tensor, *, embeddings: Words = ()) -> torch.Tensor:
+        """Encode a prompt, or the bare vectors ``(n, d)`` of Textual Inversion, to ``(1, 77, d)``.
+
+        ``<token>`` in a prompt stands for the loaded embedding of that name. Gradients flow to
+        vectors.
 
         Raises
         ------
         ValueError
-            Unknown ``<token>``, a prompt of more than 75 positions, vectors of another width.
+            An unknown token, more than 75 positions, or vectors of another width.
         """
-        tok = self.tokenizer
-        ids: list[int] = []
-        fixes: list[tuple[int, torch.Tensor]] = []
-        if isinstance(prompt, torch.Tensor):
-            fixes.append((1, prompt))
-            ids += [tok.eos_token_id] * len(prompt)
-        else:
-            loaded = self._loaded(embeddings)
-            for piece in re.split(f"({TOKEN.pattern})", prompt):
-                if TOKEN.fullmatch(piece):
-                    if piece not in loaded:
-                        names = ", ".join(sorted(loaded)) or "none"
-                        raise ValueError(
-                            f"unknown token {piece} in the prompt; loaded are: {names}. Load its "
-                            "file with --embeddings FILE (Python: embeddings=[Embedding.load(…)])"
-                        )
-                    vectors = loaded[piece].vectors
-                    fixes.append((1 + len(ids), vectors))
-                    ids += [tok.eos_token_id] * len(vectors)
-                elif piece.strip():
-                    ids += self._tokenize(piece)
         limit = self.text_encoder.config.max_position_embeddings
-        if len(ids) > limit - 2:
-            raise ValueError(
-                f"the prompt takes {len(ids)} positions, but {limit - 2} fit (an embedding takes as "
-                "many as it has vectors); shorten it, or join parts with AND"
+        tok, words = self.tokenizer, {e.token: e for e in self.load_words(embeddings)}
+        with self._lock:  # functional_call swaps a parameter in place: one thread at a time
+            table = self._table
+            rows = prompt if isinstance(prompt, torch.Tensor) else self._rows(prompt, words)
+            if len(rows) > limit - 2:
+                raise ValueError(
+                    f"the prompt takes {len(rows)} positions, but {limit - 2} fit (an embedding "
+                    "takes as many as it has vectors); shorten it, or join parts with AND"
+                )
+            bos, eos, pad = (
+                table[i : i + 1] for i in (tok.bos_token_id, tok.eos_token_id, tok.pad_token_id)
             )
-        pad = tok.pad_token_id
-        row = [tok.bos_token_id, *ids, tok.eos_token_id, *[pad] * (limit - 2 - len(ids))]
-        tokens = self._rows.get(tuple(row))
-        if tokens is None:  # kept: a CUDA graph may not copy from the host
-            tokens = self._rows[tuple(row)] = torch.tensor([row], device=self.device)
+            padding = pad.expand(limit - 2 - len(rows), -1)
+            rows = torch.cat([bos, rows.to(table), eos, padding])
+            # these rows stand in for the vocabulary, row i at position i
+            name = next(n for n, p in self.text_encoder.named_parameters() if p is table)
+            ids = torch.arange(limit, device=table.device)[None]
+            return functional_call(self.text_encoder, {name: rows}, (ids,)).last_hidden_state
 
-        def overwrite(_module: nn.Module, _inputs: Any, rows: torch.Tensor) -> torch.Tensor:
-            rows = rows.clone()
-            for place, vectors in fixes:
-                rows[0, place : place + len(vectors)] = vectors.to(rows.device, rows.dtype)
-            return rows
+    def _rows(self, prompt: str, words: Mapping[str, Embedding]) -> torch.Tensor:
+        """Look up a prompt's rows ``(n, d)``, without beginning, end and padding."""
+        parts = [self._table[:0]]
+        for piece in re.split(f"({TOKEN.pattern})", prompt):
+            if not TOKEN.fullmatch(piece):
+                parts.append(self._table[self._tokenize(piece)])
+            elif piece in words:
+                parts.append(words[piece].vectors.to(self._table))
+            else:
+                raise ValueError(
+                    f"unknown token {piece} in the prompt; loaded are: "
+                    f"{', '.join(sorted(words)) or 'none'}"
+                )
+        return torch.cat(parts)
 
-        with _hooked(self.text_encoder.get_input_embeddings(), overwrite):
-            return self.text_encoder(tokens).last_hidden_state
+    def load_words(self, embeddings: Words) -> list[Embedding]:
+        """Return embeddings (or those in files) that fit this base, each under a name of its own."""
+        several = (
+            [embeddings] if isinstance(embeddings, Embedding | str | os.PathLike) else embeddings
+        )
+        words: dict[str, Embedding] = {}
+        for item in several:
+            word = item if isinstance(item, Embedding) else self._load_word(item)
+            word.check_fits(self.width, self.name)
+            if word.vectors.abs().max() > LARGEST:
+                raise ValueError(
+                    f"embedding {word.token} holds numbers up to {word.vectors.abs().max():.0e}: its "
+                    "training diverged; train again with a lower learning rate"
+                )
+            self.check_token(word.token)
+            same, reason = compare_origin(word, self)
+            if same is False:
+                warnings.warn(
+                    f"{word.token} was {reason}: images will differ from those it was trained for",
+                    stacklevel=4,
+                )
+            if word.token in words:
+                raise ValueError(
+                    f"two embeddings are called {word.token}; give one another name: `medbudget "
+                    "embedding convert --token`, in Python Embedding.renamed('<other>')"
+                )
+            words[word.token] = word
+        return list(words.values())
 
-    def token_rows(self, text: str) -> torch.Tensor:
-        """Return the token embeddings of plain text, ``(n, d) float32`` on the CPU."""
-        ids = self._tokenize(text)
-        if not ids:
-            raise ValueError(f"the init text {text!r} has no words; write e.g. '*'")
-        table = self.text_encoder.get_input_embeddings().weight
-        return table[ids].detach().float().cpu()
+    @staticmethod
+    def _load_word(path: str | os.PathLike[str]) -> Embedding:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"an embedding is an Embedding or a file of one, got {type(path)}")
+        if TOKEN.fullmatch(os.fspath(path)):
+            raise ValueError(
+                f"{path} is the name of a word, not the word: pass Embedding.load(its file)"
+            )
+        return Embedding.load(path)
 
     def check_token(self, token: str) -> None:
         """Raise ValueError if `token` already means something in the vocabulary."""
@@ -225,33 +267,20 @@ class Base:
                 f"token {token} is a word of base {self.name}'s vocabulary; choose another name"
             )
 
-    @contextmanager
-    def vae_offloaded(self) -> Iterator[None]:
-        """Keep the VAE on the CPU within the block, to free the device's memory for training."""
-        self.vae.to("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            yield
-        finally:
-            self.vae.to(self.device)
+    def token_rows(self, text: str) -> torch.Tensor:
+        """Return the token embeddings of plain text, ``(n, d) float32`` on the CPU."""
+        if not (ids := self._tokenize(text)):
+            raise ValueError(f"the init text {text!r} has no words; write e.g. '*'")
+        return self.vocabulary()[ids]
 
-    def _loaded(self, embeddings: Iterable[Embedding]) -> dict[str, Embedding]:
-        if isinstance(embeddings, Embedding):
-            embeddings = [embeddings]
-        loaded: dict[str, Embedding] = {}
-        for embedding in embeddings:
-            embedding.check_fits(self.width, self.name)
-            self.check_token(embedding.token)
-            if embedding.token in loaded:
-                raise ValueError(
-                    f"two embeddings are called {embedding.token}; rename one with "
-                    "Embedding.renamed('<other>')"
-                )
-            loaded[embedding.token] = embedding
-        return loaded
+    def vocabulary(self) -> torch.Tensor:
+        """Return the token embeddings of all words, ``(49408, d) float32`` on the CPU."""
+        with self._lock:
+            return self._table.detach().float().cpu()
 
     def _tokenize(self, text: str) -> list[int]:
+        if not text.strip():
+            return []
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.words and self.tokenizer.unk_token_id in ids:
             known = self.tokenizer.get_vocab()
@@ -259,20 +288,6 @@ class Base:
             warnings.warn(
                 f"base {self.name} does not know {', '.join(unknown[:5])}; its plain words are "
                 "listed in pretraining.corpus.WORDS",
-                stacklevel=4,
+                stacklevel=5,
             )
         return ids
-
-
-def _block(size: int) -> int:
-    """Images that the VAE handles at once: one from 512 px on, or it would take the most memory."""
-    return max(1, min(ENCODE_BLOCK, ENCODE_BLOCK * 128**2 // size**2))
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

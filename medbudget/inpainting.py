@@ -2,200 +2,46 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 
-from medbudget.base import Base
-from medbudget.embeddings import Embedding
-from medbudget.images import check_images, load_image
+from medbudget.base import Base, Words
+from medbudget.files import check_apart, check_output, hash_tensors, hold
+from medbudget.gpu import draw_in_batches
+from medbudget.images import check_images, find_images, load_images, read_record, save_images
+from medbudget.masks import (
+    Mask,
+    blur_masks,
+    check_masks,
+    ellipse,
+    fill_masked,
+    latent_masks,
+    read_mask,
+)
+from medbudget.pictures import open_picture
+from medbudget.progress import quiet, say, tqdm
 from medbudget.sampling import (
+    BATCH,
+    Callback,
+    Condition,
     add_first,
-    check_numbers,
+    check_counts,
     default_steps,
     denoise,
-    draw_in_batches,
-    draw_noise,
-    encode_prompt,
-    fitting_batch,
+    draw_noises,
+    make_record,
     make_sigmas,
+    refuse_options,
 )
+from medbudget.settings import check_seed
 
 CONTENTS = ("original", "fill", "noise", "zeros")
-BLUR_AT = 512  # pixels of the images for which `mask_blur` is given
-Mask = torch.Tensor | npt.NDArray[Any] | str | os.PathLike[str]
-
-
-def ellipse(
-    center: Sequence[float], radii: Sequence[float], *, angle: float = 0.0, size: int = 512
-) -> torch.Tensor:
-    """Return a mask in the shape of an ellipse, ``(size, size) float32`` from 0 to 1.
-
-    Parameters
-    ----------
-    center : (float, float)
-        x to the right and y down, in fractions of the image's edge.
-    radii : (float, float)
-        Half the width and half the height, in the same fractions.
-    angle : float
-        Radians, clockwise as seen.
-    size : int
-        Pixels; `inpaint` resizes masks to its images, so any will do.
-
-    Examples
-    --------
-    >>> mask = ellipse((0.5, 0.5), (0.25, 0.25), size=64)
-    >>> tuple(mask.shape), round(mask.mean().item(), 3)  # π / 16 of the image
-    ((64, 64), 0.196)
-    """
-    (x, y), (a, b) = center, radii
-    if not (a > 0 and b > 0 and all(map(math.isfinite, (x, y, a, b, angle)))) or size < 1:
-        raise ValueError(
-            f"an ellipse needs a finite center, radii above 0 and a size, got center={center}, "
-            f"radii={radii}, size={size}; fractions of the edge, e.g. (0.5, 0.6), (0.1, 0.08)"
-        )
-    line = (torch.arange(size) + 0.5) / size
-    dx, dy = line[None, :] - x, line[:, None] - y
-    u = (math.cos(angle) * dx + math.sin(angle) * dy) / a
-    v = (math.cos(angle) * dy - math.sin(angle) * dx) / b
-    r = (u**2 + v**2).sqrt()
-    slope = ((u / a) ** 2 + (v / b) ** 2).sqrt() / r.clamp(min=1e-6)  # of r, per unit of length
-    return (0.5 + (1 - r) / slope.clamp(min=1e-6) * size).clamp(0, 1)
-
-
-def brush_mask(
-    strokes: Iterable[tuple[Sequence[Sequence[float]], float]], *, size: int
-) -> torch.Tensor:
-    """Return the mask of strokes with a round brush, ``(size, size) float32`` of 0 and 1.
-
-    Parameters
-    ----------
-    strokes : iterable of (points, radius)
-        Points ``(x, y)`` and the brush's radius in fractions of the image's edge.
-    """
-    line = (torch.arange(size) + 0.5) / size
-    x, y = line[None, :], line[:, None]
-    mask = torch.zeros(size, size)
-    for points, radius in strokes:
-        for (ax, ay), (bx, by) in zip(points, [*points[1:], points[-1]]):
-            dx, dy = bx - ax, by - ay
-            along = ((x - ax) * dx + (y - ay) * dy) / max(dx * dx + dy * dy, 1e-12)
-            along = along.clamp(0, 1)
-            near = (x - ax - along * dx) ** 2 + (y - ay - along * dy) ** 2 <= radius**2
-            mask[near] = 1
-    return mask
-
-
-def check_masks(mask: Mask, size: int | None = None) -> torch.Tensor:
-    """Return one or several masks as ``(M, H, W) float32`` from 0 (keep) to 1 (repaint).
-
-    Parameters
-    ----------
-    mask : array, tensor or path
-        ``(H, W)`` or ``(M, H, W)``: bool, integers 0/1 or 0..255, floats 0..1; or an image file,
-        white where it repaints.
-    size : int, optional
-        Pixels to bring square masks to (antialiased, so that borders become soft).
-
-    Raises
-    ------
-    ValueError
-        Another shape, values out of range, or a mask that covers nothing.
-    """
-    if isinstance(mask, str | os.PathLike):
-        mask = load_image(mask)[0]
-    values = torch.as_tensor(mask)
-    if values.ndim == 2:
-        values = values[None]
-    if values.ndim != 3 or 0 in values.shape:
-        raise ValueError(
-            f"a mask must have shape (H, W) or (M, H, W), got {tuple(values.shape)}; take one "
-            "channel of an image"
-        )
-    if values.dtype != torch.bool and not values.is_floating_point():
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 255:
-            raise ValueError(f"an integer mask must have values 0..255, got {low}..{high}")
-        values = values.double() / (255 if high > 1 else 1)
-    values = values.float()
-    if not torch.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-        raise ValueError("a mask of floats must have values from 0 (keep) to 1 (repaint)")
-    if size is not None and values.shape[1:] != (size, size):
-        if values.shape[1] != values.shape[2]:
-            raise ValueError(
-                f"the mask has {tuple(values.shape[1:])} pixels (H, W), the image is a square of "
-                f"{size}; crop or pad the mask as the image was"
-            )
-        values = F.interpolate(
-            values[:, None], size=(size, size), mode="bilinear", antialias=True
-        ).clamp(0, 1)[:, 0]
-    for i, one in enumerate(values):
-        if one.max() < 0.5:
-            raise ValueError(
-                f"mask {i} is empty: it covers no pixel of the image by half; draw a larger one"
-            )
-    return values
-
-
-def blur_masks(masks: torch.Tensor, mask_blur: float) -> torch.Tensor:
-    """Blur ``(M, H, W)`` masks; `mask_blur` is a standard deviation at 512 pixels.
-
-    The Gaussian is cut at 4 standard deviations: farther out a mask is exactly 0.
-    """
-    if not (math.isfinite(mask_blur) and mask_blur >= 0):
-        raise ValueError(f"mask_blur must be 0 or a positive number of pixels, got {mask_blur}")
-    sigma = mask_blur * masks.shape[-1] / BLUR_AT
-    if sigma == 0:
-        return masks
-    blurred = gaussian_filter(masks.numpy(), (0, sigma, sigma), mode="nearest", truncate=4)
-    return torch.from_numpy(blurred).clamp(0, 1)
-
-
-def latent_masks(masks: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Resize blurred masks to the latent grid and round them: ``(M, 1, h, w) float32`` of 0 and 1.
-
-    Raises
-    ------
-    ValueError
-        A mask that has no latent cell of its own.
-    """
-    small = F.interpolate(masks[:, None], size=tuple(shape), mode="bicubic", antialias=True)
-    small = small.round().clamp(0, 1)
-    for i, one in enumerate(small):
-        if not one.any():
-            raise ValueError(
-                f"mask {i} vanishes on the latent grid of {shape[0]}x{shape[1]} cells, "
-                f"{masks.shape[-1] // shape[1]} pixels each; draw a larger one, or lower mask_blur"
-            )
-    return small
-
-
-def fill_masked(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Fill what masks cover with colours of the surroundings: ``(N, 3, H, W) uint8`` both ways.
-
-    Averages over the uncovered pixels, from wide to narrow; a narrower one counts as far as it
-    sees uncovered pixels.
-    """
-    out = np.empty(images.shape, np.float32)
-    for i, (image, mask) in enumerate(zip(images.numpy().astype(np.float32), masks.numpy())):
-        keep = 1 - mask
-        total = keep.sum()
-        mean = (image * keep).sum((1, 2)) / total if total > 0.5 else np.full(3, 127.5)
-        filled: npt.NDArray[np.floating] = np.broadcast_to(mean[:, None, None], image.shape)
-        for share in (0.5, 0.125, 0.03, 0.008):
-            sigma = share * image.shape[-1]
-            seen = gaussian_filter(keep, sigma)
-            colour = gaussian_filter(image * keep, (0, sigma, sigma)) / np.maximum(seen, 1e-6)
-            filled = (filled + np.clip(seen, 0, 1) * (colour - filled)).astype(np.float32)
-        out[i] = image * keep + filled * mask
-    return torch.from_numpy(np.rint(np.clip(out, 0, 255)).astype(np.uint8))
+OVERLAYS = ("plain", "a1111")
 
 
 def start_step(steps: int, strength: float) -> int:
@@ -211,17 +57,19 @@ def inpaint(
     mask: Mask,
     prompt: str,
     *,
-    embeddings: Iterable[Embedding] = (),
+    embeddings: Words = (),
     negative_prompt: str = "",
     strength: float = 0.75,
     mask_blur: float = 4.0,
     content: str = "original",
+    overlay: str = "plain",
     steps: int | None = None,
     cfg_scale: float = 2.0,
     seed: int = 0,
     n: int = 1,
-    batch_size: int | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    batch_size: int = BATCH,
+    callback: Callback | None = None,
+    **others: Any,
 ) -> torch.Tensor:
     """Repaint what `mask` covers so that it fits the prompt (paper, section 4.5).
 
@@ -244,6 +92,9 @@ def inpaint(
     content : {"original", "fill", "noise", "zeros"}
         What stands under the mask at the start: the image, colours of its surroundings, latent
         noise, or latent zeros. The last two want a strength near 1.
+    overlay : {"plain", "a1111"}
+        How far the painted pixels reach: as far as the blurred mask; or, as in A1111, twice the
+        blurred mask, clipped, which paints a lesion of 20 pixels' radius about a third larger.
     steps : int, optional
         Of the whole schedule; default 25 on ``tiny``, else 100.
     seed : int
@@ -274,10 +125,12 @@ def inpaint(
     >>> changed.any().item(), changed[:16].any().item()  # under the mask; far from it
     (True, False)
     """
-    if content not in CONTENTS:
-        raise ValueError(f"unknown content {content!r}; allowed are {', '.join(CONTENTS)}")
+    refuse_options("inpaint", others)
+    for name, value, allowed in (("content", content, CONTENTS), ("overlay", overlay, OVERLAYS)):
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
     steps = default_steps(base) if steps is None else steps
-    check_numbers(n=n, steps=steps, batch_size=batch_size or 1, cfg_scale=cfg_scale)
+    check_counts(n=n, steps=steps, batch_size=batch_size)
     images = check_images(image[None] if image.ndim == 3 else image, name="image").cpu()
     size = images.shape[-1]
     if images.shape[-2] != size:
@@ -292,71 +145,184 @@ def inpaint(
         )
     first_step = start_step(steps, strength)
     sigmas, timesteps = (part[first_step:] for part in make_sigmas(base.alphas_cumprod, steps))
-    conditions = encode_prompt(base, prompt, negative_prompt, embeddings)
+    condition = Condition.encode(base, prompt, embeddings, negative_prompt, cfg_scale)
     under = images
     if content == "fill":
         under = fill_masked(images.expand(pairs, -1, -1, -1), soft.expand(pairs, -1, -1))
     means, stds = base.encode_posterior(under)
     order = torch.arange(pairs).repeat_interleave(n)
+    seeds = range(check_seed(seed, len(order)), seed + len(order))
+    reach = (2 * soft).clamp(max=1) if overlay == "a1111" else soft
 
     def draw(first: int, count: int) -> torch.Tensor:
         which = order[first : first + count]
         of_image, of_mask, of_under = (which % len(x) for x in (images, soft, under))
-        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(count)]
-
-        def fresh() -> torch.Tensor:
-            return draw_noise(generators, shape).to(base.device)
-
+        noises = draw_noises(seeds[first : first + count], shape, base.device)
         m = cells[of_mask].to(base.device)
-        z0 = means[of_under] + stds[of_under] * fresh()
-        noise = fresh()
+        z0 = means[of_under] + stds[of_under] * next(noises)
+        noise = next(noises)
         if content in ("noise", "zeros"):
-            z0 = (1 - m) * z0 + (m * fresh() if content == "noise" else 0)
+            z0 = (1 - m) * z0 + (m * next(noises) if content == "noise" else 0)
         latents = denoise(
             base,
             z0 + noise * sigmas[0],
             sigmas,
             timesteps,
-            **conditions,
-            cfg_scale=cfg_scale,
-            generators=generators,
+            condition,
+            noises,
             blend=lambda denoised: (1 - m) * z0 + m * denoised,
             callback=add_first(callback, first),
         )
-        share = soft[of_mask][:, None]
+        share = reach[of_mask][:, None]
         mixed = images[of_image] * (1 - share) + base.decode(latents) * share
         return mixed.round().clamp(0, 255).to(torch.uint8)
 
-    batch_size = batch_size or fitting_batch(base, size)
     return draw_in_batches(draw, len(order), batch_size, desc="inpaint")
 
 
-def seam_ratio(images: torch.Tensor, mask: Mask) -> npt.NDArray[np.float64]:
-    """Return how much a mask's border stands out, ``(N,)``: 1 is not at all.
+def inpaint_to(
+    folder: str | os.PathLike[str],
+    base: Base,
+    image: str | os.PathLike[str],
+    mask: Mask | Mapping[str, Mask],
+    prompt: str,
+    *,
+    embeddings: Words = (),
+    negative_prompt: str = "",
+    strength: float = 0.75,
+    mask_blur: float = 4.0,
+    content: str = "original",
+    overlay: str = "plain",
+    steps: int | None = None,
+    cfg_scale: float = 2.0,
+    seed: int = 0,
+    n: int = 1,
+    save_masks: bool = False,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Repaint image files into PNG files, and go on where an earlier call was stopped.
 
-    The mean step between neighbouring pixels (gray levels, root of the sum of squares over both
-    directions, mean of the channels) on the border, two pixels wide, over that of the pixels up to
-    three away from it on both sides.
+    Each file records how it was made. Files that are there as this call would make them are kept;
+    any other is refused, unless `overwrite` says so. Originals are never replaced. The other
+    parameters are those of `inpaint`.
 
     Parameters
     ----------
-    images : torch.Tensor
-        ``(N, 3, H, H) uint8``.
-    mask : array, tensor or path
-        One mask for all images or one for each; see `check_masks`.
+    image : path
+        A file or a folder. Images come out in the base's size.
+    mask : mask, path, or mapping of str to mask
+        One for all images; a folder with a mask for each image under its name; or several with
+        names, each for all images.
+    save_masks : bool
+        Write each image's mask to ``FOLDER/masks`` too.
+
+    Returns
+    -------
+    list of Path
+        The images, variants next to each other.
     """
-    check_images(images)
-    masks = check_masks(mask, images.shape[-1]).numpy() >= 0.5
-    if len(masks) not in (1, len(images)):
-        raise ValueError(f"{len(images)} images and {len(masks)} masks: one for all or each")
-    down, right = np.gradient(images.cpu().numpy().astype(np.float64), axis=(2, 3))
-    steepness = np.hypot(down, right).mean(1)
-    ratios = []
-    for i, steps in enumerate(steepness):
-        inside = masks[i % len(masks)]
-        border = binary_dilation(inside) & ~binary_erosion(inside, border_value=1)
-        near = binary_dilation(border, iterations=3) & ~border
-        if not near.any() or not border.any():
-            raise ValueError(f"mask {i % len(masks)} has no border inside the image")
-        ratios.append(steps[border].mean() / max(steps[near].mean(), 1e-9))
-    return np.array(ratios)
+    folder = Path(folder)
+    check_apart(folder, image, mask if isinstance(mask, str | os.PathLike) else None)
+    files = find_images(image)
+    steps = default_steps(base) if steps is None else steps
+    check_counts(n=n, steps=steps)
+    words = base.load_words(embeddings)
+    if not prompt.strip():
+        say("the prompt is empty: the base paints what it would without one")
+    settings: dict[str, Any] = {
+        "negative_prompt": negative_prompt, "strength": strength, "mask_blur": mask_blur,
+        "content": content, "overlay": overlay, "steps": steps, "cfg_scale": cfg_scale,
+    }  # fmt: skip
+    jobs = _pair(files, mask, base.size, n)
+    check_seed(seed, len(jobs))
+    images = load_images(files, size=base.size)
+    record = make_record(base, words, prompt=prompt, **settings)
+    hashes = [hash_tensors({"image": one}) for one in images]
+    records = [
+        record
+        | {"seed": seed + i, "image": files[which].name, "image_hash": hashes[which]}
+        | {"mask_hash": hash_tensors({"mask": own})}
+        for i, (_, which, own) in enumerate(jobs)
+    ]
+    paths = [folder / f"{name}.png" for name, _, _ in jobs]
+    if replaced := {p.resolve() for p in paths} & {p.resolve() for p in files}:
+        raise ValueError(f"{replaced.pop()} is an original: choose another folder for the results")
+    done = [
+        check_output(path, own, read_record, overwrite=overwrite)
+        for path, own in zip(paths, records)
+    ]
+    with hold(folder), tqdm(total=len(jobs), desc="inpaint", unit="image") as bar:
+        for first in range(0, len(jobs), BATCH):
+            block = slice(first, min(first + BATCH, len(jobs)))
+            names = [name for name, _, _ in jobs[block]]
+            own_masks = torch.stack([own for _, _, own in jobs[block]])
+            if not all(done[block]):
+                with quiet():
+                    painted = inpaint(
+                        base, images[[which for _, which, _ in jobs[block]]], own_masks, prompt,
+                        embeddings=words, seed=seed + first, **settings,
+                    )  # fmt: skip
+                save_images(painted, folder, names=names, records=records[block])
+            if save_masks:
+                binary = (own_masks >= 0.5)[:, None].expand(-1, 3, -1, -1)
+                save_images(binary.to(torch.uint8) * 255, folder / "masks", names=names)
+            bar.update(block.stop - first)
+    return paths
+
+
+def _pair(
+    files: list[Path], mask: Mask | Mapping[str, Mask], size: int, n: int
+) -> list[tuple[str, int, torch.Tensor]]:
+    """Return name, image and mask ``(size, size)`` of every output."""
+    shapes = [open_picture(file)[0].size for file in files]
+    if any(max(shape) != size for shape in shapes):
+        say(f"images come out with {size} pixels, the size of the base's images")
+    names = _make_names(files)
+    if isinstance(mask, Mapping):
+        several = {name: check_masks(one, size)[0] for name, one in mask.items()}
+        suffixes = [f"_{name}" for name in several] if len(several) > 1 else [""]
+        pairs = [
+            (f"{name}{suffix}", i, own)
+            for i, name in enumerate(names)
+            for suffix, own in zip(suffixes, several.values())
+        ]
+    elif isinstance(mask, str | os.PathLike):
+        mask_files = find_images(mask)
+        if Path(mask).is_dir():
+            by_stem = {file.stem: file for file in mask_files}
+            if len(by_stem) < len(mask_files):
+                raise ValueError(f"two masks in {mask} have the same name but for their endings")
+            if missing := sorted({file.stem for file in files} - set(by_stem)):
+                raise ValueError(f"{mask} has no mask for {', '.join(missing[:5])}")
+            mask_files = [by_stem[file.stem] for file in files]
+        else:
+            mask_files = mask_files * len(files)
+        for file, own, shape in zip(files, mask_files, shapes):
+            wide, high = open_picture(own)[0].size
+            if abs(wide * shape[1] - high * shape[0]) > max(wide, high, *shape):
+                raise ValueError(
+                    f"mask {own} has {wide} x {high} pixels (width x height), image {file} has "
+                    f"{shape[0]} x {shape[1]}: draw it on the image itself"
+                )
+        read = {own: check_masks(read_mask(own, size=size))[0] for own in set(mask_files)}
+        pairs = [(name, i, read[mask_files[i]]) for i, name in enumerate(names)]
+    else:
+        pairs = [(name, i, check_masks(mask, size)[0]) for i, name in enumerate(names)]
+    if n > 1:
+        pairs = [(f"{name}_{k}", i, own) for name, i, own in pairs for k in range(n)]
+    if twice := [
+        name for name, count in Counter(name for name, _, _ in pairs).items() if count > 1
+    ]:
+        raise ValueError(f"two images would be written to {twice[0]}.png: rename one of them")
+    return pairs
+
+
+def _make_names(files: list[Path]) -> list[str]:
+    """Return the stem of each file, with its ending where two have the same stem."""
+    counts = Counter(file.stem for file in files)
+    return [
+        file.stem if counts[file.stem] == 1 else f"{file.stem}_{file.suffix[1:]}" for file in files
+    ]
+
+
+__all__ = ["check_masks", "ellipse", "inpaint", "inpaint_to", "start_step"]

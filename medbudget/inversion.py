@@ -1,7 +1,7 @@
-"""Textual Inversion: find token vectors that make a frozen base generate given images.
+"""Textual Inversion: find the vectors that make a frozen base draw given images.
 
-Gal et al. 2022 (arXiv 2208.01618) as AUTOMATIC1111's web UI did it for the paper (section 3.2):
-all weights frozen, latents cached, AdamW on the ``n x d`` vectors and nothing else.
+Gal et al. 2022 (arXiv 2208.01618), as AUTOMATIC1111's web UI did it for the paper (section 3.2):
+every image is encoded once, and AdamW changes the ``n x d`` vectors and nothing else.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,105 +18,57 @@ import torch
 import torch.nn.functional as F
 
 from medbudget._version import __version__
-from medbudget.artifacts import load_checkpoint, save_checkpoint
 from medbudget.base import Base
-from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
-from medbudget.files import check_writable, hash_tensors, hold
+from medbudget.embeddings import MAX_VECTORS, Embedding, EmbeddingError, check_token
+from medbudget.files import check_output, hash_tensors, hold
+from medbudget.gpu import Stepper, choose_speed
 from medbudget.images import check_images, hash_images
-from medbudget.memory import GIB, plan_memory
-from medbudget.processes import stoppable
-from medbudget.progress import tqdm
-
-LATENT_POLICIES = ("once", "mean", "resample")
-SCHEDULES = ("constant", "linear")
-LOSSES = ("plain", "min_snr")
+from medbudget.progress import say, tqdm
+from medbudget.runs import Steps, draw_indices
+from medbudget.settings import SEEDS, Settings
 
 
 class InversionError(RuntimeError):
-    """Training that cannot go on; the message explains."""
+    """Training that cannot go on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
-class InversionSettings:
-    """Settings of `invert`; make one with `InversionSettings.preset`.
+class InversionSettings(Settings):
+    """Settings of `invert`. What is not given follows the preset of the base; here: the paper's."""
 
-    Attributes
-    ----------
-    n_vectors : int
-        1 to 74 rows.
-    steps, batch_size : int
-        Optimizer steps, and images in each.
-    lr : float
-        Learning rate of AdamW (no weight decay).
-    schedule : str
-        ``constant`` (the paper) or ``linear`` (falls to zero at the last step).
-    loss : str
-        ``plain`` epsilon MSE (the paper), or ``min_snr`` (`min_snr_weights`).
-    init : str
-        Text whose token embeddings are spread over the rows (default ``*``, as A1111), or
-        ``mean``: the mean token embedding plus noise of the table's spread / 10.
-    latents : str
-        ``once``: one posterior sample per image, frozen (A1111's default); ``mean``: the posterior
-        mean; ``resample``: a new posterior sample at each access.
-    checkpoint_every : int
-        Steps between checkpoints, where `invert` is given a path for them.
-    """
-
-    n_vectors: int = 64
-    steps: int = 50_000
-    lr: float = 0.005
-    batch_size: int = 1
-    schedule: str = "constant"
-    loss: str = "plain"
-    init: str = "*"
-    latents: str = "once"
+    n_vectors: int = 64  # rows, 1 to 74
+    steps: int = 50_000  # optimizer steps
+    lr: float = 0.005  # of AdamW, without weight decay
+    batch_size: int = 1  # images a step
+    schedule: str = "constant"  # or "linear": falls to zero at the last step
+    loss: str = "plain"  # epsilon MSE; or "min_snr": see min_snr_weights
+    init: str = (
+        "*"  # text whose rows are spread over the vectors; or "mean" of all rows, plus noise
+    )
+    latents: str = "once"  # one posterior sample an image (A1111); or "mean", or "resample"
     seed: int = 0
-    checkpoint_every: int = 500
+    checkpoint_every: int = 500  # steps
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.n_vectors <= MAX_VECTORS:
-            raise ValueError(
-                f"n_vectors must be 1 to {MAX_VECTORS} (a prompt has 77 positions and A1111 breaks "
-                f"it up from 75 on), got {self.n_vectors}"
-            )
-        for name in ("steps", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be a positive number such as 0.005, got {self.lr}")
-        choices = (("schedule", SCHEDULES), ("loss", LOSSES), ("latents", LATENT_POLICIES))
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> InversionSettings:
-        """Return the settings called ``tiny``, ``colab`` or ``paper``, with overrides.
-
-        Overrides that are None are ignored, so that command-line options can be passed through.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; allowed are {', '.join(PRESETS)}")
-        known = {f.name for f in fields(cls)}
-        unknown = set(overrides) - known
-        if unknown:
-            raise TypeError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
-        return replace(PRESETS[name], **{k: v for k, v in overrides.items() if v is not None})
-
-
-PRESETS = {
-    "tiny": InversionSettings(steps=1000, lr=0.01, batch_size=8, schedule="linear"),
-    "colab": InversionSettings(steps=5000, batch_size=1),
-    "paper": InversionSettings(),
-}
+    CHOICES = {
+        "schedule": ("constant", "linear"),
+        "loss": ("plain", "min_snr"),
+        "latents": ("once", "mean", "resample"),
+    }
+    LIMITS = {
+        "n_vectors": (1, MAX_VECTORS), "steps": (1, None), "batch_size": (1, None),
+        "lr": (1e-12, 1e3), "checkpoint_every": (1, None), "seed": SEEDS,
+    }  # fmt: skip
+    PRESETS = {
+        "tiny": {"steps": 1000, "lr": 0.01, "batch_size": 8, "schedule": "linear"},
+        "colab": {"steps": 5000},
+        "paper": {},
+    }
 
 
 def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Loss weights over timesteps that raise high noise: min(1 + SNR, 5)/SNR, at most 40, mean 1.
+    """Return loss weights that raise high noise: min(1 + SNR, 5) / SNR, at most 40, of mean 1.
 
-    After Hang et al. 2023 (arXiv 2303.09556); epsilon loss alone hardly sees the layout.
+    After Hang et al. 2023 (arXiv 2303.09556); plain epsilon loss hardly sees the layout.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     weight = ((1 + snr).clamp(max=5) / snr).clamp(max=40)
@@ -133,7 +83,7 @@ def compute_loss(
     noise: torch.Tensor,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the epsilon-prediction MSE, ``||eps - eps_theta(z_t, t, c(v))||^2`` (TI, equation 2).
+    """Return ``||eps - eps_theta(z_t, t, c(v))||^2``, the mean over all (TI, equation 2).
 
     Parameters
     ----------
@@ -152,41 +102,67 @@ def compute_loss(
     predicted = base.predict_noise(noisy, t, context)
     if weights is None:
         return F.mse_loss(predicted, noise)
-    error = ((predicted - noise) ** 2).mean((1, 2, 3))
-    return (error * weights[t]).mean()
+    return (((predicted - noise) ** 2).mean((1, 2, 3)) * weights[t]).mean()
 
 
 def make_init(base: Base, settings: InversionSettings) -> torch.Tensor:
-    """Return the starting vectors ``(n, d) float32`` for ``settings.init``."""
+    """Return the vectors to start from, ``(n, d) float32``."""
     n = settings.n_vectors
     if settings.init == "mean":
-        table = base.text_encoder.get_input_embeddings().weight.detach().float().cpu()
+        table = base.vocabulary()
         generator = torch.Generator().manual_seed(settings.seed)
-        noise = torch.randn(n, table.shape[1], generator=generator)
-        return table.mean(0) + 0.1 * table.std(0) * noise
-    rows = base.token_rows(settings.init)
-    # A1111 spreads the text's tokens over the vectors
-    return rows[[int(i) * len(rows) // n for i in range(n)]].clone()
+        return table.mean(0) + 0.1 * table.std(0) * torch.randn(n, base.width, generator=generator)
+    rows = base.token_rows(settings.init)  # A1111 spreads a text's tokens over the vectors
+    return rows[[i * len(rows) // n for i in range(n)]].clone()
 
 
-def _draw(settings: InversionSettings, step: int, n_images: int, shape: tuple[int, ...]):
-    """Images, timesteps and noises of one step: a function of seed and step alone.
+class _Run:
+    """Vectors, their optimizer, and the losses so far: all that a checkpoint holds."""
 
-    That makes a resumed run equal to one that was never stopped. Images come in a new random order
-    each epoch, as in A1111.
-    """
-    batch = settings.batch_size
-    order: list[int] = []
-    first = step * batch
-    while len(order) < batch:
-        epoch, start = divmod(first + len(order), n_images)
-        shuffle = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-        order += torch.randperm(n_images, generator=shuffle)[start:].tolist()[: batch - len(order)]
-    generator = torch.Generator().manual_seed((settings.seed + 1) * 15_485_863 + step)
-    t = torch.randint(0, 1000, (batch,), generator=generator)
-    noise = torch.randn((batch, *shape), generator=generator)
-    posterior = torch.randn((batch, *shape), generator=generator)
-    return torch.tensor(order), t, noise, posterior
+    def __init__(self, start: torch.Tensor, lr: float, half: bool) -> None:
+        self.vectors = start.clone().requires_grad_(True)
+        self.optimizer = torch.optim.AdamW([self.vectors], lr=lr, weight_decay=0)
+        # float16 gradients underflow without a scale; a step whose gradient overflows is skipped
+        self.scaler = torch.amp.GradScaler(start.device.type, enabled=half)
+        self.losses: list[float] = []
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    @property
+    def note(self) -> str:
+        """What a bar says beside the step."""
+        recent = self.losses[-50:]
+        return f"loss={sum(recent) / len(recent):.4f}" if recent else ""
+
+    def update(self, loss: torch.Tensor, gradient: torch.Tensor, lr: float) -> float:
+        """Do one optimizer step with a scaled gradient, and return the norm of the true one."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.vectors.grad = gradient
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        norm, value = float(self.vectors.grad.norm()), float(loss)
+        if not math.isfinite(value) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise InversionError(
+                f"loss {value} and gradient {norm} at step {self.step + 1}: lower the learning "
+                "rate, or use bfloat16 or float32. The last checkpoint is intact"
+            )
+        self.losses.append(value)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "vectors": self.vectors.detach(), "losses": self.losses,
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.vectors.copy_(state["vectors"])
+        self.losses[:] = state["losses"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
 
 
 def invert(
@@ -198,6 +174,7 @@ def invert(
     checkpoint: str | os.PathLike[str] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     init_vectors: torch.Tensor | None = None,
+    fast: bool | None = None,
     data: str = "",
 ) -> Embedding:
     """Train an embedding for `token` on images, everything else frozen (paper, section 3.2).
@@ -206,36 +183,27 @@ def invert(
     ----------
     base : Base
     images : torch.Tensor
-        ``(N, 3, H, W) uint8``, square, of the base's size or another multiple of its grid.
+        ``(N, 3, H, H) uint8``, of the base's size or another multiple of its grid.
     token : str
         ``<name>``.
     settings : InversionSettings, optional
-        Default: the preset of the base.
+        What is not given follows the preset of the base.
     checkpoint : path, optional
-        Saved there every ``settings.checkpoint_every`` steps, and at Ctrl-C or SIGTERM after the
-        step. If it exists, the run goes on from it and ends with the same vectors as an undisturbed
-        one. The one before is kept beside it, for the case that it is damaged. Removed by nobody.
+        See `Steps`. A run that goes on from it ends with the same vectors as an undisturbed one.
     callback : callable, optional
         Called after every step, before that is saved, with ``{"step", "steps", "loss", "lr",
         "grad_norm", "vectors"}``.
     init_vectors : torch.Tensor, optional
-        Rows ``(n, d)`` to start from, in place of ``settings.init``.
+        ``(n, d)`` to start from, in place of ``settings.init``.
+    fast : bool, optional
+        Compile the U-Net first; default: on a GPU for 300 steps and more.
     data : str
         A note on the images, kept in the file.
 
     Returns
     -------
     Embedding
-        Vectors with provenance and the loss history.
-
-    Raises
-    ------
-    InversionError
-        Loss or gradient not finite, or vectors that do not move.
-    ValueError
-        Images, token, settings or checkpoint that do not fit.
-    InUseError
-        Another process writes the same checkpoint.
+        Vectors with their provenance and the loss history.
 
     Examples
     --------
@@ -247,318 +215,192 @@ def invert(
     >>> word.token, tuple(word.vectors.shape), word.step, len(word.history["loss"])
     ('<heart>', (4, 96), 2, 2)
     """
-    check_images(images)
-    check_token(token)
-    base.check_token(token)
-    settings = settings or InversionSettings.preset(base.preset)
-    if images.shape[2] != images.shape[3]:
-        raise ValueError(
-            f"images must be square, got {tuple(images.shape[2:])} (H, W); load them with size=…"
-        )
+    base.check_token(check_token(token))
+    check_square(images)
     base.latent_shape(images.shape[2])
-    if init_vectors is None:
-        start = make_init(base, settings)
-    else:
-        start = Embedding(init_vectors, token).vectors.clone()
-        start_width = Embedding(start, token)
-        start_width.check_fits(base.width, base.name)
-        settings = replace(settings, n_vectors=len(start))
-    if checkpoint is not None:
-        checkpoint = check_writable(checkpoint)
-    for module in (base.vae, base.unet, base.text_encoder):
-        module.requires_grad_(False)
-
-    device = base.device
-    mean, std = base.encode_posterior(images)
-    if settings.latents == "once":
-        generator = torch.Generator().manual_seed(settings.seed)
-        mean = mean + std * torch.randn(mean.shape, generator=generator).to(device)
-    vectors = start.clone().to(device).requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        [vectors], lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0
-    )
-    identity: dict[str, Any] = {
-        "settings": {k: v for k, v in asdict(settings).items() if k != "checkpoint_every"},
+    settings = (settings or InversionSettings()).complete(base.preset)
+    start = make_init(base, settings) if init_vectors is None else init_vectors.float()
+    Embedding(start, token).check_fits(base.width, base.name)
+    settings = replace(settings, n_vectors=len(start))
+    identity = {
+        "settings": settings.without("checkpoint_every", *settings.open_end),
         "base": base.hash,
         "images": hash_tensors({"images": images}),
         "start": hash_tensors({"start": start}),
     }
-    if settings.schedule == "constant":
-        identity["settings"].pop("steps")  # a longer run may go on from a shorter one
-    state = _State(vectors, optimizer, MAX_SCALE if base.dtype == torch.float16 else 1.0)
-    losses = state.losses
+    mean, std = base.encode_posterior(images)
+    if settings.latents == "once":
+        generator = torch.Generator().manual_seed(settings.seed)
+        mean = mean + std * torch.randn(mean.shape, generator=generator).to(base.device)
     weights = None
     if settings.loss == "min_snr":
-        weights = min_snr_weights(base.alphas_cumprod).to(device)
-    seconds = time.monotonic()
-    with (
-        stoppable() as stopped,
-        hold(checkpoint),
-        base.vae_offloaded() if device.type == "cuda" else nullcontext(),
-        _fitting(base) as fit,
-    ):
-        saved = None
-        if checkpoint is not None and _resume(checkpoint, identity, state):
-            saved = len(losses)
-        done = len(losses)
-        bar = tqdm(total=settings.steps, initial=done, desc=f"invert {token}", unit="step")
-        if device.type == "cuda" and not fit.is_on:
-            fit.plan(images.shape[2], settings.batch_size)
-        compute: Callable[..., Any] | None = None
-        try:
-            while len(losses) < settings.steps and not stopped():
-                step = len(losses)
-                pick, t, noise, posterior = _draw(settings, step, len(images), mean.shape[1:])
-                latents = mean[pick]
-                if settings.latents == "resample":
-                    latents = latents + std[pick] * posterior.to(device)
-                inputs = (latents, t.to(device), noise.to(device))
-                rate = settings.lr
-                if settings.schedule == "linear":
-                    rate *= 1 - step / settings.steps
-                short = False
-                try:
-                    if compute is None:
-                        compute = _prepare_step(base, vectors, inputs, weights)
-                    loss, norm = _step(compute, state, inputs, rate)
-                except torch.cuda.OutOfMemoryError:
-                    if fit.is_on:
-                        raise InversionError(
-                            f"out of GPU memory at step {step + 1} in spite of checkpointing: close "
-                            f"other programs, lower batch_size ({settings.batch_size}) or the size "
-                            f"({images.shape[2]} px). The last checkpoint is untouched"
-                        ) from None
-                    short = True
-                if short:  # only now has the exception let go of the tensors
-                    compute = None
-                    fit.turn_on(f"out of GPU memory at step {step + 1}")
-                    continue
-                bar.update()
-                if step % 50 == 0:
-                    bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
-                if callback is not None:
-                    callback(
-                        {
-                            "step": step + 1,
-                            "steps": settings.steps,
-                            "loss": loss,
-                            "lr": rate,
-                            "grad_norm": norm,
-                            "vectors": vectors.detach(),
-                        }
-                    )
-                first = min(done + 100, settings.steps)
-                if step + 1 == first and torch.equal(vectors.detach().cpu(), start):
-                    raise InversionError(
-                        f"after {first} steps the vectors have not moved at all: the gradient is "
-                        "zero; use dtype float32, or a higher learning rate"
-                    )
-                if checkpoint is not None and len(losses) % settings.checkpoint_every == 0:
-                    _save(checkpoint, identity, state)
-                    saved = len(losses)
-        finally:
-            bar.close()
-        if checkpoint is not None and saved != len(losses):
-            _save(checkpoint, identity, state)
-        if stopped() and len(losses) < settings.steps:
-            kept = (
-                f"the same command goes on from {checkpoint}" if checkpoint else "nothing is kept"
-            )
-            bar.write(f"stopped at step {len(losses)}; {kept}")
-    if len(losses) < settings.steps:
-        raise KeyboardInterrupt  # if the signal's own handler has not
-    return Embedding(
-        vectors=vectors.detach(),
-        token=token,
-        step=len(losses),
-        base=Path(base.name).name if Path(base.name).exists() else base.name,
-        base_hash=base.hash,
-        data=data or f"{len(images)} images of {images.shape[2]} px",
-        record={
-            "settings": asdict(settings),
-            "images": len(images),
-            "images_hash": identity["images"],
-            "image_hashes": " ".join(hash_images(images)),  # tells a score that it is no test
-            "medbudget": __version__,
-            "device": device.type,
-            "seconds": round(time.monotonic() - seconds, 1),
-            "history": _history(losses),
-        },
-    )
+        weights = min_snr_weights(base.alphas_cumprod).to(base.device)
+    base = choose_speed(base, fast, settings.steps)
+    run = _Run(start.to(base.device), settings.lr, base.dtype == torch.float16)
+
+    def compute(z: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, scale: torch.Tensor):
+        loss = compute_loss(base, run.vectors, z, t, noise, weights)
+        return loss.detach(), *torch.autograd.grad(loss * scale, run.vectors)
+
+    began = time.monotonic()
+    with Stepper(base, compute) as stepper:
+        for step in Steps(
+            run, settings.steps, checkpoint=checkpoint, identity=identity,
+            every=settings.checkpoint_every, desc=f"invert {token}",
+        ):  # fmt: skip
+            which, t, noise, posterior = _draw(settings, step, len(images), mean.shape[1:])
+            z = mean[which]
+            if settings.latents == "resample":
+                z = z + std[which] * posterior.to(base.device)
+            scale = run.scaler.scale(torch.ones((), device=base.device))
+            loss, gradient = stepper(z, t.to(base.device), noise.to(base.device), scale)
+            lr = settings.lr
+            if settings.schedule == "linear":
+                lr *= 1 - step / settings.steps
+            norm = run.update(loss, gradient, lr)
+            if callback is not None:
+                state = {"step": run.step, "steps": settings.steps, "loss": run.losses[-1]}
+                callback(state | {"lr": lr, "grad_norm": norm, "vectors": run.vectors.detach()})
+            if run.step == min(100, settings.steps) and run.vectors.detach().cpu().equal(start):
+                raise InversionError(
+                    f"after {run.step} steps the vectors have not moved: the gradient is zero; use "
+                    "dtype float32, or a higher learning rate"
+                )
+    record = {
+        "settings": asdict(settings),
+        "images": len(images),
+        "images_hash": identity["images"],
+        "image_hashes": " ".join(hash_images(images)),  # tells a score that it is no test
+        "medbudget": __version__,
+        "device": base.device.type,
+        "seconds": round(time.monotonic() - began, 1),
+        "history": _thin(run.losses),
+    }
+    data = data or f"{len(images)} images of {images.shape[2]} px"
+    name = Path(base.name).name if Path(base.name).exists() else base.name
+    return Embedding(run.vectors.detach(), token, run.step, name, base.hash, data, record)
 
 
-MAX_SCALE = 2.0**16
-GROW_EVERY = 2000
-
-
-@dataclass
-class _State:
-    """What a run changes: vectors, optimizer, losses, and the loss scale of float16."""
-
-    vectors: torch.Tensor
-    optimizer: torch.optim.Optimizer
-    max_scale: float
-    losses: list[float] = field(default_factory=list)
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.scale = self.max_scale
-
-
-class _fitting:
-    """Checkpointing of the U-Net, turned on where memory is short and off again at the end."""
-
-    def __init__(self, base: Base) -> None:
-        self.base = base
-        self.is_on = self.was_on = bool(base.unet.is_gradient_checkpointing)
-
-    def __enter__(self) -> _fitting:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.is_on and not self.was_on:
-            self.base.unet.disable_gradient_checkpointing()
-
-    def plan(self, size: int, batch_size: int) -> None:
-        """Turn it on if a step without it will not fit the free memory."""
-        base = self.base
-        networks = (base.vae, base.unet, base.text_encoder)
-        needed = plan_memory(
-            "invert", networks=networks, size=size, batch_size=batch_size, dtype=base.dtype
-        )
-        free = torch.cuda.mem_get_info(base.device)[0]
-        if needed.activations > free:
-            self.turn_on(
-                f"a step takes about {needed.activations / GIB:.1f} GiB beside the weights, "
-                f"{free / GIB:.1f} GiB are free"
-            )
-
-    def turn_on(self, reason: str) -> None:
-        """Say why, and recompute activations from now on: about a third slower, same results."""
-        self.base.unet.enable_gradient_checkpointing()
-        self.is_on = True
-        torch.cuda.empty_cache()
-        warnings.warn(
-            f"{reason}: checkpointing is on from here (slower, equal up to rounding)", stacklevel=3
+def check_square(images: torch.Tensor) -> None:
+    """Raise unless `images` are square."""
+    if check_images(images).shape[2] != images.shape[3]:
+        raise ValueError(
+            f"images must be square, got {tuple(images.shape[2:])} (H, W); load them with size=…, "
+            "which pads with black"
         )
 
 
-def _prepare_step(
-    base: Base,
-    vectors: torch.Tensor,
-    inputs: tuple[torch.Tensor, ...],
-    weights: torch.Tensor | None,
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Return ``compute(latents, t, noise, scale) -> (loss, gradient)``.
-
-    On a GPU with a fast base it is a CUDA graph: recorded once, then replayed without Python.
-    """
-
-    def compute(
-        latents: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, scale: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = compute_loss(base, vectors, latents, t, noise, weights)
-        (gradient,) = torch.autograd.grad(loss * scale, vectors)
-        return loss.detach(), gradient / scale
-
-    if not (base.fast and base.device.type == "cuda"):
-        return compute
-    held = [x.clone() for x in (*inputs, torch.ones((), device=base.device))]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, and fills every cache
-            compute(*held)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = compute(*held)
-
-    def replay(*values: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        for place, value in zip(held[:-1], values):
-            place.copy_(value)
-        held[-1].fill_(values[-1])
-        graph.replay()
-        return out
-
-    return replay
+def _draw(settings: InversionSettings, step: int, n: int, shape: tuple[int, ...]):
+    """Draw images, timesteps and noises of one step: a function of seed and step alone."""
+    batch = settings.batch_size
+    seed = ((settings.seed + 1) * 15_485_863 + step) % 2**64
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randint(0, 1000, (batch,), generator=generator)
+    noise = torch.randn((batch, *shape), generator=generator)
+    posterior = torch.randn((batch, *shape), generator=generator)
+    return draw_indices(n, batch, step, settings.seed), t, noise, posterior
 
 
-def _step(
-    compute: Callable[..., Any], state: _State, inputs: tuple[torch.Tensor, ...], rate: float
-) -> tuple[float, float]:
-    """One optimizer step; in float16 the loss scale is halved until the gradient is finite."""
-    step = len(state.losses)
-    if step and step % GROW_EVERY == 0:
-        state.scale = min(state.max_scale, 2 * state.scale)
-    while True:
-        scale = state.scale
-        loss, gradient = compute(*inputs, scale)
-        if not torch.isfinite(loss):
-            raise InversionError(
-                f"the loss became {loss.item()} at step {step + 1}: this happens with a too high "
-                "learning rate or in float16; lower lr, or use bfloat16 or float32. The last "
-                "checkpoint is untouched"
-            )
-        norm = gradient.norm()
-        if torch.isfinite(norm):
-            break
-        if scale <= 1:
-            raise InversionError(
-                f"the gradient became {norm.item()} at step {step + 1} though the loss is finite; "
-                "use float32, or a lower learning rate. The last checkpoint is untouched"
-            )
-        state.scale /= 2
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.vectors.grad = gradient
-    state.optimizer.step()
-    state.losses.append(float(loss))
-    return state.losses[-1], float(norm)
-
-
-def _history(losses: list[float], points: int = 200) -> dict[str, list[float]]:
-    """Thin a loss curve to block means, so that a file stays small."""
-    block = max(1, math.ceil(len(losses) / points))
-    ends = range(block, len(losses) + block, block)
-    means = [losses[end - block : end] for end in ends]
+def _thin(losses: list[float], points: int = 200) -> dict[str, list[float]]:
+    """Return means of blocks of a loss curve, so that a file stays small."""
+    block = math.ceil(len(losses) / points)
+    blocks = [losses[i : i + block] for i in range(0, len(losses), block)]
     return {
-        "step": [min(end, len(losses)) for end in ends],
-        "loss": [round(sum(part) / len(part), 5) for part in means if part],
+        "step": [min((i + 1) * block, len(losses)) for i in range(len(blocks))],
+        "loss": [round(sum(part) / len(part), 5) for part in blocks],
     }
 
 
-def _save(path: Path, identity: dict[str, Any], state: _State) -> None:
-    content = {
-        "identity": identity,
-        "vectors": state.vectors.detach().cpu(),
-        "optimizer": state.optimizer.state_dict(),
-        "losses": state.losses,
-        "scale": state.scale,
-    }
-    save_checkpoint(path, content)
+def invert_to(
+    path: str | os.PathLike[str],
+    base: Base,
+    images: torch.Tensor,
+    *,
+    token: str,
+    settings: InversionSettings | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    fast: bool | None = None,
+    data: str = "",
+    overwrite: bool = False,
+) -> Embedding:
+    """Train an embedding into a file, and go on where an earlier call was stopped.
+
+    Without a `checkpoint` of yours, the state is kept as ``PATH.ckpt`` until the word is saved. A
+    file that holds this very word is kept; any other is refused, unless `overwrite` says so. The
+    other parameters are those of `invert`.
+    """
+    path, own = Path(path), checkpoint is None
+    check_square(images)
+    given = settings or InversionSettings()
+    settings = given.complete(base.preset)
+    wanted = {
+        "token": check_token(token), "base": base.hash,
+        "images": hash_tensors({"images": images}), **settings.without("checkpoint_every"),
+    }  # fmt: skip
+    if check_output(path, wanted, _read_identity, overwrite=overwrite):
+        say(f"{path} is there already, made with these settings")
+        return Embedding.load(path)
+    checkpoint = path.with_name(f"{path.name}.ckpt") if checkpoint is None else Path(checkpoint)
+    every, changes = settings.checkpoint_every, ", ".join(sorted(given.given)) or "nothing"
+    if given.given >= set(asdict(settings)):
+        changes = "all"
+    say(
+        f"{len(images)} image{'s' * (len(images) > 1)}, {settings.steps} steps of "
+        f"{settings.batch_size}, learning rate {settings.lr:g} ({settings.schedule}), "
+        f"{settings.n_vectors} vectors on {base.device} (preset {base.preset}; given: {changes})"
+    )
+    say(
+        f"the state is kept in {checkpoint} every {every} steps and at Ctrl-C: the same call goes "
+        "on from there"
+    )
+    if len(images) < 5:
+        say("a word from so few images copies them; the paper's smallest set has 5")
+    times = [time.monotonic()]
+
+    def tell(state: dict[str, Any]) -> None:
+        times.append(time.monotonic())
+        if len(times) == 21 and state["step"] < state["steps"]:
+            pace = (times[-1] - times[1]) / 19
+            say(f"about {format_seconds(pace * (state['steps'] - state['step']))} left")
+        if callback is not None:
+            callback(state)
+
+    with hold(path):
+        word = invert(
+            base, images, token=token, settings=settings, checkpoint=checkpoint, callback=tell,
+            fast=fast, data=data,
+        )  # fmt: skip
+        word.save(path)
+    if own:
+        checkpoint.unlink(missing_ok=True)
+    return word
 
 
-def _resume(path: Path, identity: dict[str, Any], state: _State) -> bool:
-    """Go on from a checkpoint, if there is one."""
-    stored = load_checkpoint(path, identity, detail="settings")
-    if stored is None:
-        return False
-    with torch.no_grad():
-        state.vectors.copy_(stored["vectors"])
-    state.optimizer.load_state_dict(stored["optimizer"])
-    state.losses[:] = stored["losses"]
-    state.scale = stored.get("scale", state.max_scale)
-    return True
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    """Return what a file says of a word's making, None if it says nothing."""
+    try:
+        word = Embedding.load(path)
+        settings = InversionSettings(**word.record["settings"])
+        images = word.record["images_hash"]
+    except (EmbeddingError, KeyError, TypeError, ValueError):
+        return None
+    own = settings.without("checkpoint_every")
+    return {"token": word.token, "base": word.base_hash, "images": images, **own}
 
 
-__all__ = ["PRESETS", "InversionError", "InversionSettings", "compute_loss", "invert"]
+def format_seconds(seconds: float) -> str:
+    """Write a duration in the unit that fits it."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 @torch.inference_mode()
 def compute_image_losses(
     base: Base,
-    prompt: str | torch.Tensor,
+    prompt: str | torch.Tensor | Embedding,
     images: torch.Tensor,
     *,
     draws: int = 8,
@@ -571,8 +413,8 @@ def compute_image_losses(
 
     Parameters
     ----------
-    prompt : str or torch.Tensor
-        A plain prompt, "" for none, or an embedding's vectors ``(n, d)``.
+    prompt : str, torch.Tensor or Embedding
+        A plain prompt, "" for none, or an embedding or its vectors ``(n, d)``.
     images : torch.Tensor
         ``(N, 3, H, W) uint8``.
     draws : int
@@ -586,22 +428,22 @@ def compute_image_losses(
     check_images(images)
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
+    if isinstance(prompt, Embedding):
+        prompt = prompt.vectors
     latents = base.encode(images)
     context = base.text(prompt.to(base.device) if isinstance(prompt, torch.Tensor) else prompt)
     generator = torch.Generator().manual_seed(seed)
     noises = torch.randn((draws, *latents.shape[1:]), generator=generator).to(base.device)
     losses = torch.empty(len(images), draws)
-    with tqdm(total=draws, desc="losses", unit="draw") as bar:
-        for k in range(draws):
-            t = int((k + 0.5) * len(base.alphas_cumprod) / draws)
-            alpha = float(base.alphas_cumprod[t])
-            parts = []
-            for z in latents.split(16):
-                noise = noises[k].expand_as(z)
-                noisy = alpha**0.5 * z + (1 - alpha) ** 0.5 * noise
-                times = torch.full((len(z),), t, device=base.device)
-                guess = base.predict_noise(noisy, times, context.expand(len(z), -1, -1))
-                parts.append(((guess - noise) ** 2).mean((1, 2, 3)))
-            losses[:, k] = torch.cat(parts).cpu()
-            bar.update()
+    for k in tqdm(range(draws), desc="losses", unit="draw"):
+        t = int((k + 0.5) * len(base.alphas_cumprod) / draws)
+        alpha = float(base.alphas_cumprod[t])
+        parts = []
+        for z in latents.split(16):
+            noise = noises[k].expand_as(z)
+            noisy = alpha**0.5 * z + (1 - alpha) ** 0.5 * noise
+            times = torch.full((len(z),), t, device=base.device)
+            predicted = base.predict_noise(noisy, times, context.expand(len(z), -1, -1))
+            parts.append(((predicted - noise) ** 2).mean((1, 2, 3)))
+        losses[:, k] = torch.cat(parts).cpu()
     return losses

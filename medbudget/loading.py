@@ -6,8 +6,6 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,6 +31,7 @@ from medbudget.bases import (
     unknown_base,
 )
 from medbudget.files import hash_tensors
+from medbudget.gpu import speed_up
 from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise
 
 SD = Path(__file__).parent / "sd"
@@ -112,9 +111,7 @@ def load_base(
             f"{name} should be {row.title}, with words of width {row.width} and {row.prediction}; "
             f"what was found has {base.width} and {base.prediction}: it is another model"
         )
-    if fast:
-        _speed_up(base)
-    return base
+    return speed_up(base) if fast else base
 
 
 def load_parts(name: str) -> Parts:
@@ -469,9 +466,6 @@ def _assemble(parts: Parts, name: str, device: torch.device, dtype: torch.dtype)
         text_encoder=text_encoder,
         tokenizer=parts.tokenizer,
         alphas_cumprod=parts.alphas_cumprod,
-        device=device,
-        dtype=dtype,
-        size=size,
         preset="tiny" if parts.words else "paper",
         hash=digest,
         prediction=parts.prediction or "epsilon",
@@ -521,16 +515,3 @@ def correlate_with_noise(base: Base, seed: int = 0) -> tuple[float, float]:
     out = out.float().cpu()
     correlation = torch.corrcoef(torch.stack([x[0].flatten(), out[0].flatten()]))[0, 1]
     return float(correlation), float(out[1].mean())
-
-
-def _speed_up(base: Base) -> None:
-    base.fast = True
-    base.unet.to(memory_format=torch.channels_last)
-    if any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
-        base.unet.compile()
-    else:
-        warnings.warn(
-            "no C++ compiler was found: the networks are not compiled, only laid out "
-            "channels-last; install g++ or set CXX",
-            stacklevel=3,
-        )

@@ -24,6 +24,11 @@ def tqdm(*args: Any, **kwargs: Any) -> Any:
     return _tqdm(*args, **kwargs)
 
 
+def say(message: str) -> None:
+    """Print a line without disturbing a bar."""
+    _tqdm.write(message)
+
+
 @contextmanager
 def quiet(on: bool = True) -> Iterator[None]:
     """Show no new bars, in this process and in those that it starts, inside the block."""

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Iterable
 
-_AND = re.compile(r"(?<!\S)AND(?!\S)")
+TOKEN = re.compile(r"<[^<>\s/\\]+>")  # the one grammar of a token
+_AND = re.compile(r"\bAND\b")  # A1111's: `<a>AND<b>` has two parts, `sAND` has one
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_AFTER = re.compile(r"^(.*):\s*(\S*)$", re.DOTALL)
-_BEFORE = re.compile(rf"^({_NUMBER})\s*\*\s*(.*)$", re.DOTALL)
-TOKEN = re.compile(r"<[^<>\s]+>")
+_BEFORE = re.compile(rf"({_NUMBER})\s*\*\s*", re.DOTALL)
+_ESCAPED = re.compile(r"\\([()\[\]:<>\\])")
+_HIDDEN = "\0"  # stands for every sign of a token or an escape where borders are looked for
 
 
 class PromptError(ValueError):
@@ -18,18 +19,27 @@ class PromptError(ValueError):
 
 
 def _fail(text: str, place: int, problem: str) -> PromptError:
-    line = text.replace("\n", " ").replace("\t", " ")
+    line = re.sub(r"\s", " ", text)
     return PromptError(f"{problem}\n  {line}\n  {' ' * place}^")
 
 
-def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tuple[str, float]]:
-    """Split a prompt on the word ``AND`` into (text, weight).
+def _hide(text: str) -> str:
+    """Return `text`, of equal length, without the signs of tokens and escapes."""
+    pattern = re.compile(f"{TOKEN.pattern}|{_ESCAPED.pattern}")
+    return pattern.sub(lambda match: _HIDDEN * len(match[0]), text)
 
-    A1111's grammar: upper-case ``AND`` between spaces, ``text:weight`` with weight 1 by default,
-    negative weights allowed. The paper's notation ``0.25*<healthy>`` is read too. Spaces around
-    a part are dropped, also around ``:`` and ``*``; case is kept, so that ``and`` is a word like
-    any other and ``<A>`` is not ``<a>``. An empty prompt is one empty part (the unconditional
-    text).
+
+def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tuple[str, float]]:
+    r"""Split a prompt on the word ``AND`` into (text, weight).
+
+    A1111's grammar: upper-case ``AND`` as a word of its own, ``text:weight`` with weight 1 by
+    default, negative weights allowed. The paper's notation ``0.25*<healthy>`` is read too. Spaces
+    around a part, ``:`` and ``*`` are dropped; case is kept. An empty prompt is one empty part (the
+    unconditional text).
+
+    One rule for other signs: a colon stands before a weight, brackets ``( )`` and ``[ ]`` (A1111's
+    emphasis, which this sampler does not have) and single ``<`` or ``>`` are errors, and a
+    backslash makes plain text of each: ``\(``, ``\:``, ``\<``.
 
     Parameters
     ----------
@@ -39,8 +49,7 @@ def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tupl
     Raises
     ------
     PromptError
-        A dangling AND, a weight that is no finite number, two weights on one part, or an unknown
-        token; a caret marks the place.
+        The message says what to write, and a caret marks the place.
 
     Examples
     --------
@@ -53,35 +62,84 @@ def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tupl
         return [("", 1.0)]
     if tokens is not None:
         _check_tokens(text, sorted(tokens))
-    borders = [0, *(x for match in _AND.finditer(text) for x in match.span()), len(text)]
+    hidden = _hide(text)
+    borders = [0, *(x for match in _AND.finditer(hidden) for x in match.span()), len(text)]
     parts = []
     for start, end in zip(borders[::2], borders[1::2]):
-        piece = text[start:end]
-        place = start + len(piece) - len(piece.lstrip())
-        piece = piece.strip()
-        if not piece:
+        if not text[start:end].strip():
             near = max(0, start - 3) if start == len(text) or start else end
             raise _fail(text, near, "nothing stands on one side of AND; write e.g. `a AND b:0.5`")
-        after, before = _AFTER.match(piece), _BEFORE.match(piece)
-        if after:
-            words, number, where = after[1].strip(), after[2], place + after.start(2)
-        elif before:
-            words, number, where = before[2].strip(), before[1], place
-        else:
-            words, number, where = piece, "1", place
-        if not re.fullmatch(_NUMBER, number) or not math.isfinite(float(number)):
-            found = f"{number!r}" if number else "nothing"
-            raise _fail(
-                text,
-                where,
-                f"a weight must be a finite number such as 0.5, found {found} after ':'",
-            )
-        if not words:
-            raise _fail(text, place, f"the weight {number} has no text beside it")
-        if after and _BEFORE.match(words):
-            raise _fail(text, where, f"{piece} has two weights; keep one of them")
-        parts.append((words, float(number)))
+        parts.append(_parse_part(text, hidden, start, end))
     return parts
+
+
+def plain_text(text: str) -> str:
+    """Return a prompt without parts and weights, such as a negative one, as the base reads it."""
+    hidden = _hide(text)
+    if match := re.search(r"[()\[\]<>]", hidden):
+        raise _refuse_sign(text, match.start())
+    return _ESCAPED.sub(r"\1", text)
+
+
+def _parse_part(text: str, hidden: str, start: int, end: int) -> tuple[str, float]:
+    """Read one part, ``text[start:end]``."""
+    start += len(text[start:end]) - len(text[start:end].lstrip())
+    end = start + len(text[start:end].rstrip())
+    colon = hidden.find(":", start, end)
+    sign = re.compile(r"[()\[\]<>]").search(hidden, start, end)
+    if sign:
+        raise _refuse_sign(text, sign.start())
+    before = _BEFORE.match(hidden, start, end)
+    number, where, first, last = "1", start, start, end
+    if colon >= 0:
+        last = colon
+        number, where = text[colon + 1 : end].strip(), colon + 1
+        where += len(text[where:end]) - len(text[where:end].lstrip())
+        if before and before.end() <= colon:
+            raise _fail(text, where, f"{text[start:end]} has two weights; keep one of them")
+    elif before:
+        number, first = before[1], before.end()
+    if not re.fullmatch(_NUMBER, number) or not math.isfinite(float(number)):
+        raise _fail(
+            text,
+            where,
+            "a weight must be a finite number such as 0.5, found "
+            f"{repr(number) if number else 'nothing'} after ':'; a colon in the text is written \\:",
+        )
+    words = text[first:last].strip()
+    if not words:
+        raise _fail(text, start, f"the weight {number} has no text beside it")
+    if colon < 0 and not before:
+        _check_spelling(text, start, end)
+    return _ESCAPED.sub(r"\1", words) if "\\" in words else words, float(number)
+
+
+def _check_spelling(text: str, start: int, end: int) -> None:
+    """Refuse weights that are written as no notation has it, such as ``0.5 <a>``."""
+    several = _AND.search(_hide(text)) is not None
+    piece, token = text[start:end], TOKEN.pattern
+    first = re.match(rf"({_NUMBER})%?\s*({token}.*|(?<=\s)\S.*)$", piece, re.DOTALL)
+    last = re.match(rf"(.*{token})\s*[*=x]?\s*({_NUMBER})%?$", piece, re.DOTALL)
+    if first and (several or TOKEN.match(first[2])):
+        words, number, where = first[2], first[1], start
+    elif last:
+        words, number, where = last[1], last[2], start + last.start(2)
+    else:
+        return
+    share = f"{float(number) / 100:g}" if piece.rstrip().endswith("%") or "%" in piece else number
+    raise _fail(text, where, f"a weight stands behind its part: write {words.strip()}:{share}")
+
+
+def _refuse_sign(text: str, place: int) -> PromptError:
+    sign = text[place]
+    if sign in "<>":
+        problem = "a token is written <name>, without spaces and slashes"
+    else:
+        problem = (
+            "brackets are emphasis in A1111, which this sampler does not have; weigh whole parts "
+            "with AND, e.g. `a:1.3 AND b`"
+        )
+    return _fail(text, place, f"{problem}. For the sign itself write \\{sign}")
 
 
 def _check_tokens(text: str, known: list[str]) -> None:
@@ -95,10 +153,15 @@ def _check_tokens(text: str, known: list[str]) -> None:
             )
 
 
-def format_prompt(parts: list[tuple[str, float]]) -> str:
-    """Write parts so that `parse_prompt` reads them back.
-
-    >>> format_prompt([("<a>", 0.5), ("<b>", -1.0)])
-    '<a>:0.5 AND <b>:-1.0'
-    """
-    return " AND ".join(f"{words}:{weight!r}" if words else "" for words, weight in parts)
+def unused_tokens(tokens: Iterable[str], *prompts: str) -> list[str]:
+    """Say of each token that no prompt uses what to write, with a caret under its bare name."""
+    written = {token for prompt in prompts for token in TOKEN.findall(prompt)}
+    notes = []
+    for token in sorted(set(tokens) - written):
+        note = f"the prompt does not use {token}, which is loaded"
+        bare = re.search(rf"\b{re.escape(token[1:-1])}\b", prompts[0], re.IGNORECASE)
+        if bare:
+            line = re.sub(r"\s", " ", prompts[0])
+            note += f": write it with its brackets\n  {line}\n  {' ' * bare.start()}^"
+        notes.append(note)
+    return notes

@@ -89,6 +89,7 @@ class Steps:
                 while self.run.step < self.total and not self.signals:
                     before = self.run.step
                     yield before
+                    bar.set_postfix_str(getattr(self.run, "note", ""), refresh=False)
                     bar.update(self.run.step - before)
                     if self.run.step // self.every > before // self.every:
                         saved = self._save()
@@ -182,6 +183,6 @@ def draw_indices(n: int, batch_size: int, step: int, seed: int) -> torch.Tensor:
     order: list[int] = []
     while len(order) < batch_size:
         epoch, start = divmod(step * batch_size + len(order), n)
-        shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        shuffle = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
         order += torch.randperm(n, generator=shuffle)[start:].tolist()[: batch_size - len(order)]
     return torch.tensor(order)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from typing_extensions import Self
+
+SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator.manual_seed takes
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,12 @@ class Settings:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
     LIMITS: ClassVar[dict[str, tuple[float, float | None]]] = {}
+    given: ClassVar[set[str]]  # what was written, for `complete`; no field: equal stays equal
 
     def __new__(cls, *values: Any, **given: Any) -> Self:
         self = super().__new__(cls)
         names = [f.name for f in fields(cls)]
-        # what was written, for `complete`; no field, so that equal settings are equal
-        object.__setattr__(self, "_given", {*names[: len(values)], *given})
+        object.__setattr__(self, "given", {*names[: len(values)], *given})
         return self
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ class Settings:
             )
         changes = {key: value for key, value in changes.items() if value is not None}
         preset = cls(**(cls.PRESETS[name] | changes))
-        object.__setattr__(preset, "_given", set(names))
+        object.__setattr__(preset, "given", set(names))
         return preset
 
     def complete(self, preset: str) -> Self:
@@ -60,7 +63,7 @@ class Settings:
         ``InversionSettings(steps=300).complete("tiny")`` has the batch and the learning rate of
         ``tiny``. Settings that come from `preset` are complete already.
         """
-        given = self._given  # type: ignore[attr-defined]
+        given = self.given
         return self.preset(preset, **{name: getattr(self, name) for name in given})
 
     @property
@@ -71,3 +74,18 @@ class Settings:
     def without(self, *names: str) -> dict[str, Any]:
         """Return all settings but some, to tell one run from another."""
         return {key: value for key, value in asdict(self).items() if key not in names}
+
+
+def check_seed(seed: int, n: int = 1) -> int:
+    """Return `seed` if PyTorch takes it and the `n` - 1 seeds that follow it, else raise."""
+    try:
+        first = operator.index(seed)
+    except TypeError:
+        raise ValueError(f"a seed is a whole number such as 0, got {seed!r}") from None
+    for value in (first, first + n - 1):
+        if not SEEDS[0] <= value <= SEEDS[1]:
+            raise ValueError(
+                f"seed {value} is beyond what PyTorch takes, -2^63 to 2^64 - 1; choose a smaller "
+                "one such as 0"
+            )
+    return first

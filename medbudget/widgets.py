@@ -23,7 +23,8 @@ from IPython.display import HTML
 from medbudget.base import Base
 from medbudget.embeddings import Embedding
 from medbudget.images import check_images, make_grid, to_pil
-from medbudget.inpainting import brush_mask, inpaint
+from medbudget.inpainting import inpaint
+from medbudget.masks import brush_mask
 from medbudget.reader import ReaderError, ReaderStudy
 from medbudget.sampling import sample, total_guidance
 

@@ -1,7 +1,10 @@
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 
-from medbudget import describe, load_base, make_phantoms
+from medbudget import Embedding, describe, load_base, make_phantoms
 from medbudget.bases import BaseError
 from medbudget.loading import TINY
 
@@ -82,3 +85,53 @@ def test_cuda_without_a_gpu_is_an_error():
         pytest.skip("there is a GPU")
     with pytest.raises(BaseError, match="no CUDA device"):
         load_base("tiny", device="cuda")
+
+
+def test_v_prediction_is_turned_into_epsilon_as_diffusers_scheduler_does(tiny):
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    base = replace(load_base("small-random", device="cpu"), prediction="v_prediction")
+    scheduler = EulerAncestralDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type="v_prediction", timestep_spacing="linspace",
+    )  # fmt: skip
+    scheduler.set_timesteps(1000)  # whole timesteps: both interpolate in their own way between
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        context = base.text("a").expand(2, -1, -1)
+        for i in (0, 300, 700, 998):
+            t, sigma = scheduler.timesteps[i], scheduler.sigmas[i]
+            at = sigma * x
+            scaled = at / (sigma**2 + 1) ** 0.5
+            v = base.unet(scaled, t, encoder_hidden_states=context).sample
+            scheduler._step_index = i
+            scheduler.is_scale_input_called = True
+            theirs = scheduler.step(v, t, at, generator=torch.Generator()).pred_original_sample
+            ours = at - sigma * base.predict_noise(scaled, t.expand(2), context)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(sigma))
+
+
+def test_two_threads_on_one_base_never_see_each_others_words(tiny):
+    words = [Embedding(torch.randn(8, 96, generator=torch.Generator().manual_seed(i)), f"<{i}>")
+             for i in range(2)]  # fmt: skip
+    wrong, calls = [], []
+    with torch.no_grad():
+        wanted = [tiny.text(word.token, embeddings=word) for word in words]
+
+    def encode(i):
+        with torch.no_grad():
+            for _ in range(60):
+                calls.append(i)
+                if not torch.equal(tiny.text(words[i].token, embeddings=words[i]), wanted[i]):
+                    wrong.append(i)
+                if not torch.equal(tiny.token_rows("*"), star):
+                    wrong.append("vocabulary")
+
+    star = tiny.token_rows("*")
+    threads = [threading.Thread(target=encode, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 240 and not wrong
+    assert not tiny.text_encoder.get_input_embeddings()._forward_hooks

@@ -79,21 +79,6 @@ def test_describe_and_doctor(medbudget, tmp_path):
     assert code == 0 and "base tiny: ready" in said and "torch" in said
 
 
-def test_doctor_says_what_fits_a_gpu(monkeypatch):
-    from medbudget import memory
-    from medbudget.cli import bases
-
-    def plan(job, *, batch_size=1, checkpointing=False, **_):
-        gib = {"invert": 6, "sample": 4}[job] - 2 * checkpointing + batch_size - 1
-        return memory.MemoryPlan(gib * 2**30, 0, 0)
-
-    monkeypatch.setattr(memory, "plan_memory", plan)
-    train, spare, draw = bases._what_fits(5.5)
-    assert not train[1] and "takes 6.0 GiB at batch 1 and does not fit 5.5 GiB" in train[0]
-    assert spare[1] and "takes 4.0 GiB at batch 1 and fits up to batch 2" in spare[0]
-    assert draw[1] and draw[0].startswith("sample --base sd2 at 512 px")
-
-
 def make_folder(path, **files):
     path.mkdir()
     for name, array in files.items():

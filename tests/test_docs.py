@@ -20,7 +20,6 @@ PACKAGES = ("medbudget", "medbudget.metrics", "medbudget.studies", "medbudget.st
 WITH_EXAMPLES = {
     "medbudget": "load_base describe make_phantoms save_images invert sample interpolate ellipse "
     "inpaint evaluate frechet_distance parse_prompt Embedding.save Score",
-    "medbudget.prompts": "format_prompt",
     "medbudget.sampling": "total_guidance",
     "medbudget.metrics": "compute_auc delong hanley_mcneil detectable_difference membership_inference",
     "medbudget.metrics.neighbours": "wilson",

@@ -15,7 +15,7 @@ from medbudget import files, results
 from medbudget.data import tables
 from medbudget.data.folder import prepare_folder
 from medbudget.data.tables import read_table
-from medbudget.prompts import PromptError, format_prompt, parse_prompt
+from medbudget.prompts import PromptError, parse_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = 2000
@@ -104,7 +104,6 @@ def test_any_prompt_is_parts_with_finite_weights_or_one_error(text):
         assert "^" in str(error).splitlines()[-1]
         return
     assert parts and all(np.isfinite(weight) for _, weight in parts)
-    assert parse_prompt(format_prompt(parts)) == parts
 
 
 @QUICK

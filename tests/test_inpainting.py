@@ -6,18 +6,20 @@ import torch
 from PIL import Image
 
 from medbudget import Embedding, make_phantoms
+from medbudget.base import NotFiniteError
 from medbudget.data.phantoms import find_tumours
-from medbudget.images import save_images
-from medbudget.inpainting import (
+from medbudget.images import load_images, save_images, to_pil
+from medbudget.inpainting import inpaint, inpaint_to, start_step
+from medbudget.masks import (
     blur_masks,
     check_masks,
     ellipse,
     fill_masked,
-    inpaint,
     latent_masks,
+    read_mask,
     seam_ratio,
-    start_step,
 )
+from medbudget.pictures import ImageError
 
 VECTORS = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
 MINE = Embedding(VECTORS, "<mine>")
@@ -219,6 +221,133 @@ def test_content_decides_what_is_under_the_mask_at_the_start(tiny):
     assert all(gray_levels(made["original"], made[c]) > 5 for c in ("fill", "noise", "zeros"))
     outside = blur_masks(check_masks(MASK, 64), 4.0)[0] == 0
     assert all(torch.equal(made[c][0][:, outside], HEALTHY[0][:, outside]) for c in made)
+
+
+def test_a1111s_overlay_paints_a_larger_lesion_and_the_default_stays(tiny):
+    options = {"embeddings": [OTHER], "steps": 4}
+    plain, wide = (
+        inpaint(tiny, HEALTHY[:1], MASK, "<other>", overlay=overlay, **options)
+        for overlay in ("plain", "a1111")
+    )
+    assert torch.equal(plain, inpaint(tiny, HEALTHY[:1], MASK, "<other>", **options))
+    areas = [int((image != HEALTHY[0]).any(0).sum()) for image in (plain[0], wide[0])]
+    share = blur_masks(check_masks(MASK, 64), 4.0)[0]
+    assert areas[0] <= areas[1] <= int((share > 0).sum())
+    half = (share > 0.25) & (share < 0.5)  # twice the mask, twice the change
+    away = [
+        (image.int() - HEALTHY[0].int())[:, half].abs().float().mean()
+        for image in (plain[0], wide[0])
+    ]
+    assert float(away[1]) == pytest.approx(2 * float(away[0]), rel=0.1)
+    with pytest.raises(ValueError, match="unknown overlay 'x'; allowed are plain, a1111"):
+        inpaint(tiny, HEALTHY, MASK, "", overlay="x")
+
+
+def test_nan_under_the_mask_is_an_error(tiny):
+    for parameter in (tiny.unet.conv_in.weight, tiny.vae.encoder.conv_in.weight):
+        kept = parameter.data.clone()
+        parameter.data.fill_(float("nan"))
+        try:
+            with pytest.raises(NotFiniteError, match="NaN or infinity"):
+                inpaint(tiny, HEALTHY[:1], MASK, "red ground", steps=2)
+        finally:
+            parameter.data.copy_(kept)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def write(folder, **images):
+    folder.mkdir(exist_ok=True)
+    for name, image in images.items():
+        stem, ending = name.split("_")
+        to_pil(image).save(folder / f"{stem}.{ending}")
+    return folder
+
+
+def test_inpaint_to_replaces_no_original_and_no_other_result(tiny, tmp_path):
+    source = write(tmp_path / "in", a_png=HEALTHY[0], a_bmp=HEALTHY[1])
+    before = (source / "a.png").read_bytes()
+    paint = {"steps": 2, "seed": 4}
+    with pytest.raises(ValueError, match="lies inside the input"):
+        inpaint_to(source, tiny, source, MASK, "red ground", **paint)
+    with pytest.raises(FileExistsError, match="is there already"):
+        inpaint_to(source, tiny, write(tmp_path / "x", a_png=HEALTHY[0]), MASK, "red", **paint)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is an original"):
+            inpaint_to(source, tiny, source / "a.png", MASK, "red", overwrite=overwrite, **paint)
+    assert (source / "a.png").read_bytes() == before
+    paths = inpaint_to(tmp_path / "o", tiny, source, MASK, "red ground", **paint)
+    assert [p.name for p in paths] == ["a_bmp.png", "a_png.png"]
+    drawn = load_images(paths)
+    wanted = inpaint(tiny, HEALTHY.flip(0), MASK, "red ground", **paint)
+    assert torch.equal(drawn, wanted)
+    with pytest.raises(FileExistsError, match=r"prompt .red ground there, blue ground now"):
+        inpaint_to(tmp_path / "o", tiny, source, MASK, "blue ground", **paint)
+    with pytest.raises(FileExistsError, match="mask_hash"):
+        inpaint_to(tmp_path / "o", tiny, source, ellipse((0.4, 0.4), 0.2), "red ground", **paint)
+    kept = paths[0].stat().st_mtime_ns
+    assert inpaint_to(tmp_path / "o", tiny, source, MASK, "red ground", **paint) == paths
+    assert torch.equal(load_images(paths), drawn) and paths[0].stat().st_mtime_ns == kept
+
+
+def test_inpaint_to_takes_named_masks_variants_and_a_mask_for_each_image(tiny, tmp_path, capsys):
+    big = HEALTHY.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    source = write(tmp_path / "in", a_png=big[0], b_png=big[1])
+    named = {"left": ellipse((0.3, 0.5), 0.15), "right": ellipse((0.7, 0.5), 0.15)}
+    paths = inpaint_to(tmp_path / "o", tiny, source, named, "red", steps=1, n=2, save_masks=True)
+    names = [f"{i}_{m}_{k}.png" for i in "ab" for m in ("left", "right") for k in (0, 1)]
+    assert [p.name for p in paths] == names
+    assert sorted(p.name for p in (tmp_path / "o/masks").iterdir()) == sorted(names)
+    assert "images come out with 64 pixels" in capsys.readouterr().out
+    mask = (check_masks(MASK, 128)[0] > 0.5).byte().expand(3, -1, -1) * 255
+    masks = write(tmp_path / "m", a_png=mask)
+    with pytest.raises(ValueError, match="has no mask for b"):
+        inpaint_to(tmp_path / "p", tiny, source, masks, "red", steps=1)
+    write(masks, b_png=mask[:, :, :90])
+    with pytest.raises(
+        ValueError, match=r"90 x 128 pixels.*128 x 128: draw it on the image itself"
+    ):
+        inpaint_to(tmp_path / "p", tiny, source, masks, "red", steps=1)
+    assert not list((tmp_path / "p").glob("*.png"))
+
+
+def test_masks_in_a_palette_or_in_alpha(tmp_path):
+    shape = check_masks(MASK, 64)[0].numpy() > 0.5
+    file = tmp_path / "m.png"
+
+    def read(image):
+        image.save(file)
+        return read_mask(file).numpy() > 0.5
+
+    labels = Image.fromarray(shape.astype(np.uint8), "P")
+    labels.putpalette([0, 0, 0, 128, 0, 0])  # red, as annotation programs write label 1
+    assert (read(labels) == shape).all()
+    assert (read(Image.fromarray(shape.astype(np.uint8))) == shape).all()  # 0 and 1
+    for colour in (0, 255):  # a shape painted on transparency
+        pixels = np.full((64, 64, 4), colour, np.uint8)
+        pixels[..., 3] = shape * 255
+        assert (read(Image.fromarray(pixels)) == shape).all()
+    for problem, image in {
+        "3 colours": Image.fromarray(
+            np.where(
+                np.arange(64)[:, None, None] < 9,
+                [9, 0, 0],
+                np.where(shape[..., None], [0, 9, 0], 0),
+            ).astype(np.uint8)
+        ),
+        "labels up to 2": Image.fromarray((shape * 2).astype(np.uint8)),
+        "a picture, not a mask": Image.fromarray(HEALTHY[0, 0].numpy() // 2 + 60),
+        "more than 8 bits": Image.fromarray(shape.astype(np.uint16) * 65535),
+    }.items():
+        with pytest.raises(ImageError, match=problem):
+            read(image)
+
+
+def test_an_ellipse_takes_one_radius_and_no_pixels():
+    assert torch.equal(ellipse((0.5, 0.5), 0.1), ellipse((0.5, 0.5), (0.1, 0.1)))
+    with pytest.raises(ValueError, match="fractions of the edge, not in pixels"):
+        ellipse((30, 30), (5, 5))
 
 
 # ---- evaluation ---------------------------------------------------------------------------------

@@ -397,7 +397,8 @@ def test_composition_is_the_librarys(weights: list[float], scale: float) -> None
 
 def test_repainting_is_the_librarys(tiny) -> None:
     from medbudget import ellipse, inpaint, make_phantoms
-    from medbudget.inpainting import blur_masks, check_masks, latent_masks, start_step
+    from medbudget.inpainting import start_step
+    from medbudget.masks import blur_masks, check_masks, latent_masks
     from medbudget.sampling import make_sigmas
 
     repaint = equation("repaint")

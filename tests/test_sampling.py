@@ -1,12 +1,16 @@
 import math
 import sys
 import types
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from medbudget import Embedding, sample
-from medbudget.sampling import ancestral_step, guide, interpolate, make_sigmas, total_guidance
+from medbudget import Embedding, interpolate, load_base, sample, sample_to
+from medbudget.base import NotFiniteError
+from medbudget.images import load_images, read_record
+from medbudget.sampling import ancestral_step, draw_noises, guide, make_sigmas, total_guidance
 
 VECTORS = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
 MINE = Embedding(VECTORS, "<mine>")
@@ -107,7 +111,6 @@ def test_diffusers_pipeline_agrees(tiny):
     from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 
     from medbudget.loading import TINY
-    from medbudget.sampling import draw_noise
 
     pipe = StableDiffusionPipeline.from_pretrained(
         TINY, safety_checker=None, torch_dtype=torch.float32
@@ -117,7 +120,7 @@ def test_diffusers_pipeline_agrees(tiny):
         pipe.scheduler.config, timestep_spacing="linspace"
     )
     steps, seeds, prompt = 8, (5, 6), "large black ellipse left"
-    start = draw_noise([torch.Generator().manual_seed(s) for s in seeds], (8, 16, 16))
+    start = next(draw_noises(seeds, (8, 16, 16)))
     # diffusers draws the ancestral noise from the same per-image streams, after the start
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     for g in generators:
@@ -170,28 +173,10 @@ def test_other_sizes_and_other_widths(tiny):
         sample(tiny, "<mine>", embeddings=[MINE, MINE], n=1, steps=1)
 
 
-def test_conditions_go_together_and_one_by_one_where_memory_is_short(tiny, monkeypatch):
-    prompt, options = "<mine>:0.5 AND <other>:0.25", {"n": 2, "steps": 3, "cfg_scale": 3.0}
-    whole = sample(tiny, prompt, embeddings=[MINE, OTHER], **options)
-    sizes = []
-    predict = type(tiny).predict_noise
-
-    def short_of_memory(self, x, t, context):
-        sizes.append(len(x))
-        if len(x) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return predict(self, x, t, context)
-
-    monkeypatch.setattr(type(tiny), "predict_noise", short_of_memory)
-    split = sample(tiny, prompt, embeddings=[MINE, OTHER], **options)
-    assert sizes == [6, *[2] * 9]
-    assert gray_levels(whole, split) <= 1
-
-
 def test_a_batch_that_does_not_fit_is_halved_and_the_images_stay(tiny, monkeypatch):
     options = {"embeddings": [MINE], "n": 5, "steps": 3, "seed": 2}
     whole = sample(tiny, "<mine>", **options)
-    predict, limit, sizes = type(tiny).predict_noise, 2, []
+    predict, limit, sizes = type(tiny).predict_noise, 4, []
 
     def short_of_memory(self, x, t, context):
         sizes.append(len(x))
@@ -202,8 +187,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_images_stay(tiny, monkeypat
     monkeypatch.setattr(type(tiny), "predict_noise", short_of_memory)
     with pytest.warns(UserWarning, match="batch of 5 images does not fit .* going on with 2"):
         halved = sample(tiny, "<mine>", **options)
-    # first both conditions of 5, then one of them, then 2 + 2 + 1 images one condition at a time
-    assert sizes == [10, 5, 4, *[2] * 6, 4, *[2] * 6, *[2] * 3]
+    # both conditions of 5 images, then of 2 + 2 + 1
+    assert sizes == [10, *[4] * 6, *[2] * 3]
     assert halved.shape == whole.shape and gray_levels(whole, halved) <= 1
     limit = 0
     with pytest.raises(torch.cuda.OutOfMemoryError, match="not even one image"):
@@ -241,6 +226,132 @@ def test_interpolation_runs_from_one_embedding_to_the_other_with_the_same_noise(
 def test_wrong_interpolation(tiny, options, problem):
     with pytest.raises(ValueError, match=problem):
         interpolate(tiny, MINE, options.pop("b", OTHER), **options)
+
+
+# ------------------------------------------------------------------- refused, or said
+
+
+@contextmanager
+def broken(parameter):
+    kept = parameter.data.clone()
+    parameter.data.view(-1)[0] = float("nan")
+    try:
+        yield
+    finally:
+        parameter.data.copy_(kept)
+
+
+def test_nan_from_unet_vae_embedding_or_guidance_is_an_error_with_a_way_out(tiny):
+    draw = {"n": 1, "steps": 2}
+    for parameter in (tiny.unet.conv_in.weight, tiny.vae.decoder.conv_in.weight):
+        with (
+            broken(parameter),
+            pytest.raises(NotFiniteError, match=r"NaN.*torch.float32.*guidance"),
+        ):
+            sample(tiny, "red ground", **draw)
+    with broken(tiny.vae.encoder.conv_in.weight), pytest.raises(NotFiniteError, match="encoded"):
+        tiny.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="its training diverged"):
+        sample(tiny, "<x>", embeddings=Embedding(torch.full((4, 96), 1e25), "<x>"), **draw)
+    with pytest.warns(UserWarning, match="guidance"), pytest.raises(NotFiniteError):
+        sample(tiny, "red ground", n=1, steps=4, cfg_scale=1e30)
+    with pytest.raises(NotFiniteError, match="latents hold NaN or infinity"):
+        tiny.decode(torch.full((1, 8, 16, 16), math.inf))
+
+
+def test_an_embedding_that_the_prompt_does_not_use_is_named(tiny):
+    with pytest.warns(UserWarning, match=r"does not use <mine>, which is loaded"):
+        sample(tiny, "red ground", embeddings=MINE, n=1, steps=1)
+    base = load_base("small-random", device="cpu")  # where no unknown word is reported
+    word = Embedding(torch.randn(4, 64), "<mine>")
+    with pytest.warns(UserWarning, match="<mine>.*write it with its brackets"):
+        sample(base, "mine", embeddings=[word], n=1, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(tiny, "<mine>", negative_prompt="<other>", embeddings=[MINE, OTHER], n=1, steps=1)
+
+
+def test_extreme_guidance_gets_a_word(tiny):
+    for prompt, scale in (("red", 100), ("red:50 AND blue:50", 2)):
+        with pytest.warns(UserWarning, match=r"total guidance is [12]00 "):
+            sample(tiny, prompt, n=1, steps=1, cfg_scale=scale)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63, 2**64 - 2])
+def test_every_seed_that_torch_takes(tiny, seed):
+    two = sample(tiny, "red", n=2, steps=1, seed=seed, batch_size=1)
+    assert torch.equal(two[1], sample(tiny, "red", n=1, steps=1, seed=seed + 1)[0])
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63) - 1, 10**400, 1.5, "1"])
+def test_other_seeds_are_a_clear_error(tiny, seed):
+    with pytest.raises(ValueError, match=r"seed .*(beyond what PyTorch takes|whole number)"):
+        sample(tiny, "red", n=2, steps=1, seed=seed)
+
+
+def test_words_of_other_programs_are_told_the_right_call(tiny, tmp_path):
+    for wrong, right in (
+        ({"num_inference_steps": 5}, "steps"),
+        ({"guidance_scale": 2}, "cfg_scale"),
+    ):
+        with pytest.raises(TypeError, match=rf"no option {next(iter(wrong))}: write {right} "):
+            sample(tiny, "red", **wrong)
+    with pytest.raises(TypeError, match="no option colour; see"):
+        sample(tiny, "red", colour=1)
+    MINE.save(tmp_path / "m.safetensors")
+    draw = {"n": 1, "steps": 1}
+    from_file = sample(tiny, "<mine>", embeddings=[tmp_path / "m.safetensors"], **draw)
+    assert torch.equal(from_file, sample(tiny, "<mine>", embeddings=MINE, **draw))
+    assert torch.equal(
+        from_file, sample(tiny, "<mine>", embeddings=str(tmp_path / "m.safetensors"), **draw)
+    )
+    with pytest.raises(ValueError, match=r"<mine> is the name of a word.*Embedding\.load"):
+        interpolate(tiny, "<mine>", "<other>")
+
+
+# ------------------------------------------------------------------- into a folder
+
+
+def test_sample_to_goes_on_where_it_was_and_overwrites_nothing(tiny, tmp_path):
+    options = {"embeddings": MINE, "n": 20, "steps": 2, "seed": 3}
+    paths = sample_to(tmp_path / "a", tiny, "<mine>", **options)
+    assert [path.name for path in paths] == [f"{i:05d}.png" for i in range(20)]
+    whole = load_images(paths)
+    first = sample(tiny, "<mine>", embeddings=MINE, n=16, steps=2, seed=3)
+    assert torch.equal(whole[:16], first)
+    assert read_record(paths[7])["seed"] == 10 and read_record(paths[7])["prompt"] == "<mine>"
+    kept = paths[2].stat().st_mtime_ns
+    for path in paths[16:18]:
+        path.unlink()
+    assert sample_to(tmp_path / "a", tiny, "<mine>", **options) == paths
+    assert torch.equal(load_images(paths), whole) and paths[2].stat().st_mtime_ns == kept
+    with pytest.raises(FileExistsError, match=r"steps \(2 there, 3 now\)"):
+        sample_to(tmp_path / "a", tiny, "<mine>", **{**options, "steps": 3})
+    assert torch.equal(load_images(paths), whole)
+    sample_to(tmp_path / "a", tiny, "<mine>", **{**options, "steps": 3}, overwrite=True)
+    assert not torch.equal(load_images(paths), whole)
+
+
+def test_an_empty_prompt_gets_a_word(tiny, tmp_path, capsys):
+    sample_to(tmp_path, tiny, " ", n=1, steps=1)
+    assert "the prompt is empty" in capsys.readouterr().out
+
+
+def test_a_batch_is_compiled_for_where_it_pays_and_said(tiny, monkeypatch, capsys):
+    from medbudget import gpu
+
+    compiled = []
+    monkeypatch.setattr(gpu, "speed_up", lambda base: compiled.append(base) or base)
+    for fast, work in ((None, 10_000), (False, 10_000), (True, 1)):
+        gpu.choose_speed(tiny, fast, work)  # a CPU: only where it is asked for
+    assert len(compiled) == 1 and capsys.readouterr().out == ""
+
+    class OnGpu:
+        device, fast = torch.device("cuda"), False
+
+    for fast, work in ((None, 299), (False, 300), (None, 300)):
+        gpu.choose_speed(OnGpu(), fast, work)
+    assert len(compiled) == 2 and "--no-fast" in capsys.readouterr().out
 
 
 @pytest.mark.realdata

@@ -13,7 +13,7 @@ pytest.importorskip("ipywidgets")
 
 from medbudget import Embedding, make_phantoms
 from medbudget.images import save_images
-from medbudget.inpainting import brush_mask
+from medbudget.masks import brush_mask
 from medbudget.reader import ReaderStudy
 from medbudget.widgets import (
     Inpainter,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,7 +88,7 @@ def invert(
     seed
         the same seed gives the same result
     checkpoint
-        file to save the state in and to go on from
+        file to save the state in and to go on from; default: OUT.ckpt until OUT is saved
     checkpoint_every
         steps between checkpoints
     preview_every
@@ -99,37 +98,32 @@ def invert(
     overwrite
         replace OUT if it is there
     """
-    from medbudget import InversionSettings
-    from medbudget import invert as run
+    from medbudget import InversionSettings, invert_to
     from medbudget.embeddings import check_token
-    from medbudget.files import check_apart, check_output, hold
+    from medbudget.files import check_apart
 
     check_token(token)
     if out.suffix not in (".safetensors", ".pt", ".bin"):
         raise ValueError(f"--out {out}: allowed endings are .safetensors, .pt, .bin")
     check_apart(out, images)
-    check_output(out, overwrite=overwrite)
     loaded = base.load()
-    settings = InversionSettings.preset(
-        preset or loaded.preset, n_vectors=n_vectors, steps=steps, lr=lr, batch_size=batch_size,
-        init=init, latents=latents, seed=seed, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "n_vectors": n_vectors, "steps": steps, "lr": lr, "batch_size": batch_size, "init": init,
+        "latents": latents, "seed": seed or None, "checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    settings = InversionSettings(**{k: v for k, v in given.items() if v is not None})
     pictures = _square(loaded, images)
-    count = f"{len(pictures)} image{'s' if len(pictures) > 1 else ''}"
-    print(f"{count}, {settings.steps} steps of {settings.batch_size} on {loaded.device}")
-    if len(pictures) < 5:
-        print("note: a word from so few images copies them; the paper's smallest set has 5")
     callback, close = _observer(loaded, token, out, preview_every, log_dir)
     try:
-        with hold(out):
-            word = run(
-                loaded, pictures, token=token, settings=settings, checkpoint=checkpoint,
-                callback=callback, data=f"{count} of folder {images.name}",
-            )  # fmt: skip
-            word.save(out)
+        word = invert_to(
+            out, loaded, pictures, token=token,
+            settings=settings.complete(preset) if preset else settings,
+            checkpoint=checkpoint, callback=callback, fast=base.fast, overwrite=overwrite,
+            data=f"{len(pictures)} images of folder {images.name}",
+        )  # fmt: skip
     finally:
         close()
-    print(f"wrote {out} ({out.stat().st_size / 1024:.0f} kB): {token}, {len(word.vectors)} vectors")
+    print(f"{out} ({out.stat().st_size / 1024:.0f} kB): {token}, {len(word.vectors)} vectors")
 
 
 def _square(base: Any, images: Path) -> Any:
@@ -161,24 +155,11 @@ def _observer(
                 writer.add_scalar(name, state[name], state["step"])
         if preview_every and state["step"] % preview_every == 0:
             now = Embedding(state["vectors"].clone(), token)
-            base.vae.to(base.device)
-            images = draw(base, token, embeddings=[now], n=4)
+            images = draw(base, token, embeddings=now, n=4)
             names = [f"step{state['step']:06d}_{i}" for i in range(len(images))]
             save_images(images, out.with_name(f"{out.stem}_previews"), names=names)
 
     return callback, writer.close if writer is not None else lambda: None
-
-
-def _warn_of_other_base(e: Any, base: Any) -> None:
-    """Say on stderr if an embedding names a base other than this one."""
-    from medbudget.bases import compare_origin
-
-    same, reason = compare_origin(e, base)
-    if same is False:
-        print(
-            f"note: {e.token} was {reason}: images will differ from those it was trained for",
-            file=sys.stderr,
-        )
 
 
 def sample(
@@ -209,69 +190,29 @@ def sample(
     overwrite
         replace other images that are there
     """
-    from medbudget import Embedding, save_images
-    from medbudget import sample as draw
-    from medbudget.files import check_output, check_writable, hold
-    from medbudget.images import read_record
-    from medbudget.progress import quiet, tqdm
-    from medbudget.sampling import BLOCK, check_numbers, default_steps, total_guidance
+    from medbudget import sample_to
+    from medbudget.sampling import total_guidance
 
-    check_writable(out / "00000.png")
-    words = [Embedding.load(path) for path in embeddings or []]
     loaded = base.load()
-    for e in words:
-        _warn_of_other_base(e, loaded)
-    steps = default_steps(loaded) if steps is None else steps
-    check_numbers(n=n, steps=steps, cfg_scale=cfg_scale)
-    settings: dict[str, Any] = {
-        "prompt": prompt, "negative_prompt": negative_prompt, "steps": steps,
-        "cfg_scale": cfg_scale,
-    }  # fmt: skip
-    record = _describe_images(loaded, words, **settings)
-    names = [f"{i:05d}" for i in range(n)]
-    records = [{**record, "seed": seed + i} for i in range(n)]
-    done = [
-        check_output(out / f"{name}.png", mine, read_record, overwrite=overwrite)
-        for name, mine in zip(names, records)
-    ]
-    with hold(out), tqdm(total=n, desc="sample", unit="image") as bar:
-        for first in range(0, n, BLOCK):
-            block = slice(first, min(first + BLOCK, n))
-            if not all(done[block]):
-                with quiet():
-                    images = draw(
-                        loaded, embeddings=words, n=len(names[block]), seed=seed + first, **settings
-                    )
-                save_images(images, out, names=names[block], records=records[block])
-            bar.update(len(names[block]))
-    kept = f", {sum(done)} of them kept" if any(done) else ""
-    guidance = total_guidance(prompt, cfg_scale)
-    print(f"{n} synthetic images in {out}{kept}; total guidance {guidance:g}")
-
-
-def _describe_images(base: Any, words: list[Any], **settings: Any) -> dict[str, Any]:
-    """Return what is written into every synthetic image's file."""
-    from medbudget.files import hash_tensors
-
-    record = {
-        "synthetic": True,
-        **settings,
-        "base": Path(base.name).name,
-        "base_hash": base.hash,
-        "embeddings": {e.token: hash_tensors({"vectors": e.vectors}) for e in words},
-    }
-    if trained_on := " ".join(
-        e.record["image_hashes"] for e in words if "image_hashes" in e.record
-    ):
-        record["training_images"] = trained_on
-    return record
+    kept = set(out.glob("*.png"))
+    paths = sample_to(
+        out, loaded, prompt, embeddings=embeddings or [], negative_prompt=negative_prompt, n=n,
+        steps=steps, cfg_scale=cfg_scale, seed=seed, fast=base.fast, overwrite=overwrite,
+    )  # fmt: skip
+    count = 0 if overwrite else len(kept & set(paths))
+    there = f", {count} of them kept" if count else ""
+    print(
+        f"{n} synthetic images in {out}{there}; total guidance "
+        f"{total_guidance(prompt, cfg_scale):g}"
+    )
 
 
 def inpaint(
     image: Path, /, *mask_and_prompt: Annotated[str, Parameter(name="[MASK] PROMPT")], out: Path,
     ellipse: Words = None, embeddings: Paths = None, save_masks: bool = False,
-    strength: float = 0.75, mask_blur: float = 4.0, content: Text = "original", n: int = 1,
-    steps: int | None = None, cfg_scale: float = 2.0, negative_prompt: Text = "", seed: int = 0,
+    strength: float = 0.75, mask_blur: float = 4.0, content: Text = "original",
+    overlay: Text = "plain", n: int = 1, steps: int | None = None, cfg_scale: float = 2.0,
+    negative_prompt: Text = "", seed: int = 0,
     overwrite: bool = False, base: BaseOptions = DEFAULT,
 ) -> None:  # fmt: skip
     """Repaint what a mask covers: every mask on every image, or a mask for each image.
@@ -297,6 +238,8 @@ def inpaint(
         pixels at 512, scaled to the size
     content
         original, fill, noise or zeros
+    overlay
+        plain, or a1111: paint a lesion as large as A1111 does, about a third larger
     n
         variants of each image and mask
     steps
@@ -310,76 +253,23 @@ def inpaint(
     overwrite
         replace other images that are there
     """
-    import torch
-
-    from medbudget import Embedding, save_images
-    from medbudget.files import check_apart, check_output, check_writable, hold
-    from medbudget.images import find_images, read_record
-    from medbudget.inpainting import check_masks
-    from medbudget.inpainting import inpaint as run
-    from medbudget.sampling import default_steps
+    from medbudget import inpaint_to
 
     if len(mask_and_prompt) != (1 if ellipse else 2):
         raise ValueError(
             "write either IMAGE MASK PROMPT, or IMAGE PROMPT --ellipse x,y,rx,ry; found "
             f"{len(mask_and_prompt)} arguments after IMAGE and {len(ellipse or [])} ellipses"
         )
-    prompt = mask_and_prompt[-1]
-    check_apart(out, image, *([] if ellipse else [mask_and_prompt[0]]))
-    check_writable(out / "00000.png")
-    files = find_images(image)
-    loaded = base.load()
-    pictures = _square(loaded, image)
+    mask: Any = Path(mask_and_prompt[0])
     if ellipse:
-        masks = {f"ellipse{i}": _parse_ellipse(text) for i, text in enumerate(ellipse)}
-    else:
-        folder = Path(mask_and_prompt[0])
-        masks = {p.stem: _square(loaded, p)[0, 0] for p in find_images(folder)}
-        if folder.is_dir() and image.is_dir():
-            missing = sorted({p.stem for p in files} - set(masks))
-            if missing:
-                raise ValueError(f"{folder} has no mask for {', '.join(missing[:5])}")
-    paired = not ellipse and image.is_dir() and Path(mask_and_prompt[0]).is_dir()
-    names, which, chosen = [], [], []
-    for i, file in enumerate(files):
-        for name, mask in masks.items():
-            if paired and name != file.stem:
-                continue
-            names.append(file.stem if paired or len(masks) == 1 else f"{file.stem}_{name}")
-            which.append(i)
-            chosen.append(check_masks(mask, pictures.shape[-1])[0])
-    settings: dict[str, Any] = {
-        "negative_prompt": negative_prompt,
-        "strength": strength,
-        "mask_blur": mask_blur,
-        "content": content,
-        "steps": default_steps(loaded) if steps is None else steps,
-        "cfg_scale": cfg_scale,
-        "seed": seed,
-    }
-    words = [Embedding.load(path) for path in embeddings or []]
-    record = _describe_images(loaded, words, prompt=prompt, **settings)
-    outputs = [f"{name}_{k}" if n > 1 else name for name in names for k in range(n)]
-    if len(set(outputs)) < len(outputs):
-        double = next(name for name in outputs if outputs.count(name) > 1)
-        raise ValueError(f"two images would be written to {out / double}.png: rename one of them")
-    records = [{**record, "image": i} for i in range(len(outputs))]
-    done = [
-        check_output(out / f"{name}.png", mine, read_record, overwrite=overwrite)
-        for name, mine in zip(outputs, records)
-    ]
-    with hold(out):
-        if not all(done):
-            painted = run(
-                loaded, pictures[which], torch.stack(chosen), prompt, embeddings=words, n=n,
-                **settings,
-            )  # fmt: skip
-            save_images(painted, out, names=outputs, records=records)
-        if save_masks:
-            binary = (torch.stack(chosen) >= 0.5).repeat_interleave(n, 0)
-            gray = binary[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
-            save_images(gray, out / "masks", names=outputs)
-    print(f"{len(outputs)} inpainted images in {out}: synthetic under their masks")
+        mask = {f"ellipse{i}": _parse_ellipse(text) for i, text in enumerate(ellipse)}
+    paths = inpaint_to(
+        out, base.load(), image, mask, mask_and_prompt[-1], embeddings=embeddings or [],
+        negative_prompt=negative_prompt, strength=strength, mask_blur=mask_blur, content=content,
+        overlay=overlay, steps=steps, cfg_scale=cfg_scale, seed=seed, n=n, save_masks=save_masks,
+        overwrite=overwrite,
+    )  # fmt: skip
+    print(f"{len(paths)} inpainted images in {out}: synthetic under their masks")
 
 
 def _parse_ellipse(text: str) -> Any:

@@ -1,0 +1,276 @@
+"""Masks of inpainting: draw, read, blur and fill them, and judge the seams of what was painted."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
+
+from medbudget.images import check_images, fit_square
+from medbudget.pictures import ImageError, open_picture
+
+BLUR_AT = 512  # pixels of the images for which `mask_blur` is given
+Mask: TypeAlias = "torch.Tensor | npt.NDArray[Any] | str | os.PathLike[str]"
+
+
+def ellipse(
+    center: Sequence[float],
+    radii: Sequence[float] | float,
+    *,
+    angle: float = 0.0,
+    size: int = 512,
+) -> torch.Tensor:
+    """Return a mask in the shape of an ellipse, ``(size, size) float32`` from 0 to 1.
+
+    Parameters
+    ----------
+    center : (float, float)
+        x to the right and y down, in fractions of the image's edge.
+    radii : (float, float) or float
+        Half the width and half the height, in the same fractions; or the radius of a circle.
+    angle : float
+        Radians, clockwise as seen.
+    size : int
+        Pixels; `inpaint` resizes masks to its images, so any will do.
+
+    Examples
+    --------
+    >>> mask = ellipse((0.5, 0.5), (0.25, 0.25), size=64)
+    >>> tuple(mask.shape), round(mask.mean().item(), 3)  # π / 16 of the image
+    ((64, 64), 0.196)
+    """
+    (x, y), (a, b) = center, (radii, radii) if isinstance(radii, int | float) else radii
+    if not (a > 0 and b > 0 and all(map(math.isfinite, (x, y, a, b, angle)))) or size < 1:
+        raise ValueError(
+            f"an ellipse needs a finite center, radii above 0 and a size, got center={center}, "
+            f"radii={radii}, size={size}; fractions of the edge, e.g. (0.5, 0.6), (0.1, 0.08)"
+        )
+    if max(abs(x), abs(y), a, b) > 2:
+        raise ValueError(
+            f"an ellipse is given in fractions of the edge, not in pixels, got center={center}, "
+            f"radii={radii}; write e.g. (0.5, 0.6), (0.1, 0.08)"
+        )
+    line = (torch.arange(size) + 0.5) / size
+    dx, dy = line[None, :] - x, line[:, None] - y
+    u = (math.cos(angle) * dx + math.sin(angle) * dy) / a
+    v = (math.cos(angle) * dy - math.sin(angle) * dx) / b
+    r = (u**2 + v**2).sqrt()
+    slope = ((u / a) ** 2 + (v / b) ** 2).sqrt() / r.clamp(min=1e-6)  # of r, per unit of length
+    return (0.5 + (1 - r) / slope.clamp(min=1e-6) * size).clamp(0, 1)
+
+
+def brush_mask(
+    strokes: Iterable[tuple[Sequence[Sequence[float]], float]], *, size: int
+) -> torch.Tensor:
+    """Return the mask of strokes with a round brush, ``(size, size) float32`` of 0 and 1.
+
+    Parameters
+    ----------
+    strokes : iterable of (points, radius)
+        Points ``(x, y)`` and the brush's radius in fractions of the image's edge.
+    """
+    line = (torch.arange(size) + 0.5) / size
+    x, y = line[None, :], line[:, None]
+    mask = torch.zeros(size, size)
+    for points, radius in strokes:
+        for (ax, ay), (bx, by) in zip(points, [*points[1:], points[-1]]):
+            dx, dy = bx - ax, by - ay
+            along = ((x - ax) * dx + (y - ay) * dy) / max(dx * dx + dy * dy, 1e-12)
+            along = along.clamp(0, 1)
+            near = (x - ax - along * dx) ** 2 + (y - ay - along * dy) ** 2 <= radius**2
+            mask[near] = 1
+    return mask
+
+
+def read_mask(path: str | os.PathLike[str], *, size: int | None = None) -> torch.Tensor:
+    """Read a mask file as ``(H, W) float32``, from 0 (keep) to 1 (repaint).
+
+    White on black, labels 0 and 1, one colour on black, or one colour on transparency.
+
+    Parameters
+    ----------
+    size : int, optional
+        Fit it into a square of that size, as `load_image` fits an image.
+
+    Raises
+    ------
+    ImageError
+        Several colours, shades all over (a picture) or more than 8 bits.
+    """
+    try:
+        image, _ = open_picture(path)
+    except ImageError as error:
+        raise ImageError(f"{path} {error}") from None
+    advice = "a mask is white where to repaint, black elsewhere, 8 bits"
+    if image.mode not in ("L", "RGB", "RGBA"):
+        raise ImageError(f"{path} has more than 8 bits; {advice}")
+    pixels = np.asarray(image.convert("RGBA"))
+    colours = np.unique(pixels[pixels[..., 3] > 0][:, :3], axis=0)
+    gray = pixels[..., 0]
+    if image.mode == "RGBA":
+        if len(colours) > 1:
+            raise ImageError(
+                f"{path} has transparent pixels and {len(colours)} colours: which of them is the "
+                f"mask? {advice}"
+            )
+        gray = pixels[..., 3]
+    elif (colours != colours[:, :1]).any():
+        if len(colours) > 2 or colours[0].any():  # they are sorted: black comes first
+            raise ImageError(
+                f"{path} has {len(colours)} colours: which of them is the mask? {advice}"
+            )
+        gray = np.where((pixels[..., :3] == 0).all(-1), 0, 255)
+    elif gray.max() == 1:
+        gray = gray * 255
+    elif 0 < gray.max() < 128:
+        raise ImageError(f"{path} is dark everywhere, or has labels up to {gray.max()}; {advice}")
+    elif ((gray > 25) & (gray < 230)).mean() > 0.5:
+        raise ImageError(f"{path} has shades all over: a picture, not a mask; {advice}")
+    mask = Image.fromarray(gray.astype(np.uint8))
+    if size is not None:
+        mask = fit_square(mask, size)
+    return torch.from_numpy(np.asarray(mask).astype(np.float32) / 255)
+
+
+def check_masks(mask: Mask, size: int | None = None) -> torch.Tensor:
+    """Return one or several masks as ``(M, H, W) float32`` from 0 (keep) to 1 (repaint).
+
+    Parameters
+    ----------
+    mask : array, tensor or path
+        ``(H, W)`` or ``(M, H, W)``: bool, integers 0/1 or 0..255, floats 0..1; or an image file,
+        see `read_mask`.
+    size : int, optional
+        Pixels to bring square masks to (antialiased, so that borders become soft).
+
+    Raises
+    ------
+    ValueError
+        Another shape, values out of range, or a mask that covers nothing.
+    """
+    if isinstance(mask, str | os.PathLike):
+        mask = read_mask(mask)
+    values = torch.as_tensor(mask)
+    if values.ndim == 2:
+        values = values[None]
+    if values.ndim != 3 or 0 in values.shape:
+        raise ValueError(
+            f"a mask must have shape (H, W) or (M, H, W), got {tuple(values.shape)}; take one "
+            "channel of an image"
+        )
+    if values.dtype != torch.bool and not values.is_floating_point():
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 255:
+            raise ValueError(f"an integer mask must have values 0..255, got {low}..{high}")
+        values = values.double() / (255 if high > 1 else 1)
+    values = values.float()
+    if not torch.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise ValueError("a mask of floats must have values from 0 (keep) to 1 (repaint)")
+    if size is not None and values.shape[1:] != (size, size):
+        if values.shape[1] != values.shape[2]:
+            raise ValueError(
+                f"the mask has {tuple(values.shape[1:])} pixels (H, W), the image is a square of "
+                f"{size}; crop or pad the mask as the image was"
+            )
+        values = F.interpolate(
+            values[:, None], size=(size, size), mode="bilinear", antialias=True
+        ).clamp(0, 1)[:, 0]
+    for i, one in enumerate(values):
+        if one.max() < 0.5:
+            raise ValueError(
+                f"mask {i} is empty: it covers no pixel of the image by half; draw a larger one"
+            )
+    return values
+
+
+def blur_masks(masks: torch.Tensor, mask_blur: float) -> torch.Tensor:
+    """Blur ``(M, H, W)`` masks; `mask_blur` is a standard deviation at 512 pixels.
+
+    The Gaussian is cut at 4 standard deviations: farther out a mask is exactly 0.
+    """
+    if not (math.isfinite(mask_blur) and mask_blur >= 0):
+        raise ValueError(f"mask_blur must be 0 or a positive number of pixels, got {mask_blur}")
+    sigma = mask_blur * masks.shape[-1] / BLUR_AT
+    if sigma == 0:
+        return masks
+    blurred = gaussian_filter(masks.numpy(), (0, sigma, sigma), mode="nearest", truncate=4)
+    return torch.from_numpy(blurred).clamp(0, 1)
+
+
+def latent_masks(masks: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Resize blurred masks to the latent grid and round them: ``(M, 1, h, w) float32`` of 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        A mask that has no latent cell of its own.
+    """
+    small = F.interpolate(masks[:, None], size=tuple(shape), mode="bicubic", antialias=True)
+    small = small.round().clamp(0, 1)
+    for i, one in enumerate(small):
+        if not one.any():
+            raise ValueError(
+                f"mask {i} vanishes on the latent grid of {shape[0]}x{shape[1]} cells, "
+                f"{masks.shape[-1] // shape[1]} pixels each; draw a larger one, or lower mask_blur"
+            )
+    return small
+
+
+def fill_masked(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Fill what masks cover with colours of the surroundings: ``(N, 3, H, W) uint8`` both ways.
+
+    Averages over the uncovered pixels, from wide to narrow; a narrower one counts as far as it
+    sees uncovered pixels.
+    """
+    out = np.empty(images.shape, np.float32)
+    for i, (image, mask) in enumerate(zip(images.numpy().astype(np.float32), masks.numpy())):
+        keep = 1 - mask
+        total = keep.sum()
+        mean = (image * keep).sum((1, 2)) / total if total > 0.5 else np.full(3, 127.5)
+        filled: npt.NDArray[np.floating] = np.broadcast_to(mean[:, None, None], image.shape)
+        for share in (0.5, 0.125, 0.03, 0.008):
+            sigma = share * image.shape[-1]
+            seen = gaussian_filter(keep, sigma)
+            colour = gaussian_filter(image * keep, (0, sigma, sigma)) / np.maximum(seen, 1e-6)
+            filled = (filled + np.clip(seen, 0, 1) * (colour - filled)).astype(np.float32)
+        out[i] = image * keep + filled * mask
+    return torch.from_numpy(np.rint(np.clip(out, 0, 255)).astype(np.uint8))
+
+
+def seam_ratio(images: torch.Tensor, mask: Mask) -> npt.NDArray[np.float64]:
+    """Return how much a mask's border stands out, ``(N,)``: 1 is not at all.
+
+    The mean step between neighbouring pixels (gray levels, root of the sum of squares over both
+    directions, mean of the channels) on the border, two pixels wide, over that of the pixels up to
+    three away from it on both sides.
+
+    Parameters
+    ----------
+    images : torch.Tensor
+        ``(N, 3, H, H) uint8``.
+    mask : array, tensor or path
+        One mask for all images or one for each; see `check_masks`.
+    """
+    check_images(images)
+    masks = check_masks(mask, images.shape[-1]).numpy() >= 0.5
+    if len(masks) not in (1, len(images)):
+        raise ValueError(f"{len(images)} images and {len(masks)} masks: one for all or each")
+    down, right = np.gradient(images.cpu().numpy().astype(np.float64), axis=(2, 3))
+    steepness = np.hypot(down, right).mean(1)
+    ratios = []
+    for i, steps in enumerate(steepness):
+        inside = masks[i % len(masks)]
+        border = binary_dilation(inside) & ~binary_erosion(inside, border_value=1)
+        near = binary_dilation(border, iterations=3) & ~border
+        if not near.any() or not border.any():
+            raise ValueError(f"mask {i % len(masks)} has no border inside the image")
+        ratios.append(steps[border].mean() / max(steps[near].mean(), 1e-9))
+    return np.array(ratios)
