@@ -6,7 +6,7 @@ removing, flushing, making a folder) drawn uniformly from those that it did; aft
 command is run again, and perhaps killed again, until it ends. A kill is survived if then
 
 - the results are those of the undisturbed run, byte for byte, but for the times in `TIMINGS` and
-  checkpoints (``*.ckpt``, ``*.previous``), which hold such times,
+  checkpoints (``*.ckpt``), which hold such times,
 - no temporary file, lock or scratch file is left,
 - no run repeated more than one interval between checkpoints of what an earlier one had done.
 
@@ -152,11 +152,11 @@ class Command:
 
 COMMANDS = {
     "invert": Command(
-        invert, "medbudget.inversion:_step", lambda _, state, *__: len(state.losses), 5,
+        invert, "medbudget.inversion:_Run.update", lambda run, *_: run.step, 5,
         "30 steps, a checkpoint every 5",
     ),
     "sample": Command(
-        sample, "medbudget:sample", lambda *_, seed, **__: seed, 1, "40 images, 16 at once",
+        sample, "medbudget.sampling:_draw", lambda *arguments: arguments[-1][0], 1, "40 images, 16 at once",
     ),
     "inpaint": Command(
         inpaint, "medbudget.images:to_pil", lambda *_: 0, None, "12 images; starts anew",
@@ -291,7 +291,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or path.suffix in (".ckpt", ".previous"):
+        if not path.is_file() or path.suffix == ".ckpt":
             continue
         content: Any = path.read_bytes()
         if path.suffix == ".json":
@@ -485,7 +485,7 @@ def main() -> None:
             command = command.replace(" --record", f" --minutes {args.minutes:g} --record")
         if names != list(COMMANDS):
             command += f" --commands {','.join(names)}"
-        values = {"faults": rows, "not compared": [*TIMINGS, "*.ckpt", "*.previous"]}
+        values = {"faults": rows, "not compared": [*TIMINGS, "*.ckpt"]}
         print(f"wrote {write_result('faults', values, command=command)}")
 
 

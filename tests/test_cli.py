@@ -40,23 +40,23 @@ def test_the_main_job(medbudget, tmp_path):
 
 
 def test_sample_goes_on_where_it_was_and_keeps_other_images(medbudget, tmp_path, monkeypatch):
-    import medbudget as package
+    from medbudget import sampling
 
     whole, part = tmp_path / "whole", tmp_path / "part"
     command = ("sample", "red ground", "--n", 18, "--steps", 1, "--seed", 3, "--out")
     assert medbudget(*command, whole)[0] == 0
-    draw = package.sample
+    draw = sampling._draw
 
-    def stop_at_the_second(*args, **kwargs):
-        if kwargs["seed"] > 3:
+    def stop_at_the_second(base, condition, steps, shape, seeds):
+        if seeds[0] > 3:
             raise KeyboardInterrupt
-        return draw(*args, **kwargs)
+        return draw(base, condition, steps, shape, seeds)
 
-    monkeypatch.setattr(package, "sample", stop_at_the_second)
+    monkeypatch.setattr(sampling, "_draw", stop_at_the_second)
     assert medbudget(*command, part)[0] != 0
     assert sorted(p.name for p in part.iterdir()) == [f"{i:05d}.png" for i in range(16)]
     made = (part / "00000.png").stat().st_mtime_ns
-    monkeypatch.setattr(package, "sample", draw)
+    monkeypatch.setattr(sampling, "_draw", draw)
     assert medbudget(*command, part)[0] == 0
     assert (part / "00000.png").stat().st_mtime_ns == made
     for path in sorted(whole.iterdir()):

@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from medbudget import InversionSettings, invert, load_images, make_phantoms, save_images
-from medbudget.artifacts import load_checkpoint, previous_checkpoint, save_checkpoint
+from medbudget import invert, load_images, make_phantoms, save_images
 from medbudget.files import InUseError, atomic_path, hold, lock_file, write_text
-from medbudget.processes import stoppable
+from medbudget.runs import Steps, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -92,10 +91,10 @@ def test_a_signal_stops_between_two_steps_with_a_checkpoint(work, tmp_path, numb
     assert process.exitcode == code and 8 <= done < 30
     said = (side / "said.txt").read_text().splitlines()
     assert said[1:] == [
-        f"stopped at step {done}; the same command goes on from {tmp_path / 'out' / 'x.ckpt'}",
-        "stopped",
+        f"stopped at step {done} of 30; run the same again to go on from "
+        f"{tmp_path / 'out' / 'x.ckpt'}",
     ]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"x.ckpt", "x.ckpt.previous"}
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.ckpt"]
     again = faults.start("invert", work / "given", tmp_path / "out", side, log=tmp_path / "log2")
     again.join(120)
     assert again.exitcode == 0
@@ -105,22 +104,6 @@ def test_a_signal_stops_between_two_steps_with_a_checkpoint(work, tmp_path, numb
     if not (whole / "x.safetensors").exists():
         faults.start("invert", work / "given", whole, side).join(120)
     assert faults.read_results(tmp_path / "out") == faults.read_results(whole)
-
-
-def test_stops_are_put_off_to_where_a_loop_asks_and_the_second_is_not():
-    steps = []
-    with pytest.raises(KeyboardInterrupt), stoppable() as stopped:
-        for i in range(5):
-            signal.raise_signal(signal.SIGINT) if i == 2 else None
-            steps.append(i)
-            if stopped():
-                break
-    assert steps == [0, 1, 2]
-    with pytest.raises(KeyboardInterrupt), stoppable():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        steps.append("never")
-    assert steps == [0, 1, 2] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 FOURS = {"CFG scale": (1, 2), "vectors": (4, 64)}
@@ -230,85 +213,6 @@ def test_the_stop_button_of_a_notebook_keeps_the_run(tmp_path):
 
 
 # ----------------------------------------------------------------------------- checkpoints
-
-FEW = InversionSettings(n_vectors=4, steps=6, lr=0.01, batch_size=2, checkpoint_every=2)
-IDENTITY = {"settings": {"lr": 1.0}}
-
-
-def save(path, step):
-    values = torch.arange(1000.0) + step
-    save_checkpoint(path, {"identity": IDENTITY, "step": step, "values": values})
-
-
-PLACES = [0, 1, 30, 400, 2000, 4000, -700, -120, -70, -40, -1]
-
-
-@pytest.mark.parametrize("how", ["cut", "flip"])
-@pytest.mark.parametrize("place", PLACES)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how, place):
-    path = tmp_path / "x.ckpt"
-    for step in (1, 2, 3):
-        save(path, step)
-    assert {p.name for p in tmp_path.iterdir()} == {"x.ckpt", "x.ckpt.previous"}
-    assert load_checkpoint(path, IDENTITY)["step"] == 3
-    content = bytearray(path.read_bytes())
-    if how == "flip":
-        content[place] ^= 4
-    path.write_bytes(content[:place] if how == "cut" else content)
-    with pytest.warns(UserWarning, match=r"x\.ckpt cannot be used.*from the one before it"):
-        stored = load_checkpoint(path, IDENTITY)
-    assert stored["step"] == 2 and stored["values"][0] == 2
-    assert load_checkpoint(path, IDENTITY)["step"] == 2, "it has taken the damaged one's place"
-    assert not previous_checkpoint(path).exists()
-    path.write_bytes(content[:place] if how == "cut" else content)
-    with pytest.raises(ValueError, match=r"no readable checkpoint .*previous: it is missing"):
-        load_checkpoint(path, IDENTITY)
-
-
-def test_both_damaged_none_at_all_and_that_of_another_run(tmp_path):
-    path = tmp_path / "x.ckpt"
-    assert load_checkpoint(path, IDENTITY) is None
-    save(path, 1)
-    save(path, 2)
-    with pytest.raises(ValueError, match=r"another run: lr \(1.0 there, 2.0 now\) differ"):
-        load_checkpoint(path, {"settings": {"lr": 2.0}}, detail="settings")
-    path.unlink()  # killed just between the two renamings
-    with pytest.warns(UserWarning, match="it is missing"):
-        assert load_checkpoint(path, IDENTITY)["step"] == 1
-    save(path, 2)
-    for file in tmp_path.iterdir():
-        content = bytearray(file.read_bytes())
-        content[1500] ^= 1
-        file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"checksum is wrong; x\.ckpt\.previous: its checksum"):
-        load_checkpoint(path, IDENTITY)
-
-
-def test_after_a_damaged_checkpoint_the_vectors_are_those_of_an_undisturbed_run(tiny, tmp_path):
-    images = make_phantoms("prostate", "tumour", 6).images
-    whole = invert(tiny, images, token="<x>", settings=FEW)
-    path = tmp_path / "x.ckpt"
-
-    class Stop(Exception):
-        pass
-
-    def stop(state):
-        if state["step"] == 5:
-            raise Stop
-
-    with pytest.raises(Stop):
-        invert(tiny, images, token="<x>", settings=FEW, checkpoint=path, callback=stop)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-    steps = []
-    with pytest.warns(UserWarning, match="checksum is wrong"):
-        resumed = invert(
-            tiny, images, token="<x>", settings=FEW, checkpoint=path,
-            callback=lambda state: steps.append(state["step"]),
-        )  # fmt: skip
-    assert steps == [3, 4, 5, 6]
-    assert torch.equal(resumed.vectors, whole.vectors) and resumed.history == whole.history
 
 
 def test_a_loss_that_is_not_finite_never_reaches_a_checkpoint(tmp_path, monkeypatch):
@@ -468,11 +372,19 @@ def test_a_full_disk_is_one_error_and_leaves_whole_files(small_disk, medbudget, 
 
 def test_a_full_disk_keeps_the_checkpoint_that_was_there(small_disk):
     disk, _ = small_disk
-    save(disk / "x.ckpt", 1)
-    content = {"identity": IDENTITY, "values": torch.zeros(100_000)}
+
+    class Growing:
+        step, size = 0, 10
+
+        def state_dict(self):
+            return {"step": self.step, "values": torch.zeros(self.size)}
+
+    run = Growing()
     with pytest.raises(OSError, match=r"cannot write .*x\.ckpt: No space left.*as it was"):
-        save_checkpoint(disk / "x.ckpt", content)
-    assert load_checkpoint(disk / "x.ckpt", IDENTITY)["step"] == 1
+        for _ in Steps(run, 2, checkpoint=disk / "x.ckpt", every=1):
+            run.step += 1
+            run.size = 10 if run.step == 1 else 100_000
+    assert load_checkpoint(disk / "x.ckpt")["step"] == 1
     assert [p.name for p in disk.iterdir()] == ["x.ckpt"]
 
 
