@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -304,7 +303,7 @@ def test_a_checkpoint_in_use_is_refused_and_a_lock_is_not_inherited(holder, tiny
     path = tmp_path / "x.ckpt"
     process = holder(path, fork=True)
     images = make_phantoms("prostate", "healthy", 2).images
-    few = replace(FEW, steps=1)
+    few = InversionSettings(n_vectors=4, steps=1, batch_size=2)
     with pytest.raises(InUseError, match="another process"):
         invert(tiny, images, token="<x>", settings=few, checkpoint=path)
     os.utime(lock_file(path), (0, 0))  # however old it seems
