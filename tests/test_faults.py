@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medbudget import invert, load_images, make_phantoms, save_images
+from medbudget import InversionSettings, invert, load_images, make_phantoms, save_images
 from medbudget.files import InUseError, atomic_path, hold, lock_file, write_text
 from medbudget.runs import Steps, load_checkpoint
 
