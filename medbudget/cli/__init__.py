@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as stopped:
         message = STOPPED if arguments[:1] and arguments[0] in GOES_ON else "stopped"
         print(str(stopped) or message, file=sys.stderr)
-        code = 128 + received[0]
+        code = 128 + getattr(stopped, "number", received[0])
     except MemoryError as error:
         code = _report(f"out of memory {error}: fewer or smaller images need less", 1)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
