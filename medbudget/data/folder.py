@@ -10,33 +10,32 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from medbudget.data.identity import Person, is_identity, read_person
+from medbudget.data.compare import check_classes, inspect, join_twins, leave_out, veil
 from medbudget.data.listed import Entry, list_by_table
+from medbudget.data.parallel import run_parallel
 from medbudget.data.prepare import (
     BrokenCase,
     Item,
     Report,
     check_settings,
     prepare_items,
-    run_parallel,
 )
-from medbudget.data.render import hash_values, parse_window, render_item
+from medbudget.data.render import parse_window, render_item
 from medbudget.data.splits import (
     SPLITS,
     choose_reference,
-    join_patients,
     shuffle,
     split_in_proportion,
     split_patients,
 )
-from medbudget.data.volumes import PLANES, Source, count_slices, find_sources, read_pixels
-from medbudget.files import check_apart, check_writable, hash_settings, write_text
-from medbudget.images import is_prepared, read_record
+from medbudget.data.volumes import PLANES, Source, count_slices, find_sources
+from medbudget.files import check_apart, check_writable, write_text
+from medbudget.images import is_prepared
 
 PROPORTIONS = (0.6, 0.2, 0.2)
 BURNT_IN = (
@@ -136,7 +135,7 @@ def prepare_folder(
     if is_prepared(root):
         raise ValueError(f"{root} was made by `medbudget prepare`; name the folder it was made of")
     notes = [BURNT_IN]
-    sources = _leave_out(root, find_sources(root, notes=notes), masks, notes)
+    sources = leave_out(root, find_sources(root, notes=notes), masks, notes)
     if not sources:
         raise ValueError(
             f"no images in {root}; allowed are DICOM, NIfTI, MHA, NRRD, PNG, JPEG, TIFF, BMP, "
@@ -149,7 +148,7 @@ def prepare_folder(
         columns = (file_column, label_column, patient_column)
         entries = list_by_table(root, Path(labels), sources, columns, notes, broken)
     entries = _name_patients(root, entries, patient_pattern, notes)
-    work = partial(_inspect, root=root)
+    work = partial(inspect, root=root)
     facts = {
         source.files: fact
         for source, fact in run_parallel(
@@ -157,8 +156,8 @@ def prepare_folder(
         )
     }
     people = {files: person for files, (_, person) in facts.items()}
-    entries = _check_classes(entries, people, labels is None, notes)
-    entries = _join_twins(entries, {f: fact[0] for f, fact in facts.items()}, notes, broken)
+    entries = check_classes(entries, people, labels is None, notes)
+    entries = join_twins(entries, {f: fact[0] for f, fact in facts.items()}, notes, broken)
     flagged = sum(entry.source.burnt_in for entry in entries)
     if flagged:
         said = "image says that it has" if flagged == 1 else "images say that they have"
@@ -185,8 +184,8 @@ def prepare_folder(
         "slices": slices,
         "plane": plane,
         "window": window,
-        "patient_pattern": _veil(patient_pattern, everybody),
-        "labels": None if labels is None else _veil(Path(labels).name, everybody),
+        "patient_pattern": veil(patient_pattern, everybody),
+        "labels": None if labels is None else veil(Path(labels).name, everybody),
         "columns": None if labels is None else [file_column, label_column, patient_column],
     }
     make = partial(
@@ -220,31 +219,6 @@ def _check_options(
     if not every and slices not in ("middle", "mask"):
         raise ValueError(f"unknown slice rule {slices!r}; allowed are middle, mask, every:K")
     return int(every[1]) if every else None
-
-
-def _leave_out(
-    root: Path, sources: Sequence[Source], masks: str | os.PathLike[str] | None, notes: list[str]
-) -> list[Source]:
-    """Leave out what was prepared, drawn or is a mask, and say so."""
-    prepared = [p.parent for p in sorted(root.rglob("settings.json")) if is_prepared(p.parent)]
-    kept, drawn, masked = [], 0, 0
-    for source in sources:
-        path = root / source.files[0]
-        if any(path.is_relative_to(folder) for folder in prepared):
-            continue
-        if masks is not None and path.resolve().is_relative_to(Path(masks).resolve()):
-            masked += 1
-        elif "prepared" not in (read_record(path) or ["prepared"]):
-            drawn += 1
-        else:
-            kept.append(source)
-    for folder in prepared:
-        notes.append(f"{folder} was made by `medbudget prepare`: its images are left out")
-    if drawn:
-        notes.append(f"synthetic images and contact sheets of medbudget are left out ({drawn})")
-    if masked:
-        notes.append(f"masks are left out of the images ({masked})")
-    return kept
 
 
 def _class_of(source: Source) -> str:
@@ -285,105 +259,6 @@ def _name_patients(
             "splits will leak"
         )
     return [replace(e, patient=e.patient or f"file:{e.source.files[0]}") for e in entries]
-
-
-def _inspect(source: Source, *, root: Path) -> tuple[str, Person]:
-    """Return a hash of the pixels, or "" where they cannot be read, and who the patient is."""
-    person = read_person(root / source.files[0]) if source.kind == "dicom" else Person()
-    try:
-        values = read_pixels(root, source).values
-    except (ValueError, RuntimeError, OSError, EOFError):
-        return "", person  # making the image will say what is wrong
-    return hash_values(values), person
-
-
-def _check_classes(
-    entries: Sequence[Entry],
-    people: Mapping[tuple[str, ...], Person],
-    by_folder: bool,
-    notes: list[str],
-) -> list[Entry]:
-    """Keep patients' names and numbers from becoming classes, which are written everywhere."""
-    patients: dict[str, set[Person]] = {}
-    for entry in entries:
-        person = people[entry.source.files]
-        if not entry.patient.startswith("file:"):
-            person = replace(person, numbers=(*person.numbers, entry.patient))
-        patients.setdefault(entry.label, set()).add(person)
-    if by_folder:
-        patients.pop("all", None)
-    named = [label for label, own in patients.items() if is_identity(label, sorted(own, key=str))]
-    if not named:
-        return [*entries]
-    if by_folder and len(named) == len(patients):
-        notes.append(
-            "the folders are named after their patients: all images are of one class, all, so that "
-            "no name is written; name classes in a table (--labels)"
-        )
-        return [replace(entry, label="all") for entry in entries]
-    raise ValueError(
-        f"{len(named)} of {len(patients)} classes are named after their patients, as "
-        f"{'DICOM tags' if by_folder else 'the table or DICOM tags'} tell, and would be written "
-        "into folders, manifest and contact sheet; name the classes by what they show, in a table "
-        "(--labels)"
-    )
-
-
-def _join_twins(
-    entries: Sequence[Entry],
-    hashes: Mapping[tuple[str, ...], str],
-    notes: list[str],
-    broken: list[tuple[str, str]],
-) -> list[Entry]:
-    """Join patients who share an image; leave out images that are in two classes.
-
-    DICOM files that name different patients are not taken for one image by their pixels alone.
-    """
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if hashes[entry.source.files]:
-            groups.setdefault(hashes[entry.source.files], []).append(entry)
-    twins = [group for group in groups.values() if len(group) > 1]
-    contradictory, joined, doubtful = set(), [], []
-    for group in twins:
-        if len({entry.label for entry in group}) == 1:
-            joined.append(group)
-        elif len({entry.source.patient for entry in group}) == len(group) and all(
-            entry.source.patient for entry in group
-        ):
-            doubtful.append(group)
-        else:
-            contradictory |= {entry.source.files for entry in group}
-            broken += _name_twins(group)
-    if doubtful:
-        both = " and ".join(entry.source.files[0] for entry in doubtful[0][:2])
-        notes.append(
-            f"DICOM files of different patients in different classes have the same pixels, such as "
-            f"{both}: look at them; they stay in one split ({sum(map(len, doubtful))})"
-        )
-    if joined:
-        n = sum(map(len, joined))
-        pairs = [f"{g[1].source.files[0]} is {g[0].source.files[0]}" for g in joined[:3]]
-        notes.append(
-            f"{n} images are {len(joined)} {'ones' if len(joined) > 1 else 'one'}, pixel for pixel "
-            f"({'; '.join(pairs)}{'; …' if len(joined) > 3 else ''}): they stay in one split"
-        )
-    group_of = join_patients({entry.patient for entry in group} for group in joined + doubtful)
-    return [
-        replace(entry, group=group_of.get(entry.patient, entry.patient))
-        for entry in entries
-        if entry.source.files not in contradictory
-    ]
-
-
-def _name_twins(group: Sequence[Entry]) -> Iterator[tuple[str, str]]:
-    for entry in group:
-        other = next(e for e in group if e.label != entry.label)
-        yield (
-            entry.source.files[0],
-            f"in class {entry.label}, has the same pixels as {other.source.files[0]} in class "
-            f"{other.label}: keep it in the right one",
-        )
 
 
 def _stratify(entries: Sequence[Entry]) -> dict[str, str]:
@@ -458,13 +333,6 @@ def _list_items(
             for split, note in places.items():
                 items.append(Item(name, folders[entry.label], split, number, job, note, source))
     return items
-
-
-def _veil(text: str | None, people: Sequence[Person]) -> str | None:
-    """Return a text for the settings, or its hash where it tells who a patient is."""
-    if text and is_identity(text, people):
-        return f"hash {hash_settings({'text': text})}"
-    return text
 
 
 def _write_key(key: Path, entries: Sequence[Entry], numbers: Mapping[str, str]) -> None:

@@ -9,25 +9,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 
+from medbudget._version import __version__
+from medbudget.data.items import BrokenCase, Item, Made, Report, check_settings
+from medbudget.data.parallel import run_parallel
+from medbudget.data.sheet import write_contact_sheet
 from medbudget.data.splits import SPLITS
 from medbudget.files import (
     STALE,
-    atomic_path,
     check_writable,
     hash_file,
     hash_settings,
@@ -35,106 +32,18 @@ from medbudget.files import (
     write_json,
     write_text,
 )
-from medbudget.images import SHEET, ImageError, load_image, read_record, save_images
-from medbudget.processes import start_worker
-from medbudget.progress import tqdm
+from medbudget.images import ImageError, load_image, read_record, save_images
+
+__all__ = [
+    "BrokenCase", "Item", "Made", "Report", "check_settings", "load_manifest", "prepare_items",
+]  # fmt: skip
 
 COLUMNS = (
     "file", "split", "label", "patient", "sources", "slice_index", "spacing", "crop", "window",
     "masks", "note", "sha256",
 )  # fmt: skip
 RECORD = ("sources", "slice_index", "spacing", "crop", "window", "masks", "note", "pixels")
-SIZES = (8, 4096)  # pixels of an edge that can be asked for
-CELL, SHOWN = 128, 10  # contact sheet: pixels of an image, about; images of each split and class
 Row = dict[str, str]
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-
-
-class BrokenCase(ValueError):
-    """A case that cannot be used; the message is its reason in the table at the end."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image that is wanted."""
-
-    name: str  # file name without suffix
-    label: str
-    split: str
-    patient: str
-    job: Any = None  # what the making function needs to know; small and picklable
-    note: str = ""  # for the manifest, e.g. that a reference case stands in another split too
-    source: str = ""  # says which image of which file it is, where the name does not
-
-    @property
-    def file(self) -> str:
-        """Path of the image in the output folder."""
-        return f"{self.split}/{self.label}/{self.name}.png"
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """One image that was made, with what the manifest says of it."""
-
-    image: torch.Tensor  # (3, H, W) uint8
-    sources: tuple[str, ...]  # files it came from, relative to the dataset's folder
-    window: str = ""  # how intensities became 0..255
-    slice_index: int | None = None
-    spacing: tuple[float, float] | None = None  # mm of a pixel of the output: row, column
-    crop: str = ""  # which part of the source it shows
-    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)  # name to (H, W) bool
-    note: str = ""
-    pixels: str = ""  # hash of the source's pixels, which may be in one split and one class alone
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a preparation did."""
-
-    out: Path
-    counts: dict[tuple[str, str], int]  # (split, class) to the number of images there
-    made: int  # images made by this run
-    kept: int  # images found from an earlier run
-    broken: tuple[tuple[str, str], ...] = ()  # case and reason
-    short: dict[tuple[str, str], int] = field(default_factory=dict)  # images missing
-    notes: tuple[str, ...] = ()  # what the reader should know
-    patients: dict[tuple[str, str], int] = field(default_factory=dict)  # as counts
-
-    def __str__(self) -> str:
-        wide = max((len(label) for _, label in self.counts), default=0) + 2
-        lines = [f"{'split':<12}{'class':<{max(wide, 24)}}{'patients':>9}{'images':>9}"]
-        for cell, n in self.counts.items():
-            missing = self.short.get(cell, 0)
-            lines.append(
-                f"{cell[0]:<12}{cell[1]:<{max(wide, 24)}}{self.patients.get(cell, 0):>9}{n:>9}"
-                + (f"  ({missing} missing)" if missing else "")
-            )
-        lines.append(f"{self.made} made, {self.kept} kept from an earlier run, in {self.out}")
-        lines += [f"note: {note}" for note in self.notes]
-        if self.broken:
-            n = len(self.broken)
-            lines.append(f"{n} broken case{'s were' if n > 1 else ' was'} left out:")
-            width = max(len(name) for name, _ in self.broken)
-            lines += [f"  {name:<{width}}  {reason}" for name, reason in self.broken]
-        text = "\n".join(lines)
-        return text.encode("utf-8", "backslashreplace").decode()  # names in unknown encodings
-
-
-def check_settings(
-    *, size: int, seed: int, workers: int = 1, per_class: int = 1, reference: int = 0
-) -> None:
-    """Raise ValueError for numbers that are out of range."""
-    for name, value, least in (
-        ("seed", seed, 0),
-        ("workers", workers, 1),
-        ("per_class", per_class, 1),
-        ("reference", reference, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"size must be from {SIZES[0]} to {SIZES[1]} pixels, got {size}")
 
 
 def prepare_items(
@@ -189,13 +98,20 @@ def prepare_items(
     check_writable(out / "settings.json")
     with hold(out):
         _settle(out, settings, items)
-        return _prepare(items, make, out, spares or {}, [*notes], workers, [*broken])
+        return _prepare(
+            items,
+            make,
+            out,
+            spares or {},
+            [*notes],
+            workers,
+            [*broken],
+            int(settings.get("size", 0)),
+        )
 
 
 def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
     """Write the settings into a new folder, or check that they are those of the old one."""
-    from medbudget._version import __version__
-
     chosen = [[i.file, i.patient, i.source] for i in sorted(items, key=lambda i: i.file)]
     now = {
         "medbudget": __version__,
@@ -234,6 +150,7 @@ def _prepare(
     notes: list[str],
     workers: int,
     broken: list[tuple[str, str]],
+    size: int,
 ) -> Report:
     for stray in out.rglob(".*.tmp"):
         if STALE.fullmatch(stray.name):  # of a run that was killed
@@ -277,11 +194,11 @@ def _prepare(
         patients[row["split"], row["label"]].add(row["patient"])
     notes += _describe(rows)
     _write_manifest(out, rows)
-    _write_contact_sheet(out, rows, list(counts))
+    write_contact_sheet(out, rows, list(counts))
     kept &= rows.keys()
     return Report(
         out, counts, len(rows) - len(kept), len(kept), tuple(broken), short, tuple(notes),
-        {cell: len(names) for cell, names in patients.items()},
+        {cell: len(names) for cell, names in patients.items()}, size,
     )  # fmt: skip
 
 
@@ -398,87 +315,12 @@ def _describe(rows: Mapping[str, Row]) -> Iterator[str]:
         )
 
 
-def run_parallel(
-    function: Callable[[Job], Result], jobs: Iterable[Job], *, workers: int, desc: str
-) -> Iterator[tuple[Job, Result]]:
-    """Yield each job with what the function returns for it, in processes where that pays."""
-    jobs = list(jobs)
-    if not jobs:
-        return
-    with tqdm(total=len(jobs), desc=desc, unit="image") as bar:
-        if workers == 1 or len(jobs) == 1:
-            for job in jobs:
-                yield job, function(job)
-                bar.update()
-            return
-        # as torch's own DataLoader: fork on Linux, where it saves each worker all imports
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        pool = ProcessPoolExecutor(
-            min(workers, len(jobs)), mp_context=context, initializer=start_worker
-        )
-        try:
-            futures = {pool.submit(function, job): job for job in jobs}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-                bar.update()
-        except BrokenProcessPool:
-            raise RuntimeError(
-                "a worker process died (out of memory?); what was made is kept: run the same "
-                "command again with fewer --workers"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _write_manifest(out: Path, rows: Mapping[str, Row]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows[name] for name in sorted(rows))
     write_text(out / "manifest.csv", text.getvalue())
-
-
-def _write_contact_sheet(
-    out: Path, rows: Mapping[str, Row], cells: Sequence[tuple[str, str]]
-) -> None:
-    """Show a few images of each split and class, reduced or enlarged by a whole number."""
-    chosen = {
-        cell: sorted(
-            (name for name, row in rows.items() if (row["split"], row["label"]) == cell),
-            key=lambda name: rows[name]["sha256"],
-        )
-        for cell in cells
-    }
-    gap, line, edge = 4, 16, CELL
-    lines = []
-    for cell, names in chosen.items():
-        pictures = []
-        for name in names[:SHOWN]:
-            with Image.open(out / name) as image:
-                larger = max(1, CELL // max(image.size))
-                smaller = max(1, round(max(image.size) / CELL))
-                shown = image.convert("RGB").reduce(smaller)
-                shown = shown.resize((shown.width * larger, shown.height * larger), 0)
-            pictures.append(shown)
-            edge = max(edge, *shown.size)
-        lines.append((f"{cell[0]} / {cell[1]}: {len(pictures)} of {len(names)}", pictures))
-    if not rows:
-        return
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    wide = max(
-        max(len(pictures) * (edge + gap), int(ruler.textlength(title))) for title, pictures in lines
-    )
-    sheet = Image.new("RGB", (wide + 2 * gap, len(lines) * (edge + line + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, (title, pictures) in enumerate(lines):
-        y = gap + r * (edge + line + gap)
-        draw.text((gap, y), title, fill="black")
-        for c, shown in enumerate(pictures):
-            sheet.paste(shown, (gap + c * (edge + gap), y + line))
-    text = PngInfo()
-    text.add_text("medbudget", json.dumps({"sheet": "contact sheet of a preparation"}))
-    with atomic_path(out / SHEET) as temporary:
-        sheet.save(temporary, format="PNG", pnginfo=text)
 
 
 def load_manifest(out: str | os.PathLike[str]) -> Any:

@@ -1,0 +1,102 @@
+"""What a preparation wants, makes and reports: items, images and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = (8, 4096)  # pixels of an edge that can be asked for
+
+
+class BrokenCase(ValueError):
+    """A case that cannot be used; the message is its reason in the table at the end."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image that is wanted."""
+
+    name: str  # file name without suffix
+    label: str
+    split: str
+    patient: str
+    job: Any = None  # what the making function needs to know; small and picklable
+    note: str = ""  # for the manifest, e.g. that a reference case stands in another split too
+    source: str = ""  # says which image of which file it is, where the name does not
+
+    @property
+    def file(self) -> str:
+        """Path of the image in the output folder."""
+        return f"{self.split}/{self.label}/{self.name}.png"
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """One image that was made, with what the manifest says of it."""
+
+    image: torch.Tensor  # (3, H, W) uint8
+    sources: tuple[str, ...]  # files it came from, relative to the dataset's folder
+    window: str = ""  # how intensities became 0..255
+    slice_index: int | None = None
+    spacing: tuple[float, float] | None = None  # mm of a pixel of the output: row, column
+    crop: str = ""  # which part of the source it shows
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)  # name to (H, W) bool
+    note: str = ""
+    pixels: str = ""  # hash of the source's pixels, which may be in one split and one class alone
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a preparation did."""
+
+    out: Path
+    counts: dict[tuple[str, str], int]  # (split, class) to the number of images there
+    made: int  # images made by this run
+    kept: int  # images found from an earlier run
+    broken: tuple[tuple[str, str], ...] = ()  # case and reason
+    short: dict[tuple[str, str], int] = field(default_factory=dict)  # images missing
+    notes: tuple[str, ...] = ()  # what the reader should know
+    patients: dict[tuple[str, str], int] = field(default_factory=dict)  # as counts
+    size: int = 0  # pixels of an edge
+
+    def __str__(self) -> str:
+        wide = max((len(label) for _, label in self.counts), default=0) + 2
+        lines = [f"{'split':<12}{'class':<{max(wide, 24)}}{'patients':>9}{'images':>9}"]
+        for cell, n in self.counts.items():
+            missing = self.short.get(cell, 0)
+            lines.append(
+                f"{cell[0]:<12}{cell[1]:<{max(wide, 24)}}{self.patients.get(cell, 0):>9}{n:>9}"
+                + (f"  ({missing} missing)" if missing else "")
+            )
+        lines.append(
+            f"{self.made} made, {self.kept} kept from an earlier run, in {self.out}"
+            + (f", {self.size} x {self.size} pixels" if self.size else "")
+        )
+        lines += [f"note: {note}" for note in self.notes]
+        if self.broken:
+            n = len(self.broken)
+            lines.append(f"{n} broken case{'s were' if n > 1 else ' was'} left out:")
+            width = max(len(name) for name, _ in self.broken)
+            lines += [f"  {name:<{width}}  {reason}" for name, reason in self.broken]
+        text = "\n".join(lines)
+        return text.encode("utf-8", "backslashreplace").decode()  # names in unknown encodings
+
+
+def check_settings(
+    *, size: int, seed: int, workers: int = 1, per_class: int = 1, reference: int = 0
+) -> None:
+    """Raise ValueError for numbers that are out of range."""
+    for name, value, least in (
+        ("seed", seed, 0),
+        ("workers", workers, 1),
+        ("per_class", per_class, 1),
+        ("reference", reference, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise ValueError(f"size must be from {SIZES[0]} to {SIZES[1]} pixels, got {size}")
