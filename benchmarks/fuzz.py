@@ -59,7 +59,7 @@ def make_seeds(folder: Path) -> dict[str, list[tuple[str, bytes]]]:
 
     from medbudget import Embedding
     from medbudget.data.chexpert import OBSERVATIONS
-    from medbudget.data.phantom_trees import write_dicom
+    from medbudget.data.layouts import write_dicom
 
     rng = np.random.default_rng(0)
     gray = rng.integers(0, 256, (24, 20), np.uint8)

@@ -29,7 +29,7 @@ import numpy as np
 from measure import judge, peak_memory, run_alone, timed
 from PIL import Image
 
-from medbudget.data import chexpert, pcam, phantom_trees, picai, picai_files
+from medbudget.data import chexpert, layouts, pcam, picai, picai_files
 from medbudget.results import write_result
 
 CASE = "10795_1000811"
@@ -39,7 +39,7 @@ def find_case(data: Path, place: Path) -> tuple[Path, Path, str]:
     """Return images, labels and case: the real one, or a phantom of its size."""
     if (data / "picai").is_dir():
         return data / "picai" / "images", data / "picai" / "labels", CASE
-    images, labels = phantom_trees.write_picai(place, n=1, pixels=344, slices=19)
+    images, labels = layouts.write_picai(place, n=1, pixels=344, slices=19)
     return images, labels, "10000_1000000"
 
 
@@ -197,8 +197,8 @@ def images_a_second(n: int) -> dict[str, float]:
     out = {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        root = phantom_trees.write_chexpert(place, n, pixels=320)
-        folder = phantom_trees.write_pcam(place, {"train": 4 * n, "valid": 4 * n, "test": 8})
+        root = layouts.write_chexpert(place, n, pixels=320)
+        folder = layouts.write_pcam(place, {"train": 4 * n, "valid": 4 * n, "test": 8})
         options: dict[str, Any] = {"per_class": n, "allow_fewer": True}
         for label, run in (
             ("chexpert", partial(chexpert.prepare_chexpert, root, place / "x", **options)),
@@ -238,7 +238,7 @@ def dicom_slices_a_second(n: int = 200, edge: int = 512) -> dict[str, dict[str, 
                 values = (body + rng.normal(0, 20, body.shape) + 100).clip(0).astype(np.uint16)
                 tags = {"0020|0010": "1", "0020|000e": "1.2.3", "0028|1052": "-1024", "0028|1053": "1",
                         "0020|0032": f"0\\0\\{3 * k}", "0020|0037": "1\\0\\0\\0\\1\\0"}  # fmt: skip
-                path = phantom_trees.write_dicom(Path(folder) / f"{k:04d}.dcm", values, tags)
+                path = layouts.write_dicom(Path(folder) / f"{k:04d}.dcm", values, tags)
                 if syntax != ExplicitVRLittleEndian:
                     dataset = pydicom.dcmread(path)
                     dataset.compress(syntax)

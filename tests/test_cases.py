@@ -11,8 +11,8 @@ import torch
 from test_classifier import dots
 
 from medbudget.cases import Cases, check_drawn, check_splits, load_cases
+from medbudget.data.layouts import write_pcam
 from medbudget.data.pcam import prepare_pcam
-from medbudget.data.phantom_trees import write_pcam
 from medbudget.images import save_images
 
 

@@ -19,7 +19,7 @@ from medbudget.data.chexpert import (
     prepare_chexpert,
     select_clean,
 )
-from medbudget.data.phantom_trees import write_chexpert
+from medbudget.data.layouts import write_chexpert
 from medbudget.data.prepare import BrokenCase, load_manifest
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from medbudget import save_images
+from medbudget.data.layouts import write_pcam
 from medbudget.data.pcam import prepare_pcam
-from medbudget.data.phantom_trees import write_pcam
 from medbudget.metrics import compute_auc
 
 

@@ -41,7 +41,7 @@ from pydicom.uid import (
     generate_uid,
 )  # fmt: skip
 
-from medbudget.data.phantom_trees import write_dicom
+from medbudget.data.layouts import write_dicom
 from medbudget.data.prepare import BrokenCase
 from medbudget.data.volumes import count_slices, find_sources, read_pixels
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from medbudget import load_images, make_phantoms
 from medbudget.data.folder import prepare_folder
-from medbudget.data.phantom_trees import write_dicom
+from medbudget.data.layouts import write_dicom
 from medbudget.data.prepare import load_manifest
 from medbudget.data.volumes import Source, count_slices, find_sources, read_pixels
 from medbudget.images import save_images, to_pil

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medbudget.data.phantom_trees import write_dicom
+from medbudget.data.layouts import write_dicom
 from medbudget.data.volumes import count_slices, find_sources, read_pixels
 from medbudget.prompts import parse_prompt
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from medbudget import load_images
 from medbudget.data import pcam
+from medbudget.data.layouts import write_pcam
 from medbudget.data.pcam import iterate_patches, load_labels, load_patches, prepare_pcam
-from medbudget.data.phantom_trees import write_pcam
 from medbudget.data.prepare import load_manifest
 
 

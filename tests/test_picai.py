@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from medbudget.data import picai, picai_files
-from medbudget.data.phantom_trees import write_picai
+from medbudget.data.layouts import write_picai
 from medbudget.data.picai import load_case, measure_shift, prepare_picai
 from medbudget.data.picai_files import read_marksheet
 from medbudget.data.prepare import BrokenCase, load_manifest

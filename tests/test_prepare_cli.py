@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medbudget import make_phantoms
-from medbudget.data.phantom_trees import write_chexpert, write_pcam, write_picai
+from medbudget.data.layouts import write_chexpert, write_pcam, write_picai
 from medbudget.data.prepare import load_manifest
 from medbudget.images import save_images
 

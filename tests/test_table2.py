@@ -232,8 +232,8 @@ def test_folders_as_prepare_names_them_and_older_names(tmp_path):
 
 
 def test_histology_is_tested_on_all_patches_of_the_official_files(tiny, tmp_path):
+    from medbudget.data.layouts import write_pcam
     from medbudget.data.pcam import load_labels
-    from medbudget.data.phantom_trees import write_pcam
 
     write_pcam(tmp_path / "official")
     sources = {"histology": tmp_path / "prepared", "pcam": tmp_path / "official"}

@@ -8,7 +8,7 @@ import pytest
 from dicoms import prepare, read_one, read_or_refuse, read_row
 
 from medbudget.data.itk import TURNS, read_volume
-from medbudget.data.phantom_trees import write_picai
+from medbudget.data.layouts import write_picai
 from medbudget.data.picai import GLAND, load_case
 from medbudget.data.prepare import BrokenCase
 
