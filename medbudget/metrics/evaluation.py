@@ -13,7 +13,14 @@ import torch
 from medbudget.metrics.extractors import Extractor, load_extractor
 from medbudget.metrics.features import NORMALISATIONS, compute_features
 from medbudget.metrics.frechet import METHODS, Features, Groups, frechet_interval
-from medbudget.metrics.image_sets import ImageSet, Index, Source, load_sets, pair
+from medbudget.metrics.image_sets import (
+    Source,
+    choose_images,
+    find_leaks,
+    find_patients,
+    load_sets,
+    pair,
+)
 from medbudget.metrics.kernel import kernel_distance, precision_recall
 from medbudget.metrics.neighbours import memorisation, wilson
 from medbudget.metrics.permutation import permutation_test
@@ -204,9 +211,9 @@ def evaluate(
             f"{len(given)} real and {len(made)} synthetic images are too few: at least {need} "
             f"and 2 are needed{' for a score with its floor' if floor else ''}"
         )
-    first, second, chosen = _choose(given, made, floor, np.random.default_rng(seed))
-    leaks = _find_leaks(given, made, first, sets.get("train"))
-    groups = _patients(given, first), _patients(made, chosen)
+    first, second, chosen = choose_images(given, made, floor, np.random.default_rng(seed))
+    leaks = find_leaks(given, made, first, sets.get("train"))
+    groups = find_patients(given, first), find_patients(made, chosen)
     notes = [f"{len(set(g))} patients in {len(g)} images" for g in groups if g is not None]
     if floor and len(first) < len(made):
         notes.append(
@@ -240,7 +247,7 @@ def evaluate(
             block += _kernel_scores(x[first], y[chosen], extractor, rule, groups)
         block = [_add_remark(score, leaks) for score in block]
         if floor:
-            between = (groups[0], _patients(given, second))
+            between = (groups[0], find_patients(given, second))
             apart = "the floor: two disjoint real sets"
             block[1:1] = [
                 frechet_score(
@@ -268,64 +275,6 @@ def evaluate(
 
 def _add_remark(score: Score, remark: str) -> Score:
     return replace(score, remark="; ".join(filter(None, (remark, score.remark))))
-
-
-def _patients(images: ImageSet, rows: Index) -> list[str] | None:
-    """Return the patients of some images, or None where each image has its own or none is known."""
-    patients = [images.patients[i] for i in rows] if images.patients else []
-    return patients if len(set(patients)) < len(patients) else None
-
-
-def _choose(
-    real: ImageSet, synthetic: ImageSet, floor: bool, rng: np.random.Generator
-) -> tuple[Index, Index, Index]:
-    """Choose two disjoint sets of real images, by patient where known, and as many synthetic."""
-    everything = np.arange(len(real))
-    if not floor:
-        return everything, np.empty(0, dtype=int), np.arange(len(synthetic))
-    order = rng.permutation(len(real))
-    halves = [order[: len(real) // 2], order[len(real) // 2 :]]
-    n = min(len(synthetic), len(real) // 2)
-    if patients := _patients(real, everything):
-        of = np.array(patients)
-        halves = [np.empty(0, dtype=int)] * 2
-        for patient in rng.permutation(np.unique(of)):
-            small = int(len(halves[1]) < len(halves[0]))
-            halves[small] = np.concatenate([halves[small], np.flatnonzero(of == patient)])
-        n = min(n, *map(len, halves))
-        if n < 2:
-            raise ValueError(
-                f"the real images are of {len(np.unique(of))} patients: too few for two disjoint "
-                "sets; add patients, or do without the floor (floor=False, --no-floor)"
-            )
-        halves = [rng.permutation(half) for half in halves]
-        order = np.concatenate([halves[0][:n], halves[1][:n]])
-    first, second = np.sort(order[:n]), np.sort(order[n : 2 * n])
-    chosen = np.sort(rng.permutation(len(synthetic))[:n])
-    if sorted(real.hashes) == sorted(synthetic.hashes):  # a set against itself: the same images
-        place = {digest: i for i, digest in enumerate(synthetic.hashes)}
-        chosen = np.array([place[real.hashes[i]] for i in first])
-    return first, second, chosen
-
-
-def _find_leaks(real: ImageSet, synthetic: ImageSet, used: Index, train: ImageSet | None) -> str:
-    """Say how many of the real images are training images, or are among the synthetic ones."""
-    remarks = []
-    seen = set(train.hashes) if train else set()
-    trained = [real.hashes[i] in seen for i in used]
-    if synthetic.training_hashes:
-        digests = real.hashes_at(synthetic.edge)
-        trained = [t or digests[i] in synthetic.training_hashes for i, t in zip(used, trained)]
-    if any(trained):
-        remarks.append(f"against training images ({sum(trained)} of {len(used)})")
-    elif train and train.patients and real.patients:
-        shared = {real.patients[i] for i in used} & set(train.patients)
-        if shared:
-            remarks.append(f"against images of {len(shared)} training patients")
-    own = set(real.hashes)
-    if copies := sum(digest in own for digest in synthetic.hashes):
-        remarks.append(f"{copies} of {len(synthetic)} synthetic images are among the real ones")
-    return "; ".join(remarks)
 
 
 def _compare(
