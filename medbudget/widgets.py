@@ -14,6 +14,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as ipw
@@ -22,7 +23,7 @@ from IPython.display import HTML
 
 from medbudget.base import Base
 from medbudget.embeddings import Embedding
-from medbudget.images import check_images, make_grid, to_pil
+from medbudget.images import check_images, make_grid, save_images, to_pil
 from medbudget.inpainting import inpaint
 from medbudget.masks import brush_mask
 from medbudget.reader import ReaderError, ReaderStudy
@@ -361,16 +362,38 @@ class Inpainter(ipw.VBox):
         self.strength.observe(self._changed, names="value")
         self.button = ipw.Button(description="Stop", icon="stop")
         self.button.on_click(self.live.stop)
-        self.result = ipw.Image(format="png")
-        row = ipw.HBox([self.strength, self.button, self.status])
+        self.result = ipw.Image(format="png", layout={"display": "none"})
+        self.save = ipw.Button(description="Save", icon="save")
+        self.save.on_click(self._save)
+        row = ipw.HBox([self.strength, self.button, self.save, self.status])
         super().__init__([self.painter, row, self.result])
+        self._show(None)
         self._report("draw a mask on the image")
 
     def _changed(self, _: Any = None) -> None:
+        self._show(None)  # what was painted under another mask does not stand under this one
         if self.painter.strokes:
             self.live.request(self.painter.mask, self.strength.value)
         else:
             self.live.stop()
+
+    def _show(self, images: torch.Tensor | None) -> None:
+        """Show images, or with None no picture at all."""
+        self.images = images
+        self.result.value = b"" if images is None else to_png(images)
+        self.result.layout.display = "none" if images is None else ""
+        self.save.disabled = images is None
+
+    def _save(self, _: Any = None) -> None:
+        """Write the images and their mask as PNG files into a new folder."""
+        if self.images is None:
+            return
+        number = next(i for i in range(1, 10_000) if not Path(f"inpainted{i}").exists())
+        folder = Path(f"inpainted{number}")
+        save_images(self.images, folder)
+        mask = (self.painter.mask * 255).to(torch.uint8).expand(1, 3, -1, -1)
+        save_images(mask, folder, names=["mask"])
+        self._report(f"saved in {folder}")
 
     def _report(self, state: str) -> None:
         self.status.value = f"{state} · {self.prompt} · synthetic under the mask"
@@ -386,7 +409,8 @@ class Inpainter(ipw.VBox):
             callback=check,
             **self.options,
         )
-        self.result.value = to_png(made)
+        check()
+        self._show(made)
 
 
 # presses a button of the widget by its key; JupyterLab leaves keys alone where the attribute stands

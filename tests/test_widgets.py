@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("ipywidgets")
 
 from medbudget import Embedding, make_phantoms
-from medbudget.images import save_images
+from medbudget.images import load_images, save_images
 from medbudget.masks import brush_mask
 from medbudget.reader import ReaderStudy
 from medbudget.widgets import (
@@ -131,9 +131,10 @@ def test_strokes_become_a_mask_and_can_be_undone():
     assert painter.strokes == [] and "covers 0 percent" in painter.picture.value
 
 
-def test_inpainter_paints_under_the_drawn_mask(tiny):
+def test_inpainter_paints_under_the_drawn_mask(tiny, tmp_path, monkeypatch):
     studio = Inpainter(tiny, IMAGE, "<b>", embeddings=[B], n=1, steps=2, delay=0)
-    assert studio.result.value == b""
+    assert studio.result.value == b"" and studio.result.layout.display == "none"
+    assert studio.save.disabled
     studio.painter.field.value = json.dumps([[0.4, 0.5], [0.6, 0.5]])
     studio.live.wait()
     first = bytes(studio.result.value)
@@ -141,8 +142,15 @@ def test_inpainter_paints_under_the_drawn_mask(tiny):
     studio.painter.field.value = json.dumps([[0.2, 0.2]])
     studio.live.wait()
     assert bytes(studio.result.value) != first and "done" in studio.status.value
-    studio.painter.clear.click()
-    assert "stopped" in studio.status.value
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        studio.save.click()
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["inpainted1", "inpainted2"]
+    assert torch.equal(load_images(tmp_path / "inpainted1/00000.png"), studio.images)
+    assert (tmp_path / "inpainted2/mask.png").exists() and "inpainted2" in studio.status.value
+    studio.painter.clear.click()  # no image stands under a mask that is gone
+    assert "stopped" in studio.status.value and studio.result.value == b""
+    assert studio.save.disabled and studio.result.layout.display == "none"
 
 
 @pytest.fixture
