@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medbudget.files import atomic_path
-from medbudget.pictures import SUFFIXES, ImageError, open_picture
+from medbudget.pictures import SUFFIXES, ImageError, describe_passed_over, open_picture
 
-# what may lie beside images without being one
-DOCUMENTS = (
-    ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".html", ".log", ".ini",
-    ".db", ".xlsx", ".xls", ".ods", ".py", ".lock", ".pt", ".bin", ".safetensors", ".ckpt",
-)  # fmt: skip
-NAMES = ("README", "LICENSE", "LICENCE")
 SHEET = "contact_sheet.png"
 
 
@@ -177,22 +170,6 @@ def _choose_class(folder: Path) -> Path:
     return folder / training[0]
 
 
-def describe_passed_over(paths: Iterable[Path]) -> str:
-    """Count files by ending, such as ``3 .dcm (a.dcm …)``; documents are not counted."""
-    first: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for path in paths:
-        suffix = path.suffix.lower()
-        if suffix in DOCUMENTS or path.stem.upper() in NAMES:
-            continue
-        counts[suffix] += 1
-        first.setdefault(suffix, path.name)
-    return ", ".join(
-        f"{n} {suffix or 'without ending'} ({first[suffix]}{' …' if n > 1 else ''})"
-        for suffix, n in sorted(counts.items())
-    )
-
-
 def load_images(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, size: int | None = None
 ) -> torch.Tensor:
@@ -243,6 +220,18 @@ def load_images(
         raise ImageError(
             f"the images have {len(shapes)} different sizes, e.g. {sorted(shapes)[:3]} (H, W); "
             "pass size=… to resize and pad them all"
+        )
+    first: dict[str, Path] = {}
+    pairs = [
+        (file, first[key])
+        for file, image in zip(files, images)
+        if first.setdefault(key := hash_pixels(image), file) != file
+    ]
+    if pairs:
+        n = f"{len(pairs)} image{'s have' if len(pairs) > 1 else ' has'}"
+        warnings.warn(
+            f"{n} the pixels of another one: {pairs[0][0].name} is {pairs[0][1].name}",
+            stacklevel=2,
         )
     return torch.stack(images)
 

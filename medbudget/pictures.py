@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,13 @@ SUFFIXES = (
 HEIF = (".heic", ".heif", ".hif")
 # Pillow goes by content, not by name, and hands PostScript to another program: never let it
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "AVIF")
+
+# what may lie beside images without being one
+DOCUMENTS = (
+    ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".html", ".log", ".ini",
+    ".db", ".xlsx", ".xls", ".ods", ".py", ".lock", ".pt", ".bin", ".safetensors", ".ckpt",
+)  # fmt: skip
+NAMES = ("README", "LICENSE", "LICENCE")
 
 
 class ImageError(ValueError):
@@ -130,3 +139,19 @@ def _read_depth(image: ImageFile.ImageFile) -> tuple[int, bool]:
             raise ImageError("has signed 8-bit pixels; export it with unsigned ones")
         return bits, tags.get(262) == 0  # WhiteIsZero; Pillow inverts up to 8 bits
     return 16 if any(";16" in str(tile[3]) for tile in image.tile) else 8, False
+
+
+def describe_passed_over(paths: Iterable[Path]) -> str:
+    """Count files by ending, such as ``3 .dcm (a.dcm …)``; documents are not counted."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix in DOCUMENTS or path.stem.upper() in NAMES:
+            continue
+        counts[suffix] += 1
+        first.setdefault(suffix, path.name)
+    return ", ".join(
+        f"{n} {suffix or 'without ending'} ({first[suffix]}{' …' if n > 1 else ''})"
+        for suffix, n in sorted(counts.items())
+    )

@@ -18,9 +18,8 @@ from medbudget.data.dicom import Pixels
 from medbudget.data.itk import TURNS, VOLUMES, Array, find_turn, read_size, read_stated, read_volume
 from medbudget.data.prepare import BrokenCase
 from medbudget.data.series import Header, Source, join_series, read_header, separate
-from medbudget.images import describe_passed_over
 from medbudget.pictures import SUFFIXES as PICTURES
-from medbudget.pictures import ImageError, open_picture
+from medbudget.pictures import ImageError, describe_passed_over, open_picture
 
 __all__ = [
     "PLANES", "VOLUMES", "Array", "Pixels", "Source", "Window", "count_slices", "find_sources",
