@@ -346,7 +346,7 @@ def invert_to(
     if given.given >= set(asdict(settings)):
         changes = "all"
     say(
-        f"{len(images)} image{'s' * (len(images) > 1)}, {settings.steps} steps of "
+        f"{len(images)} image{'s' * (len(images) > 1)}, {settings.steps} step{'s' * (settings.steps > 1)} of "
         f"{settings.batch_size}, learning rate {settings.lr:g} ({settings.schedule}), "
         f"{settings.n_vectors} vectors on {base.device} (preset {base.preset}; given: {changes})"
     )

@@ -287,6 +287,8 @@ def sample_to(
     folder = Path(folder)
     steps = default_steps(base) if steps is None else steps
     check_counts(n=n, steps=steps)
+    if n > 100_000:
+        raise ValueError(f"n must be at most 100000 in one folder, got {n}: use several folders")
     seeds = range(check_seed(seed, n), seed + n)
     shape = base.latent_shape(size)
     words = base.load_words(embeddings)

@@ -151,3 +151,8 @@ def test_a_pt_file_under_another_name_is_called_so(medbudget, refused, word, tmp
     (tmp_path / "x.pt").rename(tmp_path / "y.safetensors")
     said = refused("embedding", "show", tmp_path / "y.safetensors")
     assert said == "y.safetensors holds what a .pt or .bin file holds: give it that ending"
+
+
+def test_numbers_that_cannot_be_meant(refused, tmp_path):
+    said = refused("sample", "red", "--n", 10**9, "--out", tmp_path / "o")
+    assert said == "n must be at most 100000 in one folder, got 1000000000: use several folders"

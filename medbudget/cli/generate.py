@@ -19,24 +19,15 @@ def phantoms(
 ) -> None:  # fmt: skip
     """Draw procedural stand-ins for medical images (phantoms).
 
-    Parameters
-    ----------
-    out
-        folder to write PNG files to
-    kind
-        prostate, chest or histology
-    label
-        e.g. healthy; several for combined chest diseases
-    n
-        number of images
-    size
-        pixels of an edge
-    seed
-        the same seed gives the same result
-    split
-        train, val or test: they never overlap
-    overwrite
-        replace other images that are there
+    Args:
+        out: folder to write PNG files to
+        kind: prostate, chest or histology
+        label: e.g. healthy; several for combined chest diseases
+        n: number of images
+        size: pixels of an edge
+        seed: the same seed gives the same result
+        split: train, val or test: they never overlap
+        overwrite: replace other images that are there
     """
     from medbudget import make_phantoms, save_images
     from medbudget.data.phantoms import KINDS
@@ -50,7 +41,7 @@ def phantoms(
     for i, record in enumerate(records):
         check_output(out / f"{i:05d}.png", record, read_record, overwrite=overwrite)
     save_images(drawn.images, out, records=records)
-    print(f"wrote {n} {kind} phantoms ({drawn.labels[0]}, {split}) to {out}")
+    print(f"wrote {n} {kind} phantom{'s' * (n > 1)} ({drawn.labels[0]}, {split}) to {out}")
 
 
 def invert(
@@ -63,40 +54,24 @@ def invert(
 ) -> None:  # fmt: skip
     """Train an embedding on a folder of images (Textual Inversion).
 
-    Parameters
-    ----------
-    images
-        folder of images of one class
-    token
-        the new word, e.g. "<mine>"
-    out
-        x.safetensors, x.pt (A1111) or x.bin (diffusers)
-    preset
-        tiny, colab or paper; default: the base's
-    n_vectors
-        rows, 1 to 74; paper: 64
-    steps
-        paper: 50000
-    lr
-        learning rate; paper: 0.005
-    batch_size
-        paper: 1
-    init
-        "*" (A1111), mean, or any text
-    latents
-        once (A1111), mean or resample
-    seed
-        the same seed gives the same result
-    checkpoint
-        file to save the state in and to go on from; default: OUT.ckpt until OUT is saved
-    checkpoint_every
-        steps between checkpoints
-    preview_every
-        steps between preview images
-    log_dir
-        write TensorBoard events there
-    overwrite
-        replace OUT if it is there
+    Args:
+        images: folder of images of one class
+        token: the new word, e.g. "<mine>"
+        out: x.safetensors, x.pt (A1111) or x.bin (diffusers)
+        preset: tiny, colab or paper; default: the base's
+        n_vectors: rows, 1 to 74; paper: 64
+        steps: paper: 50000
+        lr: learning rate; paper: 0.005
+        batch_size: paper: 1
+        init: "*" (A1111), mean, or any text
+        latents: once (A1111), mean or resample
+        seed: the same seed gives the same result
+        checkpoint: file to save the state in and to go on from; default: OUT.ckpt until OUT is
+            saved
+        checkpoint_every: steps between checkpoints
+        preview_every: steps between preview images
+        log_dir: write TensorBoard events there
+        overwrite: replace OUT if it is there
     """
     from medbudget import InversionSettings, invert_to
     from medbudget.embeddings import check_token
@@ -169,26 +144,16 @@ def sample(
 ) -> None:  # fmt: skip
     """Generate images from a prompt; a command that was stopped goes on where it was.
 
-    Parameters
-    ----------
-    prompt
-        e.g. "<mine>" or "<a>:0.5 AND <b>:0.5"
-    out
-        folder for the PNG files
-    embeddings
-        embedding file; repeatable
-    n
-        number of images
-    steps
-        default: 25 on tiny, else 100
-    cfg_scale
-        classifier-free guidance; paper: 2
-    negative_prompt
-        what to guide away from
-    seed
-        of the first image; the next ones have the next seeds
-    overwrite
-        replace other images that are there
+    Args:
+        prompt: e.g. "<mine>" or "<a>:0.5 AND <b>:0.5"
+        out: folder for the PNG files
+        embeddings: embedding file; repeatable
+        n: number of images
+        steps: default: 25 on tiny, else 100
+        cfg_scale: classifier-free guidance; paper: 2
+        negative_prompt: what to guide away from
+        seed: of the first image; the next ones have the next seeds
+        overwrite: replace other images that are there
     """
     from medbudget import sample_to
     from medbudget.sampling import total_guidance
@@ -202,7 +167,7 @@ def sample(
     count = 0 if overwrite else len(kept & set(paths))
     there = f", {count} of them kept" if count else ""
     print(
-        f"{n} synthetic images in {out}{there}; total guidance "
+        f"{n} synthetic image{'s' * (n > 1)} in {out}{there}; total guidance "
         f"{total_guidance(prompt, cfg_scale):g}"
     )
 
@@ -217,41 +182,24 @@ def inpaint(
 ) -> None:  # fmt: skip
     """Repaint what a mask covers: every mask on every image, or a mask for each image.
 
-    Parameters
-    ----------
-    image
-        an image, or a folder of them
-    mask_and_prompt
-        a mask file, white where to repaint, or a folder with a mask for each image under its name;
-        left out with --ellipse. Then the prompt
-    out
-        folder for the PNG files
-    ellipse
-        x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06; repeatable
-    embeddings
-        embedding file; repeatable
-    save_masks
-        write each image's mask to OUT/masks too
-    strength
-        0 to 1: how far from the original
-    mask_blur
-        pixels at 512, scaled to the size
-    content
-        original, fill, noise or zeros
-    overlay
-        plain, or a1111: paint a lesion as large as A1111 does, about a third larger
-    n
-        variants of each image and mask
-    steps
-        default: 25 on tiny, else 100
-    cfg_scale
-        classifier-free guidance; paper: 2
-    negative_prompt
-        what to guide away from
-    seed
-        the same seed gives the same result
-    overwrite
-        replace other images that are there
+    Args:
+        image: an image, or a folder of them
+        mask_and_prompt: a mask file, white where to repaint, or a folder with a mask for each image
+            under its name; left out with --ellipse. Then the prompt
+        out: folder for the PNG files
+        ellipse: x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06; repeatable
+        embeddings: embedding file; repeatable
+        save_masks: write each image's mask to OUT/masks too
+        strength: 0 to 1: how far from the original
+        mask_blur: pixels at 512, scaled to the size
+        content: original, fill, noise or zeros
+        overlay: plain, or a1111: paint a lesion as large as A1111 does, about a third larger
+        n: variants of each image and mask
+        steps: default: 25 on tiny, else 100
+        cfg_scale: classifier-free guidance; paper: 2
+        negative_prompt: what to guide away from
+        seed: the same seed gives the same result
+        overwrite: replace other images that are there
     """
     from medbudget import inpaint_to
 
@@ -269,7 +217,9 @@ def inpaint(
         overlay=overlay, steps=steps, cfg_scale=cfg_scale, seed=seed, n=n, save_masks=save_masks,
         overwrite=overwrite,
     )  # fmt: skip
-    print(f"{len(paths)} inpainted images in {out}: synthetic under their masks")
+    print(
+        f"{len(paths)} inpainted image{'s' * (len(paths) > 1)} in {out}: synthetic under their masks"
+    )
 
 
 def _parse_ellipse(text: str) -> Any:
@@ -287,10 +237,8 @@ def _parse_ellipse(text: str) -> Any:
 def describe(images: Path, /, *, base: BaseOptions = DEFAULT) -> None:
     """Write the visual words of an image (or the mean of a folder): a prompt, or an --init.
 
-    Parameters
-    ----------
-    images
-        a folder, or one image
+    Args:
+        images: a folder, or one image
     """
     from medbudget import describe as run
 
