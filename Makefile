@@ -2,6 +2,7 @@
 # make book   install, then run every chapter and build the site
 # make links  ask the addresses of other sites whether they are still there; needs internet
 # make fuzz   install, then read 100,000 damaged files of every format
+# make floors install the lowest versions that pyproject.toml allows, and run the quick tests with them
 # make release   wheel and source distribution into dist/, tried in a clean environment
 # Both set up .venv with PYTHON (3.10 or later) on the first call and install nothing on the next.
 # ARGS goes to pytest (make test) or to the book's build script (make book ARGS=00_quickstart).
@@ -21,7 +22,7 @@ export MALLOC_TOP_PAD_ ?= 1073741824
 # Threads that wait give the core to others: beside another busy process, spinning costs tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help test book links fuzz format clean constraints release
+.PHONY: help test book links fuzz floors format clean constraints release
 .DEFAULT_GOAL := help
 
 help:
@@ -55,6 +56,13 @@ format: $(STAMP)
 # 100,000 damaged files; more with ARGS="--inputs 1000000 --seed 1", kept with ARGS=--record.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(ARGS)
+
+# Several GB; by hand, before a release. Needs Python 3.11, for which the lowest versions have wheels.
+floors:
+	$(PYTHON) -m venv --clear _build/floors
+	$(PYTHON) book/floors.py > _build/floors.txt
+	_build/floors/bin/python -m pip install --requirement _build/floors.txt
+	PYTHONPATH=. OMP_NUM_THREADS=1 _build/floors/bin/python -m pytest -m "not slow and not browser" $(ARGS)
 
 # Wheel and source distribution in dist/, tried in a clean environment outside the checkout.
 release: $(STAMP)

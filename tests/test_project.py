@@ -101,6 +101,18 @@ def test_constraints_pin_every_dependency_and_name_no_place() -> None:
         assert pin.marker.evaluate({"python_version": "3.12"})
 
 
+def test_every_dependency_declares_its_floor() -> None:
+    pytest.importorskip("tomllib", reason="needs Python 3.11")
+    sys.path.insert(0, str(ROOT / "book"))
+    from floors import list_floors
+
+    floors = dict(line.split("==") for line in list_floors(PYPROJECT))
+    assert {"torch": "2.6", "transformers": "5.6", "pytest": "8"}.items() <= floors.items()
+    broken = PYPROJECT.replace('"torch>=2.6"', '"torch"')
+    with pytest.raises(ValueError, match="'torch' has no floor"):
+        list_floors(broken)
+
+
 def test_makefile_refuses_an_old_python(tmp_path: Path) -> None:
     old = tmp_path / "old-python"
     old.write_text(
@@ -141,7 +153,7 @@ def test_links_of_the_readme_exist() -> None:
 COLAB = {
     "torch": "2.6.0+cu124",
     "torchvision": "0.21.0+cu124",
-    "diffusers": "0.33.1",
+    "diffusers": "0.35.2",
     "numpy": "2.0.2",
     "scipy": "1.14.1",
     "pandas": "2.2.2",
