@@ -12,7 +12,6 @@ import html
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from medbudget.embeddings import Embedding
 from medbudget.images import check_images, make_grid, save_images, to_pil
 from medbudget.inpainting import inpaint
 from medbudget.masks import brush_mask
-from medbudget.reader import ReaderError, ReaderStudy
+from medbudget.reader import ReaderStudy
 from medbudget.sampling import sample, total_guidance
 
 EDGE = 384  # screen pixels of an image that is drawn on
@@ -411,97 +410,6 @@ class Inpainter(ipw.VBox):
         )
         check()
         self._show(made)
-
-
-# presses a button of the widget by its key; JupyterLab leaves keys alone where the attribute stands
-_KEYS = """
-const press = {ArrowLeft: 'left', ArrowRight: 'right', ' ': 'none', u: 'undo'}[event.key];
-if (press) {
-  event.preventDefault();
-  event.stopPropagation();
-  if (!event.repeat)
-    this.closest('.medbudget-reader').querySelector(`.medbudget-${press}`).click();
-}
-"""
-
-
-class ReaderWidget(ipw.VBox):
-    """Ask the pairs of a reader study; every answer is on the disk before the next pair shows.
-
-    Parameters
-    ----------
-    study : ReaderStudy
-    reader : str
-        A pseudonym; the same one goes on where it stopped.
-    edge : int
-        Screen pixels of an image, at most; small images get a whole number of screen pixels each.
-    """
-
-    def __init__(self, study: ReaderStudy, reader: str, *, edge: int = EDGE) -> None:
-        self.study, self.reading, self.edge = study, study.reader(reader), edge
-        self.pair: int | None = None
-        self.shown = 0.0
-        self.picture = ipw.HTML()
-        self.status = ipw.Label()
-        self.note = ipw.Text(placeholder="note for this pair (optional)")
-        keys = ipw.HTML(
-            '<div tabindex="0" role="application" data-lm-suppress-shortcuts="true" '
-            'style="border: 1px dashed #767676; padding: 0 8px" '
-            f'onkeydown="{html.escape(_KEYS)}">Click here, then answer by key: ←, →, '
-            "space for no preference, U for undo</div>"
-        )
-        self.buttons = {
-            "left": ipw.Button(description="← Left"),
-            "none": ipw.Button(description="No preference"),
-            "right": ipw.Button(description="Right →"),
-            "undo": ipw.Button(description="Undo", icon="undo"),
-        }
-        for choice, button in self.buttons.items():
-            button.add_class(f"medbudget-{choice}")
-            button.on_click(lambda _, choice=choice: self._press(choice))
-        row = ipw.HBox(list(self.buttons.values()))
-        super().__init__([self.status, self.picture, row, keys, self.note])
-        self.add_class("medbudget-reader")
-        self._show()
-
-    def _press(self, choice: str) -> None:
-        """Write down what was pressed, then show what is next."""
-        problem = ""
-        try:
-            if choice == "undo":
-                undone = self.reading.answers()[-1:]
-                self.reading.undo()
-                self.note.value = undone[0]["note"]
-            elif self.pair is not None:
-                seconds = time.monotonic() - self.shown
-                if seconds < DOUBLE_CLICK:
-                    return
-                self.reading.answer(self.pair, choice, seconds=seconds, note=self.note.value)
-                self.note.value = ""
-        except (ReaderError, OSError) as error:
-            problem = f" · {error}"
-        self._show(problem)
-
-    def _show(self, problem: str = "") -> None:
-        self.pair = self.reading.next()
-        total = len(self.study.pairs)
-        for choice in ("left", "none", "right"):
-            self.buttons[choice].disabled = self.pair is None
-        self.buttons["undo"].disabled = self.pair == 0
-        if self.pair is None:
-            self.status.value = f"All {total} pairs are answered. Thank you.{problem}"
-            self.picture.value = ""
-            return
-        self.status.value = f"{self.study.question} Pair {self.pair + 1} of {total}{problem}"
-        wide = self.study.width * max(1, self.edge // self.study.width)
-        style = f"width: {wide}px; max-width: 49%; margin-right: 1%"
-        if wide > self.study.width:
-            style += "; image-rendering: pixelated"
-        self.picture.value = "".join(
-            f'<img src="{url}" alt="{side.capitalize()} image" style="{style}">'
-            for side, url in zip(("left", "right"), self.study.urls(self.pair))
-        )
-        self.shown = time.monotonic()
 
 
 def show_reader_study(study: ReaderStudy, *, height: int = 560) -> HTML:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from webdriver import (
-    ARROW_LEFT,
     ARROW_RIGHT,
     Browser,
     free_port,
@@ -292,57 +291,3 @@ def test_a_weight_slider_in_jupyterlab_draws_and_stops(
     assert ended == "stopped", "Stop does not stop"
     time.sleep(2)
     assert browser.run(f"{status} return image.src") == before
-
-
-def test_pairs_answered_by_keys_in_jupyterlab_arrive_in_python(
-    browser: Browser, lab: tuple[str, Path]
-) -> None:
-    from medbudget import save_images
-    from medbudget.reader import ReaderStudy
-
-    _, folder = lab
-    generator = torch.Generator().manual_seed(0)
-    for name in ("a", "b"):
-        images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=generator)
-        save_images(images, folder / name)
-    study = ReaderStudy.create(folder / "a", folder / "b", folder / "s", seed=1, n_pairs=4)
-    lines = [
-        "from medbudget.reader import ReaderStudy",
-        "from medbudget.widgets import ReaderWidget",
-        "ReaderWidget(ReaderStudy.load('s'), 'ann')",
-    ]
-    run_notebook(browser, lab, lines, shows=".medbudget-reader img")
-    ann = study.reader("ann")
-
-    def arrived(*choices: str) -> None:
-        until(
-            lambda: [r["choice"] for r in ann.records()] == [*choices], f"{choices} do not arrive"
-        )
-        pair = f"Pair {ann.next() + 1} of 4" if ann.next() is not None else "All 4 pairs"
-        browser.wait_for(
-            f"return document.querySelector('.medbudget-reader').innerText.includes('{pair}')",
-            f"{pair} does not show",
-        )
-        time.sleep(0.3)  # faster answers count as double clicks
-
-    sources = "return [...document.querySelectorAll('.medbudget-reader img')].map(i => i.src)"
-    assert browser.run(sources) == study.urls(0)
-    time.sleep(0.3)
-    browser.click(".medbudget-reader [tabindex]")
-    browser.press(ARROW_LEFT)
-    arrived("left")
-    assert browser.run(sources) == study.urls(1)
-    browser.press(" ")
-    arrived("left", "none")
-    browser.press("u")
-    arrived("left", "none", "undo")
-    browser.press(ARROW_RIGHT)
-    arrived("left", "none", "undo", "right")
-    browser.type(".medbudget-reader input", "blurred")
-    time.sleep(0.3)
-    browser.click(".medbudget-right")
-    arrived("left", "none", "undo", "right", "right")
-    browser.click(".medbudget-left")
-    arrived("left", "none", "undo", "right", "right", "left")
-    assert [a["note"] for a in ann.answers()] == ["", "", "blurred", ""]
-    assert browser.run("return document.querySelectorAll('.jp-Cell').length") == 1

@@ -27,7 +27,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from medbudget import Embedding, InversionSettings, invert, load_base, make_phantoms, sample
+from medbudget import (
+    Embedding,
+    InversionSettings,
+    ellipse,
+    inpaint,
+    invert,
+    load_base,
+    make_phantoms,
+    sample,
+)
 from medbudget.results import load_result
 
 WORD = Embedding(torch.randn(4, 96, generator=torch.Generator().manual_seed(0)), "<x>")
@@ -57,6 +66,36 @@ def test_a_word_trained_twice_has_equal_bytes(tiny):
     assert a.equal(b)
     other = InversionSettings(n_vectors=2, steps=3, lr=0.01, batch_size=2, seed=1)
     assert not a.equal(invert(tiny, images, token="<x>", settings=other).vectors)
+
+
+def test_words_and_images_are_those_of_earlier_versions(tiny):
+    """Recorded before the core was rewritten; sums are ordered anew on other processors."""
+    vectors = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
+    words = [Embedding(vectors, "<mine>"), Embedding(1 - 3 * vectors, "<other>")]
+    both = sample(
+        tiny, "<mine>:0.5 AND <other>:0.5", embeddings=words, n=2, steps=4, cfg_scale=3, seed=2
+    )
+    healthy = make_phantoms("prostate", "healthy", 1).images
+    mask, paint = ellipse((0.5, 0.55), (0.2, 0.15)), {"content": "noise", "strength": 0.9}
+    painted = inpaint(
+        tiny, healthy, mask, "<mine>", embeddings=words[0], steps=4, n=2, seed=3, **paint
+    )
+    for images, means in (
+        (both, [135.31, 116.316, 113.367, 137.042, 104.625, 102.275]),
+        (painted, [138.752, 84.326, 26.365, 137.152, 84.596, 27.569]),
+    ):
+        found = images.float().mean((2, 3)).flatten().tolist()
+        assert found == pytest.approx(means, abs=0.05)
+    tumours = make_phantoms("prostate", "tumour", 6).images
+    for loss, curve in (
+        ("plain", [0.02447, 0.06737, 0.00766, 0.05289, 0.0555, 0.05788]),
+        ("min_snr", [0.01712, 0.01941, 0.02002, 0.02096, 0.02532, 0.0133]),
+    ):
+        settings = InversionSettings.preset(
+            "paper", n_vectors=4, steps=6, lr=0.01, batch_size=2, loss=loss
+        )
+        history = invert(tiny, tumours, token="<x>", settings=settings).history
+        assert history["loss"] == pytest.approx(curve, rel=1e-3, abs=1e-5)
 
 
 def test_blocks_of_one_size_have_equal_bytes_however_they_are_called(tiny, whole):

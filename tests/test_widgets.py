@@ -20,7 +20,6 @@ from medbudget.widgets import (
     Live,
     MaskPainter,
     PromptMixer,
-    ReaderWidget,
     show_frames,
     show_reader_study,
 )
@@ -160,32 +159,6 @@ def study(tmp_path):
     return ReaderStudy.create(
         tmp_path / "a", tmp_path / "b", tmp_path / "s", seed=1, n_pairs=3, repeats=1 / 3
     )
-
-
-def press(widget, choice):
-    widget.shown -= 1  # a second ago
-    widget.buttons[choice].click()
-
-
-def test_reader_widget_writes_each_answer_and_goes_on(study):
-    widget = ReaderWidget(study, "ann")
-    assert "Pair 1 of 4" in widget.status.value and widget.buttons["undo"].disabled
-    assert all(url in widget.picture.value for url in study.urls(0))
-    widget.note.value = "odd"
-    press(widget, "left")
-    widget.buttons["left"].click()  # a double click
-    assert [(a["choice"], a["note"]) for a in study.reader("ann").answers()] == [("left", "odd")]
-    assert study.reader("ann").answers()[0]["seconds"] == pytest.approx(1, abs=0.5)
-    assert "Pair 2 of 4" in widget.status.value and widget.note.value == ""
-    press(widget, "undo")
-    assert "Pair 1 of 4" in widget.status.value and widget.note.value == "odd"
-    again = ReaderWidget(study, "ann")
-    for choice in ("right", "none", "left", "left"):
-        press(again, choice)
-    assert "All 4 pairs are answered" in again.status.value and again.picture.value == ""
-    assert again.buttons["left"].disabled and not again.buttons["undo"].disabled
-    press(widget, "left")  # a window that is behind
-    assert len(study.reader("ann").answers()) == 4 and "is not the next one" in widget.status.value
 
 
 def test_reader_study_in_a_frame_is_the_exported_page(study):
