@@ -142,6 +142,8 @@ def test_orientation_is_honoured_at_both_doors(tmp_path, name):
 def test_formats_of_cameras_and_hospitals_are_read(tmp_path, name):
     if name == "a.heic":
         pytest.importorskip("pillow_heif").register_heif_opener()
+    if name == "a.avif" and ".avif" not in Image.registered_extensions():
+        pytest.skip("Pillow reads AVIF since 11.3")
     kind = {"a.JFIF": "JPEG", "a.jpe": "JPEG"}.get(name)
     options = {} if name in ("a.gif", "a.jp2") else {"quality": 95}
     Image.fromarray(corner()).convert("RGB").save(tmp_path / name, kind, **options)
