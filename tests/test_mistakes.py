@@ -156,3 +156,29 @@ def test_a_pt_file_under_another_name_is_called_so(medbudget, refused, word, tmp
 def test_numbers_that_cannot_be_meant(refused, tmp_path):
     said = refused("sample", "red", "--n", 10**9, "--out", tmp_path / "o")
     assert said == "n must be at most 100000 in one folder, got 1000000000: use several folders"
+
+
+def test_prompts_that_mean_something_else(medbudget, refused, word, tmp_path):
+    few = ("--n", 1, "--steps", 1, "--embeddings", word)
+    code, _, said = medbudget("sample", "0.5 <word> AND 0.5 red", "--out", tmp_path / "a", *few)
+    assert code == 1 and said.startswith("error: a weight stands behind its part: write <word>:0.5")
+    code, _, said = medbudget("sample", "word", "--out", tmp_path / "b", *few)
+    assert code == 0 and "note: the prompt does not use <word>, which is loaded" in said
+    code, _, said = medbudget("sample", "red", "--cfg-scale", 100, "--out", tmp_path / "c", *few)
+    assert code == 0 and "total guidance is 100" in said
+    said = refused("sample", "<word>", "--out", tmp_path / "d", *few, "--embeddings", word)
+    assert said.startswith("two embeddings are called <word>") and "embedding convert" in said
+
+
+def test_an_ellipse_in_pixels_is_told_its_unit(refused, tmp_path):
+    command = ("inpaint", fill(tmp_path / "in"), "red", "--ellipse", "30,30,5,5", "--out")
+    said = refused(*command, tmp_path / "out")
+    assert said.startswith("an ellipse is given in fractions of the edge, not in pixels")
+
+
+def test_plurals(medbudget, tmp_path):
+    assert medbudget("phantoms", tmp_path / "p", "--n", 1)[1].startswith(
+        "wrote 1 prostate phantom ("
+    )
+    said = medbudget("sample", "red", "--out", tmp_path / "s", "--n", 1, "--steps", 1)[1]
+    assert said.startswith("1 synthetic image in ")

@@ -128,7 +128,9 @@ def doctor() -> None:
     print(f"disk {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
     try:
         tiny = load_base("tiny", device="cpu")
-        print(f"base tiny: ready, hash {tiny.hash}, {tiny.size} px; batch 8 fits 2 GiB of memory")
+        print(
+            f"base tiny: ready, hash {tiny.hash}, {tiny.size} px; training at batch 8 takes 2 GiB of memory"
+        )
     except BaseError as error:
         problems.append(f"base tiny in {TINY}: {error}")
     try:
