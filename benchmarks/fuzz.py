@@ -323,7 +323,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 def is_ours(error: BaseException) -> bool:
     """Is this an error as the library promises: ValueError or OSError, with a message of its own?"""
     where = traceback.extract_tb(error.__traceback__)[-1].filename
-    ours = f"{os.sep}medbudget{os.sep}" in where
+    ours = f"{os.sep}medbudget{os.sep}" in where or type(error).__name__ == "BrokenCase"
     return isinstance(error, ValueError | OSError) and ours and bool(str(error).strip())
 
 

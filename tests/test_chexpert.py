@@ -200,3 +200,9 @@ def test_crop_and_padding_in_a_prepared_image(tree: Path, tmp_path: Path) -> Non
     x0, x1, y0, y1 = (int(v) for v in row["crop"].replace("x ", "").replace("y ", "")
                       .split(" of")[0].replace(", ", "..").split(".."))  # fmt: skip
     assert abs((x1 - x0) - 96) <= 16 and abs((y1 - y0) - 96) <= 16  # JPEG blocks of 8 px
+
+
+def test_a_table_without_clean_images_gives_none(tree: Path) -> None:
+    table = pd.read_csv(tree / "train.csv")
+    table["AP/PA"] = "PA"
+    assert select_clean(table).empty

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from medbudget.data.layouts import write_dicom
+from medbudget.data.prepare import BrokenCase
 from medbudget.data.volumes import count_slices, find_sources, read_pixels
 from medbudget.prompts import parse_prompt
 
@@ -187,3 +188,14 @@ def test_a_warning_holds_nothing_of_a_header_either(tmp_path):
         read_pixels(tmp_path, source)
         count_slices(tmp_path, source)
     assert not caught
+
+
+def test_a_value_of_an_unknown_kind_is_refused_without_its_words(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.ones((8, 8), np.uint8), compressor="JPEG2000")
+    content = path.read_bytes()
+    assert b"\xe0\x7f\x10\x00OB" in content
+    path.write_bytes(content.replace(b"\xe0\x7f\x10\x00OB", b"\xe0\x7f\x10\x00GB"))
+    (source,) = find_sources(tmp_path)
+    with pytest.raises(BrokenCase, match="can be read") as caught:
+        read_pixels(tmp_path, source)
+    assert "GB" not in str(caught.value)

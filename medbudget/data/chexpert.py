@@ -91,7 +91,7 @@ def select_clean(table: Any, *, uncertain: str = "exclude") -> Any:
     clean = usable & (view == "AP") & ((findings == 1).sum(axis=1) == 1)
     if uncertain == "exclude":
         clean &= ~(findings == -1).any(axis=1)
-    out = table.loc[clean, []].assign(path=path, patient=patient)
+    out = path[clean].to_frame("path").assign(patient=patient[clean])
     out["label"] = (findings[clean] == 1).idxmax(axis=1) if clean.any() else ""
     several = out.groupby("path")["label"].transform("nunique") > 1
     out.attrs["unusable"] = int((~usable).sum() + several.sum())

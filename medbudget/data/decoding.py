@@ -79,13 +79,19 @@ class Window:
 
 
 def quiet(function: F) -> F:
-    """Decorate a function so that pydicom's warnings, which hold a header's words, are not shown."""
+    """Decorate a function so that nothing of a header is shown: neither by a warning of pydicom nor
+    by the error that it raises when it reads a damaged value, at whatever place."""
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return function(*arguments, **options)
+            try:
+                return function(*arguments, **options)
+            except BrokenCase:
+                raise
+            except Exception:
+                raise BrokenCase("not a DICOM image that can be read: it is damaged") from None
 
     return run  # type: ignore[return-value]
 
