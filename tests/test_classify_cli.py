@@ -129,7 +129,11 @@ def test_classify_tests_on_official_patches(medbudget, tmp_path):
 def test_classify_refuses_what_would_be_worth_nothing(medbudget, splits):
     def error(*arguments):
         code, _, err = medbudget("classify", *arguments, "--out", splits / "out")
-        assert code == 1 and err.splitlines()[-1].startswith("error: ") and not (splits / "out").exists()
+        assert (
+            code == 1
+            and err.splitlines()[-1].startswith("error: ")
+            and not (splits / "out").exists()
+        )
         return err
 
     train, val, test, made = (splits / name for name in ("train", "val", "test", "made"))
