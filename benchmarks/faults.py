@@ -163,7 +163,7 @@ COMMANDS = {
     ),
     "prepare": Command(
         prepare, "medbudget.data.prepare:save_images",
-        lambda _, folder, names: (folder.name, names), 2, "24 PNG files, 2 processes",
+        lambda _, folder, names, **__: (folder.name, names), 2, "24 PNG files, 2 processes",
     ),
     "classify": Command(
         classify, "medbudget.classifier:draw_indices", lambda *args, **_: args[2:], 5,
