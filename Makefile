@@ -4,7 +4,7 @@
 # make fuzz   install, then read 100,000 damaged files of every format
 # make floors install the lowest versions that pyproject.toml allows, and run the quick tests with them
 # make release   wheel and source distribution into dist/, tried in a clean environment
-# Both set up .venv with PYTHON (3.10 or later) on the first call and install nothing on the next.
+# Both set up .venv with PYTHON (3.11 or later) on the first call and install nothing on the next.
 # ARGS goes to pytest (make test) or to the book's build script (make book ARGS=00_quickstart).
 
 PYTHON ?= python3
@@ -29,8 +29,8 @@ help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("medbudget needs \
-	Python 3.10 or later, $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 …" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("medbudget needs \
+	Python 3.11 or later, $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 …" % v[:2])'
 	@$(PYTHON) -m venv $(VENV) || { echo "No virtual environment could be made: on Debian and \
 	Ubuntu, install python3-venv first."; exit 1; }
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[book,dev]"

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 EXTRA = ("pytest", "pytest-xdist", "hypothesis", "pyyaml", "nibabel")  # what the tests need
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
-
-from typing_extensions import Self
+from typing import Any, ClassVar, Self
 
 SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator.manual_seed takes
 

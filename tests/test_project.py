@@ -127,7 +127,7 @@ def test_makefile_refuses_an_old_python(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert done.returncode != 0
-    assert "Python 3.10 or later" in done.stderr
+    assert "Python 3.11 or later" in done.stderr
     assert "3.8" in done.stderr
     assert not (tmp_path / "venv").exists()
 

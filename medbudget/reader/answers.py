@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ class Reading:
         return FileLock(self.path.with_name(f".{self.name}.lock"))
 
     def _record(self, pair: int, choice: str, **more: Any) -> dict[str, Any]:
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         head = {"study": self.study, "reader": self.name, "pair": pair, "choice": choice}
         return {**head, **more, "time": now}
 
