@@ -245,12 +245,17 @@ def inpaint_to(
         for i, (_, which, own) in enumerate(jobs)
     ]
     paths = [folder / f"{name}.png" for name, _, _ in jobs]
-    if replaced := {p.resolve() for p in paths} & {p.resolve() for p in files}:
+    mask_records = [{"mask_hash": own["mask_hash"]} for own in records]
+    mask_paths = [folder / "masks" / path.name for path in paths] if save_masks else []
+    originals = [*files, *(find_images(mask) if isinstance(mask, str | os.PathLike) else [])]
+    if replaced := {p.resolve() for p in [*paths, *mask_paths]} & {p.resolve() for p in originals}:
         raise ValueError(f"{replaced.pop()} is an original: choose another folder for the results")
     done = [
         check_output(path, own, read_record, overwrite=overwrite)
         for path, own in zip(paths, records)
     ]
+    for path, own in zip(mask_paths, mask_records):
+        check_output(path, own, read_record, overwrite=overwrite)
     with hold(folder), tqdm(total=len(jobs), desc="inpaint", unit="image") as bar:
         for first in range(0, len(jobs), BATCH):
             block = slice(first, min(first + BATCH, len(jobs)))
@@ -265,7 +270,10 @@ def inpaint_to(
                 save_images(painted, folder, names=names, records=records[block])
             if save_masks:
                 binary = (own_masks >= 0.5)[:, None].expand(-1, 3, -1, -1)
-                save_images(binary.to(torch.uint8) * 255, folder / "masks", names=names)
+                save_images(
+                    binary.to(torch.uint8) * 255, folder / "masks", names=names,
+                    records=mask_records[block],
+                )  # fmt: skip
             bar.update(block.stop - first)
     return paths
 

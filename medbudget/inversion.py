@@ -342,6 +342,8 @@ def invert_to(
         say(f"{path} is there already, made with these settings")
         return Embedding.load(path)
     checkpoint = path.with_name(f"{path.name}.ckpt") if checkpoint is None else Path(checkpoint)
+    if checkpoint.resolve() == path.resolve():
+        raise ValueError(f"{path} is to hold the word: name another file for the checkpoint")
     every, changes = settings.checkpoint_every, ", ".join(sorted(given.given)) or "nothing"
     if given.given >= set(asdict(settings)):
         changes = "all"

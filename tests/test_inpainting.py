@@ -312,6 +312,24 @@ def test_inpaint_to_takes_named_masks_variants_and_a_mask_for_each_image(tiny, t
     assert not list((tmp_path / "p").glob("*.png"))
 
 
+def test_saved_masks_replace_no_mask_and_no_other_file(tiny, tmp_path):
+    source = write(tmp_path / "in", a_png=HEALTHY[0])
+    disc = (check_masks(MASK, 64)[0] * 200).byte().expand(3, -1, -1)
+    (tmp_path / "o").mkdir()
+    masks = write(tmp_path / "o/masks", a_png=disc)
+    before = (masks / "a.png").read_bytes()
+    paint = {"steps": 1, "save_masks": True}
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"a\.png is an original"):
+            inpaint_to(tmp_path / "o", tiny, source, masks, "red", overwrite=overwrite, **paint)
+    with pytest.raises(FileExistsError, match="is there already"):
+        inpaint_to(tmp_path / "o", tiny, source, MASK, "red", **paint)
+    assert (masks / "a.png").read_bytes() == before
+    assert not list((tmp_path / "o").glob("*.png"))
+    for _ in range(2):  # the second call finds its own masks
+        inpaint_to(tmp_path / "p", tiny, source, MASK, "red", **paint)
+
+
 def test_masks_in_a_palette_or_in_alpha(tmp_path):
     shape = check_masks(MASK, 64)[0].numpy() > 0.5
     file = tmp_path / "m.png"

@@ -156,6 +156,29 @@ def test_a_pt_file_under_another_name_is_called_so(medbudget, refused, word, tmp
 def test_numbers_that_cannot_be_meant(refused, tmp_path):
     said = refused("sample", "red", "--n", 10**9, "--out", tmp_path / "o")
     assert said == "n must be at most 100000 in one folder, got 1000000000: use several folders"
+    for option, value in (("--seed", "1.5"), ("--n", "2.5"), ("--threads", "1.2")):
+        said = refused("sample", "red", "--out", tmp_path / "o", option, value, code=2)
+        assert f"Invalid value for {option}: {value} is no whole number" in said
+    real = fill(tmp_path / "real", 4)
+    said = refused("evaluate", real, real, "--features", "layout", "--size", 0)
+    assert said == "size must be at least 1 pixel, got 0"
+
+
+def test_a_command_stopped_while_it_loads_says_how_to_go_on(medbudget, monkeypatch, tmp_path):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medbudget.load_base", stop)
+    for command in (("invert", fill(tmp_path / "in"), "--token", "<m>"), ("sample", "red")):
+        code, _, said = medbudget(*command, "--out", tmp_path / "w.pt")
+        assert code == 130 and said == "stopped: the same command goes on from here\n"
+
+
+def test_a_checkpoint_is_not_the_word_itself(medbudget, tmp_path):
+    out = tmp_path / "w.safetensors"
+    train = ("invert", fill(tmp_path / "in"), "--token", "<m>", "--steps", 1, "--out", out)
+    code, _, said = medbudget(*train, "--checkpoint", out)
+    assert code == 1 and "name another file for the checkpoint" in said
 
 
 def test_prompts_that_mean_something_else(medbudget, refused, word, tmp_path):

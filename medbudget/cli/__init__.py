@@ -9,7 +9,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CycloptsError,
+    MissingArgumentError,
+    Parameter,
+    UnusedCliTokensError,
+    convert,
+)
 from cyclopts.config import Yaml
 
 from medbudget._version import __version__
@@ -17,11 +24,18 @@ from medbudget.cli import bases, embeddings, generate, readers, score, studies
 from medbudget.cli.prepare import app as prepare_app
 
 STOPPED = "stopped: the same command goes on from here"
-GOES_ON = ("classify", "inpaint", "prepare", "sample", "study")  # invert says more itself
+GOES_ON = ("classify", "inpaint", "invert", "prepare", "sample", "study")
 
 
 def _show_default(value: Any) -> str | None:
     return None if value in (None, True, False, "") else str(value)
+
+
+def _convert(type_: Any, tokens: Any) -> Any:
+    """Convert as cyclopts does, which rounds ``--seed 1.5`` to 2: refuse that."""
+    if type_ in (int, int | None) and "." in tokens[0].value:
+        raise ValueError(f"{tokens[0].value} is no whole number")
+    return convert(type_, tokens)
 
 
 app = App(
@@ -30,7 +44,7 @@ app = App(
     version=f"medbudget {__version__}",
     help_format="plaintext",
     help_epilogue="Every command takes --config FILE: options in YAML, such as sample: {n: 40}.",
-    default_parameter=Parameter(negative=(), show_default=_show_default),
+    default_parameter=Parameter(negative=(), show_default=_show_default, converter=_convert),
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(add_to_startup=False)

@@ -140,6 +140,8 @@ def load_sets(
     ValueError
         Sets that are not of one shape (width to height): they would be distorted differently.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
     files: dict[str, list[Path]] = {}
     for name, source in sources.items():
         if isinstance(source, str | os.PathLike):
