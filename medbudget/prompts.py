@@ -74,8 +74,17 @@ def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tupl
 
 
 def plain_text(text: str) -> str:
-    """Return a prompt without parts and weights, such as a negative one, as the base reads it."""
+    """Return a prompt without parts and weights, such as a negative one, as the base reads it.
+
+    Raises
+    ------
+    PromptError
+        Parts or a weight: they would be read as words.
+    """
     hidden = _hide(text)
+    if match := re.search(rf"{_AND.pattern}|:(?=\s*{_NUMBER}\s*$)", hidden):
+        problem = "a negative prompt has no parts and weights: leave AND and :weight out"
+        raise _fail(text, match.start(), problem)
     if match := re.search(r"[()\[\]<>]", hidden):
         raise _refuse_sign(text, match.start())
     return _ESCAPED.sub(r"\1", text)

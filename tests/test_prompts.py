@@ -107,6 +107,13 @@ def test_what_is_escaped_comes_back(parts):
     assert plain_text(write(parts[0][0])) == parts[0][0]
 
 
+@pytest.mark.parametrize("text", ["<a> AND <b>", "red:0.5", "<a>:0.5 AND <b>:0.5", "red : -1"])
+def test_a_negative_prompt_with_parts_or_weights_is_refused(text):
+    with pytest.raises(PromptError, match="a negative prompt has no parts and weights"):
+        plain_text(text)
+    assert plain_text("a scan: chest and heart\\:1") == "a scan: chest and heart:1"
+
+
 def test_tokens_that_no_prompt_uses_are_named_where_their_bare_name_stands():
     assert unused_tokens(["<a>", "<b>", "<c>"], "<a> AND x", "<b>") == [
         "the prompt does not use <c>, which is loaded"
