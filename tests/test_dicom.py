@@ -328,6 +328,21 @@ def test_a_damaged_window_can_be_passed_by(tmp_path):
     assert prepare(tmp_path / "in", tmp_path / "percentile", size=16, window="percentile").made == 1
 
 
+@pytest.mark.parametrize("centre", [50000, -5000])
+def test_a_window_beside_all_values_is_refused(tmp_path, centre):
+    write(tmp_path / "in" / "a.dcm", RAMP, WindowCenter=centre, WindowWidth=100)
+    report = prepare(tmp_path / "in", tmp_path / "tags", size=16)
+    assert "lies beside all of its values" in report.broken[0][1]
+    assert prepare(tmp_path / "in", tmp_path / "percentile", size=16, window="percentile").made == 1
+
+
+def test_a_voi_lut_with_too_few_entries_is_refused(tmp_path):
+    table = item(LUTDescriptor=[300, 0, 16], LUTData=np.arange(290, dtype="<u2").tobytes())
+    write(tmp_path / "in" / "a.dcm", RAMP, sop=CR, VOILUTSequence=[table])
+    report = prepare(tmp_path / "in", tmp_path / "out", size=16)
+    assert "its VOI LUT is damaged" in report.broken[0][1]
+
+
 # --------------------------------------------------------------- padding
 
 

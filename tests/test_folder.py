@@ -648,3 +648,42 @@ def test_real_xrays_with_their_patients(real_data: Path, tmp_path: Path) -> None
     assert table["patient"].nunique() == len(patients)
     assert report.counts["train", "normal"] > report.counts["val", "normal"] > 40
     assert load_images(tmp_path / "out" / "test" / "pneumonia").shape[1:] == (3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask: mask.SetOrigin((0, 0, 1)),
+        lambda mask: mask.SetOrigin((0.5, 0, 0)),
+        lambda mask: mask.SetSpacing((1, 1, 3)),
+        lambda mask: mask.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1)),
+    ],
+)
+def test_a_mask_of_another_place_or_spacing_is_refused(tmp_path, change) -> None:
+    (tmp_path / "in" / "c").mkdir(parents=True)
+    (tmp_path / "masks" / "c").mkdir(parents=True)
+    values = np.arange(320, dtype=np.int16).reshape(5, 8, 8)
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "in" / "c" / "v.nii.gz"))
+    mask = sitk.GetImageFromArray((values == 200).astype(np.uint8))
+    for right in (True, False):
+        if not right:
+            change(mask)
+        sitk.WriteImage(mask, str(tmp_path / "masks" / "c" / "v.nii.gz"))
+        report = prepare_folder(
+            tmp_path / "in", tmp_path / f"out{right}", masks=tmp_path / "masks", slices="mask",
+            proportions=[1], size=64,
+        )  # fmt: skip
+        assert report.made == right
+    assert "its mask has another grid" in report.broken[0][1]
+
+
+def test_a_patient_is_one_however_accents_are_written(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(2):
+        Image.fromarray(ramp(16, 16, np.uint8, 8 + i)).save(tmp_path / "in" / f"{i}.png")
+    rows = "file,class,patient\n0.png,x,Mu\u0308ller\n1.png,x,M\u00fcller\n"
+    (tmp_path / "t.csv").write_text(rows, encoding="utf-8")
+    report = prepare_folder(
+        tmp_path / "in", tmp_path / "out", labels=tmp_path / "t.csv", proportions=[1], size=64
+    )
+    assert report.patients == {("train", "x"): 1}

@@ -216,3 +216,32 @@ def test_a_bomb_is_given_up(tmp_path):
     (tmp_path / "c.mha").write_bytes(head + zlib.compress(bytes(200 * 2**20), 1))
     with pytest.raises(BrokenCase, match="more than its header"):
         read_volume(tmp_path / "c.mha")
+
+
+def test_where_nifti_pixels_start(tmp_path):
+    path = write(tmp_path / "a.nii", V[:3])
+    whole, right = bytearray(path.read_bytes()), values_of(path)
+    for start, kept, fine in ((0, None, True), (0, -4, False), (9, None, False)):
+        struct.pack_into("<f", whole, 108, start)
+        path.write_bytes(whole[:kept])
+        if fine:
+            assert np.array_equal(values_of(path), right)
+        else:
+            with pytest.raises(BrokenCase):
+                values_of(path)
+
+
+@pytest.mark.parametrize("word", ["T", "1", "TRUE", "true"])
+def test_metaimage_says_true_in_several_ways(tmp_path, word):
+    path = write(tmp_path / "a.mha", V[:3])
+    right = values_of(path)
+    head, tag, pixels = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
+    head = head.replace(b"ByteOrderMSB = False", b"ByteOrderMSB = " + word.encode())
+    path.write_bytes(head + tag + np.frombuffer(pixels, "<i2").byteswap().tobytes())
+    assert np.array_equal(values_of(path), right)
+    path = write(tmp_path / "b.mha", V[:3], True)
+    packed = path.read_bytes().replace(
+        b"CompressedData = True", b"CompressedData = " + word.encode()
+    )
+    path.write_bytes(packed)
+    assert np.array_equal(values_of(path), right)

@@ -348,7 +348,7 @@ def read_window(voi: Dataset) -> Window | None:
             n = n or 2**16
             data = lut.LUTData
             if isinstance(data, bytes):
-                data = np.frombuffer(data, np.uint8 if len(data) < 2 * n else "<u2")
+                data = np.frombuffer(data, np.uint8 if bits == 8 and len(data) <= n + 1 else "<u2")
             table = np.asarray(data, np.float64)[:n] / (2**bits - 1)
             if len(table) == n and 8 <= bits <= 16 and table.max() <= 1:
                 return Window(first, first + n - 1, table=table)

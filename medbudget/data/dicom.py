@@ -48,6 +48,7 @@ class Pixels:
     inverted: bool = False  # white stands for the lowest value (MONOCHROME1)
     note: str = ""
     frame: Numbers = ()  # origin and direction of a volume, to compare it with a mask
+    steps: Numbers = ()  # mm from pixel to pixel along the directions of `frame`
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +93,13 @@ def read_dicom(paths: Sequence[Path], plane: str) -> Pixels:
     windows = [frame.window for frame in frames]
     spacing = frames[0].spacing
     frame: Numbers = ()
+    steps: Numbers = ()
     if direction:
         turned = find_turn(direction, plane, len(frames))
         mm = (*(spacing or (1.0, 1.0))[::-1], step)
         reach = [edge * (n - 1) for edge, n in zip(mm, values.shape[2::-1])]
         frame = turned.move(origin, direction, reach)
+        steps = tuple(float(mm[axis]) for axis in turned.axes)
         values = turned.apply(values)
         padding = None if padding is None else turned.apply(padding)
         if turned.axes[2] == 2:  # sliced as it was acquired
@@ -119,6 +122,7 @@ def read_dicom(paths: Sequence[Path], plane: str) -> Pixels:
         inverted=kinds == {"MONOCHROME1"},
         note="spacing at the detector" if detector else "",
         frame=frame,
+        steps=steps,
     )
 
 

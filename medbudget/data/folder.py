@@ -10,6 +10,7 @@ import csv
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -248,7 +249,7 @@ def _name_patients(
                     f"patient pattern {pattern} does not fit {entry.source.files[0]}: it is "
                     f"searched in this path below {root}, folders and ending included"
                 )
-            named.append(replace(entry, patient=match[1].strip()))
+            named.append(replace(entry, patient=_norm(match[1].strip())))
         return named
     unknown = sum(not entry.patient for entry in entries)
     if unknown:
@@ -258,7 +259,12 @@ def _name_patients(
             "patient has several, name them (a column of the table, or --patient-pattern), or "
             "splits will leak"
         )
-    return [replace(e, patient=e.patient or f"file:{e.source.files[0]}") for e in entries]
+    return [replace(e, patient=_norm(e.patient) or f"file:{e.source.files[0]}") for e in entries]
+
+
+def _norm(patient: str) -> str:
+    """Write accents in one way: macOS and tables write them in two."""
+    return unicodedata.normalize("NFC", patient)
 
 
 def _stratify(entries: Sequence[Entry]) -> dict[str, str]:

@@ -177,6 +177,9 @@ def read_layout(path: Path) -> Layout:
     def first(key: str, default: str) -> str:
         return fields.get(key, [default])[0].lower()
 
+    def is_true(value: str) -> bool:
+        return value[:1] in ("t", "1")  # as MetaImage's own library reads it
+
     end = re.search(rb"^ElementDataFile[^\n]*\n" if meta else rb"\r?\n\r?\n", head, re.M | re.I)
     if not names and end is None:
         raise BrokenCase("its header has no end within 1 MiB: damaged, or not what its name says")
@@ -184,14 +187,14 @@ def read_layout(path: Path) -> Layout:
     start = 0 if names else end.end() if end else 0
     try:
         if meta:
-            if first("binarydata", "true") != "true":
+            if not is_true(first("binarydata", "true")):
                 raise BrokenCase("its pixels are stored as text; save it with binary data")
             size = int(first("headersize", "0"))
             big = first("elementbyteordermsb", first("binarydatabyteordermsb", "false"))
             return Layout(
                 path, data, size if size else start, 0,
-                "zlib" if first("compresseddata", "false") == "true" else "",
-                ">" if big == "true" else "<",
+                "zlib" if is_true(first("compresseddata", "false")) else "",
+                ">" if is_true(big) else "<",
                 stated="elementspacing" in fields or "elementsize" in fields,
             )  # fmt: skip
         encoding = first("encoding", "raw")
@@ -248,7 +251,7 @@ def _read_nifti(path: Path, head: bytes) -> Layout:
     if math.prod(dim[3:n]) > 1:
         raise BrokenCase(f"a {n}-D volume of size {tuple(dim[:n])}: export the one that you want")
     (start,), (slope, intercept) = field("start"), field("scale")
-    if not math.isfinite(start) or start < 0:
+    if not math.isfinite(start) or (start != 0 and start < size):
         raise BrokenCase("its header has no place where the pixels start")
     scaled = math.isfinite(slope) and slope != 0 and field("type")[0] != 128  # 128: RGB
     if scaled and not math.isfinite(intercept):
@@ -260,7 +263,7 @@ def _read_nifti(path: Path, head: bytes) -> Layout:
         code, place = places[name]
         struct.pack_into(order + code, plain, place, *value)
     return Layout(
-        bytes(plain), path, 0, max(int(start), size), "zlib" if packed else "", order,
+        bytes(plain), path, 0, int(start) or size + 4, "zlib" if packed else "", order,
         (slope, intercept) if scaled else (1.0, 0.0),
         bool(field("units")[0] & 7 or any(field("codes"))),
     )  # fmt: skip

@@ -109,6 +109,14 @@ def apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
         else:
             chosen, kind = Window(*parse_window(window)), "fixed"
         said = f"{kind}: {chosen}"
+    if kind in ("tags", "fixed") and not (chosen.sigmoid or chosen.problem):
+        seen = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
+        low, high = (seen.min(), seen.max()) if seen.size else (0, 0)
+        if low < high and (high <= chosen.low or low >= chosen.high):
+            raise BrokenCase(
+                f"its window {chosen} lies beside all of its values, {low:g} to {high:g}: it would "
+                "be of one gray level; use --window percentile"
+            )
     scaled = chosen.apply(values)
     if pixels.inverted:
         scaled, said = 1 - scaled, f"{said}, inverted"

@@ -170,15 +170,25 @@ def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "nati
     if len(files) != 1:
         raise BrokenCase(f"{len(files)} masks {stem}.* in the folder of masks; 1 is needed")
     mask = read_pixels(masks, Source((files[0],), "volume"), plane=plane)
-    near = max(pixels.spacing or (1e-3,))
-    if mask.values.shape != pixels.values.shape or not np.allclose(
-        mask.frame, pixels.frame, atol=near
+    near = min(pixels.spacing or (4e-3,)) / 4  # of a pixel: less than any whole step
+    if (
+        mask.values.shape != pixels.values.shape
+        or len(mask.frame) != len(pixels.frame)
+        or not np.allclose(_find_ends(mask), _find_ends(pixels), rtol=0, atol=near)
     ):
         raise BrokenCase(
             f"its mask has another grid: {mask.values.shape} and {pixels.values.shape}, or another "
             "place"
         )
     return mask.values > 0
+
+
+def _find_ends(pixels: Pixels) -> Array:
+    """Return the first pixel's place, and the way from there to the end of each axis, in mm."""
+    n = len(pixels.steps)
+    reach = np.array(pixels.steps) * (np.array(pixels.values.shape[2::-1])[:n] - 1)
+    axes = np.reshape(pixels.frame[n:], (n, n)) * reach
+    return np.array([*pixels.frame[:n], *axes.ravel()])
 
 
 def _read_itk(path: Path, plane: str) -> Pixels:
@@ -196,8 +206,9 @@ def _read_itk(path: Path, plane: str) -> Pixels:
         frame = turned.move(image.GetOrigin(), image.GetDirection(), reach)
         values, spacing = turned.apply(values), [spacing[axis] for axis in turned.axes]
     return Pixels(
-        values, spacing=(float(spacing[1]), float(spacing[0])) if stated else None, frame=frame
-    )
+        values, spacing=(float(spacing[1]), float(spacing[0])) if stated else None, frame=frame,
+        steps=tuple(map(float, spacing)),
+    )  # fmt: skip
 
 
 def _read_picture(path: Path) -> Pixels:
