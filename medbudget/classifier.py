@@ -306,7 +306,7 @@ def train_classifier(
         desc="classifier",
     ):  # fmt: skip
         chosen = draw_indices(len(images), s.batch_size, step, s.seed).to(place)
-        generator = torch.Generator(place).manual_seed(s.seed * 15_485_863 + step)
+        generator = torch.Generator(place).manual_seed((s.seed * 15_485_863 + step) % 2**64)
         with run.context:
             batch = augment(images[chosen] / 255, LEVELS[s.augment], generator=generator)
         run.learn(batch, labels[chosen])

@@ -88,6 +88,19 @@ def test_classify_replaces_no_other_comparison(medbudget, splits):
     assert (splits / "mine" / "result.json").read_text() == "mine"
 
 
+def test_classify_writes_nothing_into_its_inputs_and_refuses_seeds_beyond(medbudget, splits):
+    folders = [splits / name for name in ("train", "val", "test")]
+    for out in (splits / "train", splits / "test" / "runs"):
+        code, _, said = medbudget("classify", *folders, "--steps", 3, "--runs", 1, "--out", out)
+        assert code == 1 and "lies inside the input" in said
+    assert {path.name for path in (splits / "train").iterdir()} == {"a", "b"}
+    few = ("--steps", 3, "--runs", 2, "--out", splits / "out")
+    code, _, said = medbudget("classify", *folders, *few, "--seed", 2**64 - 1)
+    assert code == 1 and said.startswith(f"error: seed {2**64} is beyond what PyTorch takes")
+    code, _, said = medbudget("classify", *folders, *few, "--seed", 2**64 - 2)
+    assert code == 0, said
+
+
 def test_classify_resamples_patients_that_the_manifest_names(medbudget, splits):
     rows = ["file,patient"]
     for split, n in (("train", 12), ("val", 8), ("test", 10)):

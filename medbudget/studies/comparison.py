@@ -29,6 +29,7 @@ from medbudget.classifier import (
 from medbudget.data.pcam import find_split
 from medbudget.files import (
     atomic_path,
+    check_apart,
     check_output,
     check_writable,
     hash_tensors,
@@ -39,6 +40,7 @@ from medbudget.metrics.auc import bootstrap_auc, delong_difference
 from medbudget.metrics.scores import Score, format_table, to_json
 from medbudget.networks import resize
 from medbudget.progress import tqdm
+from medbudget.settings import check_seed
 from medbudget.studies.gains import judge_gain, score_gain, score_runs
 
 Source = Cases | str | os.PathLike[str]
@@ -108,6 +110,8 @@ def classify(
     settings = settings or choose_settings(device=place)
     sources = {"train": train, "val": val, "test": test}
     sources |= {} if synthetic is None else {"synthetic": synthetic}
+    check_apart(out, *(one for one in sources.values() if isinstance(one, str | os.PathLike)))
+    check_seed(settings.seed, runs)
     cases = _load(sources, settings, positive, size)
     sets = {"real": cases["train"]}
     if synthetic is not None:
