@@ -162,6 +162,15 @@ def test_numbers_that_cannot_be_meant(refused, tmp_path):
     real = fill(tmp_path / "real", 4)
     said = refused("evaluate", real, real, "--features", "layout", "--size", 0)
     assert said == "size must be at least 1 pixel, got 0"
+    said = refused("evaluate", real, real, "--features", "layout", "--seed", -1)
+    assert said == "seed must be at least 0, got -1"
+
+
+def test_a_floor_of_zero_is_called_so(medbudget, tmp_path):
+    save_images(torch.zeros(6, 3, 64, 64, dtype=torch.uint8), tmp_path / "black")
+    real = ("evaluate", tmp_path / "black", fill(tmp_path / "made", 6), "--features", "layout")
+    code, out, _ = medbudget(*real)
+    assert code == 0 and "and its floor 0" in out and "inf times" not in out
 
 
 def test_a_command_stopped_while_it_loads_says_how_to_go_on(medbudget, monkeypatch, tmp_path):

@@ -194,6 +194,8 @@ def evaluate(
         )
     if interval not in METHODS:
         raise ValueError(f"interval={interval!r} is unknown; allowed are {', '.join(METHODS)}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     names = [features] if isinstance(features, str | Extractor) else list(features)
     if not any((f if isinstance(f, str) else f.name) == "layout" for f in names):
         names.append("layout")

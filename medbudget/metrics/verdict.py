@@ -42,6 +42,8 @@ def _judge_distance(score: Score, floor: Score) -> str:
     high = floor.interval[1] if floor.interval else floor.value
     times = score.value / floor.value if floor.value > 0 else float("inf")
     what = f"{score.name} is {times:.1f} times its floor"
+    if floor.value <= 0:
+        what = f"{score.name} is {score.value:.4g} and its floor 0"
     if low > high:
         word = "far from the real images" if times >= FAR else "above the floor"
         return f"{word}: {what}" + f" (rough: only {n} images)" * (n < FEW)
