@@ -4,7 +4,7 @@ Stages, in order: ``corpus`` (draws the images), ``vae``, ``latents`` (encodes t
 ``unet`` (U-Net and text encoder together), ``export`` (fp16 weights into the package).
 ``vae`` and ``unet`` resume from their checkpoint; a larger ``--steps`` prolongs them: the learning
 rate is constant and falls to zero over the last ``--decay`` steps. ``--minutes`` plans both by the
-speed that it finds, for a machine that is lent. ``--start`` begins a stage that has no checkpoint
+speed that it finds, for a machine that one has for a while. ``--start`` begins a stage that has no checkpoint
 with the weights in the package instead of random ones. Without a ``vae.ckpt`` in the folder,
 ``latents`` and ``export`` keep the package's autoencoder.
 """
