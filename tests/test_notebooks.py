@@ -284,7 +284,9 @@ def test_training_step_is_the_librarys(tiny) -> None:
     from medbudget.inversion import _draw, make_init
 
     training_step = equation("training_step")
-    settings = InversionSettings(n_vectors=4, steps=4, lr=0.01, batch_size=3, latents="mean")
+    settings = InversionSettings(
+        n_vectors=4, steps=4, lr=0.01, batch_size=3, latents="mean", schedule="constant"
+    )
     images = make_phantoms("chest", "cardiomegaly", 6).images
     taken = []
     theirs = invert(
