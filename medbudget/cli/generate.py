@@ -75,12 +75,13 @@ def invert(
     """
     from medbudget import InversionSettings, invert_to
     from medbudget.embeddings import check_token
-    from medbudget.files import check_apart
+    from medbudget.files import check_apart, check_writable
 
     check_token(token)
     if out.suffix not in (".safetensors", ".pt", ".bin"):
         raise ValueError(f"--out {out}: allowed endings are .safetensors, .pt, .bin")
     check_apart(out, images)
+    check_writable(out)
     loaded = base.load()
     given: dict[str, Any] = {
         "n_vectors": n_vectors, "steps": steps, "lr": lr, "batch_size": batch_size, "init": init,
@@ -156,8 +157,11 @@ def sample(
         overwrite: replace other images that are there
     """
     from medbudget import sample_to
+    from medbudget.files import check_writable
     from medbudget.sampling import total_guidance
 
+    if out.is_dir():
+        check_writable(out / "0.png")
     loaded = base.load()
     kept = set(out.glob("*.png"))
     paths = sample_to(
@@ -202,6 +206,7 @@ def inpaint(
         overwrite: replace other images that are there
     """
     from medbudget import inpaint_to
+    from medbudget.files import check_writable
 
     if len(mask_and_prompt) != (1 if ellipse else 2):
         raise ValueError(
@@ -211,6 +216,8 @@ def inpaint(
     mask: Any = Path(mask_and_prompt[0])
     if ellipse:
         mask = {f"ellipse{i}": _parse_ellipse(text) for i, text in enumerate(ellipse)}
+    if out.is_dir():
+        check_writable(out / "0.png")
     paths = inpaint_to(
         out, base.load(), image, mask, mask_and_prompt[-1], embeddings=embeddings or [],
         negative_prompt=negative_prompt, strength=strength, mask_blur=mask_blur, content=content,
