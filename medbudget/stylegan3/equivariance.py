@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from medbudget.settings import check_seed
 from medbudget.stylegan3.networks import Generator
 
 
@@ -26,7 +27,7 @@ def translation_equivariance(generator: Generator, *, n: int = 16, seed: int = 0
     size, training = generator.architecture.size, generator.training
     device = generator.input.phases.device
     generator.eval()
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(check_seed(seed))
     z = torch.randn((n, generator.architecture.width), generator=draw).to(device)
     pixels = torch.randint(-(size // 8), size // 8 + 1, (n, 2), generator=draw)
     w = generator.mapping(z)

@@ -16,6 +16,7 @@ from torch import nn
 
 from medbudget.files import check_writable, hash_tensors, write_bytes
 from medbudget.progress import tqdm
+from medbudget.settings import check_seed
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -43,6 +44,7 @@ class StyleGAN3:
         self, n: int, *, seed: int = 0, truncation: float = 1.0, batch_size: int = 32
     ) -> torch.Tensor:
         """Generate ``(n, 3, size, size) uint8``; image i comes from seed + i, as in `sample`."""
+        check_seed(seed, n)
         device = self.generator.input.phases.device
         self.generator.eval()
         images = []
@@ -158,7 +160,7 @@ def make_stylegan3(
 ) -> StyleGAN3:
     """Return networks with random weights; the same seed gives the same ones."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(check_seed(seed))
         g, d = Generator(generator), Discriminator(discriminator or generator)
     return StyleGAN3(g.eval(), d.eval(), {"seed": seed, "images_seen": 0})
 

@@ -19,7 +19,7 @@ from medbudget.metrics.evaluation import frechet_score
 from medbudget.metrics.extractors import Extractor, load_extractor
 from medbudget.metrics.features import compute_features
 from medbudget.runs import Steps, draw_indices
-from medbudget.settings import Settings
+from medbudget.settings import Settings, check_seed
 from medbudget.stylegan3.augment import adapt, augment
 from medbudget.stylegan3.losses import (
     discriminator_loss,
@@ -73,6 +73,10 @@ class StyleGAN3Settings(Settings):
         "paper": {},
     }  # fmt: skip
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
+
 
 # --------------------------------------------------------------------------------- training
 
@@ -121,7 +125,7 @@ class Trainer:
         # A CPU's time is that of its cores, so that other programs do not count.
         clock = time.process_time if self.device.type == "cpu" else time.monotonic
         began, s = clock(), self.settings
-        draw = torch.Generator().manual_seed((s.seed + 1) * 15_485_863 + self.step)
+        draw = torch.Generator().manual_seed(((s.seed + 1) * 15_485_863 + self.step) % 2**64)
         width = self.generator.architecture.width
         z = torch.randn((2, s.batch_size, width), generator=draw).to(self.device)
 
