@@ -175,6 +175,9 @@ def load_images(
 ) -> torch.Tensor:
     """Load a folder or a list of files, in order of their names or as listed.
 
+    All files are loaded; a warning counts those that have the pixels of another one, since each
+    then weighs twice in training and in a score.
+
     Parameters
     ----------
     source : path or sequence of paths
@@ -230,7 +233,8 @@ def load_images(
     if pairs:
         n = f"{len(pairs)} image{'s have' if len(pairs) > 1 else ' has'}"
         warnings.warn(
-            f"{n} the pixels of another one: {pairs[0][0].name} is {pairs[0][1].name}",
+            f"{n} the pixels of another one ({pairs[0][0].name} is {pairs[0][1].name}), and all are "
+            "used: remove the copies if each image is to count once",
             stacklevel=2,
         )
     return torch.stack(images)

@@ -206,3 +206,11 @@ def test_a_table_without_clean_images_gives_none(tree: Path) -> None:
     table = pd.read_csv(tree / "train.csv")
     table["AP/PA"] = "PA"
     assert select_clean(table).empty
+
+
+def test_a_table_with_semicolons_is_read(tree: Path, tmp_path: Path) -> None:
+    """Excel in the Netherlands, Germany and France: columns end in semicolons, 1.0 is 1,0."""
+    options = {"size": 32, "per_class": 2, "allow_fewer": True}
+    report = prepare_chexpert(tree, tmp_path / "plain", **options)
+    pd.read_csv(tree / "train.csv").to_csv(tree / "train.csv", index=False, sep=";", decimal=",")
+    assert prepare_chexpert(tree, tmp_path / "excel", **options).counts == report.counts

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import dicoms
 import numpy as np
 import pytest
 import torch
@@ -477,6 +478,15 @@ def test_a_patient_with_a_space_is_one_patient(tmp_path: Path) -> None:
         assert {row["patient"] for row in csv.DictReader(file)} == {f"P{i}" for i in range(20)}
 
 
+def test_a_patient_in_capital_and_small_letters_is_one_and_said(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(40)])
+    rows = [f"{i}.png,a,{'Pp'[i % 2]}{i // 2}" for i in range(40)]
+    report, table = table_of(tmp_path / "in", "\n".join(["file,class,patient", *rows]))
+    assert table["patient"].nunique() == 20
+    assert_patients_kept_together(table)
+    assert any("20 patients are spelled" in n and "0.png and 1.png" in n for n in report.notes)
+
+
 def test_tables_of_windows_and_excel_fit(tmp_path: Path) -> None:
     write_pictures(tmp_path / "in", [f"Sub/{i}.PNG" for i in range(6)])
     rows = [f"sub\\{i};x;P{i}" for i in range(6)] + [
@@ -539,12 +549,12 @@ def test_the_same_pixels_in_two_classes_are_refused_by_name(tmp_path: Path) -> N
     write_pictures(root, [f"{c}/{i}.png" for c in "ab" for i in range(5)])
     write_dicom(root / "a" / "x.dcm", ramp(), {"0010|0020": "P1"})
     write_dicom(root / "b" / "y.dcm", ramp(), {"0010|0020": "P1"})
-    for patient, label in ("P2", "a"), ("P3", "b"):  # not one image, as two patients are named
+    for patient, label in ("P2", "a"), ("P3", "b"):  # whoever is named
         write_dicom(root / label / f"{patient}.dcm", ramp() + 99, {"0010|0020": patient})
     report = prepare_folder(root, tmp_path / "out", size=32, proportions=[1])
-    assert report.made == 12 and dict(report.broken).keys() == {"a/x.dcm", "b/y.dcm"}
-    assert report.patients == {("train", "a"): 6, ("train", "b"): 6}
-    assert any("such as a/P2.dcm and b/P3.dcm: look at them" in note for note in report.notes)
+    assert report.made == 10 and report.patients == {("train", "a"): 5, ("train", "b"): 5}
+    assert dict(report.broken).keys() == {"a/x.dcm", "b/y.dcm", "a/P2.dcm", "b/P3.dcm"}
+    assert "the same pixels as b/P3.dcm in class b" in dict(report.broken)["a/P2.dcm"]
     assert "the same pixels as b/y.dcm in class b" in dict(report.broken)["a/x.dcm"]
 
 
@@ -687,3 +697,62 @@ def test_a_patient_is_one_however_accents_are_written(tmp_path) -> None:
         tmp_path / "in", tmp_path / "out", labels=tmp_path / "t.csv", proportions=[1], size=64
     )
     assert report.patients == {("train", "x"): 1}
+
+
+def write_study(root: Path, name: str, hidden: tuple[str, ...] = ()) -> None:
+    """Write a study with one bright block: T2W in two planes, ADC and two b-values, coarser."""
+    common = {
+        "patient": name, "StudyInstanceUID": f"1.9.{name}", "FrameOfReferenceUID": f"1.8.{name}",
+        "Modality": "MR",
+    }  # fmt: skip
+    series = {
+        "t2": ("t2_tse_tra", 1, None, dicoms.AXIAL, 40),
+        "cor": ("t2_tse_cor", 1, None, dicoms.CORONAL, 40),
+        "adc": ("ep2d_diff_ADC", 2, None, dicoms.AXIAL, 20),
+        "b50": ("ep2d_diff", 2, 50, dicoms.AXIAL, 20),
+        "b1400": ("ep2d_diff", 2, 1400, dicoms.AXIAL, 20),
+    }
+    for number, (key, (text, mm, b, plane, edge)) in enumerate(series.items()):
+        for k in range(4 if key not in hidden else 0):
+            values = np.full((edge, edge), 100, np.uint16) + 10 * number
+            block = slice(8 // mm, 16 // mm)
+            values[block, block] = {"adc": 10, "b1400": 900}.get(key, 400) + int(name)
+            place = [(mm - 1) / 2, (mm - 1) / 2, 3 * k]
+            if key == "cor":
+                place = [0, 3 * k, 0]
+            dicoms.write(
+                root / f"s{name}" / key / f"{k}.dcm", values, series=f"1.7.{name}.{number}",
+                SeriesDescription=text, ImagePositionPatient=place, PixelSpacing=[mm, mm],
+                ImageOrientationPatient=plane, DiffusionBValue=b, **common,
+            )  # fmt: skip
+
+
+def test_channels_of_a_study_lie_on_one_grid(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        write_study(tmp_path / "in" / "c", name)
+    write_study(tmp_path / "in" / "c", "3", hidden=("adc",))
+    options = {"proportions": [1], "size": 40, "channels": "t2w,adc,hbv", "window": "percentile"}
+    report = prepare_folder(tmp_path / "in", tmp_path / "out", **options)
+    ((_, reason),) = report.broken
+    assert report.made == 2 and "channel adc: none of the 4 series of its study" in reason
+    assert "s3/b1400/0.dcm" in reason and "--channels" in reason
+    red, green, blue = load_images(next((tmp_path / "out" / "train" / "c").iterdir()))[0].int()
+    assert all(
+        (plane[10:14, 10:14] == level).all()
+        for plane, level in zip((red, green, blue), (255, 0, 255))
+    )
+    assert red[20, 20] == 0 and green[20, 20] == 255 and blue[20, 20] == 0
+    edges = [(plane[12].float() - 127.5).abs().argmin().item() for plane in (green, blue)]
+    assert all(abs(edge - 7.5) <= 1 or abs(edge - 15.5) <= 1 for edge in edges)
+    row = load_manifest(tmp_path / "out").iloc[0]
+    assert row["sources"].count("sha256:") == 3 and row["slice_index"] == "2"
+    assert row["window"].startswith("R percentile: ") and "; B percentile: " in row["window"]
+    assert any("series of the studies are no channel" in note for note in report.notes)
+    options["channels"] = "t2_tse,adc,hbv"  # fits two
+    report = prepare_folder(tmp_path / "in", tmp_path / "two", **options)
+    assert not report.made and "channel t2_tse: 2 of the 5 series" in str(report)
+    for wrong in ("t2w,adc", "t2w,adc,adc", "t2w,,adc"):
+        with pytest.raises(ValueError, match="name three series"):
+            prepare_folder(tmp_path / "in", tmp_path / "x", channels=wrong)
+    with pytest.raises(ValueError, match="auto, tags or percentile"):
+        prepare_folder(tmp_path / "in", tmp_path / "x", channels="t2w,adc,hbv", window="0,9")

@@ -117,6 +117,8 @@ def test_reference_patches_are_of_the_validation_split(folder: Path, tmp_path: P
         assert np.array_equal(image, values[index])
     with pytest.raises(ValueError, match="official val split: normal: 9 wanted for reference"):
         prepare_pcam(folder, tmp_path / "x", per_class=2, reference=9)
+    with pytest.raises(ValueError, match="lies inside the input"):
+        prepare_pcam(folder, folder / "out")
     for wrong in ({"reference": -1}, {"per_class": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
             prepare_pcam(folder, tmp_path / "x", **wrong)
@@ -145,12 +147,12 @@ def test_patches_and_labels_of_different_splits_are_refused(folder: Path, part, 
         lambda: list(iterate_patches(folder, "val", size=96)),
         lambda: load_labels(folder, "val"),
         lambda: load_patches(folder, "val", [0]),
-        lambda: prepare_pcam(folder, folder / "out", per_class=2, reference=2),
+        lambda: prepare_pcam(folder, folder.parent / "out", per_class=2, reference=2),
     ):
         with pytest.raises(OSError, match="different splits") as caught:
             use()
         assert all(f" {n}" in str(caught.value) for n in counts)
-    assert not (folder / "out").exists()
+    assert not (folder.parent / "out").exists()
 
 
 def test_labels_that_contradict_the_meta_table_are_refused(folder: Path, tmp_path: Path) -> None:

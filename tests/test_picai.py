@@ -425,6 +425,20 @@ def test_overlapping_reference_is_listed(tree: Path, tmp_path: Path) -> None:
     assert any("2 of 8" in note for note in fewer.notes)
 
 
+def test_one_study_under_two_patients_stays_in_one_split(copy: Path, tmp_path: Path) -> None:
+    before = prepare(copy, tmp_path / "before", per_class=2)
+    table = load_manifest(tmp_path / "before")
+    negatives = table[table["label"] == "negative"]
+    one, other = (negatives[negatives["split"] == s]["sources"].iloc[0] for s in ("train", "test"))
+    for mine, theirs in zip(one.split(" | ")[:3], other.split(" | ")[:3]):
+        shutil.copy(copy / "images" / mine, copy / "images" / theirs)
+    report = prepare(copy, tmp_path / "after", per_class=2)
+    assert any("kept in train alone" in reason for _, reason in report.broken)
+    assert report.counts == before.counts, "a spare patient takes its place"
+    with pytest.raises(ValueError, match="lies inside the input"):
+        prepare(copy, copy / "labels" / "out")
+
+
 def test_too_few_and_broken(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"negative: 300 patients wanted .* there are 8"):
         prepare(copy, tmp_path / "out", per_class=100)

@@ -23,6 +23,7 @@ COMMANDS = {  # name: the function, and a line of help
 HELP = {
     "allow_broken": "exit 0 although cases were broken and left out",
     "allow_fewer": "take what there is where a class has fewer",
+    "channels": "three DICOM series of a study as red, green and blue, such as t2w,adc,hbv",
     "disjoint": "keep every patient of the splits out of the reference set",
     "file_column": "name of the table's column of files",
     "geometry": "physical: one grid in the patient; paper: as the released prostate words saw images",

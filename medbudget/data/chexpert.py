@@ -17,7 +17,7 @@ from PIL import Image
 
 from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
 from medbudget.data.splits import SPLITS, choose_one_per_patient, choose_reference, split_patients
-from medbudget.data.tables import Listing
+from medbudget.data.tables import Listing, find_separator
 from medbudget.files import check_apart
 from medbudget.images import fit_square, from_pil, hash_pixels
 from medbudget.pictures import ImageError, open_picture
@@ -112,7 +112,8 @@ def _read_labels(file: Path) -> Any:
     import pandas as pd
 
     try:
-        return pd.read_csv(file)
+        separator = find_separator(file)  # Excel writes 1,0 where columns end in semicolons
+        return pd.read_csv(file, sep=separator, decimal="," if separator == ";" else ".")
     except Exception as error:  # pandas has a type for each kind of damage
         raise ValueError(
             f"{file} is no table that can be read ({type(error).__name__}); download it again"

@@ -89,32 +89,19 @@ def join_twins(
     notes: list[str],
     broken: list[tuple[str, str]],
 ) -> list[Entry]:
-    """Join patients who share an image; leave out images that are in two classes.
-
-    DICOM files that name different patients are not taken for one image by their pixels alone.
-    """
+    """Join patients who share an image; leave out images that are in two classes."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         if hashes[entry.source.files]:
             groups.setdefault(hashes[entry.source.files], []).append(entry)
     twins = [group for group in groups.values() if len(group) > 1]
-    contradictory, joined, doubtful = set(), [], []
+    contradictory, joined = set(), []
     for group in twins:
         if len({entry.label for entry in group}) == 1:
             joined.append(group)
-        elif len({entry.source.patient for entry in group}) == len(group) and all(
-            entry.source.patient for entry in group
-        ):
-            doubtful.append(group)
         else:
             contradictory |= {entry.source.files for entry in group}
             broken += _name_twins(group)
-    if doubtful:
-        both = " and ".join(entry.source.files[0] for entry in doubtful[0][:2])
-        notes.append(
-            f"DICOM files of different patients in different classes have the same pixels, such as "
-            f"{both}: look at them; they stay in one split ({sum(map(len, doubtful))})"
-        )
     if joined:
         n = sum(map(len, joined))
         pairs = [f"{g[1].source.files[0]} is {g[0].source.files[0]}" for g in joined[:3]]
@@ -122,7 +109,7 @@ def join_twins(
             f"{n} images are {len(joined)} {'ones' if len(joined) > 1 else 'one'}, pixel for pixel "
             f"({'; '.join(pairs)}{'; …' if len(joined) > 3 else ''}): they stay in one split"
         )
-    group_of = join_patients({entry.patient for entry in group} for group in joined + doubtful)
+    group_of = join_patients({entry.patient for entry in group} for group in joined)
     return [
         replace(entry, group=group_of.get(entry.patient, entry.patient))
         for entry in entries

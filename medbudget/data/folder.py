@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from medbudget.data.channels import check_channels, join_channels
 from medbudget.data.compare import check_classes, inspect, join_twins, leave_out, veil
 from medbudget.data.listed import Entry, list_by_table
 from medbudget.data.parallel import run_parallel
@@ -61,6 +62,7 @@ def prepare_folder(
     disjoint: bool = True,
     slices: str = "middle",
     masks: str | os.PathLike[str] | None = None,
+    channels: str | None = None,
     plane: str = "native",
     window: str = "auto",
     size: int = 512,
@@ -101,6 +103,10 @@ def prepare_folder(
     masks : path, optional
         Folder with a mask for each volume, under the volume's own relative name (for a DICOM
         series, its folder's) and any of the volume suffixes.
+    channels : str, optional
+        Join three DICOM series of each study to red, green and blue of one image, on the grid of
+        the first (linear interpolation): ``t2w,adc,hbv``, where ``t2w`` is the axial T2 series and
+        ``hbv`` that of the highest b-value. Another name is a part of the series description.
     plane : {"native", "axial", "coronal", "sagittal"}
         Which way to slice volumes.
     window : str
@@ -127,6 +133,9 @@ def prepare_folder(
         reference=reference,
     )  # fmt: skip
     step = _check_options(slices, masks, plane, window, proportions)
+    names = None if channels is None else check_channels(channels)
+    if names and window not in ("auto", "tags", "percentile"):
+        raise ValueError("channels have a window each: auto, tags or percentile (--window)")
     root, out = Path(root), Path(out)
     check_apart(out, root, masks)
     if key is not None and Path(key).resolve().is_relative_to(out.resolve()):
@@ -142,6 +151,8 @@ def prepare_folder(
             f"no images in {root}; allowed are DICOM, NIfTI, MHA, NRRD, PNG, JPEG, TIFF, BMP, "
             "WebP, GIF, JPEG 2000, AVIF and HEIC" + "".join(f"; {note}" for note in notes[1:])
         )
+    if names:
+        sources = join_channels(root, sources, names, notes)
     broken: list[tuple[str, str]] = []
     if labels is None:
         entries = [Entry(source, _class_of(source), source.patient) for source in sources]
@@ -183,6 +194,7 @@ def prepare_folder(
         "reference": reference,
         "disjoint": disjoint,
         "slices": slices,
+        "channels": names,
         "plane": plane,
         "window": window,
         "patient_pattern": veil(patient_pattern, everybody),
@@ -232,7 +244,17 @@ def _name_patients(
     root: Path, entries: Sequence[Entry], pattern: str | None, notes: list[str]
 ) -> list[Entry]:
     """Give every entry a patient: by the pattern, as known, or its own path."""
-    if pattern is not None:
+    if pattern is None:
+        unknown = sum(not entry.patient for entry in entries)
+        if unknown:
+            notes.append(
+                f"the patient{'s' if unknown > 1 else ''} of {unknown} "
+                f"image{'s are' if unknown > 1 else ' is'} unknown, and each counts as its own: if "
+                "one patient has several, name them (a column of the table, or --patient-pattern), "
+                "or splits will leak"
+            )
+        named = list(entries)
+    else:
         try:
             expression = re.compile(pattern)
         except re.error as error:
@@ -249,22 +271,27 @@ def _name_patients(
                     f"patient pattern {pattern} does not fit {entry.source.files[0]}: it is "
                     f"searched in this path below {root}, folders and ending included"
                 )
-            named.append(replace(entry, patient=_norm(match[1].strip())))
-        return named
-    unknown = sum(not entry.patient for entry in entries)
-    if unknown:
+            named.append(replace(entry, patient=match[1].strip()))
+    spellings: dict[str, dict[str, str]] = {}  # patient to each spelling, and a file that has it
+    for entry in named:
+        same = spellings.setdefault(_fold(entry.patient), {})
+        same.setdefault(unicodedata.normalize("NFC", entry.patient), entry.source.files[0])
+    several = [same for same in spellings.values() if len(same) > 1]
+    if several:
+        both = " and ".join(list(several[0].values())[:2])
         notes.append(
-            f"the patient{'s' if unknown > 1 else ''} of {unknown} "
-            f"image{'s are' if unknown > 1 else ' is'} unknown, and each counts as its own: if one "
-            "patient has several, name them (a column of the table, or --patient-pattern), or "
-            "splits will leak"
+            f"{len(several)} patient{'s are' if len(several) > 1 else ' is'} spelled in capital and "
+            f"in small letters, and each counts as one, such as that of {both}"
         )
-    return [replace(e, patient=_norm(e.patient) or f"file:{e.source.files[0]}") for e in entries]
+    return [
+        replace(e, patient=min(spellings[_fold(e.patient)]) or f"file:{e.source.files[0]}")
+        for e in named
+    ]
 
 
-def _norm(patient: str) -> str:
-    """Write accents in one way: macOS and tables write them in two."""
-    return unicodedata.normalize("NFC", patient)
+def _fold(patient: str) -> str:
+    """Write a patient in one way, whatever the letter case and the form of accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", patient).casefold())
 
 
 def _stratify(entries: Sequence[Entry]) -> dict[str, str]:
@@ -334,7 +361,8 @@ def _list_items(
             counts[number] = counts.get(number, 0) + 1
             name = f"{number}_{counts[number]:03d}"
             job = (entry.source, rule)
-            source = "|".join((*entry.source.files, str(rule)))
+            files = [file for one in (entry.source, *entry.source.others) for file in one.files]
+            source = "|".join((*files, str(rule)))
             source = source.encode("utf-8", "backslashreplace").decode()
             for split, note in places.items():
                 items.append(Item(name, folders[entry.label], split, number, job, note, source))

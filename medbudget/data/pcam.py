@@ -25,7 +25,7 @@ from PIL import Image
 from medbudget.data.prepare import Item, Made, Report, check_settings, prepare_items
 from medbudget.data.splits import shuffle
 from medbudget.data.tables import read_table
-from medbudget.files import atomic_path
+from medbudget.files import atomic_path, check_apart
 from medbudget.images import from_pil
 from medbudget.progress import tqdm
 
@@ -254,6 +254,7 @@ def prepare_pcam(
     """
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     folder = Path(folder)
+    check_apart(out, folder)
     items: list[Item] = []
     notes = [
         "validation and test are read from the HDF5 files when they are used "

@@ -58,7 +58,8 @@ from medbudget.data.splits import (
     choose_reference,
     split_patients,
 )
-from medbudget.images import from_pil
+from medbudget.files import check_apart
+from medbudget.images import from_pil, hash_pixels
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -104,6 +105,7 @@ class Case:
     window: str
     ranges: dict[str, tuple[float, float]]  # sequence to the intensities that became 0 and 255
     sources: tuple[str, ...]  # files, relative to the folders of images and of labels
+    pixels: str  # hash of T2W's voxels
 
 
 def load_case(
@@ -195,6 +197,7 @@ def prepare_picai(
     view = View(size, geometry, window, sequences)
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     images, labels = Path(images), Path(labels)
+    check_apart(out, images, labels)
     studies = read_marksheet(labels)
     files = find_images(images)
     usable = {case: study for case, study in studies.items() if case in files}
@@ -307,6 +310,7 @@ def _make(item: Item, *, images: Path, labels: Path, view: View) -> Made:
         spacing=case.spacing,
         crop=" x ".join(map(str, GRID[1:])) + f" px of {SPACING[1]} mm, {case.geometry}",
         masks={"tumour": case.tumour, "gland": case.gland},
+        pixels=case.pixels,
     )
 
 
@@ -356,6 +360,7 @@ def _load(
         window=view.window,
         ranges=ranges,
         sources=tuple(sources),
+        pixels=hash_pixels(to_array(volumes["t2w"])),
     )
 
 

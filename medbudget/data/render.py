@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from medbudget.data.channels import read_channels
 from medbudget.data.prepare import BrokenCase, Item, Made
 from medbudget.data.volumes import Array, Pixels, Source, Window, read_mask, read_pixels
 from medbudget.files import hash_file
@@ -24,9 +25,14 @@ def render_item(
     try:
         pixels = read_pixels(root, source, plane=plane)
         index = _choose_slice(pixels, rule, source, masks, plane)
-        values, said = apply_window(pixels, index, window)
+        layers = [pixels, *read_channels(root, source, pixels)]
+        drawn = [apply_window(layer, index, window) for layer in layers]
     except BrokenCase as error:  # the report names the file: it is shown to the reader, not written
         raise BrokenCase(f"{source.files[0]}: {error}") from None
+    values, said = drawn[0]
+    if source.others:
+        values = np.stack([plane for plane, _ in drawn], axis=-1)
+        said = "; ".join(f"{name} {text}" for name, (_, text) in zip("RGB", drawn))
     height, width = values.shape[:2]
     row, column = pixels.spacing or pixels.aspect
     scale = size / max(height * row, width * column)
@@ -35,14 +41,13 @@ def render_item(
     volume = len(pixels.values) > 1
     return Made(
         from_pil(fit_square(image, size)),
-        (f"sha256:{hash_file(root / source.files[0])}",),
+        tuple(f"sha256:{hash_file(root / one.files[0])}" for one in (source, *source.others)),
         window=said + (f", {pixels.note}" if pixels.note else ""),
         slice_index=index if volume else None,
         spacing=(1 / scale, 1 / scale) if pixels.spacing else None,
         crop=f"all {height} x {width} px" + (f" of {len(pixels.values)} slices" if volume else ""),
         note="" if image.size == (size, size) else "padded to a square",
-        pixels=hash_values(pixels.values[index : index + 1])
-        + (f" {item.label}" if source.patient else ""),
+        pixels=hash_values(pixels.values[index : index + 1]),
     )
 
 

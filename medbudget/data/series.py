@@ -29,6 +29,7 @@ class Source:
     patient: str = ""  # from DICOM; "" elsewhere
     problem: str = ""  # why it cannot be used, as far as that is known before reading it
     burnt_in: bool = False  # DICOM says that there is text in the pixels
+    others: tuple[Source, ...] = ()  # further channels of the same study
 
 
 @dataclass(frozen=True, eq=False)

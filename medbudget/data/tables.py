@@ -25,10 +25,7 @@ def read_table(file: Path) -> list[dict[str, str]]:
         raise FileNotFoundError(f"no such table: {file}")
     try:
         with open(file, newline="", encoding="utf-8-sig") as opened:
-            first = opened.readline()
-            separator = max(",;\t", key=first.count)
-            opened.seek(0)
-            lines = list(csv.reader(opened, delimiter=separator))
+            lines = list(csv.reader(opened, delimiter=find_separator(file)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(
             f"{file} is no CSV table in UTF-8 ({type(error).__name__}); save it as one"
@@ -47,6 +44,12 @@ def read_table(file: Path) -> list[dict[str, str]]:
         if any(line):
             rows.append(dict(zip(head, [*line, *[""] * (len(head) - len(line))])))
     return rows
+
+
+def find_separator(file: Path) -> str:
+    """Return comma, semicolon or tab, whichever the first line of a table has most of."""
+    with open(file, encoding="utf-8-sig") as opened:
+        return max(",;\t", key=opened.readline().count)
 
 
 class Listing:
