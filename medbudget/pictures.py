@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -72,6 +73,8 @@ def open_picture(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
         with Image.open(path, formats=list_formats()) as opened:
             pages = getattr(opened, "n_frames", 1)
             depth, white_is_zero = _read_depth(opened)
+            if opened.format == "TIFF":
+                _check_strips(opened)
             opened.load()
             image: Image.Image = ImageOps.exif_transpose(opened)
     except Image.DecompressionBombError:
@@ -104,6 +107,22 @@ def open_picture(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
             "one of these"
         )
     return image.convert("L" if image.mode in ("1", "L") else "RGB"), False
+
+
+def _check_strips(image: ImageFile.ImageFile) -> None:
+    """Refuse a TIFF file of too few strips or tiles, of which Pillow draws the missing ones black."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if 322 in tags:  # TileWidth, TileLength, TileOffsets
+        count = math.prod(-(-side // tags[tag]) for side, tag in zip(image.size, (322, 323)))
+    else:  # RowsPerStrip
+        count = -(-image.height // min(tags.get(278, image.height), image.height))
+    planes = tags.get(277, 1) if tags.get(284, 1) == 2 else 1  # SamplesPerPixel, planar
+    offsets = tags.get(324 if 322 in tags else 273, ())
+    if len(offsets) != count * planes:
+        raise ImageError(
+            f"has {len(offsets)} of {count * planes} strips of its {image.width} x {image.height} "
+            "pixels: it is damaged; export it again"
+        )
 
 
 def _read_depth(image: ImageFile.ImageFile) -> tuple[int, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -126,7 +127,9 @@ class Steps:
     def _save(self) -> int:
         if self.path is not None:
             with atomic_path(self.path) as temporary:
-                torch.save({"identity": self.identity, "state": self.run.state_dict()}, temporary)
+                content = io.BytesIO()  # written at once, so that a full disk says its own name
+                torch.save({"identity": self.identity, "state": self.run.state_dict()}, content)
+                temporary.write_bytes(content.getbuffer())
         return self.run.step
 
     def _resume(self) -> int:

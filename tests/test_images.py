@@ -22,6 +22,22 @@ def test_saved_images_come_back_equal(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.png", "00001.png", "00002.png"]
 
 
+def test_a_tiff_file_with_a_strip_missing_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    for height, strips in ((9, 3), (10, 4), (4, 2)):  # one strip holds three rows
+        tags = {278: 3}
+        Image.new("L", (5, height), 7).save(path, compression="tiff_lzw", tiffinfo=tags)
+        assert load_images(tmp_path).shape == (1, 3, height, 5)
+        with Image.open(path) as opened:
+            assert len(opened.tag_v2[273]) == strips
+        content = path.read_bytes()
+        length = struct.pack("<HHIHH", 257, 3, 1, height, 0)
+        assert content.count(length) == 1
+        path.write_bytes(content.replace(length, struct.pack("<HHIHH", 257, 3, 1, height + 3, 0)))
+        with pytest.raises(ImageError, match=f"has {strips} of {strips + 1} strips"):
+            load_images(tmp_path)
+
+
 def test_gray_becomes_three_equal_channels(tmp_path):
     gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
     write(tmp_path, "a.png", gray)

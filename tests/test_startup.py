@@ -1,5 +1,6 @@
 """Starting is light: help and the bare import load no torch, no diffusers, no pandas."""
 
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ def run(code, *arguments):
     """Run code in a new process; return its output without the last line, and the modules loaded."""
     code = f"import sys\ntry:\n    {code}\nexcept SystemExit as end:\n    assert not end.code\n"
     code += "print(' '.join({name.split('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     *said, modules = done.stdout.splitlines()
     return "\n".join(said), set(modules.split())
@@ -47,6 +49,13 @@ def test_python_m_medbudget_is_the_command():
         [sys.executable, "-m", "medbudget", "--version"], capture_output=True, text=True
     )
     assert done.stdout == f"medbudget {medbudget.__version__}\n"
+
+
+def test_help_is_printed_where_the_terminal_knows_ascii_alone():
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "medbudget", "prepare", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "DICOM" in done.stdout and not done.stderr
 
 
 def test_help_takes_half_a_second():

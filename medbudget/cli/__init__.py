@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import threading
@@ -71,6 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     Exit codes: 1 for an error, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "…" ends no command
     received = [signal.SIGINT]
 
     def stop(number: int, frame: Any) -> None:
