@@ -13,8 +13,7 @@ import argparse
 from typing import Any
 
 from medbudget import InversionSettings, Score, invert, load_base, make_phantoms, sample
-from medbudget.inversion import compute_image_losses
-from medbudget.metrics import membership_inference, memorisation
+from medbudget.metrics import membership_test, memorisation
 from medbudget.results import write_result
 
 CASES = (5, 20, 100)
@@ -36,24 +35,17 @@ def main() -> None:
     base = load_base("tiny")
     train = make_phantoms("prostate", "tumour", max(CASES), size=base.size).images
     others = make_phantoms("prostate", "tumour", args.others, size=base.size, split="test").images
-    trial = {"draws": args.draws, "seed": 0}
-    without = [compute_image_losses(base, "", images, **trial) for images in (train, others)]
     words: list[dict[str, Any]] = []
     for n in CASES:
         settings = InversionSettings.preset("tiny", steps=args.steps)
         word = invert(base, train[:n], token="<word>", settings=settings)
-        inside, outside = (
-            compute_image_losses(base, word.vectors, images, **trial)
-            for images in (train[:n], others)
-        )
+        loss, difference = membership_test(base, word, train[:n], others, draws=args.draws)
         made = sample(base, word.token, embeddings=[word], n=args.n)
         row = {
             "cases": n,
             "steps": args.steps,
-            "loss": triple(membership_inference(inside, outside)),
-            "difference": triple(
-                membership_inference(inside - without[0][:n], outside - without[1])
-            ),
+            "loss": triple(loss),
+            "difference": triple(difference),
             "copied": triple(memorisation(made, train[:n], others).scores()[0]),
         }
         print(row, flush=True)

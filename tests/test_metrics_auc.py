@@ -11,7 +11,6 @@ from medbudget.metrics import (
     delong_difference,
     detectable_difference,
     hanley_mcneil,
-    membership_inference,
 )
 
 
@@ -177,15 +176,6 @@ def test_bootstrap_is_seeded():
     first = bootstrap_auc(labels, scores, repeats=50, seed=3)
     assert first == bootstrap_auc(labels, scores, repeats=50, seed=3)
     assert first.interval != bootstrap_auc(labels, scores, repeats=50, seed=4).interval
-
-
-def test_membership_of_a_model_that_remembers_and_one_that_does_not():
-    rng = np.random.default_rng(0)
-    forgets = membership_inference(rng.normal(1, 1, 200), rng.normal(1, 1, 200))
-    assert forgets.interval[0] < 0.5 < forgets.interval[1]
-    remembers = membership_inference(rng.normal(0, 1, (200, 4)), rng.normal(1, 1, (200, 4)))
-    assert remembers.interval[0] > 0.8  # lower loss: member
-    assert remembers.n == (200, 200)
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,7 @@ def test_scores_against_training_images_say_so_in_their_own_line(medbudget, tmp_
     assert code == 0, error
     line = next(line for line in said.splitlines() if line.startswith("Layout distance"))
     assert "against training images (9 of 12)" in line
+    assert "no test of the generator: against training images" in said.splitlines()[0]
     _, said, _ = medbudget(*command)
     assert "no test of the generator: against training images" in said.splitlines()[0]
     _, said, _ = medbudget(*command, "--size", 32, "--no-floor")  # found at another size too

@@ -1,4 +1,4 @@
-"""medbudget evaluate and classify: score images, and what they do for a classifier."""
+"""medbudget evaluate, membership and classify: score images, words, and what they are good for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from medbudget.cli.options import Machine, Text, Words
+from medbudget.cli.options import BaseOptions, File, Machine, Text, Words
 
 DEFAULT = Machine()
+BASE = BaseOptions()
 
 
 def evaluate(
@@ -97,6 +98,34 @@ def _write_pairs(synthetic: Path, train: Path, size: int | None, path: Path) -> 
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
     print(f"wrote {path}")
+
+
+def membership(
+    word: File, members: Path, others: Path, /, *, draws: int = 8, out: Path | None = None,
+    overwrite: bool = False, seed: int = 0, base: BaseOptions = BASE,
+) -> None:  # fmt: skip
+    """Test whether an embedding betrays which images it was trained on.
+
+    Args:
+        members: folder of images that it was trained on
+        others: folder of images of the same kind that it was not trained on
+        draws: noises for the loss of each image
+        out: also write the scores as JSON
+        overwrite: replace OUT if it is there
+        seed: the same seed gives the same result
+    """
+    from medbudget import Embedding
+    from medbudget.files import check_output
+    from medbudget.metrics import format_table, judge_membership, membership_test, to_json
+
+    if out is not None:
+        check_output(out, overwrite=overwrite)
+    loaded = base.load()
+    scores = membership_test(loaded, Embedding.load(word), members, others, draws=draws, seed=seed)
+    print(f"verdict: {judge_membership(scores)}\n{format_table(scores)}")
+    if out is not None:
+        to_json(scores, out)
+        print(f"wrote {out}")
 
 
 def classify(

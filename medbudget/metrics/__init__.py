@@ -10,7 +10,6 @@ from medbudget.metrics.auc import (
     delong_difference,
     detectable_difference,
     hanley_mcneil,
-    membership_inference,
 )
 from medbudget.metrics.disease import disease_axis, disease_score
 from medbudget.metrics.evaluation import evaluate, frechet_score
@@ -23,6 +22,11 @@ from medbudget.metrics.frechet import (
     frechet_interval,
 )
 from medbudget.metrics.kernel import kernel_distance, precision_recall
+from medbudget.metrics.membership import (
+    judge_membership,
+    membership_inference,
+    membership_test,
+)
 from medbudget.metrics.neighbours import (
     Memorisation,
     feature_neighbours,
@@ -62,9 +66,11 @@ __all__ = [
     "frechet_score",
     "hanley_mcneil",
     "judge",
+    "judge_membership",
     "kernel_distance",
     "load_extractor",
     "membership_inference",
+    "membership_test",
     "memorisation",
     "normalize_images",
     "permutation_test",

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from scipy.stats import norm, rankdata
 
 from medbudget.metrics.frechet import Z95, Array, Estimate
-from medbudget.metrics.scores import Score
 
 
 def _check(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[npt.NDArray[np.bool_], Array]:
@@ -307,38 +306,4 @@ def calibration(
     error = float((count[used] * np.abs(predicted - observed)).sum() / len(flat))
     return Calibration(
         error, tuple(predicted.tolist()), tuple(observed.tolist()), tuple(count[used].tolist())
-    )
-
-
-def membership_inference(member_losses: npt.ArrayLike, other_losses: npt.ArrayLike) -> Score:
-    """Return how well a model's loss tells its training cases from others: an AUC with interval.
-
-    The attack of Yeom et al. (2018): a case with a low loss is called a member. 0.5 means that
-    this attack learns nothing (a stronger one may).
-
-    Parameters
-    ----------
-    member_losses, other_losses : array_like
-        One loss per image ``(n,)``, or ``(n, draws)`` over several draws of noise and time, of
-        which the mean is taken. Use the same draws for both.
-
-    Examples
-    --------
-    >>> membership_inference([0.1, 0.2, 0.4], [0.3, 0.5, 0.6]).value  # 8 of 9 pairs
-    0.8888888888888888
-    """
-    sets = []
-    for name, losses in (("member_losses", member_losses), ("other_losses", other_losses)):
-        values = np.asarray(losses, dtype=np.float64)
-        if values.ndim not in (1, 2) or values.size == 0:
-            raise ValueError(f"{name} must be (n,) or (n, draws), got {values.shape}")
-        sets.append(values if values.ndim == 1 else values.mean(1))
-    labels = np.repeat([1, 0], [len(s) for s in sets])
-    estimate = delong(labels, -np.concatenate(sets))
-    return Score(
-        name="Membership AUC (loss)",
-        value=estimate.value,
-        interval=estimate.interval,
-        n=(len(sets[0]), len(sets[1])),
-        note="members vs others; 0.5: the loss tells nothing; DeLong interval",
     )

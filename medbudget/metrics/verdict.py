@@ -24,7 +24,7 @@ def judge(scores: Sequence[Score]) -> str:
     by_name = {score.name: score for score in scores}
     pairs = [(by_name[n.removesuffix(FLOOR)], by_name[n]) for n in by_name if n.endswith(FLOOR)]
     parts = [_judge_distance(*pairs[0])] if pairs else ["no floor, so no verdict on the distance"]
-    if pairs and (leak := _leak(pairs[0][0])):
+    if scores and (leak := _leak(scores[0])):
         parts.insert(0, f"no test of the generator: {leak}")
     copied = next((s for s in scores if s.name.startswith("Copied share")), None)
     parts.append(_judge_copies(copied))
@@ -33,7 +33,8 @@ def judge(scores: Sequence[Score]) -> str:
 
 def _leak(score: Score) -> str:
     """Return the part of a remark that says that real images were not held out."""
-    return "; ".join(part for part in score.remark.split("; ") if not part.startswith("only "))
+    few = ("only ", "rests on ")
+    return "; ".join(part for part in score.remark.split("; ") if not part.startswith(few))
 
 
 def _judge_distance(score: Score, floor: Score) -> str:
