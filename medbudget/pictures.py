@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
@@ -76,6 +78,10 @@ def open_picture(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
             if opened.format == "TIFF":
                 _check_strips(opened)
             opened.load()
+            if opened.format in ("JPEG", "MPO"):  # its decoder draws gray where pixels are missing
+                with Image.open(io.BytesIO(lengthen_jpeg(Path(path).read_bytes()))) as longer:
+                    if longer.tobytes() != opened.tobytes():
+                        raise OSError("its compressed data end too early")
             image: Image.Image = ImageOps.exif_transpose(opened)
     except Image.DecompressionBombError:
         raise ImageError("has too many pixels to be safe to load; crop it first") from None
@@ -123,6 +129,27 @@ def _check_strips(image: ImageFile.ImageFile) -> None:
             f"has {len(offsets)} of {count * planes} strips of its {image.width} x {image.height} "
             "pixels: it is damaged; export it again"
         )
+
+
+def lengthen_jpeg(stream: bytes) -> bytes:
+    """Put data before the end mark of a JPEG stream.
+
+    A whole stream is decoded as before, as all of its pixels are known by then. In one that was
+    cut, a decoder takes them for what is missing, so that its pixels change.
+    """
+    start, kinds = 2, set()
+    while stream[start : start + 1] == b"\xff" and kinds.isdisjoint((0xDA, 0xD9)):
+        kinds.add(stream[start + 1])
+        start += 2 + int.from_bytes(stream[start + 2 : start + 4], "big")
+    end = stream.find(b"\xff\xd9", start)  # data hold none; what lies before may be a thumbnail
+    if end < 0:
+        return stream
+    more = noise = bytes(range(0, 255, 2))
+    scan = max(start, stream.rfind(b"\xff\xda", start, end))
+    restarts = len(re.findall(rb"\xff[\xd0-\xd7]", stream[scan:end]))
+    if 0xC3 not in kinds:  # GDCM, which reads lossless streams, takes no more restarts
+        more += b"\xff%c" % (0xD0 + restarts % 8) + noise
+    return stream[:end] + more + stream[end:]
 
 
 def _read_depth(image: ImageFile.ImageFile) -> tuple[int, bool]:

@@ -125,6 +125,18 @@ def test_a_cut_mask_is_refused_by_picai_and_by_prepare_folder(tmp_path):
         assert report.made == made and len(report.broken) == 1 - made
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".NII", ".Nii.Gz", ".MHA", ".NRRD"])
+def test_masks_and_volumes_are_found_in_any_letter_case(tmp_path, suffix):
+    for name, values in (("in", RIGHT), ("masks", (RIGHT > 600).astype(np.uint8))):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / f"a{suffix.lower()}"
+        sitk.WriteImage(sitk.GetImageFromArray(values.copy()), str(path))
+        path.rename(tmp_path / name / f"a{suffix}")
+    options = {"slices": "mask", "masks": tmp_path / "masks"}
+    report = prepare(tmp_path / "in", tmp_path / "out", **options)
+    assert report.made == 1, report.broken
+
+
 @pytest.mark.parametrize("codes", ["LPS", "RAS", "SPL", "IRA", "PSR"])
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
 def test_volumes_are_turned_as_itk_turns_them(tmp_path, codes, plane):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from medbudget.data.itk import MAX_BYTES, MAX_RATIO, SMALL, unpack
 from medbudget.data.prepare import BrokenCase
+from medbudget.pictures import lengthen_jpeg
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -44,6 +45,7 @@ DECODERS = {
     "1.2.840.10008.1.2.4.81": "pyjpegls",
 }
 JPEG_2000 = ("1.2.840.10008.1.2.4.9", "1.2.840.10008.1.2.4.20")  # and HTJ2K, as prefixes
+PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 GRAY = ("MONOCHROME1", "MONOCHROME2")
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
@@ -187,10 +189,10 @@ def measure(data: Dataset, held: int) -> tuple[int, int, int, bool]:
     n = max(n, 1)
     stored = int(get_number(data, "BitsStored", allocated))
     high = int(get_number(data, "HighBit", stored - 1))
-    if allocated not in (1, 8, 16, 32) or not 0 <= stored - 1 <= high < allocated:
+    if allocated not in (1, 8, 16, 32, 64) or not 0 <= stored - 1 <= high < allocated:
         raise BrokenCase(
             f"its pixels have {stored} of {allocated} bits, the highest at {high}; allowed are 1, "
-            "8, 16 or 32 bits that hold them all"
+            "8, 16, 32 or 64 bits that hold them all"
         )
     syntax = data.file_meta.TransferSyntaxUID
     packed = syntax == DEFLATED or (syntax.is_transfer_syntax and syntax.is_compressed)
@@ -209,22 +211,30 @@ def measure(data: Dataset, held: int) -> tuple[int, int, int, bool]:
 def decode(data: Dataset) -> tuple[Array, bool]:
     """Return stored values, ``(frames, H, W)`` gray or ``(frames, H, W, 3) uint8``, and whether
     they are gray."""
+    from pydicom.encaps import encapsulate
     from pydicom.pixels import get_decoder
     from pydicom.pixels.processing import apply_color_lut
 
-    if "PixelData" not in data or not data["PixelData"].value:
+    held = sum(len(data[name].value or b"") for name in PIXELS if name in data)
+    if not held:
         raise BrokenCase("not a DICOM image that can be read: it has no pixels")
-    n, rows, columns, packed = measure(data, len(data["PixelData"].value))
+    n, rows, columns, packed = measure(data, held)
     syntax, model = data.file_meta.TransferSyntaxUID, get_text(data, "PhotometricInterpretation")
     packed = packed and syntax != DEFLATED
-    if packed:
-        _check_streams(data, n, rows, columns)
+    frames = _read_frames(data, n, rows, columns) if packed else []
     if syntax == "1.2.840.10008.1.2.4.51" and get_number(data, "BitsStored") > 8:
         raise BrokenCase("JPEG of 12 bits has no decoder here; decompress it first (dcmdjpeg)")
     options: Any = {"allow_excess_frames": False, "correct_unused_bits": False}
     plugin = DECODERS.get(syntax, "pylibjpeg" if packed else "")
     try:
+        warnings.filterwarnings("error", ".*non-conformant padding")  # bytes of RLE are missing
         values, meta = get_decoder(syntax).as_array(data, decoding_plugin=plugin, **options)
+        if plugin in ("pillow", "gdcm"):  # JPEG, whose decoders invent what is missing
+            data.pop("ExtendedOffsetTable", None)
+            data.PixelData = encapsulate([lengthen_jpeg(frame) for frame in frames])
+            longer, _ = get_decoder(syntax).as_array(data, decoding_plugin=plugin, **options)
+            if not np.array_equal(values, longer):
+                raise ValueError
         if model == "PALETTE COLOR":
             values = apply_color_lut(values, data)
             values = (values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8)
@@ -235,6 +245,10 @@ def decode(data: Dataset) -> tuple[Array, bool]:
         raise BrokenCase("not a DICOM image that can be read: its pixels are damaged") from None
     if model in GRAY:
         values = values.reshape(n, rows, columns)
+        if values.dtype.kind == "f":
+            if not np.isfinite(values).all():
+                raise BrokenCase("it has values that are infinite or not a number")
+            return values, True
         allocated, stored = (
             int(get_number(data, f"Bits{name}")) for name in ("Allocated", "Stored")
         )
@@ -253,8 +267,8 @@ def decode(data: Dataset) -> tuple[Array, bool]:
     return values.reshape(n, rows, columns, 3), False
 
 
-def _check_streams(data: Dataset, n: int, rows: int, columns: int) -> None:
-    """Refuse compressed frames that are missing, have no end, or are of another size."""
+def _read_frames(data: Dataset, n: int, rows: int, columns: int) -> list[bytes]:
+    """Return the compressed frames; refuse those that are missing, have no end or another size."""
     from pydicom.encaps import generate_frames
 
     syntax = str(data.file_meta.TransferSyntaxUID)
@@ -267,9 +281,7 @@ def _check_streams(data: Dataset, n: int, rows: int, columns: int) -> None:
         raise BrokenCase(f"truncated: its {n} compressed frames are not all there") from None
     if len(frames) != n:
         raise BrokenCase(f"it holds {len(frames)} compressed frames where it claims {n}")
-    if syntax == RLE:
-        return
-    for frame in frames:
+    for frame in frames if syntax != RLE else []:
         if not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
             raise BrokenCase("truncated: a compressed frame has no end")
         size = _read_stream_size(frame)
@@ -277,6 +289,7 @@ def _check_streams(data: Dataset, n: int, rows: int, columns: int) -> None:
             raise BrokenCase(
                 f"a compressed frame is of size {size}, the header of {(rows, columns)}"
             )
+    return frames
 
 
 def _read_stream_size(stream: bytes) -> tuple[int, int] | None:
@@ -299,17 +312,20 @@ def _read_stream_size(stream: bytes) -> tuple[int, int] | None:
 
 def find_padding(stored: Array, data: Dataset) -> Array | None:
     """Return where stored values are padding (PS3.3 C.7.5.1.1.2)."""
-    low = get_numbers(data, "PixelPaddingValue", 1)
-    if low is None:
+    kind, bits = stored.dtype.kind, 8 * stored.itemsize
+    prefix = ("Float" if bits == 32 else "DoubleFloat") if kind == "f" else ""
+    first = get_numbers(data, f"{prefix}PixelPaddingValue", 1)
+    if first is None:
         return None
-    high = get_numbers(data, "PixelPaddingRangeLimit", 1) or low
-    top = 2 ** int(get_number(data, "BitsStored", 16))
-    # the value may be written without the sign that pixels have
-    edges = [int(value[0]) % top for value in (low, high)]
-    if stored.dtype.kind == "i":
-        edges = [value - top if value >= top // 2 else value for value in edges]
-    edges.sort()
-    padding = (stored >= edges[0]) & (stored <= edges[1])
+    last = get_numbers(data, f"{prefix}PixelPaddingRangeLimit", 1) or first
+    # integers may be written without the sign that pixels have, or with one that they do not have
+    least, turn = {"i": (2 ** (bits - 1), -(2**bits)), "u": (-(2 ** (bits - 1)), 2**bits)}.get(
+        kind, (0, 0)
+    )
+    low, high = sorted(
+        v + turn if least <= v < least + 2 ** (bits - 1) else v for v in (*first, *last)
+    )
+    padding = (stored >= low) & (stored <= high)
     return padding if padding.any() else None
 
 
@@ -349,9 +365,11 @@ def read_window(voi: Dataset) -> Window | None:
             data = lut.LUTData
             if isinstance(data, bytes):
                 data = np.frombuffer(data, np.uint8 if bits == 8 and len(data) <= n + 1 else "<u2")
-            table = np.asarray(data, np.float64)[:n] / (2**bits - 1)
-            if len(table) == n and 8 <= bits <= 16 and table.max() <= 1:
-                return Window(first, first + n - 1, table=table)
+            table = np.asarray(data, np.float64)[:n]
+            if bits == 16:  # written for the words that hold the entries, whatever these use
+                bits = max(8, int(table.max()).bit_length())
+            if len(table) == n and 8 <= bits <= 16 and table.max() < 2**bits:
+                return Window(first, first + n - 1, table=table / (2**bits - 1))
         except Exception:
             return Window(0, 0, problem="its VOI LUT is damaged")
         return Window(0, 0, problem="its VOI LUT is damaged")

@@ -276,6 +276,8 @@ def _read_header(layout: Layout) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
     try:
         if isinstance(layout.header, Path):
+            kind = "MetaImageIO" if layout.header.suffix.lower()[:2] == ".m" else "NrrdImageIO"
+            reader.SetImageIO(kind)  # by themselves, they know suffixes in lower case alone
             reader.SetFileName(os.fspath(layout.header))
             reader.ReadImageInformation()
             return reader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_header(path: Path, file: str) -> Header | str:
     data = read_dataset(path, pixels=False)
     kind = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
     name = getattr(kind, "name", "") if getattr(kind, "is_private", True) is False else ""
-    if name and name != str(kind) and "Image Storage" not in name:
+    if name and name != str(kind) and not re.search("Image Storage|Parametric Map", name):
         return f"DICOM {name.removesuffix(' Storage')}"
     instance, series = get_text(data, "SOPInstanceUID"), get_text(data, "SeriesInstanceUID")
     one = get_number(data, "NumberOfFrames", 1) <= 1

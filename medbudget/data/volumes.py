@@ -161,14 +161,18 @@ def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "nati
         folder's) and any of the suffixes of volumes.
     """
     path = Path(source.files[0])
-    suffix = next((s for s in VOLUMES if path.name.lower().endswith(s)), path.suffix)
-    if path.name.lower().endswith(".nii.gz"):
-        suffix = ".nii.gz"
-    name = path.name[: len(path.name) - len(suffix)]
-    stem = path.parent if len(source.files) > 1 else path.parent / name
-    files = [f"{stem.as_posix()}{s}" for s in VOLUMES if (masks / f"{stem}{s}").is_file()]
+    stem = path.parent if len(source.files) > 1 else path.parent / _cut_suffix(path.name)
+    folder = masks / stem.parent
+    files = [
+        file.relative_to(masks).as_posix()
+        for file in sorted(folder.iterdir() if folder.is_dir() else ())
+        if file.name.lower().endswith(VOLUMES) and _cut_suffix(file.name) == stem.name
+    ]
     if len(files) != 1:
-        raise BrokenCase(f"{len(files)} masks {stem}.* in the folder of masks; 1 is needed")
+        raise BrokenCase(
+            f"{len(files)} masks {stem.as_posix()}.* in the folder of masks; 1 is needed, as "
+            f"{', '.join(VOLUMES)}"
+        )
     mask = read_pixels(masks, Source((files[0],), "volume"), plane=plane)
     near = min(pixels.spacing or (4e-3,)) / 4  # of a pixel: less than any whole step
     if (
@@ -181,6 +185,12 @@ def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "nati
             "place"
         )
     return mask.values > 0
+
+
+def _cut_suffix(name: str) -> str:
+    """Return a file's name without its ending, .nii.gz as one."""
+    end = max((s for s in VOLUMES if name.lower().endswith(s)), key=len, default=Path(name).suffix)
+    return name[: len(name) - len(end)]
 
 
 def _find_ends(pixels: Pixels) -> Array:
