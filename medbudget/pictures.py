@@ -137,7 +137,7 @@ def lengthen_jpeg(stream: bytes) -> bytes:
     A whole stream is decoded as before, as all of its pixels are known by then. In one that was
     cut, a decoder takes them for what is missing, so that its pixels change.
     """
-    start, kinds = 2, set()
+    start, kinds = 2, set[int]()
     while stream[start : start + 1] == b"\xff" and kinds.isdisjoint((0xDA, 0xD9)):
         kinds.add(stream[start + 1])
         start += 2 + int.from_bytes(stream[start + 2 : start + 4], "big")
