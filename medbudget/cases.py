@@ -135,7 +135,7 @@ def load_cases(
         *sets,
         names=tuple(f"{file.parent.name}/{file.name}" for file in both),
         classes=(names[0], names[1]),
-        patients=_find_patients(root, both),
+        patients=find_patients(root, both),
     )
     return cases if change is None else cases.transform(change)
 
@@ -150,7 +150,7 @@ def _order_classes(names: Sequence[str], positive: str | None, root: Path) -> li
     return [second, first] if swap else [first, second]
 
 
-def _find_patients(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
+def find_patients(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
     """Return each file's patient by the manifest of `medbudget prepare`, or nothing."""
     root = root.resolve()
     for folder in (root, *list(root.parents)[:2]):

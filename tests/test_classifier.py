@@ -172,7 +172,7 @@ def test_runs_are_saved_taken_up_again_and_never_mixed(splits, tmp_path):
 
 
 def test_scores_of_runs_by_hand():
-    from medbudget.metrics import Difference
+    from medbudget.metrics import Estimate
 
     labels = [0, 0, 1, 1]
     runs = [[0.1, 0.4, 0.6, 0.9], [0.1, 0.7, 0.6, 0.9]]  # AUC 1 and .75
@@ -180,7 +180,7 @@ def test_scores_of_runs_by_hand():
     assert found["AUC"].value == 0.875 and found["AUC"].n == (2, 2)
     assert found["sd of runs"].value == pytest.approx(0.25 / 2**0.5)
     assert "sd of runs" not in {s.name for s in score_runs(labels, runs[0], repeats=50)}
-    gain, least = score_gain(Difference(0.02, 0.01, (0.0, 0.04), "bootstrap", 0.05), (2, 2))
+    gain, least = score_gain(Estimate(0.02, 0.01, (0.0, 0.04), "bootstrap", 0.05), (2, 2))
     assert gain.value == 0.02 and "p = 0.05" in gain.note
     assert least.value == pytest.approx(2.801585 * 0.01, rel=1e-5)
     four = [labels * 4, np.tile(runs, 4)]
@@ -193,12 +193,10 @@ def test_scores_of_runs_by_hand():
 
 
 def test_the_verdict_by_hand():
-    from medbudget.metrics import Difference
+    from medbudget.metrics import Estimate
 
     def judge(value, se):
-        return judge_gain(
-            Difference(value, se, (value - 2 * se, value + 2 * se), "bootstrap", 0.04)
-        )
+        return judge_gain(Estimate(value, se, (value - 2 * se, value + 2 * se), "bootstrap", 0.04))
 
     assert judge(0.05, 0.01).startswith("a gain is shown (+0.050, interval +0.030 to +0.070")
     assert judge(-0.05, 0.01).startswith("a loss is shown")

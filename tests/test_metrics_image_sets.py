@@ -60,7 +60,7 @@ def test_all_folders_are_brought_to_one_size_by_one_rule(tmp_path):
     Image.new("RGB", (30, 90), "white").save(tmp_path / "made" / "tall.png")
     Image.new("L", (40, 40)).save(tmp_path / "real" / "gray.png")
     Image.new("RGBA", (40, 40), "white").save(tmp_path / "real" / "opaque.png")
-    Image.new("RGB", (7, 7)).save(tmp_path / "made" / "contact_sheet.png")
+    save_images(large[:1], tmp_path / "made", names=["contact_sheet"], records=[{}])
     sets = load_sets({"real": tmp_path / "real", "synthetic": tmp_path / "made"})
     assert sets["real"].images.shape == (6, 3, 90, 90)
     assert sets["synthetic"].images.shape == (5, 3, 90, 90)
@@ -104,11 +104,11 @@ def test_empty_folders_one_image_and_prepared_folders_are_refused_by_name(medbud
     save_images(make_phantoms("chest", "healthy", 1).images, tmp_path / "one")
     (tmp_path / "empty").mkdir()
     save_images(make_phantoms("chest", "healthy", 4).images, tmp_path / "prepared/test/healthy")
-    Image.new("RGB", (90, 90)).save(tmp_path / "prepared" / "contact_sheet.png")
+    save_images(chests(1), tmp_path / "prepared", names=["contact_sheet"], records=[{}])
     for bad, message in (
         ("empty", "no images in"),
         ("one", "1 synthetic images are too few"),
-        ("prepared", "only a contact sheet and the folders ['test']: name one"),
+        ("prepared", "it has the folders ['test']: name one"),
     ):
         code, _, said = medbudget("evaluate", tmp_path / "good", tmp_path / bad)
         assert code == 1 and message in said, said
@@ -193,7 +193,7 @@ def test_names_without_numbers_are_not_paired(tmp_path):
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     save_images(images, tmp_path / "a", names=["x"])
     part = load_sets({"synthetic": tmp_path / "a"})["synthetic"]
-    with pytest.raises(ValueError, match=r"x\.png has neither a recorded seed nor a number"):
+    with pytest.raises(ValueError, match="1 of 1 files have neither a recorded seed nor a number"):
         pair(part, part)
     tensors = ImageSet(images)
     assert pair(tensors, tensors)[2] == "order"

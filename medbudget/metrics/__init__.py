@@ -2,7 +2,6 @@
 
 from medbudget.metrics.auc import (
     Calibration,
-    Difference,
     bootstrap_auc,
     calibration,
     compute_auc,
@@ -40,7 +39,6 @@ from medbudget.weights import WeightsError
 
 __all__ = [
     "Calibration",
-    "Difference",
     "Estimate",
     "Extractor",
     "Memorisation",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +11,19 @@ from scipy.stats import norm, rankdata
 
 from medbudget.metrics.frechet import Z95, Array, Estimate
 
+Cases = npt.NDArray[np.bool_]
 
-def _check(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[npt.NDArray[np.bool_], Array]:
+
+def _check(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, *, runs: bool = True
+) -> tuple[Cases, Array]:
     label, score = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if label.ndim != 1 or score.ndim not in (1, 2) or score.shape[-1] != len(label):
         raise ValueError(
             f"labels must be (n,) and scores (n,) or (runs, n), got {label.shape} and {score.shape}"
         )
+    if score.ndim == 2 and not runs:
+        raise ValueError("DeLong takes the scores of one run, (n,); use bootstrap_auc for several")
     if not np.isin(label, [0, 1]).all():
         raise ValueError(f"labels must be 0 or 1, got {np.unique(label)[:5]}")
     if not np.isfinite(score).all():
@@ -32,7 +37,7 @@ def _check(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[npt.NDArray[np
     return positive, score
 
 
-def _placements(positive: npt.NDArray[np.bool_], score: Array) -> tuple[Array, Array]:
+def _placements(positive: Cases, score: Array) -> tuple[Array, Array]:
     """Share of negatives below each positive, and of positives above each negative (ties 1/2)."""
     pos, neg = score[positive], score[~positive]
     ranks = rankdata(score)
@@ -55,6 +60,10 @@ def compute_auc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float:
     return float(np.mean([_placements(positive, s)[0].mean() for s in np.atleast_2d(score)]))
 
 
+def _delong_se(v10: Array, v01: Array) -> float:
+    return float(np.sqrt(v10.var(ddof=1) / len(v10) + v01.var(ddof=1) / len(v01)))
+
+
 def delong(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
     """Return the AUC of ``(n,)`` scores with DeLong's standard error and 95 % interval.
 
@@ -67,58 +76,23 @@ def delong(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
     >>> round(found.value, 3), round(found.se, 3)
     (0.889, 0.157)
     """
-    positive, score = _check(labels, scores)
-    if score.ndim != 1:
-        raise ValueError("delong takes the scores of one run, (n,); use bootstrap_auc for several")
-    v10, v01 = _placements(positive, score)
-    value = float(v10.mean())
-    se = float(np.sqrt(v10.var(ddof=1) / len(v10) + v01.var(ddof=1) / len(v01)))
+    v10, v01 = _placements(*_check(labels, scores, runs=False))
+    value, se = float(v10.mean()), _delong_se(v10, v01)
     return Estimate(value, se, (max(0.0, value - Z95 * se), min(1.0, value + Z95 * se)), "DeLong")
-
-
-@dataclass(frozen=True)
-class Difference(Estimate):
-    """A difference with its two-sided p-value against 0."""
-
-    p_value: float
 
 
 def delong_difference(
     labels: npt.ArrayLike, scores_a: npt.ArrayLike, scores_b: npt.ArrayLike
-) -> Difference:
+) -> Estimate:
     """Return AUC(a) - AUC(b) on the same cases, with DeLong's paired test."""
-    positive, a = _check(labels, scores_a)
-    _, b = _check(labels, scores_b)
-    if a.ndim != 1 or b.ndim != 1:
-        raise ValueError("delong_difference takes scores of one run each, (n,)")
-    (a10, a01), (b10, b01) = _placements(positive, a), _placements(positive, b)
-    value = float(a10.mean() - b10.mean())
-    variance = (a10 - b10).var(ddof=1) / len(a10) + (a01 - b01).var(ddof=1) / len(a01)
-    se = float(np.sqrt(variance))
+    (a10, a01), (b10, b01) = (
+        _placements(*_check(labels, scores, runs=False)) for scores in (scores_a, scores_b)
+    )
+    value, se = float(a10.mean() - b10.mean()), _delong_se(a10 - b10, a01 - b01)
     p = float(2 * norm.sf(abs(value) / se)) if se > 0 else float(value == 0)
-    return Difference(value, se, (value - Z95 * se, value + Z95 * se), "DeLong", p)
+    return Estimate(value, se, (value - Z95 * se, value + Z95 * se), "DeLong", p)
 
 
-@overload
-def bootstrap_auc(
-    labels: npt.ArrayLike,
-    scores: npt.ArrayLike,
-    other: None = None,
-    *,
-    repeats: int = ...,
-    seed: int = ...,
-    patients: Sequence[Hashable] | None = ...,
-) -> Estimate: ...
-@overload
-def bootstrap_auc(
-    labels: npt.ArrayLike,
-    scores: npt.ArrayLike,
-    other: npt.ArrayLike,
-    *,
-    repeats: int = ...,
-    seed: int = ...,
-    patients: Sequence[Hashable] | None = ...,
-) -> Difference: ...
 def bootstrap_auc(
     labels: npt.ArrayLike,
     scores: npt.ArrayLike,
@@ -146,9 +120,9 @@ def bootstrap_auc(
 
     Returns
     -------
-    Estimate or Difference
-        The standard error is the bootstrap's standard deviation. With `other`, a `Difference`,
-        whose p-value is twice the share of draws on the other side of 0, at least 2 / repeats.
+    Estimate
+        The standard error is the bootstrap's standard deviation. With `other`, its p-value is
+        twice the share of draws on the other side of 0, at least 2 / repeats.
     """
     positive, first = _check(labels, scores)
     if repeats < 2:
@@ -183,34 +157,30 @@ def bootstrap_auc(
                 / len(runs)
             )
         draws[i] = values[0] - (values[1] if len(values) > 1 else 0.0)
-    value = compute_auc(labels, scores) - (compute_auc(labels, other) if other is not None else 0.0)
+    value, p = compute_auc(labels, scores), float("nan")
+    if other is not None:
+        value -= compute_auc(labels, other)
+        beyond = min((draws <= 0).sum(), (draws >= 0).sum())
+        p = min(1.0, 2 * max(1, int(beyond)) / repeats)
     low, high = np.quantile(draws, [0.025, 0.975])
     method = "stratified bootstrap" + (" of patients" if patients is not None else "")
-    found = (value, float(draws.std(ddof=1)), (float(low), float(high)), method)
-    if other is None:
-        return Estimate(*found)
-    beyond = min((draws <= 0).sum(), (draws >= 0).sum())
-    return Difference(*found, p_value=min(1.0, 2 * max(1, int(beyond)) / repeats))
+    return Estimate(value, float(draws.std(ddof=1)), (float(low), float(high)), method, p)
 
 
 def _strata(
-    positive: npt.NDArray[np.bool_], patients: Sequence[Hashable] | None
+    positive: Cases, patients: Sequence[Hashable] | None
 ) -> tuple[list[npt.NDArray[np.intp]], npt.NDArray[np.intp]]:
     """Return the patients of each stratum (positive, negative, both) and the patient of each case."""
-    if patients is None:
-        cases = np.arange(len(positive))
-        return [cases[positive], cases[~positive]], cases
+    patients = range(len(positive)) if patients is None else patients
     if len(patients) != len(positive):
         raise ValueError(f"{len(patients)} patients for {len(positive)} cases: name one for each")
     numbers = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
     of_case = np.array([numbers[patient] for patient in patients])
-    classes = [
+    pos, neg = (
         np.bincount(of_case[side], minlength=len(numbers)) > 0 for side in (positive, ~positive)
-    ]
-    few = min(int(one.sum()) for one in classes)
-    if few < 2:
+    )
+    if (few := min(int(pos.sum()), int(neg.sum()))) < 2:
         raise ValueError(f"a class has {few} patient: at least 2 are needed for an interval")
-    pos, neg = classes
     strata = [np.flatnonzero(one) for one in (pos & ~neg, neg & ~pos, pos & neg)]
     return [one for one in strata if len(one)], of_case
 
@@ -263,22 +233,12 @@ def detectable_difference(se: float, *, power: float = 0.8, level: float = 0.05)
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far probabilities are from frequencies.
+    """How far probabilities are from frequencies, by bins that have cases."""
 
-    Attributes
-    ----------
-    error : float
-        Expected calibration error: the mean over cases of ``abs(predicted - observed)`` of their bin.
-    predicted, observed : tuple of float
-        Mean probability and share of positives in each bin that has cases.
-    count : tuple of int
-        Cases in those bins.
-    """
-
-    error: float
-    predicted: tuple[float, ...]
-    observed: tuple[float, ...]
-    count: tuple[int, ...]
+    error: float  # expected calibration error: mean over cases of abs(predicted - observed)
+    predicted: tuple[float, ...]  # mean probability in each bin
+    observed: tuple[float, ...]  # share of positives in it
+    count: tuple[int, ...]  # its cases
 
 
 def calibration(
@@ -296,8 +256,7 @@ def calibration(
     positive, score = _check(labels, probabilities)
     if bins < 1 or score.min() < 0 or score.max() > 1:
         raise ValueError("probabilities from 0 to 1 and at least one bin are needed")
-    flat = score.ravel()
-    truth = np.broadcast_to(positive, score.shape).ravel()
+    flat, truth = score.ravel(), np.broadcast_to(positive, score.shape).ravel()
     place = np.minimum((flat * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)
     used = count > 0

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from scipy.stats import t
 
 from medbudget.data.phantoms import KINDS, make_phantoms
@@ -60,8 +61,8 @@ def disease_score(
         from other weights than those it was fitted on, or images that are no phantoms nor drawn
         like them: real ones, for example, or those of a real base.
     """
-    tensors, record = _load()
-    name = _find(kind, label, tuple(tensors))
+    tensors, record = load_regressions()
+    row = tensors[f"{kind}_{_find_label(kind, label)}"].double().numpy()
     extractor = load_extractor(OFFLINE)
     if extractor.hash != record["extractor_hash"]:
         raise ValueError(
@@ -69,22 +70,16 @@ def disease_score(
             f"{record['extractor_hash']}, installed is {extractor.hash}; fit them again with "
             "python -m pretraining.diseases"
         )
-    row = tensors[name].double().numpy()
     x = disease_features(images)
-    _check_phantoms(x, kind, FAR if images.shape[-1] <= 128 else FAR_LARGE)
-    return x @ row[:-1] + row[-1]
-
-
-def _check_phantoms(x: npt.NDArray[np.float64], kind: str, limit: float) -> None:
-    """Refuse features that are far from those of all phantoms of a kind."""
-    distance = np.sqrt(squared_distances(x, _phantom_features(kind)).min(1))
-    if (middle := float(np.median(distance))) > limit:
+    distance = float(np.median(np.sqrt(squared_distances(x, _phantom_features(kind)).min(1))))
+    if distance > (limit := FAR if images.shape[-1] <= 128 else FAR_LARGE):
         raise ValueError(
             f"these images are no phantoms of the {kind}, nor drawn like them (distance of features "
-            f"{middle:.1f}, at most {limit} is allowed): the disease scores know phantoms only and say "
-            "nothing about other images; train a classifier on labelled images instead "
+            f"{distance:.1f}, at most {limit} is allowed): the disease scores know phantoms only and "
+            "say nothing about other images; train a classifier on labelled images instead "
             "(`medbudget classify`)"
         )
+    return x @ row[:-1] + row[-1]
 
 
 @lru_cache(maxsize=3)
@@ -129,36 +124,24 @@ def disease_axis(
     return scores
 
 
-def disease_record() -> dict[str, Any]:
-    """Return how the scores were fitted: extractor, cases and the AUC on held-out phantoms."""
-    return _load()[1]
-
-
-def _find(kind: str, label: str | None, names: tuple[str, ...]) -> str:
-    """Return the name of one regression, ``kind_label``."""
-    kinds = sorted({name.split("_")[0] for name in names})
-    if kind not in kinds:
-        raise ValueError(f"unknown kind {kind!r}; allowed are {', '.join(kinds)}")
-    labels = [name[len(kind) + 1 :] for name in sorted(names) if name.startswith(f"{kind}_")]
+def _find_label(kind: str, label: str | None) -> str:
+    """Return the disease that is meant."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; allowed are {', '.join(sorted(KINDS))}")
+    _, *labels = KINDS[kind]
     if label is None and len(labels) == 1:
-        label = labels[0]
+        return labels[0]
     if label not in labels:
         raise ValueError(f"{label!r} is no disease of {kind}; allowed are {', '.join(labels)}")
-    return f"{kind}_{label}"
+    return label
 
 
 @lru_cache(maxsize=1)
-def _load() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    from safetensors import safe_open
-
+def load_regressions() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return each regression, ``kind_label``, and how they were fitted, with the AUC measured."""
     with safe_open(FILE, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return tensors, json.loads((file.metadata() or {})["record"])
-
-
-def resize_area(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Shrink by averaging: noise falls as in a camera that bins pixels, edges stay sharp."""
-    return F.interpolate(images.float(), size=(size, size), mode="area")
 
 
 def disease_features(images: torch.Tensor) -> npt.NDArray[np.float64]:
@@ -168,8 +151,9 @@ def disease_features(images: torch.Tensor) -> npt.NDArray[np.float64]:
     check_images(images)
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"square images are needed, got {tuple(images.shape[2:])} (H, W)")
-    if images.shape[2] != SIZE:
-        resize = resize_area if images.shape[2] > SIZE else resize_bilinear
-        images = resize(images, SIZE).round().clamp(0, 255).to(torch.uint8)
+    if images.shape[2] > SIZE:  # by averages: noise falls as in a camera that bins pixels
+        images = F.interpolate(images.float(), size=(SIZE, SIZE), mode="area").round().byte()
+    elif images.shape[2] < SIZE:
+        images = resize_bilinear(images, SIZE).round().clamp(0, 255).byte()
     smooth = gaussian_blur(images, [7, 7], [BLUR, BLUR])
     return compute_features(smooth, OFFLINE).astype(np.float64)

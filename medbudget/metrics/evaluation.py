@@ -12,15 +12,8 @@ import torch
 
 from medbudget.metrics.extractors import Extractor, load_extractor
 from medbudget.metrics.features import NORMALISATIONS, compute_features
-from medbudget.metrics.frechet import METHODS, Features, Groups, frechet_interval
-from medbudget.metrics.image_sets import (
-    Source,
-    choose_images,
-    find_leaks,
-    find_patients,
-    load_sets,
-    pair,
-)
+from medbudget.metrics.frechet import METHODS, Array, Features, Groups, frechet_interval
+from medbudget.metrics.image_sets import Source, choose_images, find_leaks, load_sets, pair
 from medbudget.metrics.kernel import kernel_distance, precision_recall
 from medbudget.metrics.neighbours import memorisation, wilson
 from medbudget.metrics.permutation import permutation_test
@@ -28,28 +21,28 @@ from medbudget.metrics.scores import FEW, FLOOR, Score
 from medbudget.weights import OFFLINE
 
 NO_GROUPS: tuple[Groups, Groups] = (None, None)
+CAVEATS = {
+    "bootstrap": "bootstrap interval",
+    "paper": "percentile bootstrap, biased upward",
+}
 
 
 def _score(
-    name: str,
-    value: float,
-    interval: tuple[float, float] | None,
-    n: tuple[int, int],
-    extractor: Extractor,
-    normalize: str,
-    *notes: str,
-) -> Score:
+    name: str, value: float, interval: tuple[float, float] | None, sets: tuple[Array, Array],
+    extractor: Extractor, normalize: str, *notes: str,
+) -> Score:  # fmt: skip
+    n, m = map(len, sets)
     return Score(
         name=name,
         value=value,
         interval=interval,
-        n=n[0] if n[0] == n[1] else n,
+        n=n if n == m else (n, m),
         extractor=extractor.title,
         extractor_hash=extractor.hash,
         resize=extractor.resize_rule,
         normalisation=normalize,
         note="; ".join(note for note in (*notes, extractor.note) if note),
-        remark=f"only {min(n)} images" if min(n) < FEW else "",
+        remark=f"only {min(n, m)} images" if min(n, m) < FEW else "",
     )
 
 
@@ -70,45 +63,30 @@ def frechet_score(
     done before the features were computed.
     """
     estimate = frechet_interval(x, y, method=interval, groups=groups)
-    method = {
-        "influence": "",
-        "bootstrap": "bootstrap interval",
-        "paper": "percentile bootstrap, biased upward",
-    }[interval]
+    blind = "normalised images: blind to darkness and contrast" if normalize == "paper" else ""
     return _score(
-        name or extractor.distance_name,
-        estimate.value,
-        estimate.interval,
-        (len(np.asarray(x)), len(np.asarray(y))),
-        extractor,
-        normalize,
-        note,
-        method,
-        "normalised images: blind to darkness and contrast" if normalize == "paper" else "",
-    )
+        name or extractor.distance_name, estimate.value, estimate.interval,
+        (np.asarray(x), np.asarray(y)), extractor, normalize,
+        note, CAVEATS.get(interval, ""), blind,
+    )  # fmt: skip
 
 
 def _kernel_scores(
-    x: Features, y: Features, extractor: Extractor, normalize: str, groups: tuple[Groups, Groups]
+    x: Array, y: Array, extractor: Extractor, normalize: str, groups: tuple[Groups, Groups]
 ) -> list[Score]:
     """Return the kernel distance, precision and recall of two sets of features."""
-    n, m = len(np.asarray(x)), len(np.asarray(y))
-    about = (extractor, normalize)
+    about = ((x, y), extractor, normalize)
     kernel = kernel_distance(x, y, groups=groups)
     title = "KID" if extractor.name == "inception" else f"Kernel distance ({extractor.title})"
     unbiased = "unbiased: does not depend on n"
-    scores = [_score(title, kernel.value, kernel.interval, (n, m), *about, unbiased)]
-    k = min(3, n - 1, m - 1)
-    precision, recall = precision_recall(x, y, k=k)
+    scores = [_score(title, kernel.value, kernel.interval, *about, unbiased)]
+    k = min(3, len(x) - 1, len(y) - 1)
+    values = precision_recall(x, y, k=k)
     note = f"k = {k}; Wilson interval for the other set as it is"
-    for name, value, count, own in (
-        ("Precision", precision, m, groups[1]),
-        ("Recall", recall, n, groups[0]),
-    ):
-        interval = wilson(round(value * count), count)
-        if own is not None:  # images of one patient are not independent
-            interval = wilson(value * len(set(own)), len(set(own)))
-        scores.append(_score(name, value, interval, (n, m), *about, note))
+    for name, value, own, group in zip(("Precision", "Recall"), values, (y, x), groups[::-1]):
+        # images of one patient are not independent
+        n = len(own) if group is None else len(set(group))
+        scores.append(_score(name, value, wilson(value * n, n), *about, note))
     return scores
 
 
@@ -126,10 +104,8 @@ def evaluate(
     floor: bool = True,
     repeats: int = 1000,
     seed: int = 0,
-    batch_size: int = 32,
     device: str | torch.device | None = None,
-    cache: bool = True,
-    progress: bool = False,
+    **options: Any,
 ) -> list[Score]:
     """Score synthetic images against real ones.
 
@@ -164,6 +140,8 @@ def evaluate(
         Permutations.
     seed : int
         Chooses the images where not all are used, and the permutations.
+    **options
+        For `medbudget.metrics.compute_features`: batch_size, cache, progress.
 
     Returns
     -------
@@ -188,25 +166,23 @@ def evaluate(
     FD (EfficientNet-Lite0) 4
     FD (EfficientNet-Lite0), real vs real 4
     """
-    if normalize not in (*NORMALISATIONS, "both"):
-        raise ValueError(
-            f"normalize={normalize!r} is unknown; allowed are {(*NORMALISATIONS, 'both')}"
-        )
-    if interval not in METHODS:
-        raise ValueError(f"interval={interval!r} is unknown; allowed are {', '.join(METHODS)}")
+    for name, word, allowed in (
+        ("normalize", normalize, (*NORMALISATIONS, "both")),
+        ("interval", interval, METHODS),
+    ):
+        if word not in allowed:
+            raise ValueError(f"{name}={word!r} is unknown; allowed are {', '.join(allowed)}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     names = [features] if isinstance(features, str | Extractor) else list(features)
     if not any((f if isinstance(f, str) else f.name) == "layout" for f in names):
         names.append("layout")
-    extractors = [
-        load_extractor(item, device=device) if isinstance(item, str) else item for item in names
-    ]
+    extractors = [load_extractor(f, device=device) if isinstance(f, str) else f for f in names]
     sets = load_sets(
         {"real": real, "synthetic": synthetic, "train": train, "permutation": permutation},
         size=size,
     )
-    given, made = sets["real"], sets["synthetic"]
+    given, made, other = sets["real"], sets["synthetic"], sets.get("permutation")
     need = 4 if floor else 2
     if len(given) < need or len(made) < 2:
         raise ValueError(
@@ -214,15 +190,13 @@ def evaluate(
             f"and 2 are needed{' for a score with its floor' if floor else ''}"
         )
     first, second, chosen = choose_images(given, made, floor, np.random.default_rng(seed))
-    leaks = find_leaks(given, made, first, sets.get("train"))
-    groups = find_patients(given, first), find_patients(made, chosen)
+    groups = given.groups(first), made.groups(chosen)
     notes = [f"{len(set(g))} patients in {len(g)} images" for g in groups if g is not None]
     if floor and len(first) < len(made):
         notes.append(
             f"n lowered from {len(made)} to {len(first)}: {len(given)} real images give two "
             f"disjoint sets of {len(first)}"
         )
-    other = sets.get("permutation")
     rows, columns = np.arange(len(made)), np.arange(len(other) if other else 0)
     if other is not None and paired:
         rows, columns, by = pair(made, other)
@@ -230,7 +204,6 @@ def evaluate(
     elif other is not None and len(made) != len(other):
         draw, same = np.random.default_rng(seed), min(len(made), len(other))
         rows, columns = (np.sort(draw.permutation(len(p))[:same]) for p in (made, other))
-    options: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "progress": progress}
     rules = ("none", "paper") if normalize == "both" else (normalize,)
     scores: list[Score] = []
     for extractor, rule in product(extractors, rules):
@@ -240,38 +213,32 @@ def evaluate(
         beside = normalize == "both" and rule == "paper"
         name = extractor.distance_name + ", z-scored" * beside
         about: dict[str, Any] = {"extractor": extractor, "normalize": rule, "interval": interval}
-        block = [
-            frechet_score(
-                x[first], y[chosen], name=name, groups=groups, note="; ".join(notes), **about
-            )
-        ]
-        if extractor.name != "layout" and not beside:
-            block += _kernel_scores(x[first], y[chosen], extractor, rule, groups)
-        block = [_add_remark(score, leaks) for score in block]
+        note = "; ".join(notes)
+        scores.append(
+            frechet_score(x[first], y[chosen], name=name, groups=groups, note=note, **about)
+        )
         if floor:
-            between = (groups[0], find_patients(given, second))
-            apart = "the floor: two disjoint real sets"
-            block[1:1] = [
-                frechet_score(
-                    x[first], x[second], name=name + FLOOR, groups=between, note=apart, **about
-                )
-            ]
-        scores += block
+            about |= {"name": name + FLOOR, "note": "the floor: two disjoint real sets"}
+            between = (groups[0], given.groups(second))
+            scores.append(frechet_score(x[first], x[second], groups=between, **about))
+        if extractor.name != "layout" and not beside:
+            scores += _kernel_scores(x[first], y[chosen], extractor, rule, groups)
         if other is not None:
             z = compute_features(other.images, extractor, normalize=rule, **options)
-            scores += [
-                _add_remark(score, leaks)
-                for score in _compare(
-                    x, y[rows], z[columns], extractor, rule, name, paired, repeats, seed
-                )
-            ]
+            scores += _compare(
+                x, y[rows], z[columns], extractor, rule, name,
+                paired=paired, repeats=repeats, seed=seed,
+            )  # fmt: skip
+    if leaks := find_leaks(given, made, first, sets.get("train")):
+        scores = [s if s.name.endswith(FLOOR) else _add_remark(s, leaks) for s in scores]
     if "train" in sets:
-        learned = sets["train"].images
         spaces: list[str | Extractor] = ["pixels"]
         spaces += [e for e in extractors if e.name != "layout"][:1]
         for space in spaces:
-            audit = memorisation(made.images, learned, given.images, space=space, **options)
-            scores += audit.scores()
+            found = memorisation(
+                made.images, sets["train"].images, given.images, space=space, **options
+            )
+            scores += found.scores()
     return scores
 
 
@@ -280,34 +247,21 @@ def _add_remark(score: Score, remark: str) -> Score:
 
 
 def _compare(
-    x: np.ndarray,
-    y: np.ndarray,
-    z: np.ndarray,
-    extractor: Extractor,
-    normalize: str,
-    name: str,
-    paired: bool,
-    repeats: int,
-    seed: int,
-) -> list[Score]:
+    x: Array, y: Array, z: Array, extractor: Extractor, normalize: str, name: str,
+    *, paired: bool, **options: Any,
+) -> list[Score]:  # fmt: skip
     """Test whether two generators' features y and z are equally far from real ones x."""
-    scores = []
     kinds = {"frechet": name, "kernel": f"Kernel distance ({extractor.title})"}
     if extractor.name == "layout":
         kinds.pop("kernel")
+    scores = []
     for statistic, kind in kinds.items():
-        test = permutation_test(
-            y, z, x, paired=paired, statistic=statistic, repeats=repeats, seed=seed
-        )
+        test = permutation_test(y, z, x, paired=paired, statistic=statistic, **options)
+        p = f"p = {test.p_value:.3g}"
         score = _score(
-            f"{kind}, difference to the other set",
-            test.difference,
-            None,
-            (len(x), len(y)),
-            extractor,
-            normalize,
-            f"p = {test.p_value:.3g} ({repeats} {'paired ' if paired else ''}permutations)",
+            f"{kind}, difference to the other set", test.difference, None, (x, y), extractor,
+            normalize, f"{p} ({len(test.null)} {'paired ' if paired else ''}permutations)",
             "below 0: nearer to the real images than the other set",
-        )
-        scores.append(_add_remark(score, f"p = {test.p_value:.3g}"))
+        )  # fmt: skip
+        scores.append(_add_remark(score, p))
     return scores

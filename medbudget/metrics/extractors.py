@@ -31,6 +31,7 @@ from medbudget.weights import (
 )
 
 DINOV2 = "vit_large_patch14_dinov2"
+Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +44,7 @@ class Extractor:
     input_rule: str  # what happens to the pixel values, in words
     resize_rule: str  # what happens to the size, in words
     dim: int  # number of features, d
-    function: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
-    # (B, 3, H, W) uint8 on `device` to (B, d) float32
+    function: Function = field(repr=False)  # (B, 3, H, W) uint8 on `device` to (B, d) float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"), repr=False)
     note: str = ""  # a caveat that every score made with it repeats
 
@@ -55,15 +55,10 @@ class Extractor:
         return names.get(self.name, f"FD ({self.title})")
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(), _exact_float32():
+        exact = {"enabled": True, "benchmark": False, "deterministic": False, "allow_tf32": False}
+        # TF32 in convolutions moves features by 1e-3
+        with torch.inference_mode(), torch.backends.cudnn.flags(**exact):
             return self.function(images.to(self.device)).float()
-
-
-def _exact_float32() -> Any:
-    """Keep TF32 out of convolutions: it moves features by 1e-3."""
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=False, allow_tf32=False
-    )
 
 
 def resize_bilinear(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -84,135 +79,98 @@ def thumbnails(images: torch.Tensor, size: int = 8) -> torch.Tensor:
     return F.adaptive_avg_pool2d(images.float() / 255, size).flatten(1)
 
 
-def _efficientnet(weights: Path | None, device: torch.device) -> Extractor:
-    frozen, weights = efficientnet_network(device, weights)
-
-    def function(images: torch.Tensor) -> torch.Tensor:
-        x = (resize_bilinear(images, 224) - 127) / 128
-        return frozen(x.contiguous(memory_format=torch.channels_last))
-
-    return Extractor(
-        name="efficientnet-lite0",
-        title="EfficientNet-Lite0",
-        hash=hash_file(weights)[:12],
-        input_rule="RGB, (x - 127) / 128",
-        resize_rule="antialiased bilinear to 224x224",
-        dim=1280,
-        function=function,
-        device=device,
-    )
+# ---- each returns the function and the hash of its weights --------------------------------------
 
 
-def _layout(weights: Path | None, device: torch.device) -> Extractor:
-    rule = "area pooling to 8x8"
-    return Extractor(
-        name="layout",
-        title="8x8 RGB thumbnail",
-        hash=hashlib.sha256(f"layout {rule} [0, 1]".encode()).hexdigest()[:12],
-        input_rule="RGB, x / 255",
-        resize_rule=rule,
-        dim=192,
-        function=thumbnails,
-        device=device,
-        note="sees layout and brightness, not grain",
-    )
+def _efficientnet(weights: Path | None, device: torch.device) -> tuple[Function, str]:
+    network, path = efficientnet_network(device, weights)
+    return _chain(network, lambda x: (resize_bilinear(x, 224) - 127) / 128), hash_file(path)
 
 
-def _inception(weights: Path | None, device: torch.device) -> Extractor:
+def _layout(weights: Path | None, device: torch.device) -> tuple[Function, str]:
+    return thumbnails, hashlib.sha256(b"layout area pooling to 8x8 [0, 1]").hexdigest()
+
+
+def _inception(weights: Path | None, device: torch.device) -> tuple[Function, str]:
     network, path = load_inception(weights, device)
-
-    def function(images: torch.Tensor) -> torch.Tensor:
-        x = (resize_tf1(images, 299) - 128) / 128
-        out: torch.Tensor = network(x.contiguous(memory_format=torch.channels_last))
-        return out
-
-    return Extractor(
-        name="inception",
-        title="Inception-v3 2015-12-05",
-        hash=hash_file(path)[:12],
-        input_rule="RGB, (x - 128) / 128",
-        resize_rule="TF1 bilinear to 299x299, not antialiased",
-        dim=2048,
-        function=function,
-        device=device,
-    )
+    return _chain(network, lambda x: (resize_tf1(x, 299) - 128) / 128), hash_file(path)
 
 
-def _radimagenet(convention: str, weights: Path | None, device: torch.device) -> Extractor:
+def _radimagenet(
+    convention: str, weights: Path | None, device: torch.device
+) -> tuple[Function, str]:
     network, path = load_radimagenet(convention, weights, device)
-    keras = convention == "keras"
     mean = torch.tensor([0.406, 0.456, 0.485], device=device).view(1, 3, 1, 1)
 
-    def function(images: torch.Tensor) -> torch.Tensor:
+    def prepare(images: torch.Tensor) -> torch.Tensor:
         x = resize_bilinear(images, 224).flip(1)
-        x = x / 255 - mean if keras else (x - 127.5) * 2 / 255
-        out: torch.Tensor = network(x.contiguous(memory_format=torch.channels_last))
-        return out
+        return x / 255 - mean if convention == "keras" else (x - 127.5) * 2 / 255
 
-    return Extractor(
-        name=f"radimagenet-{convention}",
-        title=f"RadImageNet ResNet-50 ({'Keras conversion' if keras else 'official torch'})",
-        hash=hash_file(path)[:12],
-        input_rule="BGR, x / 255 minus (.406, .456, .485)"
-        if keras
-        else "BGR, (x - 127.5) * 2 / 255",
-        resize_rule="antialiased bilinear to 224x224",
-        dim=2048,
-        function=function,
-        device=device,
-        note="the paper does not say which RadImageNet convention its MFID used",
-    )
+    return _chain(network, prepare), hash_file(path)
 
 
-def _dinov2(weights: Path | None, device: torch.device) -> Extractor:
+def _dinov2(weights: Path | None, device: torch.device) -> tuple[Function, str]:
     import timm
-    from torchvision.transforms import functional as T
 
+    options: dict[str, Any] = {"num_classes": 0, "img_size": 224}
     network: Any
     if weights is None:
         print(f"loading {DINOV2} (1.2 GB) from the Hugging Face hub or its cache", file=sys.stderr)
         try:
-            network = timm.create_model(
-                f"{DINOV2}.lvd142m", pretrained=True, num_classes=0, img_size=224
-            )
+            network = timm.create_model(f"{DINOV2}.lvd142m", pretrained=True, **options)
         except Exception as error:
             why = f"could not be downloaded ({type(error).__name__}: {str(error)[:100]})"
             raise report_missing("dinov2", why) from None
     else:
-        network = timm.create_model(DINOV2, pretrained=False, num_classes=0, img_size=224)
+        network = timm.create_model(DINOV2, pretrained=False, **options)
         fit(network, load_state("dinov2", weights), "dinov2", weights)
     digest = hash_tensors(network.state_dict())
-    network = freeze(network, device)
     mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
     sd = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
 
-    def function(images: torch.Tensor) -> torch.Tensor:
-        x = T.resize(
-            images.float(), [224, 224], interpolation=T.InterpolationMode.BICUBIC, antialias=True
-        ).clamp(0, 255)
-        out: torch.Tensor = network((x / 255 - mean) / sd)
-        return out
+    def prepare(images: torch.Tensor) -> torch.Tensor:
+        size = (224, 224)
+        x = F.interpolate(
+            images.float(), size=size, mode="bicubic", align_corners=False, antialias=True
+        )
+        return (x.clamp(0, 255) / 255 - mean) / sd
 
-    return Extractor(
-        name="dinov2",
-        title="DINOv2 ViT-L/14",
-        hash=digest,
-        input_rule="RGB, ImageNet mean and sd; class token",
-        resize_rule="antialiased bicubic to 224x224",
-        dim=network.num_features,
-        function=function,
-        device=device,
-    )
+    return _chain(freeze(network, device), prepare), digest
 
 
-_EXTRACTORS: dict[str, Callable[[Path | None, torch.device], Extractor]] = {
-    OFFLINE: _efficientnet,
-    "layout": _layout,
-    "inception": _inception,
-    "radimagenet-keras": partial(_radimagenet, "keras"),
-    "radimagenet-torch": partial(_radimagenet, "torch"),
-    "dinov2": _dinov2,
-}
+def _chain(network: Function, prepare: Function) -> Function:
+    return lambda images: network(prepare(images).contiguous(memory_format=torch.channels_last))
+
+
+_RADIMAGENET = "the paper does not say which RadImageNet convention its MFID used"
+_EXTRACTORS: dict[str, tuple[Callable[..., tuple[Function, str]], dict[str, Any]]] = {
+    OFFLINE: (_efficientnet, {
+        "title": "EfficientNet-Lite0", "input_rule": "RGB, (x - 127) / 128", "dim": 1280,
+        "resize_rule": "antialiased bilinear to 224x224",
+    }),
+    "layout": (_layout, {
+        "title": "8x8 RGB thumbnail", "input_rule": "RGB, x / 255", "dim": 192,
+        "resize_rule": "area pooling to 8x8", "note": "sees layout and brightness, not grain",
+    }),
+    "inception": (_inception, {
+        "title": "Inception-v3 2015-12-05", "input_rule": "RGB, (x - 128) / 128", "dim": 2048,
+        "resize_rule": "TF1 bilinear to 299x299, not antialiased",
+    }),
+    "radimagenet-keras": (partial(_radimagenet, "keras"), {
+        "title": "RadImageNet ResNet-50 (Keras conversion)", "dim": 2048,
+        "input_rule": "BGR, x / 255 minus (.406, .456, .485)",
+        "resize_rule": "antialiased bilinear to 224x224", "note": _RADIMAGENET,
+    }),
+    "radimagenet-torch": (partial(_radimagenet, "torch"), {
+        "title": "RadImageNet ResNet-50 (official torch)", "dim": 2048,
+        "input_rule": "BGR, (x - 127.5) * 2 / 255",
+        "resize_rule": "antialiased bilinear to 224x224", "note": _RADIMAGENET,
+    }),
+    "dinov2": (_dinov2, {
+        "title": "DINOv2 ViT-L/14", "input_rule": "RGB, ImageNet mean and sd; class token",
+        "dim": 1024, "resize_rule": "antialiased bicubic to 224x224",
+    }),
+}  # fmt: skip
 
 
 def extractor_names() -> tuple[str, ...]:
@@ -247,21 +205,17 @@ def load_extractor(
     name, _, path = name.partition("=")
     weights = weights or path or None
     if name not in _EXTRACTORS:
-        hint = (
-            "RadImageNet has two conventions: choose one; "
-            if name == "radimagenet"
-            else f"{OFFLINE} works without a download; "
-        )
+        two = "RadImageNet has two conventions: choose one"
+        hint = two if name == "radimagenet" else f"{OFFLINE} works without a download"
         raise ValueError(
-            f"unknown extractor {name!r}; {hint}allowed are {', '.join(extractor_names())}"
+            f"unknown extractor {name!r}; {hint}; allowed are {', '.join(extractor_names())}"
         )
-    return _load(
-        name,
-        None if weights is None else str(weights),
-        str(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-    )
+    place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return _load(name, None if weights is None else Path(weights), torch.device(place))
 
 
 @lru_cache(maxsize=4)
-def _load(name: str, weights: str | None, device: str) -> Extractor:
-    return _EXTRACTORS[name](None if weights is None else Path(weights), torch.device(device))
+def _load(name: str, weights: Path | None, device: torch.device) -> Extractor:
+    make, about = _EXTRACTORS[name]
+    function, digest = make(weights, device)
+    return Extractor(name=name, hash=digest[:12], function=function, device=device, **about)

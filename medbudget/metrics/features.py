@@ -81,9 +81,7 @@ def compute_features(
     numpy.ndarray
         ``(N, d) float32``; the same for every `batch_size` up to rounding (about 1e-6 relative).
     """
-    check_images(images)
-    if normalize not in NORMALISATIONS:
-        raise ValueError(f"normalize={normalize!r} is unknown; allowed are {NORMALISATIONS}")
+    normalize_images(check_images(images)[:1], normalize)  # an unknown rule is an error at once
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(extractor, str):
@@ -94,12 +92,11 @@ def compute_features(
             stored = np.load(path, allow_pickle=False)
             if stored.shape == (len(images), extractor.dim):
                 return stored
-    starts = range(0, len(images), batch_size)
-    bar = tqdm(starts, desc=f"features ({extractor.title})", disable=not progress, leave=False)
-    parts = [
-        extractor(normalize_images(images[s : s + batch_size], normalize)).cpu().numpy()
-        for s in bar
-    ]
+    batches = tqdm(
+        images.split(batch_size), desc=f"features ({extractor.title})", disable=not progress,
+        leave=False,
+    )  # fmt: skip
+    parts = [extractor(normalize_images(batch, normalize)).cpu().numpy() for batch in batches]
     result = np.concatenate(parts).astype(np.float32, copy=False)
     if not np.isfinite(result).all():
         raise ValueError(

@@ -30,40 +30,31 @@ METHODS = ("influence", "bootstrap", "paper")
 Z95 = 1.959963984540054
 
 
-def check_features(x: Features, name: str = "features") -> Array:
-    """Return ``(n, d)`` features as float64, n >= 2, finite, else raise `ValueError`."""
-    array = np.asarray(x, dtype=np.float64)
-    if array.ndim != 2 or array.shape[1] < 1:
-        raise ValueError(f"{name} must have shape (n, d), got {array.shape}")
-    if len(array) < 2:
-        raise ValueError(f"{name} has {len(array)} row(s); a covariance needs at least 2")
-    if not np.isfinite(array).all():
-        bad = int((~np.isfinite(array).all(axis=1)).sum())
-        raise ValueError(f"{name} has NaN or infinite values in {bad} of {len(array)} rows")
-    return array
-
-
 def check_pair(x: Features, y: Features) -> tuple[Array, Array]:
-    """Check two sets of features and that their widths agree."""
-    x, y = check_features(x, "x"), check_features(y, "y")
-    if x.shape[1] != y.shape[1]:
+    """Return two sets of ``(n, d)`` features, n >= 2, as float64, or refuse them."""
+    pair = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    for name, array in zip("xy", pair):
+        if array.ndim != 2 or array.shape[1] < 1:
+            raise ValueError(f"{name} must have shape (n, d), got {array.shape}")
+        if len(array) < 2:
+            raise ValueError(f"{name} has {len(array)} row(s); a covariance needs at least 2")
+        if bad := int((~np.isfinite(array)).any(axis=1).sum()):
+            raise ValueError(f"{name} has NaN or infinite values in {bad} of {len(array)} rows")
+    if pair[0].shape[1] != pair[1].shape[1]:
         raise ValueError(
-            f"x has {x.shape[1]} features and y has {y.shape[1]}; "
+            f"x has {pair[0].shape[1]} features and y has {pair[1].shape[1]}; "
             "both must come from the same extractor"
         )
-    return x, y
+    return pair
 
 
-def _factor(centred: Array, *, with_q: bool = False) -> tuple[Array | None, Array]:
-    """Reduce centred features with n > d to the triangular factor; leave others alone."""
+def _triangle(centred: Array) -> Array:
+    """Reduce centred features with n > d to their triangular factor; leave others alone."""
     n, d = centred.shape
     if n <= d:
-        return None, centred
-    if with_q:
-        q, r = qr(centred, mode="economic", check_finite=False)
-        return np.asarray(q, np.float64), np.asarray(r, np.float64)
+        return centred
     (r,) = qr(centred, mode="r", check_finite=False)
-    return None, np.asarray(r[:d], np.float64)
+    return np.asarray(r[:d], np.float64)
 
 
 def frechet_distance(x: Features, y: Features) -> float:
@@ -93,9 +84,7 @@ def frechet_distance(x: Features, y: Features) -> float:
     mean = x.mean(0) - y.mean(0)
     xc, yc = x - x.mean(0), y - y.mean(0)
     scale = np.sqrt((len(x) - 1.0) * (len(y) - 1.0))
-    _, rx = _factor(xc)
-    _, ry = _factor(yc)
-    root = svdvals(rx @ ry.T, check_finite=False).sum() / scale
+    root = svdvals(_triangle(xc) @ _triangle(yc).T, check_finite=False).sum() / scale
     traces = (xc**2).sum() / (len(x) - 1) + (yc**2).sum() / (len(y) - 1)
     return max(0.0, float(mean @ mean + traces - 2 * root))
 
@@ -106,8 +95,9 @@ class Estimate:
 
     value: float
     se: float
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # 95 %
     method: str
+    p_value: float = float("nan")  # of a difference: two-sided, against 0
 
 
 def frechet_interval(
@@ -180,6 +170,12 @@ def frechet_interval(
     return Estimate(value, se, (float(low), float(high)), method)
 
 
+def _members(groups: Groups) -> tuple[npt.NDArray[np.intp], int]:
+    """Return the number of each row's group, and how many groups there are."""
+    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    return member, len(names)
+
+
 def variance_by_group(values: Array, groups: Groups = None) -> float:
     """Return n times the variance of the mean of n values; with groups, over whole groups.
 
@@ -188,8 +184,7 @@ def variance_by_group(values: Array, groups: Groups = None) -> float:
     if groups is None:
         return float(values.var(ddof=1))
     n = len(values)
-    _, member = np.unique(np.asarray(groups), return_inverse=True)
-    count = int(member.max()) + 1
+    member, count = _members(groups)
     if len(member) != n or count < 2:
         raise ValueError(
             f"{len(member)} patients' names, {count} of them different, for {n} images"
@@ -198,17 +193,22 @@ def variance_by_group(values: Array, groups: Groups = None) -> float:
     return float((sums**2).sum() / n * count / (count - 1))
 
 
+def _orthogonal(centred: Array) -> tuple[Array | None, Array]:
+    """Return Q and R of centred features with n > d; leave others alone."""
+    if len(centred) <= centred.shape[1]:
+        return None, centred
+    q, r = qr(centred, mode="economic", check_finite=False)
+    return np.asarray(q, np.float64), np.asarray(r, np.float64)
+
+
 def _influence_interval(x: Array, y: Array, groups: tuple[Groups, Groups]) -> Estimate:
     mean = x.mean(0) - y.mean(0)
     xc, yc = x - x.mean(0), y - y.mean(0)
     nx, ny = len(x), len(y)
-    qx, rx = _factor(xc, with_q=True)
-    qy, ry = _factor(yc, with_q=True)
-    u, s, vt = svd(
-        rx @ ry.T / np.sqrt((nx - 1.0) * (ny - 1.0)), full_matrices=False, check_finite=False
-    )
-    u = u if qx is None else qx @ u
-    v = vt.T if qy is None else qy @ vt.T
+    (qx, rx), (qy, ry) = _orthogonal(xc), _orthogonal(yc)
+    m = rx @ ry.T / np.sqrt((nx - 1.0) * (ny - 1.0))
+    u, s, vt = svd(m, full_matrices=False, check_finite=False)
+    u, v = u if qx is None else qx @ u, vt.T if qy is None else qy @ vt.T
     traces = (xc**2).sum() / (nx - 1) + (yc**2).sum() / (ny - 1)
     value = max(0.0, float(mean @ mean + traces - 2 * s.sum()))
     psi_x = 2 * xc @ mean + (xc**2).sum(1) - nx * (u**2 @ s)
@@ -246,8 +246,7 @@ def draw_weights(rng: np.random.Generator, n: int, groups: Groups = None) -> Arr
     """Return how often each row is drawn with replacement, ``(n,)``; with groups, whole groups."""
     if groups is None:
         return np.bincount(rng.integers(n, size=n), minlength=n).astype(float)
-    _, member = np.unique(np.asarray(groups), return_inverse=True)
-    count = int(member.max()) + 1
+    member, count = _members(groups)
     weights = np.bincount(rng.integers(count, size=count), minlength=count)[member]
     return weights * (n / weights.sum())
 
@@ -295,9 +294,7 @@ def bootstrap_distances(
             m *= wx / scale
             m *= vy.T
         else:
-            rx = _factor(wx * (xc[ix] - dx))[1]
-            ry = _factor(vy * (yc[iy] - dy))[1]
-            m = rx @ ry.T / scale
+            m = _triangle(wx * (xc[ix] - dx)) @ _triangle(vy * (yc[iy] - dy)).T / scale
         mean = gap + dx - dy
         traces = (w @ x2 - nx * dx @ dx) / (nx - 1) + (v @ y2 - ny * dy @ dy) / (ny - 1)
         return max(0.0, float(mean @ mean + traces - 2 * root_trace(m)))

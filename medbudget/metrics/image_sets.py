@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from medbudget.cases import find_patients
 from medbudget.images import (
-    SHEET,
     check_images,
     find_images,
     hash_images,
@@ -38,7 +37,7 @@ class ImageSet:
 
     images: torch.Tensor  # (N, 3, H, W) uint8
     files: tuple[Path, ...] = ()
-    name: str = ""  # for messages: the folder
+    name: str = ""  # the folder
 
     def __len__(self) -> int:
         return len(self.images)
@@ -48,11 +47,6 @@ class ImageSet:
         """Return a hash of each image's pixels."""
         return hash_images(self.images)
 
-    @property
-    def edge(self) -> int:
-        """Return the longest edge of the files, before they were brought to one size."""
-        return _longest_edge(self.files or self.images)
-
     def hashes_at(self, size: int) -> list[str]:
         """Return the hashes that the images have when they are loaded at another size."""
         if not self.files or self.images.shape[3] == size:
@@ -60,66 +54,21 @@ class ImageSet:
         return hash_images(load_images(self.files, size=size))
 
     @cached_property
-    def patients(self) -> list[str] | None:
-        """Return each image's patient by the manifest of `medbudget prepare`.
+    def patients(self) -> Sequence[str]:
+        """Return each image's patient by the manifest of `medbudget prepare`, empty without one."""
+        return find_patients(Path(self.name), self.files) if self.files else ()
 
-        ``None`` where there is no manifest, or one that does not name all of the files.
-        """
-        files = [file.resolve() for file in self.files]
-        known: dict[Path, str] = {}
-        for folder in {parent for file in files for parent in list(file.parents)[:4]}:
-            if not (folder / "manifest.csv").is_file():
-                continue
-            with open(folder / "manifest.csv", newline="", encoding="utf-8-sig") as opened:
-                rows = csv.DictReader(opened, restval="")
-                if {"file", "patient"} <= set(rows.fieldnames or ()):
-                    known |= {folder / row["file"]: row["patient"] for row in rows}
-        patients = [known.get(file, "") for file in files]
-        return patients if patients and all(patients) else None
-
-    @cached_property
-    def records(self) -> list[dict[str, object]]:
-        """Return what `sample` and `inpaint` wrote into each file ({} where nothing is)."""
-        return [read_record(file) or {} for file in self.files]
+    def groups(self, rows: Index | None = None) -> list[str] | None:
+        """Return the patients of some images, None where each has its own or none is known."""
+        rows = np.arange(len(self)) if rows is None else rows
+        patients = [self.patients[i] for i in rows] if self.patients else []
+        return patients if len(set(patients)) < len(patients) else None
 
     @cached_property
     def training_hashes(self) -> set[str]:
         """Return the hashes of the images that these images' words were trained on, as recorded."""
-        listed = {str(record.get("training_images", "")) for record in self.records}
-        return set(" ".join(listed).split())
-
-    def seeds(self) -> list[int] | None:
-        """Return each file's seed: ours, or that of A1111's "parameters"; None where one lacks it."""
-        seeds: list[int | None] = []
-        for file, record in zip(self.files, self.records):
-            seed = record.get("seed")
-            if isinstance(seed, int):
-                image = record.get("image", 0)
-                seeds.append(seed + image if isinstance(image, int) else seed)
-                continue
-            found = None
-            with suppress(Exception), Image.open(file, formats=("PNG",)) as opened:
-                found = re.search(r"\bSeed: (\d+)", str(opened.info.get("parameters", "")))
-            seeds.append(int(found[1]) if found else None)
-        if not any(seed is not None for seed in seeds):
-            return None
-        if None in seeds:
-            raise ValueError(
-                f"{self.name}: {seeds.count(None)} of {len(seeds)} files record no seed, so they "
-                "cannot be paired; leave --paired out, or draw them again"
-            )
-        return [seed for seed in seeds if seed is not None]
-
-    def numbers(self) -> list[int]:
-        """Return the last number in each file's name."""
-        found = [re.findall(r"\d+", file.stem) for file in self.files]
-        if not all(found):
-            without = next(file.name for file, parts in zip(self.files, found) if not parts)
-            raise ValueError(
-                f"{self.name}: {without} has neither a recorded seed nor a number in its name, so it "
-                "cannot be paired; leave --paired out, or name files by their seed"
-            )
-        return [int(parts[-1]) for parts in found]
+        records = (read_record(file) or {} for file in self.files)
+        return set(" ".join(str(one.get("training_images", "")) for one in records).split())
 
 
 def load_sets(
@@ -131,7 +80,7 @@ def load_sets(
     ----------
     sources : mapping of str to tensor or path
         Role to ``(N, 3, H, W) uint8`` images, or a folder; ``None`` is left out. Needs
-        "synthetic".
+        "synthetic" where there is no `size`.
     size : int, optional
         Default: the longest edge of the synthetic images. Tensors stay as they are.
 
@@ -143,20 +92,20 @@ def load_sets(
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     files: dict[str, list[Path]] = {}
-    for name, source in sources.items():
+    for role, source in sources.items():
         if isinstance(source, str | os.PathLike):
-            files[name] = _find_files(name, source)
+            files[role] = _find_files(role, source)
         elif source is not None:
-            check_images(source, name=name)
-    size = size or _longest_edge(files.get("synthetic", sources["synthetic"]))
-    sets = {}
-    for name, source in sources.items():
-        if isinstance(source, torch.Tensor):
-            sets[name] = ImageSet(source, name=name)
-        elif source is not None:
-            images = load_images(files[name], size=size)
-            sets[name] = ImageSet(images, tuple(files[name]), str(source))
-    check_shapes({name: part.images for name, part in sets.items()})
+            check_images(source, name=role)
+    size = size or longest_edge(files.get("synthetic", sources["synthetic"]))
+    sets = {
+        role: ImageSet(source, name=role)
+        if isinstance(source, torch.Tensor)
+        else ImageSet(load_images(files[role], size=size), tuple(files[role]), str(source))
+        for role, source in sources.items()
+        if source is not None
+    }
+    check_shapes({role: part.images for role, part in sets.items()})
     return sets
 
 
@@ -170,13 +119,7 @@ def _find_files(role: str, folder: str | os.PathLike[str]) -> list[Path]:
             f"{folder} was prepared with {', '.join(cells)}: name one of them for the {role} images "
             "(not the training images, for a score)"
         )
-    files = [file for file in find_images(folder) if file.name != SHEET]
-    if not files:
-        inner = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
-        raise ImageError(
-            f"{folder} has only a contact sheet and the folders {inner}: name one of them"
-        )
-    return files
+    return find_images(folder)
 
 
 def check_shapes(sets: Mapping[str, torch.Tensor]) -> None:
@@ -192,7 +135,7 @@ def check_shapes(sets: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def _longest_edge(source: Any) -> int:
+def longest_edge(source: Any) -> int:
     """Return the longest edge of a tensor's images, or of files that can be read."""
     if isinstance(source, torch.Tensor):
         return max(source.shape[2:])
@@ -201,6 +144,23 @@ def _longest_edge(source: Any) -> int:
         with suppress(ImageError):  # reported when the images are loaded
             edges.append(max(open_picture(file)[0].size))
     return max(edges)
+
+
+def _find_seed(file: Path) -> int | None:
+    """Return the seed that a file records: ours, or that of A1111's "parameters"."""
+    record = read_record(file) or {}
+    if isinstance(record.get("seed"), int):
+        image = record.get("image", 0)
+        return int(record["seed"]) + (image if isinstance(image, int) else 0)
+    with suppress(Exception), Image.open(file, formats=("PNG",)) as opened:
+        return int(re.findall(r"\bSeed: (\d+)", str(opened.info["parameters"]))[0])
+    return None
+
+
+def _find_number(file: Path) -> int | None:
+    """Return the last number in a file's name."""
+    numbers = re.findall(r"\d+", file.stem)
+    return int(numbers[-1]) if numbers else None
 
 
 def pair(first: ImageSet, second: ImageSet) -> tuple[Index, Index, str]:
@@ -218,33 +178,33 @@ def pair(first: ImageSet, second: ImageSet) -> tuple[Index, Index, str]:
     ValueError
         Sets that do not hold exactly the same seeds or numbers, each once.
     """
+    sets = (first, second)
     if len(first) != len(second):
         raise ValueError(
             f"paired images need as many in both sets, got {len(first)} in {first.name} and "
             f"{len(second)} in {second.name}; draw both from the same seeds, or leave --paired out"
         )
     if not first.files or not second.files:
-        order = np.arange(len(first))
-        return order, order, "order"
-    keys, by = [first.seeds(), second.seeds()], "seed"
-    if keys == [None, None]:
-        keys, by = [first.numbers(), second.numbers()], "number"
-    a, b = keys
-    if a is None or b is None:
-        lacking = first.name if a is None else second.name
-        raise ValueError(
-            f"the files of {lacking} record no seed, those of the other folder do: they cannot be "
-            "paired; leave --paired out"
-        )
-    for part, values in ((first, a), (second, b)):
+        return np.arange(len(first)), np.arange(len(first)), "order"
+    keys, by = [[_find_seed(file) for file in one.files] for one in sets], "seed"
+    lacks = "record no seed"
+    if not any(key is not None for part in keys for key in part):
+        keys, by = [[_find_number(file) for file in one.files] for one in sets], "number"
+        lacks = "have neither a recorded seed nor a number in their names"
+    for one, values in zip(sets, keys):
+        if missing := values.count(None):
+            raise ValueError(
+                f"{one.name}: {missing} of {len(values)} files {lacks}, so they cannot be paired; "
+                "draw them again, name them by their seed, or leave --paired out"
+            )
         if len(set(values)) < len(values):
             twice = next(value for value in values if values.count(value) > 1)
             raise ValueError(
-                f"{part.name} has {by} {twice} more than once, so its images cannot be paired; "
+                f"{one.name} has {by} {twice} more than once, so its images cannot be paired; "
                 "name one prompt's folder, or leave --paired out"
             )
-    if set(a) != set(b):
-        alone = sorted(set(a) ^ set(b))
+    a, b = (np.array(values) for values in keys)
+    if alone := sorted(set(a) ^ set(b)):
         raise ValueError(
             f"{first.name} and {second.name} do not have the same {by}s (e.g. {by} {alone[0]} is in "
             "one of them only); draw both from the same seeds, or leave --paired out"
@@ -252,23 +212,16 @@ def pair(first: ImageSet, second: ImageSet) -> tuple[Index, Index, str]:
     return np.argsort(a), np.argsort(b), by
 
 
-def find_patients(images: ImageSet, rows: Index) -> list[str] | None:
-    """Return the patients of some images, or None where each image has its own or none is known."""
-    patients = [images.patients[i] for i in rows] if images.patients else []
-    return patients if len(set(patients)) < len(patients) else None
-
-
 def choose_images(
     real: ImageSet, synthetic: ImageSet, floor: bool, rng: np.random.Generator
 ) -> tuple[Index, Index, Index]:
     """Choose two disjoint sets of real images, by patient where known, and as many synthetic."""
-    everything = np.arange(len(real))
     if not floor:
-        return everything, np.empty(0, dtype=int), np.arange(len(synthetic))
+        return np.arange(len(real)), np.empty(0, dtype=int), np.arange(len(synthetic))
     order = rng.permutation(len(real))
     halves = [order[: len(real) // 2], order[len(real) // 2 :]]
     n = min(len(synthetic), len(real) // 2)
-    if patients := find_patients(real, everything):
+    if patients := real.groups():
         of = np.array(patients)
         halves = [np.empty(0, dtype=int)] * 2
         for patient in rng.permutation(np.unique(of)):
@@ -296,14 +249,13 @@ def find_leaks(real: ImageSet, synthetic: ImageSet, used: Index, train: ImageSet
     seen = set(train.hashes) if train else set()
     trained = [real.hashes[i] in seen for i in used]
     if synthetic.training_hashes:
-        digests = real.hashes_at(synthetic.edge)
+        digests = real.hashes_at(longest_edge(synthetic.files))
         trained = [t or digests[i] in synthetic.training_hashes for i, t in zip(used, trained)]
     if any(trained):
         remarks.append(f"against training images ({sum(trained)} of {len(used)})")
     elif train and train.patients and real.patients:
         shared = {real.patients[i] for i in used} & set(train.patients)
-        if shared:
-            remarks.append(f"against images of {len(shared)} training patients")
+        remarks += [f"against images of {len(shared)} training patients"] if shared else []
     own = set(real.hashes)
     if copies := sum(digest in own for digest in synthetic.hashes):
         remarks.append(f"{copies} of {len(synthetic)} synthetic images are among the real ones")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ URL = (
     "weights-inception-2015-12-05-6726825d.pth"
 )
 HASH = "6726825d"
+POOLED = ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c")  # blocks with a pooling branch
 
 
 def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -31,56 +32,38 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
         position = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
         low = position.floor().long().clamp(max=n - 1)
         high = (low + 1).clamp(max=n - 1)
-        shape = [1, 1, 1, 1]
-        shape[axis] = size
-        weight = (position - low).view(shape)
+        weight = (position - low).view([size if i == axis else 1 for i in range(4)])
         x = torch.lerp(x.index_select(axis, low), x.index_select(axis, high), weight)
     return x
 
 
-class _Repooled(nn.Module):
-    """An Inception block whose pooling branch pools as the network of 2015 does."""
-
-    def __init__(self, block: nn.Module, pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.block: Any = block
-        self.pool = pool
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branches = self.block._forward(x)
-        branches[-1] = self.block.branch_pool(self.pool(x))
-        return torch.cat(branches, 1)
-
-
 def inception_network() -> nn.Module:
-    """Return FID's Inception-v3 (2015-12-05, 1008 classes) without weights.
-
-    It is torchvision's network but for the pooling branches: averages leave the zero padding out
-    of the count, and the last block takes the maximum. Parameter names are torchvision's.
-    """
+    """Return torchvision's Inception-v3 of 1008 classes without weights."""
     from torchvision.models import Inception3
 
     return Inception3(num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
 
 
-def repool(network: nn.Module) -> nn.Module:
-    """Put 2015's pooling into `inception_network`, after its weights are loaded."""
+class _Repooled(nn.Module):
+    """An Inception block whose pooling branch pools as the network of 2015 does.
 
-    def average(x: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    Averages leave the zero padding out of the count, and the last block takes the maximum.
+    """
 
-    def maximum(x: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(x, 3, stride=1, padding=1)
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__()
+        self.block: Any = block
+        average = partial(F.avg_pool2d, count_include_pad=False)
+        self.pool = F.max_pool2d if last else average
 
-    for block in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
-        old = getattr(network, f"Mixed_{block}")
-        setattr(network, f"Mixed_{block}", _Repooled(old, maximum if block == "7c" else average))
-    network.fc = nn.Identity()
-    return network
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = self.block._forward(x)
+        branches[-1] = self.block.branch_pool(self.pool(x, 3, stride=1, padding=1))
+        return torch.cat(branches, 1)
 
 
 def load_inception(weights: Path | None, device: torch.device) -> tuple[nn.Module, Path]:
-    """Return the network with its weights, frozen, and their file.
+    """Return the network of 2015-12-05 with its weights, frozen, and their file.
 
     Without `weights`: from torch hub's cache, where torch-fidelity and pytorch-fid put the same
     file, else fetched.
@@ -89,4 +72,8 @@ def load_inception(weights: Path | None, device: torch.device) -> tuple[nn.Modul
     path = path or download("inception", URL, HASH)
     network = inception_network()
     fit(network, load_state("inception", path), "inception", path)
-    return freeze(repool(network), device), path
+    for block in POOLED:
+        old = getattr(network, f"Mixed_{block}")
+        setattr(network, f"Mixed_{block}", _Repooled(old, last=block == POOLED[-1]))
+    network.fc = nn.Identity()
+    return freeze(network, device), path

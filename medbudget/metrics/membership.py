@@ -13,7 +13,7 @@ from medbudget.embeddings import Embedding
 from medbudget.inversion import compute_image_losses
 from medbudget.metrics.auc import bootstrap_auc, delong
 from medbudget.metrics.frechet import Groups
-from medbudget.metrics.image_sets import Source, find_patients, load_sets
+from medbudget.metrics.image_sets import Source, load_sets
 from medbudget.metrics.scores import Score
 
 
@@ -108,10 +108,7 @@ def membership_test(
             f"{shared} of the {len(outside)} other images are members: others must be images that "
             "the word was not trained on"
         )
-    groups = (
-        find_patients(inside, np.arange(len(inside))),
-        find_patients(outside, np.arange(len(outside))),
-    )
+    groups = inside.groups(), outside.groups()
     unknown = sum(digest not in trained for digest in inside.hashes) if trained else 0
     remark = f"{unknown} of {len(inside)} members are not recorded in the word" if unknown else ""
     losses, without = (

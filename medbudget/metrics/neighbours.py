@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import norm, rankdata, tiecorrect
 
-from medbudget.images import check_images
+from medbudget.images import check_images, hash_images
 from medbudget.metrics.extractors import Extractor, load_extractor
 from medbudget.metrics.features import compute_features
 from medbudget.metrics.frechet import Z95, Array
@@ -75,8 +75,7 @@ def pixel_neighbours(
     best = torch.full((len(images),), -2.0)
     index = torch.zeros(len(images), dtype=torch.long)
     fine = F.adaptive_avg_pool2d(images.float(), 2 * size)  # so that shifts go by half a pixel
-    for flipped in (False, True) if flips else (False,):
-        view = fine.flip(-1) if flipped else fine
+    for view in (fine, fine.flip(-1)) if flips else (fine,):
         for row in range(4 * shift + 1):
             for column in range(4 * shift + 1):
                 window = view[..., row : row + 2 * inner, column : column + 2 * inner]
@@ -92,58 +91,41 @@ def feature_neighbours(
     extractor: str | Extractor,
     *,
     flips: bool = True,
-    batch_size: int = 32,
-    device: str | torch.device | None = None,
-    cache: bool = True,
-    progress: bool = False,
+    **options: Any,
 ) -> tuple[Array, Index]:
     """Return the nearest training image by Euclidean distance of features, over flips.
+
+    Parameters
+    ----------
+    images, train : torch.Tensor
+        ``(N, 3, H, W) uint8`` and ``(M, 3, H', W') uint8``.
+    **options
+        For `compute_features`: batch_size, device, cache, progress.
 
     Returns
     -------
     distance : (N,) float64
     index : (N,) int
     """
-    if isinstance(extractor, str):
-        extractor = load_extractor(extractor, device=device)
-    options: dict[str, Any] = {"batch_size": batch_size, "cache": cache, "progress": progress}
-
-    def get(batch: torch.Tensor) -> Array:
-        return compute_features(batch, extractor, **options).astype(np.float64)
-
-    targets = get(train)
-    table = squared_distances(get(images), targets)
-    if flips:
-        table = np.minimum(table, squared_distances(get(images.flip(-1)), targets))
+    views = (images, images.flip(-1)) if flips else (images,)
+    targets, *own = (
+        compute_features(one, extractor, **options).astype(np.float64) for one in (train, *views)
+    )
+    table = np.min([squared_distances(features, targets) for features in own], axis=0)
     index = table.argmin(1)
     return np.sqrt(table[np.arange(len(table)), index]), index
 
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Nearest training neighbours of synthetic images, calibrated on held-out real ones.
+    """Nearest training neighbours of synthetic images, calibrated on held-out real ones."""
 
-    Attributes
-    ----------
-    space : str
-        "pixels" or an extractor's title.
-    distance, index : (N,) arrays
-        Of every synthetic image to its nearest training image, and which one that is.
-    heldout_distance : (H,) array
-        Of the held-out real images.
-    p_value : (N,) array
-        (1 + held-out images at least as near) / (1 + H).
-    level : float
-        Images with a p-value at or below it are flagged.
-    note : str
-    """
-
-    space: str
-    distance: Array
-    index: Index
-    heldout_distance: Array
-    p_value: Array
-    level: float
+    space: str  # "pixels" or an extractor's title
+    distance: Array  # (N,) of every synthetic image to its nearest training image
+    index: Index  # (N,) which one that is
+    heldout_distance: Array  # (H,) of the held-out real images
+    p_value: Array  # (N,) (1 + held-out images at least as near) / (1 + H)
+    level: float  # images with a p-value at or below it are flagged
     note: str = ""
     extractor: Extractor | None = field(default=None, repr=False)
 
@@ -165,8 +147,7 @@ class Memorisation:
         synthetic images lie further from the training images than real ones do.
         """
         n, m = len(self.distance), len(self.heldout_distance)
-        both = np.concatenate([self.distance, self.heldout_distance])
-        rank = rankdata(both)
+        rank = rankdata(np.concatenate([self.distance, self.heldout_distance]))
         u = rank[:n].sum() - n * (n + 1) / 2
         sd = np.sqrt(tiecorrect(rank) * n * m * (n + m + 1) / 12)
         return float((u - n * m / 2) / sd) if sd > 0 else 0.0
@@ -177,35 +158,23 @@ class Memorisation:
 
     def scores(self) -> list[Score]:
         """Return the share of flagged images (Wilson interval) and C_T as scores."""
-        n, h = len(self.distance), len(self.heldout_distance)
-        low, high = wilson(int(self.flagged.sum()), n)
-        common: dict[str, Any] = {
-            "n": n,
-            "extractor": self.space,
-            "extractor_hash": self.extractor.hash if self.extractor else "",
-            "resize": self.extractor.resize_rule if self.extractor else "area pooling",
-        }
-        calibrated = f"calibrated on {h} held-out real images"
-        blind = "noise can hide a copy here: rely on the pixels" if self.extractor else ""
-        note = "; ".join(part for part in (calibrated, blind, self.note) if part)
+        n, h, z = len(self.distance), len(self.heldout_distance), self.c_t
+        about: dict[str, Any] = {"n": n, "extractor": self.space, "resize": "area pooling"}
+        notes = [f"calibrated on {h} held-out real images", self.note]
+        if self.extractor:
+            about |= {"extractor_hash": self.extractor.hash, "resize": self.extractor.resize_rule}
+            notes.insert(1, "noise can hide a copy here: rely on the pixels")
         if h < 99:  # too few for the 1 % level
-            common["remark"] = f"rests on only {h} held-out image{'s' * (h > 1)}"
-        z = self.c_t
+            about["remark"] = f"rests on only {h} held-out image{'s' * (h > 1)}"
+        level = f"at the {self.level:.2g} level"
+        rank = f"z; below 0: nearer to training; p = {norm.cdf(z):.2g} for copying"
+        limits = wilson(int(self.flagged.sum()), n)
         return [
-            Score(
-                name=f"Copied share ({self.space})",
-                value=self.share,
-                interval=(low, high),
-                note=f"at the {self.level:.2g} level; {note}",
-                **common,
-            ),
-            Score(
-                name=f"C_T ({self.space})",
-                value=z,
-                interval=None,
-                note=f"z; below 0: nearer to training; p = {norm.cdf(z):.2g} for copying; {note}",
-                **common,
-            ),
+            Score(name, value, interval, note="; ".join(filter(None, [first, *notes])), **about)
+            for name, value, interval, first in (
+                (f"Copied share ({self.space})", self.share, limits, level),
+                (f"C_T ({self.space})", z, None, rank),
+            )
         ]
 
 
@@ -226,13 +195,6 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     )
 
 
-def not_in(images: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
-    """Return a mask of the images whose bytes do not occur in `train`."""
-    known = {image.numpy().tobytes() for image in train.cpu().contiguous()}
-    rows = images.cpu().contiguous()
-    return torch.tensor([row.numpy().tobytes() not in known for row in rows], dtype=torch.bool)
-
-
 def memorisation(
     synthetic: torch.Tensor,
     train: torch.Tensor,
@@ -241,10 +203,8 @@ def memorisation(
     space: str | Extractor = "pixels",
     level: float = 0.01,
     flips: bool = True,
-    batch_size: int = 32,
     device: str | torch.device | None = None,
-    cache: bool = True,
-    progress: bool = False,
+    **options: Any,
 ) -> Memorisation:
     """Compare synthetic images with the training images, calibrated on held-out real images.
 
@@ -260,6 +220,8 @@ def memorisation(
     level : float
         Flag images that are nearer to training than this share of the held-out images. With fewer
         than 1 / level - 1 held-out images it is raised to what they can show, and the note says so.
+    **options
+        For `compute_features`: batch_size, cache, progress.
 
     Raises
     ------
@@ -272,40 +234,30 @@ def memorisation(
     check_shapes(sets)
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
-    fresh = not_in(heldout, train)
-    notes = []
-    if not fresh.all():
-        notes.append(f"{int((~fresh).sum())} real images that are training images left out")
-    heldout = heldout[fresh]
-    if len(heldout) == 0:
+    trained = set(hash_images(train))
+    fresh = [i for i, digest in enumerate(hash_images(heldout)) if digest not in trained]
+    if not fresh:
         raise ValueError(
             "every held-out image is also a training image; memorisation needs real images that "
             "were not trained on"
         )
-    if 1 / (len(heldout) + 1) > level:
-        notes.append(f"level raised from {level:g}: only {len(heldout)} held-out images")
-        level = 1 / (len(heldout) + 1)
+    notes = []
+    if left_out := len(heldout) - len(fresh):
+        notes.append(f"{left_out} real images that are training images left out")
+    if 1 / (len(fresh) + 1) > level:
+        notes.append(f"level raised from {level:g}: only {len(fresh)} held-out images")
+        level = 1 / (len(fresh) + 1)
     extractor = None
-    if space == "pixels":
-        title = "pixels"
-        near, far = (
-            pixel_neighbours(images, train, flips=flips) for images in (synthetic, heldout)
-        )
-    else:
-        extractor = load_extractor(space, device=device) if isinstance(space, str) else space
-        title = extractor.title
-        near, far = (
-            feature_neighbours(
-                images,
-                train,
-                extractor,
-                flips=flips,
-                batch_size=batch_size,
-                cache=cache,
-                progress=progress,
-            )
-            for images in (synthetic, heldout)
-        )
-    ordered = np.sort(far[0])
-    p = (1 + np.searchsorted(ordered, near[0], side="right")) / (1 + len(ordered))
-    return Memorisation(title, near[0], near[1], far[0], p, level, "; ".join(notes), extractor)
+    if isinstance(space, Extractor):
+        extractor = space
+    elif space != "pixels":
+        extractor = load_extractor(space, device=device)
+    (distance, index), (far, _) = (
+        feature_neighbours(images, train, extractor, flips=flips, **options)
+        if extractor
+        else pixel_neighbours(images, train, flips=flips)
+        for images in (synthetic, heldout[fresh])
+    )
+    p = (1 + np.searchsorted(np.sort(far), distance, side="right")) / (1 + len(far))
+    title = extractor.title if extractor else "pixels"
+    return Memorisation(title, distance, index, far, p, level, "; ".join(notes), extractor)

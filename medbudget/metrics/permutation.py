@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from medbudget.metrics.frechet import (
-    Array,
-    Features,
-    check_pair,
-    map_threads,
-    root_trace,
-)
+from medbudget.metrics.frechet import Array, Features, check_pair, map_threads, root_trace
 from medbudget.metrics.kernel import polynomial_kernel
 
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """Outcome of `permutation_test`.
+    """Outcome of `permutation_test`."""
 
-    Attributes
-    ----------
-    difference : float
-        Distance of A to the reference minus that of B; negative if A is nearer.
-    p_value : float
-        Two-sided, (1 + permutations at least as far from 0) / (1 + all).
-    statistic : str
-        "frechet" or "kernel".
-    paired : bool
-    null : numpy.ndarray
-        ``(repeats,)`` differences under exchanged labels.
-    """
-
-    difference: float
-    p_value: float
-    statistic: str
+    difference: float  # distance of A to the reference minus that of B; negative if A is nearer
+    p_value: float  # two-sided, (1 + permutations at least as far from 0) / (1 + all)
+    statistic: str  # "frechet" or "kernel"
     paired: bool
-    null: Array = field(repr=False)
+    null: Array = field(repr=False)  # (repeats,) differences under exchanged labels
 
     def __str__(self) -> str:
         return (
@@ -78,7 +60,8 @@ def permutation_test(
     ValueError
         Shapes that do not fit, unequal n with `paired`, an unknown statistic.
     """
-    if statistic not in ("frechet", "kernel"):
+    terms = {"frechet": _frechet_terms, "kernel": _kernel_terms}
+    if statistic not in terms:
         raise ValueError(f"statistic={statistic!r} is unknown; allowed are 'frechet', 'kernel'")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -91,8 +74,7 @@ def permutation_test(
             "generate them from the same seeds, or use paired=False"
         )
     seeds = np.random.SeedSequence(seed).spawn(repeats)
-    pool = np.concatenate([a, b])
-    difference = _frechet_terms(pool, ref) if statistic == "frechet" else _kernel_terms(pool, ref)
+    distance = terms[statistic](np.concatenate([a, b]), ref)
 
     def shuffled(i: int) -> float:
         rng = np.random.default_rng(seeds[i])
@@ -102,10 +84,10 @@ def permutation_test(
             in_a[:na], in_a[na:] = ~swap, swap
         else:
             in_a[rng.permutation(na + nb)[:na]] = True
-        return difference.distance(in_a) - difference.distance(~in_a)
+        return distance(in_a) - distance(~in_a)
 
     first = np.arange(na + nb) < na
-    of_a, of_b = difference.distance(first), difference.distance(~first)
+    of_a, of_b = distance(first), distance(~first)
     observed = of_a - of_b
     null = np.array(map_threads(shuffled, range(repeats), workers))
     # differences that are equal but for rounding count as equal
@@ -114,47 +96,44 @@ def permutation_test(
     return PermutationTest(observed, p, statistic, paired, null)
 
 
-class _frechet_terms:
-    """FD(group, R) but for a constant, from one Gram matrix of all images with the reference."""
+def _frechet_terms(pool: Array, ref: Array) -> Callable[[np.ndarray], float]:
+    """Return FD(group of the pool, R) but for R's own trace, from one Gram matrix."""
+    centred = ref - ref.mean(0)
+    factor = np.linalg.qr(centred, mode="r") if len(ref) > ref.shape[1] else centred
+    pool = pool - ref.mean(0)
+    squares = (pool**2).sum(1)
+    cross = pool @ factor.T / np.sqrt(len(ref) - 1)
+    gram = cross @ cross.T  # for groups smaller than the reference's rank, M M^T is a block of it
 
-    def __init__(self, pool: Array, ref: Array) -> None:
-        centred = ref - ref.mean(0)
-        factor = centred
-        if len(ref) > ref.shape[1]:
-            factor = np.linalg.qr(centred, mode="r")
-        self.pool = pool - ref.mean(0)
-        self.squares = (self.pool**2).sum(1)
-        self.cross = self.pool @ factor.T / np.sqrt(len(ref) - 1)
-        # for groups smaller than the reference's rank, M M^T is a block of this
-        self.gram = self.cross @ self.cross.T
-
-    def distance(self, group: np.ndarray) -> float:
+    def distance(group: np.ndarray) -> float:
         index = np.flatnonzero(group)
         n = len(index)
-        mean = self.pool[index].mean(0)
+        mean = pool[index].mean(0)
         m2 = float(mean @ mean)
-        trace = (self.squares[index].sum() - n * m2) / (n - 1)
-        if n <= self.cross.shape[1]:
-            block = self.gram[np.ix_(index, index)]
+        trace = (squares[index].sum() - n * m2) / (n - 1)
+        if n <= cross.shape[1]:
+            block = gram[np.ix_(index, index)]
             row = block.mean(0)
             block -= row + row[:, None] - row.mean()
             block /= n - 1
             root = float(np.sqrt(np.linalg.eigvalsh(block).clip(min=0)).sum())
         else:
-            m = self.cross[index]
+            m = cross[index]
             root = root_trace((m - m.mean(0)) / np.sqrt(n - 1))
-        return float(m2 + trace - 2 * root)  # without R's own trace
+        return float(m2 + trace - 2 * root)
+
+    return distance
 
 
-class _kernel_terms:
-    """MMD^2(group, R) but for a constant, unbiased, from one kernel matrix."""
+def _kernel_terms(pool: Array, ref: Array) -> Callable[[np.ndarray], float]:
+    """Return MMD^2(group of the pool, R), unbiased, but for a constant, from one kernel matrix."""
+    own = polynomial_kernel(pool, pool)
+    np.fill_diagonal(own, 0)
+    cross = polynomial_kernel(pool, ref).mean(1)
 
-    def __init__(self, pool: Array, ref: Array) -> None:
-        self.own = polynomial_kernel(pool, pool)
-        np.fill_diagonal(self.own, 0)
-        self.cross = polynomial_kernel(pool, ref).mean(1)
-
-    def distance(self, group: np.ndarray) -> float:
+    def distance(group: np.ndarray) -> float:
         w = group.astype(float)
         n = w.sum()
-        return float(w @ self.own @ w / (n * (n - 1)) - 2 * (w @ self.cross) / n)
+        return float(w @ own @ w / (n * (n - 1)) - 2 * (w @ cross) / n)
+
+    return distance

@@ -22,23 +22,20 @@ def judge(scores: Sequence[Score]) -> str:
     far from the real images: FD (X) is 2.2 times its floor; copies: not checked (name the training images)
     """
     by_name = {score.name: score for score in scores}
-    pairs = [(by_name[n.removesuffix(FLOOR)], by_name[n]) for n in by_name if n.endswith(FLOOR)]
-    parts = [_judge_distance(*pairs[0])] if pairs else ["no floor, so no verdict on the distance"]
-    if scores and (leak := _leak(scores[0])):
-        parts.insert(0, f"no test of the generator: {leak}")
-    copied = next((s for s in scores if s.name.startswith("Copied share")), None)
-    parts.append(_judge_copies(copied))
-    return "; ".join(parts)
-
-
-def _leak(score: Score) -> str:
-    """Return the part of a remark that says that real images were not held out."""
+    floor = next((score for score in scores if score.name.endswith(FLOOR)), None)
+    parts = ["no floor, so no verdict on the distance"]
+    if floor is not None:
+        parts = [_judge_distance(by_name[floor.name.removesuffix(FLOOR)], floor)]
     few = ("only ", "rests on ")
-    return "; ".join(part for part in score.remark.split("; ") if not part.startswith(few))
+    remarks = scores[0].remark.split("; ") if scores else []
+    if leaks := [remark for remark in remarks if remark and not remark.startswith(few)]:
+        parts.insert(0, f"no test of the generator: {'; '.join(leaks)}")
+    copied = next((s for s in scores if s.name.startswith("Copied share")), None)
+    return "; ".join([*parts, _judge_copies(copied)])
 
 
 def _judge_distance(score: Score, floor: Score) -> str:
-    n = score.n if isinstance(score.n, int) else min(score.n)
+    n = score.smallest
     low = score.interval[0] if score.interval else score.value
     high = floor.interval[1] if floor.interval else floor.value
     times = score.value / floor.value if floor.value > 0 else float("inf")
@@ -56,7 +53,7 @@ def _judge_distance(score: Score, floor: Score) -> str:
 def _judge_copies(copied: Score | None) -> str:
     if copied is None:
         return "copies: not checked (name the training images)"
-    n = copied.n if isinstance(copied.n, int) else min(copied.n)
+    n = copied.smallest
     found = round(copied.value * n)
     if "rests on" in copied.remark:
         return f"copies: {found} of {n} flagged, but this {copied.remark}"
@@ -72,12 +69,11 @@ def summarize(scores: Sequence[Score]) -> str:
     (without training images the layout distance); differences to another set come on top.
     """
     first = scores[0].name
-    wanted = {first, first + FLOOR, "Precision", "Recall"}
-    checked = any(s.name.startswith("Copied share") for s in scores)
+    wanted = [first, first + FLOOR, "Precision", "Recall", "Copied share (pixels)"]
+    if not any(score.name == wanted[-1] for score in scores):
+        wanted.append("Layout distance")
     shown: dict[str, Score] = {}
     for score in scores:
-        pixels = score.name.startswith("Copied share (pixels")
-        layout = not checked and score.name == "Layout distance"
-        if score.name in wanted or pixels or layout or ", difference to" in score.name:
+        if score.name in wanted or ", difference to" in score.name:
             shown.setdefault(score.name, score)
     return f"verdict: {judge(scores)}\n{format_table(list(shown.values()), notes=False)}"

@@ -21,12 +21,12 @@ from medbudget.classifier import ClassifierSettings, train_classifier
 from medbudget.data.pcam import load_labels, load_patches
 from medbudget.files import write_json
 from medbudget.metrics.auc import (
-    Difference,
     bootstrap_auc,
     calibration,
     compute_auc,
     delong_difference,
 )
+from medbudget.metrics.frechet import Estimate
 from medbudget.metrics.scores import Score
 from medbudget.networks import make_network, resize
 from medbudget.studies.gains import score_gain, score_runs
@@ -188,7 +188,7 @@ def _run_auc(task: Task, store: Store, path: Path, checkpoint: Path) -> None:
     rows = score_runs(labels, scores, repeats=task.settings["repeats"])
     if len(task.inputs) > count:
         g = store.read_json(task.inputs[count])
-        gain = Difference(g["difference"], g["se"], tuple(g["interval"]), "bootstrap", g["p_value"])
+        gain = Estimate(g["difference"], g["se"], tuple(g["interval"]), "bootstrap", g["p_value"])
         rows[-1:-1] = score_gain(gain, (labels.count(0), labels.count(1)))
     if "also" in runs[0]:
         truth = runs[0]["also"]["labels"]

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from medbudget.metrics.auc import (
-    Difference,
     bootstrap_auc,
     calibration,
     compute_auc,
     detectable_difference,
 )
+from medbudget.metrics.frechet import Estimate
 from medbudget.metrics.scores import Score
 
 
@@ -50,7 +50,7 @@ def score_runs(
     return [*rows, Score("ECE", error, None, n, note="calibration error, 10 bins, all runs")]
 
 
-def score_gain(gain: Difference, n: tuple[int, int]) -> list[Score]:
+def score_gain(gain: Estimate, n: tuple[int, int]) -> list[Score]:
     """Return a gain of `bootstrap_auc` as a score, and the gain that could have been detected."""
     least = detectable_difference(gain.se)
     return [
@@ -59,12 +59,12 @@ def score_gain(gain: Difference, n: tuple[int, int]) -> list[Score]:
     ]
 
 
-def judge_gain(gain: Difference) -> str:
+def judge_gain(gain: Estimate) -> str:
     """Say in words whether a gain is shown, and if not, which one could have been found.
 
     Examples
     --------
-    >>> judge_gain(Difference(0.051, 0.0457, (-0.042, 0.137), "bootstrap", 0.29))
+    >>> judge_gain(Estimate(0.051, 0.0457, (-0.042, 0.137), "bootstrap", 0.29))
     'no gain shown (+0.051, interval -0.042 to +0.137, p = 0.29); 0.128 could have been found'
     """
     low, high = gain.interval
