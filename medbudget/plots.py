@@ -86,19 +86,10 @@ def show_images(
         Images in a row, at least 1.
     title, note : str, optional
         Above and below the whole; the note says what the images are, e.g. "synthetic; tiny base".
-
-    Raises
-    ------
-    TypeError, ValueError
-        What `images` are not (`check_images`), or a number of titles that does not fit.
     """
     check_images(images)
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    if titles is not None and len(titles) != len(images):
-        raise ValueError(f"{len(titles)} titles for {len(images)} images; give one for each")
-    rows = [(None, part) for part in images.split(columns)]
-    return _draw(rows, titles=titles, title=title, note=note)
+    _check_columns(columns, titles, len(images), "images")
+    return _draw([(None, part) for part in images.split(columns)], titles, title, note)
 
 
 def show_rows(
@@ -119,31 +110,28 @@ def show_rows(
         One above each column.
     columns, title, note
         See `show_images`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        No rows, rows of different image sizes, or what `check_images` refuses.
     """
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
     if not rows:
         raise ValueError("no rows to show; pass a mapping of label to images")
     cut = [(label, check_images(part, name=label)[:columns]) for label, part in rows.items()]
+    _check_columns(columns, titles, max(len(part) for _, part in cut), "columns")
     sizes = {tuple(part.shape[2:]) for _, part in cut}
     if len(sizes) > 1:
         raise ValueError(
             f"the rows have images of different sizes {sorted(sizes)}; resize them to one"
         )
-    widest = max(len(part) for _, part in cut)
-    if titles is not None and len(titles) != widest:
-        raise ValueError(f"{len(titles)} titles for {widest} columns; give one for each")
-    return _draw(cut, titles=titles, title=title, note=note)
+    return _draw(cut, titles, title, note)
+
+
+def _check_columns(columns: int, titles: Sequence[str] | None, n: int, what: str) -> None:
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    if titles is not None and len(titles) != n:
+        raise ValueError(f"{len(titles)} titles for {n} {what}; give one for each")
 
 
 def _draw(
     rows: Sequence[tuple[str | None, torch.Tensor]],
-    *,
     titles: Sequence[str] | None,
     title: str | None,
     note: str | None,
@@ -153,58 +141,46 @@ def _draw(
     zoom = max(1, round(CELL / max(height, width)))
     shrink = min(1.0, 2 * CELL / max(height, width))  # large images are shown smaller
     cell_w, cell_h = round(width * zoom * shrink), round(height * zoom * shrink)
-    line = round(DPI / 72 * mpl.rcParams["font.size"] * 1.45)
-    labels = [textwrap.wrap(label, 16) if label else [] for label, _ in rows]
+    size = mpl.rcParams["font.size"]
+    line = round(DPI / 72 * size * 1.45)
+    labels = [textwrap.wrap(label or "", 16) for label, _ in rows]
     left = max((len(text) for lines in labels for text in lines), default=0) * line // 2
     left += MARGIN + (2 * GAP if left else 0)
     across = max(len(part) for _, part in rows)
     total_w = max(left + across * (cell_w + GAP) - GAP, 3 * CELL) + MARGIN
-    title_lines = _wrap(title, total_w, line * 1.25)
-    note_lines = _wrap(note, total_w, line * 0.95)
-    each_row = titles is not None and rows[0][0] is None
+    title_lines, note_lines = _wrap(title, total_w, line * 1.25), _wrap(note, total_w, line * 0.95)
+    each_row = titles is not None and rows[0][0] is None  # a title above each image
     above = line if each_row else 0
-    head = line if titles is not None and not each_row else 0
     top = MARGIN + len(title_lines) * round(1.1 * line) + (GAP if title_lines else 0)
-    body = head + len(rows) * (cell_h + GAP + above) - GAP
-    total_h = top + body + MARGIN + (len(note_lines) * line + 2 * GAP if note_lines else 0)
-
+    top += line if titles is not None and not each_row else 0
+    bottom = top + len(rows) * (above + cell_h + GAP) - GAP
+    total_h = bottom + MARGIN + (len(note_lines) * line + 2 * GAP if note_lines else 0)
     figure = Figure(figsize=(total_w / DPI, total_h / DPI), dpi=DPI, facecolor="white")
 
-    def write(x: float, y: float, text: str, **kwargs: Any) -> None:
-        figure.text(x / total_w, 1 - y / total_h, text, **{"va": "top", **kwargs})
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text(x / total_w, 1 - y / total_h, text, **{"va": "top", **style})
 
     for i, text in enumerate(title_lines):
-        write(
-            MARGIN,
-            MARGIN + i * round(1.1 * line),
-            text,
-            weight="bold",
-            size=mpl.rcParams["font.size"] * 1.1,
-        )
-    y, index = top + head, 0
-    for r, (_, part) in enumerate(rows):
-        y += above
-        if labels[r]:
-            write(left - 2 * GAP, y + cell_h / 2, "\n".join(labels[r]), ha="right", va="center")
+        write(MARGIN, MARGIN + i * round(1.1 * line), text, weight="bold", size=size * 1.1)
+    index = 0
+    for r, (lines, (_, part)) in enumerate(zip(labels, rows)):
+        y = top + r * (above + cell_h + GAP) + above
+        if lines:
+            write(left - 2 * GAP, y + cell_h / 2, "\n".join(lines), ha="right", va="center")
         for c, image in enumerate(part):
             x = left + c * (cell_w + GAP)
             box = (x / total_w, 1 - (y + cell_h) / total_h, cell_w / total_w, cell_h / total_h)
             axes = figure.add_axes(box)
-            axes.imshow(
-                image.permute(1, 2, 0).cpu().numpy(),
-                interpolation="nearest" if shrink == 1 else "antialiased",
-                vmin=0,
-                vmax=255,
-                aspect="auto",
-            )
             axes.set_axis_off()
+            axes.imshow(
+                image.permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=255, aspect="auto",
+                interpolation="nearest" if shrink == 1 else "antialiased",
+            )  # fmt: skip
             if titles is not None and (each_row or r == 0):
-                caption = titles[index if each_row else c]
-                write(x + cell_w / 2, y - GAP / 2, caption, ha="center", va="bottom")
+                write(x + cell_w / 2, y - GAP / 2, titles[index], ha="center", va="bottom")
             index += 1
-        y += cell_h + GAP
     for i, text in enumerate(note_lines):
-        write(MARGIN, y + GAP + i * line, text, color=GRAY, size=mpl.rcParams["font.size"] * 0.9)
+        write(MARGIN, bottom + 2 * GAP + i * line, text, color=GRAY, size=size * 0.9)
     return figure
 
 
@@ -231,12 +207,12 @@ def plot_loss(
         steps = curve.get("step", range(1, len(curve["loss"]) + 1))
         (line,) = axes.plot(steps, curve["loss"], linewidth=1, alpha=0.3)
         n = max(1, len(curve["loss"]) // 10)
-        window = np.full(n, 1 / n)
-        x, y = (np.convolve(values, window, "valid") for values in (steps, curve["loss"]))
+        x, y = (
+            np.convolve(values, np.full(n, 1 / n), "valid") for values in (steps, curve["loss"])
+        )
         label = f"{label}, mean of {n}" if label else f"mean of {n}"
         axes.plot(x, y, label=label, linewidth=2, color=line.get_color())
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (noise MSE)")
+    axes.set(xlabel="step", ylabel="loss (noise MSE)")
     axes.legend()
     return figure
 
@@ -251,11 +227,6 @@ def plot_scores(
     scores : mapping of str to Score
         Label to score. All must come from the same extractor, resize rule and normalisation:
         others cannot be compared.
-
-    Raises
-    ------
-    ValueError
-        No scores, or scores of different kinds.
     """
     if not scores:
         raise ValueError("no scores to plot; pass a mapping of label to Score")
@@ -268,33 +239,28 @@ def plot_scores(
             f"these scores cannot be compared: {sorted(kinds)}; plot one kind at a time"
         )
     figure, axes = _axes(title, note, height=0.9 + 0.4 * len(scores))
+    lowest = 0.0
     for place, score in enumerate(scores.values()):
         low, high = score.interval or (score.value, score.value)
+        lowest = min(lowest, low)
         colour = PALETTE[place % len(PALETTE)]
         axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
         axes.plot([score.value], [place], "o", color=colour)
         interval = f" ({low:.3g} to {high:.3g})" if score.interval else ""
         axes.annotate(
-            f"{score.value:.3g}{interval}",
-            (high, place),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            color=GRAY,
-        )
-    first = next(iter(scores.values()))
+            f"{score.value:.3g}{interval}", (high, place), xytext=(8, 0),
+            textcoords="offset points", va="center", color=GRAY,
+        )  # fmt: skip
     axes.set_yticks(range(len(scores)), list(scores))
-    axes.invert_yaxis()
     axes.set_ylim(len(scores) - 0.4, -0.6)
-    if min(min(s.interval or (s.value,)) for s in scores.values()) >= 0:
-        axes.set_xlim(left=0)
-    else:
+    if lowest < 0:
         axes.axvline(0, color=GRAY, linewidth=1)
+    else:
+        axes.set_xlim(left=0)
     axes.margins(x=0.35)
-    n = " vs ".join(map(str, first.n)) if isinstance(first.n, tuple | list) else str(first.n)
-    same = len({str(s.n) for s in scores.values()}) == 1
-    lower = "" if title else "; lower is closer"
-    axes.set_xlabel(first.name + (f", n = {n}" if same else "") + lower)
+    first, sizes = next(iter(scores.values())), {score.sizes for score in scores.values()}
+    n = f", n = {first.sizes}" if len(sizes) == 1 else ""
+    axes.set_xlabel(first.name + n + ("" if title else "; lower is closer"))
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -313,21 +279,12 @@ def plot_axis(
     ----------
     curves : mapping of str to mapping of float to Score
         Label to the scores at each place, as of `medbudget.metrics.disease_axis`.
-
-    Raises
-    ------
-    ValueError
-        No curves, or one without places.
     """
-    if not curves or not all(curves.values()):
-        raise ValueError(
-            "no scores to plot; pass a mapping of label to a mapping of place to Score"
-        )
-    drawn = {}
+    drawn: dict[str, dict[str, Any]] = {}
     for label, curve in curves.items():
-        intervals = [score.interval or (score.value,) * 2 for score in curve.values()]
-        low, high = zip(*intervals)
         values = [score.value for score in curve.values()]
+        limits = [score.interval or (score.value,) * 2 for score in curve.values()]
+        low, high = zip(*limits)
         drawn[label] = {"x": list(curve), "y": values, "low": low, "high": high}
     return plot_curves(drawn, xlabel=xlabel, ylabel=ylabel, title=title, note=note)
 
@@ -350,11 +307,6 @@ def plot_curves(
         length.
     log : bool
         Logarithmic x axis with a tick at every x.
-
-    Raises
-    ------
-    ValueError
-        No curves, or parts of different lengths.
     """
     if not curves:
         raise ValueError("no curves to plot; pass a mapping of label to {'x': …, 'y': …}")
@@ -363,8 +315,10 @@ def plot_curves(
         lengths = {key: len(values) for key, values in curve.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"curve {label!r} has parts of different lengths: {lengths}")
-        colour = PALETTE[i % len(PALETTE)]
-        marker = "os^DvPX"[i % 7]  # told apart without colour too
+        colour, marker = (
+            PALETTE[i % len(PALETTE)],
+            "os^DvPX"[i % 7],
+        )  # told apart without colour too
         axes.plot(curve["x"], curve["y"], marker + "-", color=colour, label=label, markersize=5)
         if "low" in curve:
             axes.vlines(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.6)
@@ -373,8 +327,7 @@ def plot_curves(
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     if len(curves) > 1:
         figure.legend(loc="outside upper right", ncols=3)
     return figure
@@ -396,31 +349,17 @@ def plot_histograms(
         Label to numbers.
     marks : mapping of str to float, optional
         Label to the place of a vertical line, e.g. what was observed.
-
-    Raises
-    ------
-    ValueError
-        A set without values, or no set.
     """
     if not values or any(len(part) == 0 for part in values.values()):
         raise ValueError("no values to plot; pass a mapping of label to one number or more")
     figure, axes = _axes(title, note, height=2.6)
-    everything = [float(v) for part in values.values() for v in part]
-    low, high = min(everything), max(everything)
-    pad = 0.5 if high == low else 0.0
+    bins = np.histogram_bin_edges(np.concatenate([*map(np.asarray, values.values())]), 24)
     for label, part in values.items():
-        axes.hist(
-            [float(v) for v in part],
-            bins=24,
-            range=(low - pad, high + pad),
-            weights=[1 / len(part)] * len(part),
-            alpha=0.55,
-            label=label,
-        )
+        shares = [1 / len(part)] * len(part)
+        axes.hist(np.asarray(part), bins=bins, weights=shares, alpha=0.55, label=label)
     for place, (label, x) in enumerate((marks or {}).items()):
         axes.axvline(x, color=PALETTE[-1], linestyle=("-", "--", ":")[place % 3], label=label)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel("share")
+    axes.set(xlabel=xlabel, ylabel="share")
     axes.grid(axis="x", visible=False)
     figure.legend(loc="outside upper right", ncols=3)
     return figure

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from medbudget import metrics, weights
+from medbudget.files import hash_file
 from medbudget.metrics import WeightsError, extractors, inception, radimagenet
 from medbudget.metrics.extractors import resize_bilinear
 
@@ -25,7 +26,7 @@ def randomise(network, seed=0):
     return network
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 48), (400, 300)])
+@pytest.mark.parametrize("size", [(64, 48), (400, 300)])
 def test_tf1_resize_agrees_with_torch_fidelity(size, noise):
     tf1 = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
     images = noise(2, 400)[..., : size[0], : size[1]]
@@ -42,7 +43,8 @@ def test_resize_rules_differ_on_a_checkerboard():
     board[..., ::2, ::2] = 255
     board[..., 1::2, 1::2] = 255
     assert inception.resize_tf1(board, 224).unique().tolist() == [255]
-    assert resize_bilinear(board, 224).mean() == pytest.approx(127.5, abs=1)
+    inner = resize_bilinear(board, 224)[..., 4:-4, 4:-4]
+    assert inner.min() > 126.5 and inner.max() < 128.5
 
 
 def test_inception_agrees_with_torch_fidelity_at_random_weights(tmp_path, noise):
@@ -77,7 +79,9 @@ def test_radimagenet_conventions_are_two_networks_with_two_input_rules(tmp_path,
         want = children(bgr).flatten(1)
     torch.testing.assert_close(ours(images), want, atol=1e-5 * float(want.max()), rtol=1e-4)
     # the Keras conversion has biases in its convolutions, so the official file must be refused
-    with pytest.raises(WeightsError, match=r"does not hold the weights of radimagenet-keras"):
+    with pytest.raises(
+        WeightsError, match=r"radimagenet-keras: \d+ of \d+ tensors .* e\.g\. conv1\.bias"
+    ):
         metrics.load_extractor("radimagenet-keras", weights=path, device="cpu")
     keras = randomise(radimagenet.radimagenet_network("keras"))
     assert keras.layer2[0].conv1.stride == (2, 2) and keras.layer2[0].conv2.stride == (1, 1)
@@ -109,9 +113,8 @@ def test_dinov2_from_a_local_file(tmp_path, monkeypatch, noise):
 
 
 def test_missing_weights_name_the_offline_extractor(tmp_path, monkeypatch):
-    for name in ("radimagenet-keras", "radimagenet-torch"):
-        with pytest.raises(WeightsError, match="efficientnet-lite0, which needs no download"):
-            metrics.load_extractor(name)
+    with pytest.raises(WeightsError, match="efficientnet-lite0, which needs no download"):
+        metrics.load_extractor("radimagenet-torch")
     monkeypatch.setattr(inception, "URL", (tmp_path / "absent").as_uri())
     with pytest.raises(
         WeightsError, match=r"inception could not be downloaded.*efficientnet-lite0"
@@ -124,8 +127,6 @@ def test_missing_weights_name_the_offline_extractor(tmp_path, monkeypatch):
 def test_a_download_is_announced_and_checked(tmp_path, capsys):
     source = tmp_path / "weights.pth"
     torch.save({"a": torch.zeros(3)}, source)
-    from medbudget.files import hash_file
-
     right = hash_file(source)[:8]
     path = weights.download("thing", source.as_uri(), right)
     assert path.read_bytes() == source.read_bytes()
@@ -145,7 +146,7 @@ class _Evil:
         return (print, ("code ran",))
 
 
-OFFERED = ("inception", "radimagenet-keras", "radimagenet-torch", "dinov2", "efficientnet-lite0")
+OFFERED = ("inception", "radimagenet-torch", "dinov2", "efficientnet-lite0")
 
 
 @pytest.fixture
@@ -175,14 +176,6 @@ def test_wrong_files_are_refused_and_no_code_from_them_runs(tmp_path, capsys, sm
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_one_tensor_of_another_shape_is_named(tmp_path):
-    state = radimagenet.radimagenet_network("torch").state_dict()
-    state["layer3.0.conv1.weight"] = state["layer3.0.conv1.weight"][:-1]
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"1 of \d+ tensors .* e\.g\. layer3\.0\.conv1\.weight"):
-        metrics.load_extractor(f"radimagenet-torch={tmp_path / 'w.pth'}", device="cpu")
-
-
 @pytest.mark.network
 def test_inception_weights_download():
     assert metrics.load_extractor("inception").hash.startswith(inception.HASH)
@@ -196,8 +189,6 @@ def test_inception_is_found_in_torch_hubs_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "URL", (tmp_path / "absent").as_uri())
     with pytest.raises(WeightsError, match="could not be downloaded"):
         metrics.load_extractor("inception")  # another file than its name says
-    from medbudget.files import hash_file
-
     assert weights.find_in_hub_cache("*6726825d.pth", hash_file(path)[:8]) == path
     monkeypatch.setattr(inception, "find_in_hub_cache", lambda *_: path)
     assert metrics.load_extractor("inception").hash == hash_file(path)[:12]

@@ -25,7 +25,7 @@ def with_noise(images, sd, seed):
 
 
 def planted(train, fresh, seed=5):
-    """190 fresh images and 10 noisy copies: 4 plain, 3 mirrored, 3 shifted and darker."""
+    """Fresh images and 10 noisy copies: 4 plain, 3 mirrored, 3 shifted and darker."""
     copies = with_noise(train[:10], 15, seed)
     copies[4:7] = copies[4:7].flip(-1)
     edge = train.shape[-1]
@@ -74,45 +74,28 @@ def test_feature_neighbours_see_mirror_images():
 
 
 @pytest.mark.parametrize("space", ["pixels", "layout"])
-def test_ten_planted_copies_of_two_hundred_are_found(space):
-    train, heldout = scenes(100, seed=0), scenes(200, seed=1)
-    images = planted(train, scenes(190, seed=2))
-    found = memorisation(images, train, heldout, space=space, level=0.01)
-    if space == "pixels":
-        assert found.flagged[190:].all()
-    else:  # features do not undo shifts and darkening: the plain and mirrored copies
-        assert found.flagged[190:197].all()
-    assert found.flagged[:190].sum() <= 6
-    pairs = found.worst(10 if space == "pixels" else 7)
-    assert {i for i, _ in pairs} <= set(range(190, 200))
-    assert all(i - 190 == j for i, j in pairs)
+def test_ten_planted_copies_of_a_hundred_are_found(space):
+    train, heldout = scenes(50, seed=0), scenes(120, seed=1)
+    found = memorisation(planted(train, scenes(90, seed=2)), train, heldout, space=space)
+    n = 10 if space == "pixels" else 7  # features do not undo shifts and darkening
+    assert found.flagged[90 : 90 + n].all() and found.flagged[:90].sum() <= 3
+    assert sorted(found.worst(n)) == [(90 + j, j) for j in range(n)]
 
 
-def test_an_honest_generator_is_near_the_level():
-    found = memorisation(scenes(300, seed=2), scenes(100, seed=0), scenes(300, seed=1))
-    assert found.share < 0.03
-    assert abs(found.c_t) < 3
-    assert found.scores()[0].interval[0] <= 0.01
-
-
-def test_c_t_has_the_stated_sign():
-    train, heldout = scenes(60, seed=0), scenes(120, seed=1)
-    copying = memorisation(with_noise(train, 15, 3), train, heldout)
-    assert copying.c_t < -5 and copying.share > 0.95
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (60, 3, 64, 64), dtype=torch.uint8, generator=generator)
-    assert memorisation(noise, train, heldout).c_t > 5
-
-
-def test_c_t_is_the_rank_test_of_scipy():
+def test_an_honest_generator_is_near_the_level_and_c_t_has_the_stated_sign(noise):
     from scipy.stats import mannwhitneyu, norm
 
-    found = memorisation(scenes(40, seed=2), scenes(30, seed=0), scenes(50, seed=1))
+    train, heldout = scenes(40, seed=0), scenes(110, seed=1)
+    honest = memorisation(scenes(100, seed=2), train, heldout)
+    assert honest.share < 0.04 and honest.scores()[0].interval[0] <= 0.01
     p = mannwhitneyu(
-        found.distance, found.heldout_distance, alternative="less", use_continuity=False,
+        honest.distance, honest.heldout_distance, alternative="less", use_continuity=False,
         method="asymptotic",
     ).pvalue  # fmt: skip
-    assert found.c_t == pytest.approx(norm.ppf(p), abs=1e-9)
+    assert abs(honest.c_t) < 3 and honest.c_t == pytest.approx(norm.ppf(p), abs=1e-9)
+    copying = memorisation(with_noise(train, 15, 3), train, heldout)
+    assert copying.c_t < -5 and copying.share > 0.95
+    assert memorisation(noise(40), train, heldout).c_t > 5
 
 
 def test_too_few_held_out_images_raise_the_level_and_say_so():
@@ -136,20 +119,19 @@ def test_wilson_by_hand():
     assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
 
 
-@pytest.mark.parametrize(("kind", "label"), [("prostate", "tumour"), ("chest", "healthy")])
-def test_planted_copies_of_phantoms(kind, label):
-    """The chest is the hard one: all chests resemble each other, so half a pixel matters."""
+def test_planted_copies_of_phantoms():
+    """Chests are the hard ones: they resemble each other, so half a pixel matters."""
     train, heldout, fresh = (
-        make_phantoms(kind, label, n, split=split).images
-        for n, split in ((100, "train"), (200, "test"), (190, "val"))
+        make_phantoms("chest", "healthy", n, split=split).images
+        for n, split in ((50, "train"), (110, "test"), (90, "val"))
     )
     found = memorisation(planted(train, fresh), train, heldout)
-    assert found.flagged[190:].all() and found.index[190:].tolist() == list(range(10))
-    assert found.flagged[:190].sum() <= 6
+    assert found.flagged[90:].all() and found.index[90:].tolist() == list(range(10))
+    assert found.flagged[:90].sum() <= 4
 
 
 def test_feature_scores_say_what_they_cannot_see():
-    train, heldout = scenes(8, seed=0), scenes(24, seed=1)
+    train, heldout = scenes(6, seed=0), scenes(20, seed=1)
     copies = torch.cat([train[:3].flip(-1), with_noise(train[3:6], 15, 5)])
     found = memorisation(copies, train, heldout, space="efficientnet-lite0", level=0.05)
     assert found.flagged[:3].all(), "mirror images, to the bit"
@@ -164,8 +146,6 @@ def test_planted_copies_of_real_x_rays(real_data):
     if not folder.is_dir():
         pytest.skip(f"no chest_xray in {real_data}")
     images = load_images(folder)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
-    train, heldout, fresh = images[order[:60]], images[order[60:180]], images[order[180:300]]
-    found = memorisation(planted(train, fresh), train, heldout)
-    assert found.flagged[120:].all()
-    assert found.flagged[:120].sum() <= 6
+    images = images[torch.from_numpy(np.random.default_rng(0).permutation(len(images)))]
+    found = memorisation(planted(images[:60], images[180:240]), images[:60], images[60:180])
+    assert found.flagged[60:].all() and found.flagged[:60].sum() <= 4

@@ -180,5 +180,5 @@ def test_axis_shows_every_curve_with_its_intervals():
     bars = [[segment[:, 1].tolist() for segment in c.get_segments()] for c in axes.collections]
     assert bars == [[[-1, 1], [-0.5, 1.5], [0, 2]], [[2, 4], [2.5, 4.5], [3, 5]]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
-    with pytest.raises(ValueError, match="no scores"):
+    with pytest.raises(ValueError, match="no curves"):
         plots.plot_axis({}, xlabel="", ylabel="")

@@ -12,7 +12,7 @@ import torch
 
 from medbudget.metrics.extractors import Extractor, load_extractor
 from medbudget.metrics.features import NORMALISATIONS, compute_features
-from medbudget.metrics.frechet import METHODS, Array, Features, Groups, frechet_interval
+from medbudget.metrics.frechet import METHODS, Features, Groups, frechet_interval
 from medbudget.metrics.image_sets import Source, choose_images, find_leaks, load_sets, pair
 from medbudget.metrics.kernel import kernel_distance, precision_recall
 from medbudget.metrics.neighbours import memorisation, wilson
@@ -28,7 +28,7 @@ CAVEATS = {
 
 
 def _score(
-    name: str, value: float, interval: tuple[float, float] | None, sets: tuple[Array, Array],
+    name: str, value: float, interval: tuple[float, float] | None, sets: tuple[np.ndarray, np.ndarray],
     extractor: Extractor, normalize: str, *notes: str,
 ) -> Score:  # fmt: skip
     n, m = map(len, sets)
@@ -72,7 +72,11 @@ def frechet_score(
 
 
 def _kernel_scores(
-    x: Array, y: Array, extractor: Extractor, normalize: str, groups: tuple[Groups, Groups]
+    x: np.ndarray,
+    y: np.ndarray,
+    extractor: Extractor,
+    normalize: str,
+    groups: tuple[Groups, Groups],
 ) -> list[Score]:
     """Return the kernel distance, precision and recall of two sets of features."""
     about = ((x, y), extractor, normalize)
@@ -247,7 +251,7 @@ def _add_remark(score: Score, remark: str) -> Score:
 
 
 def _compare(
-    x: Array, y: Array, z: Array, extractor: Extractor, normalize: str, name: str,
+    x: np.ndarray, y: np.ndarray, z: np.ndarray, extractor: Extractor, normalize: str, name: str,
     *, paired: bool, **options: Any,
 ) -> list[Score]:  # fmt: skip
     """Test whether two generators' features y and z are equally far from real ones x."""

@@ -99,7 +99,9 @@ def permutation_test(
 def _frechet_terms(pool: Array, ref: Array) -> Callable[[np.ndarray], float]:
     """Return FD(group of the pool, R) but for R's own trace, from one Gram matrix."""
     centred = ref - ref.mean(0)
-    factor = np.linalg.qr(centred, mode="r") if len(ref) > ref.shape[1] else centred
+    factor = centred
+    if len(ref) > ref.shape[1]:
+        factor = np.linalg.qr(centred, mode="r")
     pool = pool - ref.mean(0)
     squares = (pool**2).sum(1)
     cross = pool @ factor.T / np.sqrt(len(ref) - 1)
