@@ -131,23 +131,31 @@ def _check_strips(image: ImageFile.ImageFile) -> None:
         )
 
 
+def list_jpeg_markers(stream: bytes) -> dict[int, int]:
+    """Return where the markers of a JPEG stream are, by kind, up to the one before its pixels."""
+    markers: dict[int, int] = {}
+    place = 2
+    while stream[place : place + 1] == b"\xff" and not markers.keys() & {0xDA, 0xD9}:
+        markers[stream[place + 1]] = place
+        place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+    return markers
+
+
 def lengthen_jpeg(stream: bytes) -> bytes:
     """Put data before the end mark of a JPEG stream.
 
     A whole stream is decoded as before, as all of its pixels are known by then. In one that was
     cut, a decoder takes them for what is missing, so that its pixels change.
     """
-    start, kinds = 2, set[int]()
-    while stream[start : start + 1] == b"\xff" and kinds.isdisjoint((0xDA, 0xD9)):
-        kinds.add(stream[start + 1])
-        start += 2 + int.from_bytes(stream[start + 2 : start + 4], "big")
+    markers = list_jpeg_markers(stream)
+    start = max(markers.values(), default=0)
     end = stream.find(b"\xff\xd9", start)  # data hold none; what lies before may be a thumbnail
     if end < 0:
         return stream
     more = noise = bytes(range(0, 255, 2))
     scan = max(start, stream.rfind(b"\xff\xda", start, end))
     restarts = len(re.findall(rb"\xff[\xd0-\xd7]", stream[scan:end]))
-    if 0xC3 not in kinds:  # GDCM, which reads lossless streams, takes no more restarts
+    if 0xC3 not in markers:  # GDCM, which reads lossless streams, takes no more restarts
         more += b"\xff%c" % (0xD0 + restarts % 8) + noise
     return stream[:end] + more + stream[end:]
 

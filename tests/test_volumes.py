@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from dicoms import prepare, read_one, read_or_refuse, read_row
 
-from medbudget.data.itk import TURNS, read_volume
+from medbudget.data.itk import read_volume
 from medbudget.data.layouts import write_picai
 from medbudget.data.picai import GLAND, load_case
+from medbudget.data.pixels import TURNS
 from medbudget.data.prepare import BrokenCase
 
 sitk = pytest.importorskip("SimpleITK")

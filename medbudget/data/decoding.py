@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from medbudget.data.itk import MAX_BYTES, MAX_RATIO, SMALL, unpack
-from medbudget.data.prepare import BrokenCase
-from medbudget.pictures import lengthen_jpeg
+from medbudget.data.items import BrokenCase
+from medbudget.data.pixels import MAX_BYTES, Array, Numbers, Window, find_most
+from medbudget.pictures import lengthen_jpeg, list_jpeg_markers
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-Array = NDArray[Any]
-Numbers = tuple[float, ...]
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -48,36 +43,7 @@ JPEG_2000 = ("1.2.840.10008.1.2.4.9", "1.2.840.10008.1.2.4.20")  # and HTJ2K, as
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 GRAY = ("MONOCHROME1", "MONOCHROME2")
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
-
-
-@dataclass(frozen=True, eq=False)
-class Window:
-    """How intensities become 0..1 (PS3.3 C.11.2)."""
-
-    low: float
-    high: float
-    sigmoid: bool = False
-    table: Array | None = None  # of a VOI LUT: 0..1 for low, low + 1 ... high
-    problem: str = ""  # why it cannot be applied
-
-    def apply(self, values: Array) -> Array:
-        """Map intensities to 0..1."""
-        if self.problem:
-            raise BrokenCase(f"{self.problem}; use --window percentile")
-        values = values.astype(np.float64)
-        if self.table is not None:
-            index = np.clip(np.rint(values - self.low), 0, len(self.table) - 1)
-            return self.table[index.astype(np.intp)]
-        if not self.high > self.low:
-            raise BrokenCase(f"its pixels have the one value {self.low:g}")
-        scaled = (values - self.low) / (self.high - self.low)
-        if self.sigmoid:
-            return 1 / (1 + np.exp(np.clip(2 - 4 * scaled, -700, 700)))
-        return np.clip(scaled, 0, 1)
-
-    def __str__(self) -> str:
-        kind = " (sigmoid)" if self.sigmoid else " (LUT)" if self.table is not None else ""
-        return f"{self.low:g}..{self.high:g}{kind}"
+DAMAGED = "not a DICOM image that can be read: "
 
 
 def quiet(function: F) -> F:
@@ -93,75 +59,51 @@ def quiet(function: F) -> F:
             except BrokenCase:
                 raise
             except Exception:
-                raise BrokenCase("not a DICOM image that can be read: it is damaged") from None
+                raise BrokenCase(f"{DAMAGED}it is truncated or damaged") from None
 
     return run  # type: ignore[return-value]
 
 
 def read_dataset(path: Path, *, pixels: bool = True) -> Dataset:
-    """Read a DICOM file, with or without preamble.
-
-    Raises
-    ------
-    BrokenCase
-        It is no DICOM file, or damaged.
-    """
+    """Read a DICOM file, with or without preamble; to be called inside of `quiet`."""
     import pydicom
 
-    try:
-        with (
-            open(path, "rb") as file,
-            # a mapped file never reads more than it has, whatever length an element claims
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            stream: Any = content
-            if content[128:132] == b"DICM" and DEFLATED.encode() in content[:2000]:
-                meta = pydicom.filereader.read_file_meta_info(os.fspath(path))
-                start = 144 + int(meta.FileMetaInformationGroupLength)
-                if meta.TransferSyntaxUID == DEFLATED:  # else it would be unpacked without limit
-                    unpack(
-                        content[start:], "deflate", min(MAX_BYTES, SMALL + MAX_RATIO * len(content))
-                    )
-            data = pydicom.dcmread(stream, stop_before_pixels=not pixels, force=True)
-            if "TransferSyntaxUID" not in data.file_meta:
-                implicit, little = data.original_encoding
-                kind = "" if implicit else ".1" if little else ".2"
-                data.file_meta.TransferSyntaxUID = pydicom.uid.UID(f"1.2.840.10008.1.2{kind}")
-            if (
-                "SOPClassUID" not in data
-                and "Rows" not in data
-                and "SOPClassUID" not in data.file_meta
-            ):
-                raise ValueError
-    except BrokenCase:
-        raise
-    except Exception:  # a damaged file can raise anything, and with the header's words
-        raise BrokenCase("not a DICOM image that can be read (truncated, or no pixels)") from None
+    with (
+        open(path, "rb") as file,
+        # a mapped file never reads more than it has, whatever length an element claims
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        if DEFLATED.encode() in content[:2000] and find_most(len(content), True) == MAX_BYTES:
+            raise BrokenCase("it is deflated, and too large for the memory; decompress it first")
+        data = pydicom.dcmread(content, stop_before_pixels=not pixels, force=True)  # type: ignore[arg-type]
+    if not ("Rows" in data or "SOPClassUID" in data or "SOPClassUID" in data.file_meta):
+        raise BrokenCase(f"{DAMAGED}it is truncated, or another file")
+    if "TransferSyntaxUID" not in data.file_meta:
+        implicit, little = data.original_encoding
+        kind = "" if implicit else ".1" if little else ".2"
+        data.file_meta.TransferSyntaxUID = pydicom.uid.UID(f"1.2.840.10008.1.2{kind}")
     return data
 
 
 def get_text(data: Dataset, name: str) -> str:
     """Return a text of a header, stripped; "" where there is none."""
-    try:
-        value = data.get(name)
-        text = "" if value is None else str(value)
-    except Exception:
-        raise BrokenCase("its header has text in no known encoding") from None
+    value = data.get(name)
+    text = "" if value is None else str(value)
     return text.encode("utf-8", "replace").decode().strip("\0 ")
 
 
 def get_numbers(data: Dataset, name: str, count: int | None = None) -> Numbers | None:
     """Return the numbers of a header's element, None where there are none."""
-    said = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
     try:
         value = data.get(name)
         if value is None or value == "":
             return None
         numbers = tuple(map(float, [value] if np.ndim(value) == 0 else value))
+        if not all(map(math.isfinite, numbers)) or (count and numbers and len(numbers) != count):
+            raise ValueError
     except Exception:
-        raise BrokenCase(f"its header has no number as {said}") from None
-    if not all(map(math.isfinite, numbers)) or (count and numbers and len(numbers) != count):
-        raise BrokenCase(f"its header has no {count or ''} numbers as {said}")
+        said = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+        raise BrokenCase(f"its header has no {count or ''} numbers as {said}") from None
     return numbers or None
 
 
@@ -169,7 +111,7 @@ def get_number(data: Dataset, name: str, default: float | None = None) -> float:
     """Return a number of a header, or `default` where there is none."""
     numbers = get_numbers(data, name)
     if numbers is None and default is None:
-        raise BrokenCase("not a DICOM image that can be read: it has no pixels, or no size")
+        raise BrokenCase(f"{DAMAGED}it has no pixels, or no size")
     return numbers[0] if numbers else float(default or 0)
 
 
@@ -199,79 +141,70 @@ def measure(data: Dataset, held: int) -> tuple[int, int, int, bool]:
     claim = math.ceil(rows * columns * samples * n * allocated / 8)
     if get_text(data, "PhotometricInterpretation") == "YBR_FULL_422":
         claim = claim * 2 // 3
-    most = min(MAX_BYTES, SMALL + MAX_RATIO * held) if packed else min(MAX_BYTES, held)
-    if min(rows, columns) < 1 or n > held or claim > most:
+    if min(rows, columns) < 1 or n > held or claim > find_most(held, packed):
         raise BrokenCase(
             f"it claims {claim:,} bytes of pixels, of {n} x {rows} x {columns}, in {held:,}: "
             "truncated, or made to use up the memory"
         )
-    return n, rows, columns, packed
+    return n, rows, columns, packed and syntax != DEFLATED
 
 
-def decode(data: Dataset) -> tuple[Array, bool]:
-    """Return stored values, ``(frames, H, W)`` gray or ``(frames, H, W, 3) uint8``, and whether
-    they are gray."""
+def decode(data: Dataset) -> Array:
+    """Return stored values: ``(frames, H, W)`` gray or ``(frames, H, W, 3) uint8``."""
     from pydicom.encaps import encapsulate
     from pydicom.pixels import get_decoder
     from pydicom.pixels.processing import apply_color_lut
 
-    held = sum(len(data[name].value or b"") for name in PIXELS if name in data)
-    if not held:
-        raise BrokenCase("not a DICOM image that can be read: it has no pixels")
-    n, rows, columns, packed = measure(data, held)
+    n, rows, columns, packed = measure(
+        data, sum(len(data[name].value or b"") for name in PIXELS if name in data)
+    )
     syntax, model = data.file_meta.TransferSyntaxUID, get_text(data, "PhotometricInterpretation")
-    packed = packed and syntax != DEFLATED
-    frames = _read_frames(data, n, rows, columns) if packed else []
+    frames = _read_streams(data, n, rows, columns) if packed else []
     if syntax == "1.2.840.10008.1.2.4.51" and get_number(data, "BitsStored") > 8:
         raise BrokenCase("JPEG of 12 bits has no decoder here; decompress it first (dcmdjpeg)")
     options: Any = {"allow_excess_frames": False, "correct_unused_bits": False}
-    plugin = DECODERS.get(syntax, "pylibjpeg" if packed else "")
+    options["decoding_plugin"] = plugin = DECODERS.get(syntax, "pylibjpeg" if packed else "")
+    warnings.filterwarnings("error", ".*non-conformant padding")  # bytes of an RLE segment are lost
     try:
-        warnings.filterwarnings("error", ".*non-conformant padding")  # bytes of RLE are missing
-        values, meta = get_decoder(syntax).as_array(data, decoding_plugin=plugin, **options)
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise BrokenCase("its transfer syntax has no decoder here; decompress it first") from None
+    try:
+        values, meta = decoder.as_array(data, **options)
         if plugin in ("pillow", "gdcm"):  # JPEG, whose decoders invent what is missing
             data.pop("ExtendedOffsetTable", None)
             data.PixelData = encapsulate([lengthen_jpeg(frame) for frame in frames])
-            longer, _ = get_decoder(syntax).as_array(data, decoding_plugin=plugin, **options)
-            if not np.array_equal(values, longer):
+            if not np.array_equal(values, decoder.as_array(data, **options)[0]):
                 raise ValueError
         if model == "PALETTE COLOR":
             values = apply_color_lut(values, data)
             values = (values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8)
             meta["photometric_interpretation"] = "RGB"
-    except NotImplementedError:
-        raise BrokenCase("its transfer syntax has no decoder here; decompress it first") from None
     except Exception:  # decoders raise anything
-        raise BrokenCase("not a DICOM image that can be read: its pixels are damaged") from None
-    if model in GRAY:
-        values = values.reshape(n, rows, columns)
-        if values.dtype.kind == "f":
-            if not np.isfinite(values).all():
-                raise BrokenCase("it has values that are infinite or not a number")
-            return values, True
-        allocated, stored = (
-            int(get_number(data, f"Bits{name}")) for name in ("Allocated", "Stored")
-        )
-        if allocated > stored and not str(syntax).startswith(JPEG_2000):
-            high = (
-                int(get_number(data, "HighBit", stored - 1))
-                if plugin in ("", "pydicom")
-                else stored - 1
-            )
-            values = (values << (allocated - 1 - high)) >> (allocated - stored)
-        return values, True
-    if meta["photometric_interpretation"] != "RGB":
-        raise BrokenCase("its colour model is not one of MONOCHROME1 and 2, RGB, YBR and palette")
-    if values.dtype != np.uint8:
-        raise BrokenCase("it has 16 bits a colour; export it with 8")
-    return values.reshape(n, rows, columns, 3), False
+        raise BrokenCase(f"{DAMAGED}its pixels are damaged") from None
+    if model not in GRAY:
+        if meta["photometric_interpretation"] != "RGB":
+            raise BrokenCase("its colour model is none of MONOCHROME1 and 2, RGB, YBR and palette")
+        if values.dtype != np.uint8:
+            raise BrokenCase("it has 16 bits a colour; export it with 8")
+        return values.reshape(n, rows, columns, 3)
+    values = values.reshape(n, rows, columns)
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise BrokenCase("it has values that are infinite or not a number")
+        return values
+    allocated, stored = (int(get_number(data, f"Bits{name}")) for name in ("Allocated", "Stored"))
+    if allocated > stored and not str(syntax).startswith(JPEG_2000):
+        native = plugin in ("", "pydicom")
+        high = int(get_number(data, "HighBit", stored - 1)) if native else stored - 1
+        values = (values << (allocated - 1 - high)) >> (allocated - stored)
+    return values
 
 
-def _read_frames(data: Dataset, n: int, rows: int, columns: int) -> list[bytes]:
+def _read_streams(data: Dataset, n: int, rows: int, columns: int) -> list[bytes]:
     """Return the compressed frames; refuse those that are missing, have no end or another size."""
     from pydicom.encaps import generate_frames
 
-    syntax = str(data.file_meta.TransferSyntaxUID)
     table = None
     if data.get("ExtendedOffsetTable"):
         table = (data.ExtendedOffsetTable, data.ExtendedOffsetTableLengths)
@@ -281,7 +214,7 @@ def _read_frames(data: Dataset, n: int, rows: int, columns: int) -> list[bytes]:
         raise BrokenCase(f"truncated: its {n} compressed frames are not all there") from None
     if len(frames) != n:
         raise BrokenCase(f"it holds {len(frames)} compressed frames where it claims {n}")
-    for frame in frames if syntax != RLE else []:
+    for frame in frames if data.file_meta.TransferSyntaxUID != RLE else []:
         if not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
             raise BrokenCase("truncated: a compressed frame has no end")
         size = _read_stream_size(frame)
@@ -294,37 +227,31 @@ def _read_frames(data: Dataset, n: int, rows: int, columns: int) -> list[bytes]:
 
 def _read_stream_size(stream: bytes) -> tuple[int, int] | None:
     """Return rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream states."""
-    start = stream.find(b"\xff\x4f\xff\x51")
-    if start >= 0 and stream[:2] != b"\xff\xd8":  # JPEG 2000, in a JP2 file or bare
-        wide, high, left, top = (
-            int.from_bytes(stream[start + 8 + 4 * i : start + 12 + 4 * i], "big") for i in range(4)
-        )
-        return high - top, wide - left
-    place = 2
-    while stream[:2] == b"\xff\xd8" and place + 9 < len(stream):
-        kind = stream[place + 1]
-        if kind in (0xF7, *range(0xC0, 0xD0)) and kind not in (0xC4, 0xC8, 0xCC):
-            high, wide = (int.from_bytes(stream[place + i : place + i + 2], "big") for i in (5, 7))
-            return high, wide
-        place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
-    return None
+
+    def read(start: int, width: int) -> int:
+        return int.from_bytes(stream[start : start + width], "big")
+
+    if stream[:2] == b"\xff\xd8":
+        for kind, place in list_jpeg_markers(stream).items():
+            if kind in (0xF7, *range(0xC0, 0xD0)) and kind not in (0xC4, 0xC8, 0xCC):
+                return read(place + 5, 2), read(place + 7, 2)
+        return None
+    start = stream.find(b"\xff\x4f\xff\x51") + 8  # JPEG 2000, in a JP2 file or bare
+    return read(start + 4, 4) - read(start + 12, 4), read(start, 4) - read(start + 8, 4)
 
 
 def find_padding(stored: Array, data: Dataset) -> Array | None:
     """Return where stored values are padding (PS3.3 C.7.5.1.1.2)."""
     kind, bits = stored.dtype.kind, 8 * stored.itemsize
-    prefix = ("Float" if bits == 32 else "DoubleFloat") if kind == "f" else ""
+    prefix = "" if kind != "f" else "Float" if bits == 32 else "DoubleFloat"
     first = get_numbers(data, f"{prefix}PixelPaddingValue", 1)
     if first is None:
         return None
     last = get_numbers(data, f"{prefix}PixelPaddingRangeLimit", 1) or first
+    half = 2.0 ** (bits - 1)
     # integers may be written without the sign that pixels have, or with one that they do not have
-    least, turn = {"i": (2 ** (bits - 1), -(2**bits)), "u": (-(2 ** (bits - 1)), 2**bits)}.get(
-        kind, (0, 0)
-    )
-    low, high = sorted(
-        v + turn if least <= v < least + 2 ** (bits - 1) else v for v in (*first, *last)
-    )
+    start, shift = {"i": (half, -2 * half), "u": (-half, 2 * half)}.get(kind, (0, 0))
+    low, high = sorted(v + shift if start <= v < start + half else v for v in (*first, *last))
     padding = (stored >= low) & (stored <= high)
     return padding if padding.any() else None
 
@@ -334,10 +261,7 @@ def rescale(stored: Array, transform: Dataset) -> Array:
     from pydicom.pixels.processing import apply_modality_lut
 
     if transform.get("ModalityLUTSequence"):
-        try:
-            return np.asarray(apply_modality_lut(stored, transform))
-        except Exception:
-            raise BrokenCase("its modality LUT is damaged") from None
+        return np.asarray(apply_modality_lut(stored, transform))
     slope = get_number(transform, "RescaleSlope", 1)
     intercept = get_number(transform, "RescaleIntercept", 0)
     if slope == 0:
@@ -357,26 +281,13 @@ def rescale(stored: Array, transform: Dataset) -> Array:
 
 def read_window(voi: Dataset) -> Window | None:
     """Return the VOI LUT or the first window of a header (PS3.3 C.11.2.1)."""
-    if voi.get("VOILUTSequence"):
-        try:
-            lut = voi.VOILUTSequence[0]
-            n, first, bits = (int(v) for v in lut.LUTDescriptor)
-            n = n or 2**16
-            data = lut.LUTData
-            if isinstance(data, bytes):
-                data = np.frombuffer(data, np.uint8 if bits == 8 and len(data) <= n + 1 else "<u2")
-            table = np.asarray(data, np.float64)[:n]
-            if bits == 16:  # written for the words that hold the entries, whatever these use
-                bits = max(8, int(table.max()).bit_length())
-            if len(table) == n and 8 <= bits <= 16 and table.max() < 2**bits:
-                return Window(first, first + n - 1, table=table / (2**bits - 1))
-        except Exception:
-            return Window(0, 0, problem="its VOI LUT is damaged")
-        return Window(0, 0, problem="its VOI LUT is damaged")
     try:
+        if voi.get("VOILUTSequence"):
+            return _read_table(voi.VOILUTSequence[0])
         centres, widths = get_numbers(voi, "WindowCenter"), get_numbers(voi, "WindowWidth")
-    except BrokenCase as error:
-        return Window(0, 0, problem=str(error))
+    except Exception as error:
+        said = str(error) if isinstance(error, BrokenCase) else "its VOI LUT is damaged"
+        return Window(0, 0, problem=said)
     if centres is None or widths is None:
         return None
     centre, width = centres[0], widths[0]
@@ -388,3 +299,17 @@ def read_window(voi: Dataset) -> Window | None:
         return Window(centre - width / 2, centre + width / 2, sigmoid=function == "SIGMOID")
     said = function if function in FUNCTIONS else "unknown"
     return Window(0, 0, problem=f"window function {said} of width {width:g}")
+
+
+def _read_table(lut: Dataset) -> Window:
+    """Read a VOI LUT."""
+    n, first, bits = (int(value) for value in lut.LUTDescriptor)
+    n, data = n or 2**16, lut.LUTData
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, np.uint8 if bits == 8 and len(data) <= n + 1 else "<u2")
+    table = np.asarray(data, np.float64)[:n]
+    if bits == 16:  # written for the words that hold the entries, whatever these use
+        bits = max(8, int(table.max()).bit_length())
+    if len(table) < n or not 8 <= bits <= 16 or table.max() >= 2**bits:
+        raise ValueError
+    return Window(first, first + n - 1, table=table / (2**bits - 1))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from medbudget.data import dicom
-from medbudget.data.decoding import Numbers, get_number, get_numbers, get_text, quiet, read_dataset
-from medbudget.data.prepare import BrokenCase
+from medbudget.data.decoding import get_number, get_numbers, get_text, quiet, read_dataset
+from medbudget.data.items import BrokenCase
+from medbudget.data.pixels import Numbers
 from medbudget.files import hash_file
 
 # what tells apart images of a series that lie at one position, in the order of trial
@@ -42,16 +43,15 @@ class Header:
     patient: str
     burnt_in: bool
     scout: bool
-    shape: tuple[object, ...]  # size and colour model
-    orientation: Numbers | None
-    position: Numbers | None
+    shape: tuple[str, ...]  # size and colour model
+    orientation: Numbers  # () where no place is known
+    position: Numbers
     spacing: Numbers | None
     instance: str
     repeats: tuple[str, ...]
 
     def is_beside(self, other: Header) -> bool:
         """Could both be slices of one volume?"""
-        assert self.orientation and other.orientation
         return (
             self.shape == other.shape
             and dicom.is_parallel(self.orientation, other.orientation)
@@ -67,97 +67,89 @@ def read_header(path: Path, file: str) -> Header | str:
     name = getattr(kind, "name", "") if getattr(kind, "is_private", True) is False else ""
     if name and name != str(kind) and not re.search("Image Storage|Parametric Map", name):
         return f"DICOM {name.removesuffix(' Storage')}"
-    instance, series = get_text(data, "SOPInstanceUID"), get_text(data, "SeriesInstanceUID")
     one = get_number(data, "NumberOfFrames", 1) <= 1
-    orientation = get_numbers(data, "ImageOrientationPatient", 6) if one else None
-    position = get_numbers(data, "ImagePositionPatient", 3) if one else None
-    spacing = get_numbers(data, "PixelSpacing", 2)
+    orientation = one and get_numbers(data, "ImageOrientationPatient", 6)
+    position = one and get_numbers(data, "ImagePositionPatient", 3)
     return Header(
         file,
-        series or f"none: {file}",
+        get_text(data, "SeriesInstanceUID") or f"none: {file}",
         get_text(data, "PatientID"),
         get_text(data, "BurnedInAnnotation") == "YES",
         "LOCALIZER" in get_text(data, "ImageType"),
         tuple(get_text(data, n) for n in ("Rows", "Columns", "PhotometricInterpretation")),
-        orientation if position else None,
-        position if orientation else None,
-        spacing,
-        instance,
+        orientation if orientation and position else (),
+        position if orientation and position else (),
+        get_numbers(data, "PixelSpacing", 2),
+        get_text(data, "SOPInstanceUID"),
         tuple(get_text(data, name) for name in REPEATS),
     )
 
 
 def join_series(root: Path, headers: Sequence[Header], said: dict[str, list[str]]) -> list[Source]:
-    """Join DICOM files of one series to volumes where their headers say that they are one."""
+    """Join DICOM files of one series to volumes where their headers say that they are one.
+
+    Parameters
+    ----------
+    said : dict
+        Gets what was done, and a file of each series to which it was done.
+    """
     series: dict[str, list[Header]] = {}
     for header in headers:
         series.setdefault(header.series, []).append(header)
-    out: list[Source] = []
+    sources: list[Source] = []
     for members in series.values():
-        file = members[0].file
 
-        def note(text: str, file: str = file) -> None:
+        def note(text: str, file: str = members[0].file) -> None:
             said.setdefault(text, []).append(file)
 
         patients = {header.patient for header in members}
         if len(patients) > 1:
-            out.append(_source(members, f"one series holds {len(patients)} patients"))
+            sources.append(_source(members, f"one series holds {len(patients)} patients"))
             continue
-        if len({_top(header.file) for header in members}) > 1:
+        if len({header.file.rpartition("/")[0].split("/")[0] for header in members}) > 1:
             note("its slices lie in several folders of classes, and stay images of their own")
-            out += [_source([header]) for header in members]
+            sources += [_source([header]) for header in members]
             continue
-        copies = _find_copies(root, members)
-        if copies:
+        unique = _leave_out_copies(root, members)
+        if len(unique) < len(members):
             note("slices that are there twice, byte for byte, are used once")
-        members = [header for header in members if header.file not in copies]
-        if {header.scout for header in members} == {True, False}:
+        if {header.scout for header in unique} == {True, False}:
             note("scouts (localizers) among its slices are left out")
-            members = [header for header in members if not header.scout]
-        single = [header for header in members if header.orientation is None]
-        out += [_source([header]) for header in single]  # views, or files of several frames
+            unique = [header for header in unique if not header.scout]
         stacks: list[list[Header]] = []
-        for header in members:
-            if header.orientation is None:
+        for header in unique:
+            if not header.orientation:  # a view, or a file of several frames
+                sources.append(_source([header]))
                 continue
             stack = next((s for s in stacks if s[0].is_beside(header)), None)
             if stack is None:
-                stacks.append([header])
-            else:
-                stack.append(header)
+                stacks.append(stack := [])
+            stack.append(header)
         if len(stacks) > 1:
             note("split, as its slices lie in several planes, or differ in size or spacing")
         for stack in stacks:
-            out += _stack(stack, note)
-    return out
+            sources += _order(stack, note)
+    return sources
 
 
-def _top(file: str) -> str:
-    """Return the first folder of a path, "" if there is none."""
-    return file.split("/")[0] if "/" in file else ""
-
-
-def _find_copies(root: Path, members: Iterable[Header]) -> set[str]:
-    """Return files of a series that are, byte for byte, copies of an earlier one."""
+def _leave_out_copies(root: Path, members: Sequence[Header]) -> list[Header]:
+    """Leave out files that are, byte for byte, copies of an earlier one."""
     first: dict[str, str] = {}
-    copies = set()
+    unique = []
     for header in members:
-        other = first.setdefault(header.instance, header.file)
-        if header.instance and other != header.file:
-            hashes = {hash_file(root / file) for file in (other, header.file)}
-            if len(hashes) == 1:
-                copies.add(header.file)
-    return copies
+        other = first.setdefault(header.instance or header.file, header.file)
+        if other == header.file or hash_file(root / other) != hash_file(root / header.file):
+            unique.append(header)
+    return unique
 
 
-def _stack(stack: list[Header], note: object) -> list[Source]:
+def _order(stack: list[Header], note: Callable[[str], None]) -> list[Source]:
     """Put parallel slices in order; keep time points and the like apart."""
-    assert callable(note)
     try:
-        axes = dicom.measure_axes(stack[0].orientation or ())
+        normal = dicom.measure_axes(stack[0].orientation)[:, 2]
     except BrokenCase as error:
         return [_source(stack, str(error))]
-    along = [float(np.dot(header.position or (), axes[:, 2])) for header in stack]
+    along = np.array([header.position for header in stack]) @ normal
     stack = [stack[i] for i in np.argsort(along, kind="stable")]
     steps = np.diff(sorted(along))
     if len(steps) and steps.min() < 1e-3:
@@ -168,7 +160,7 @@ def _stack(stack: list[Header], note: object) -> list[Source]:
                 groups.setdefault(header.repeats[i], []).append(header)
             if len(groups) > 1 and places > 1 and {len(g) for g in groups.values()} == {places}:
                 note(f"split into {len(groups)} volumes by {name}, as slices share positions")
-                return [source for group in groups.values() for source in _stack(group, note)]
+                return [source for group in groups.values() for source in _order(group, note)]
         return [
             _source(
                 stack,

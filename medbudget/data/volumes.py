@@ -13,10 +13,9 @@ import numpy as np
 from PIL import Image
 
 from medbudget.data import dicom
-from medbudget.data.decoding import Window
-from medbudget.data.dicom import Pixels
-from medbudget.data.itk import TURNS, VOLUMES, Array, find_turn, read_size, read_stated, read_volume
-from medbudget.data.prepare import BrokenCase
+from medbudget.data.items import BrokenCase
+from medbudget.data.itk import VOLUMES, read_size, read_stated, read_volume
+from medbudget.data.pixels import TURNS, Array, Pixels, Window, turn
 from medbudget.data.series import Header, Source, join_series, read_header, separate
 from medbudget.pictures import SUFFIXES as PICTURES
 from medbudget.pictures import ImageError, describe_passed_over, open_picture
@@ -60,30 +59,30 @@ def find_sources(
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
             continue
         file, name = relative.as_posix(), path.name.lower()
-        if name.endswith(VOLUMES):
-            sources.append(Source((file,), "volume"))
-        elif name.endswith(PICTURES):
-            sources.append(Source((file,), "picture"))
-        elif name.endswith(DICOM) or _is_dicom(path):
-            try:
-                header = read_header(path, file)
-            except BrokenCase as error:
-                if name.endswith(DICOM) or _has_mark(path):
-                    sources.append(Source((file,), "dicom", problem=str(error)))
-                else:
-                    passed.append(path)
-                continue
-            if isinstance(header, str):
-                objects[header] += 1
-            else:
-                headers.append(header)
-        else:
+        if name.endswith((*VOLUMES, *PICTURES)):
+            kind = "volume" if name.endswith(VOLUMES) else "picture"
+            sources.append(Source((file,), kind))
+            continue
+        certain = _is_dicom(path)
+        if certain is None:
             passed.append(path)
+            continue
+        try:
+            header = read_header(path, file)
+        except BrokenCase as error:
+            if certain:
+                sources.append(Source((file,), "dicom", problem=str(error)))
+            else:
+                passed.append(path)
+            continue
+        if isinstance(header, str):
+            objects[header] += 1
+        else:
+            headers.append(header)
     said: dict[str, list[str]] = {}
     sources += join_series(root, headers, said)
     if notes is not None:
-        others = [describe_passed_over(passed)] if passed else []
-        others += [f"{n} {kind}" for kind, n in objects.items()]
+        others = [describe_passed_over(passed), *(f"{n} {kind}" for kind, n in objects.items())]
         if any(others):
             notes.append(f"passed over, as no images: {', '.join(filter(None, others))}")
         notes += [
@@ -92,21 +91,16 @@ def find_sources(
     return sorted(sources, key=lambda source: source.files)
 
 
-def _has_mark(path: Path) -> bool:
-    """Has a file the mark of DICOM behind its preamble?"""
+def _is_dicom(path: Path) -> bool | None:
+    """Is it DICOM by its suffix or mark (True), perhaps by how it begins (False), or not (None)?"""
     with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _is_dicom(path: Path) -> bool:
-    """Does a file without a known suffix begin as DICOM does, with or without preamble?"""
-    if _has_mark(path):
+        head = file.read(132)
+    if path.name.lower().endswith(DICOM) or head[128:] == b"DICM":
         return True
-    with open(path, "rb") as file:
-        head = file.read(8)
     # the first element of a file without preamble: a group of 2 or 8, and a short value
     group, length = int.from_bytes(head[:2], "little"), int.from_bytes(head[4:8], "little")
-    return group in (2, 8) and head[3:4] == b"\0" and (length < 128 or head[4:6].isalpha())
+    likely = group in (2, 8) and head[3:4] == b"\0" and (length < 128 or head[4:6].isalpha())
+    return False if likely else None
 
 
 def count_slices(root: str | os.PathLike[str], source: Source, *, plane: str = "native") -> int:
@@ -116,12 +110,9 @@ def count_slices(root: str | os.PathLike[str], source: Source, *, plane: str = "
         return 1
     if plane != "native":
         return len(read_pixels(root, source, plane=plane).values)
-    if len(source.files) > 1:
-        return len(source.files)
     if source.kind == "dicom":
-        return dicom.count_frames(path)
-    size = read_size(path)
-    return size[2] if len(size) > 2 else 1
+        return len(source.files) if len(source.files) > 1 else dicom.count_frames(path)
+    return (*read_size(path), 1)[2]
 
 
 def read_pixels(root: str | os.PathLike[str], source: Source, *, plane: str = "native") -> Pixels:
@@ -146,9 +137,7 @@ def read_pixels(root: str | os.PathLike[str], source: Source, *, plane: str = "n
     paths = [Path(root) / file for file in source.files]
     if source.kind == "picture":
         return _read_picture(paths[0])
-    if source.kind == "dicom":
-        return dicom.read_dicom(paths, plane)
-    return _read_itk(paths[0], plane)
+    return turn(dicom.read_dicom(paths) if source.kind == "dicom" else _read_itk(paths[0]), plane)
 
 
 def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "native") -> Array:
@@ -164,8 +153,8 @@ def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "nati
     stem = path.parent if len(source.files) > 1 else path.parent / _cut_suffix(path.name)
     folder = masks / stem.parent
     files = [
-        file.relative_to(masks).as_posix()
-        for file in sorted(folder.iterdir() if folder.is_dir() else ())
+        file
+        for file in (folder.iterdir() if folder.is_dir() else ())
         if file.name.lower().endswith(VOLUMES) and _cut_suffix(file.name) == stem.name
     ]
     if len(files) != 1:
@@ -173,7 +162,7 @@ def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "nati
             f"{len(files)} masks {stem.as_posix()}.* in the folder of masks; 1 is needed, as "
             f"{', '.join(VOLUMES)}"
         )
-    mask = read_pixels(masks, Source((files[0],), "volume"), plane=plane)
+    mask = turn(_read_itk(files[0]), plane)
     near = min(pixels.spacing or (4e-3,)) / 4  # of a pixel: less than any whole step
     if (
         mask.values.shape != pixels.values.shape
@@ -188,9 +177,9 @@ def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "nati
 
 
 def _cut_suffix(name: str) -> str:
-    """Return a file's name without its ending, .nii.gz as one."""
-    end = max((s for s in VOLUMES if name.lower().endswith(s)), key=len, default=Path(name).suffix)
-    return name[: len(name) - len(end)]
+    """Return a file's name without its suffix, .nii.gz as one."""
+    stem = Path(name).stem
+    return Path(stem).stem if name.lower().endswith(".nii.gz") else stem
 
 
 def _find_ends(pixels: Pixels) -> Array:
@@ -201,34 +190,28 @@ def _find_ends(pixels: Pixels) -> Array:
     return np.array([*pixels.frame[:n], *axes.ravel()])
 
 
-def _read_itk(path: Path, plane: str) -> Pixels:
+def _read_itk(path: Path) -> Pixels:
     import SimpleITK as sitk
 
     image, stated = read_stated(path)
-    values, spacing = sitk.GetArrayFromImage(image), image.GetSpacing()
+    values, steps = sitk.GetArrayFromImage(image), image.GetSpacing()
     if not np.isfinite(values).all():
         raise BrokenCase("it has values that are infinite or not a number")
-    if image.GetDimension() == 2:
-        values, frame = values[None], (*image.GetOrigin(), *image.GetDirection())
-    else:
-        turned = find_turn(image.GetDirection(), plane, len(values))
-        reach = [edge * (n - 1) for edge, n in zip(spacing, image.GetSize())]
-        frame = turned.move(image.GetOrigin(), image.GetDirection(), reach)
-        values, spacing = turned.apply(values), [spacing[axis] for axis in turned.axes]
     return Pixels(
-        values, spacing=(float(spacing[1]), float(spacing[0])) if stated else None, frame=frame,
-        steps=tuple(map(float, spacing)),
-    )  # fmt: skip
+        values[None] if image.GetDimension() == 2 else values,
+        spacing=(steps[1], steps[0]) if stated else None,
+        frame=(*image.GetOrigin(), *image.GetDirection()),
+        steps=steps,
+    )
 
 
 def _read_picture(path: Path) -> Pixels:
     try:
         image, inverted = open_picture(path)
     except ImageError as error:
-        said = str(error)
-        if "not a readable image" in said:  # the reason may hold the header's words
+        if "not a readable image" in str(error):  # the reason may hold the header's words
             raise BrokenCase("not an image that can be read (truncated?)") from None
-        raise BrokenCase(f"it {said}") from None
+        raise BrokenCase(f"it {error}") from None
     if image.mode == "RGBA":
         flat = Image.new("RGBA", image.size, (0, 0, 0, 255))
         flat.alpha_composite(image)
