@@ -110,7 +110,7 @@ def test_same_seed_same_selection(tree: Path, tmp_path: Path) -> None:
 
 def test_too_few_and_missing(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"Pneumonia: 100 patients wanted \(100 train\), there are 3"
+        ValueError, match=r"pneumonia: 100 patients wanted \(100 train\), there are 3"
     ):
         prepare_chexpert(tree, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"train\.csv"):

@@ -229,7 +229,7 @@ def test_official_files_have_their_official_sums(folder, monkeypatch) -> None:
     assert len(load_patches(folder, "val", [0], size=96)) == 1
     monkeypatch.setitem(pcam.OFFICIAL, "test", 8)
     monkeypatch.setitem(pcam.MD5, "test_x", "0" * 32)
-    with pytest.raises(OSError, match=r"has the MD5 sum .*the official one is 000"):
+    with pytest.raises(OSError, match=r"its MD5 sum is .*the official one is 000"):
         load_patches(folder, "test", [0])
     assert not test.with_suffix("").exists() and not list(folder.glob(".*"))
 

@@ -218,7 +218,7 @@ def test_the_manifest_says_whose_mask_a_case_rests_on(copy: Path, tmp_path: Path
     assert machines["sources"].str.contains("AI/Bosma22a/").all()
     assert any("2 positive cases have no lesion mask by an expert" in n for n in report.notes)
     move_lesion(copy, "10005_1000050", to=picai_files.POOCH, slices=3)
-    with pytest.raises(ValueError, match="other cases"):  # not kept: they show another slice
+    with pytest.raises(ValueError, match="cases are others"):  # not kept: they show another slice
         prepare(copy, tmp_path / "before", **options)
     prepare(copy, tmp_path / "after", **options)
     table = load_manifest(tmp_path / "after")
@@ -343,9 +343,9 @@ def test_absent_lesion_file_of_a_positive(copy: Path) -> None:
 
 
 def test_wrong_options_and_folders(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="allowed are physical, paper"):
+    with pytest.raises(ValueError, match="one of physical, paper"):
         load(tree, "10000_1000000", geometry="voxel")
-    with pytest.raises(ValueError, match="allowed are percentile, volume"):
+    with pytest.raises(ValueError, match="one of percentile, volume"):
         load(tree, "10000_1000000", window="minmax")
     with pytest.raises(BrokenCase, match="no 1_2_t2w"):
         load(tree, "1_2")

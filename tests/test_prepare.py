@@ -158,9 +158,9 @@ def test_broken_cases_are_listed_and_replaced_by_spares(tmp_path: Path) -> None:
 def test_refuses_other_settings_other_cases_and_foreign_folders(tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare_items(ITEMS, make, out, settings=SETTINGS)
-    with pytest.raises(ValueError, match="size: 16 there, 32 now"):
+    with pytest.raises(ValueError, match=r"size \(16 there, 32 now\); choose"):
         prepare_items(ITEMS, make, out, settings={**SETTINGS, "size": 32})
-    with pytest.raises(ValueError, match="selection"):
+    with pytest.raises(ValueError, match="the cases are others"):
         prepare_items(ITEMS[1:], make, out, settings=SETTINGS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")

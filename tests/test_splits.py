@@ -97,5 +97,3 @@ def test_reference_is_disjoint_or_lists_the_overlap() -> None:
         choose_reference(splits, [], 5)
     with pytest.raises(ValueError, match="there are 6"):
         choose_reference(splits, ["x", "y"], 9, disjoint=False)
-    with pytest.raises(ValueError, match="at least 1 patient"):
-        choose_reference(splits, ["x"], 0)

@@ -16,28 +16,17 @@ import numpy as np
 from PIL import Image
 
 from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
-from medbudget.data.splits import SPLITS, choose_one_per_patient, choose_reference, split_patients
+from medbudget.data.splits import SPLITS, choose_cases
 from medbudget.data.tables import Listing, find_separator
 from medbudget.files import check_apart
 from medbudget.images import fit_square, from_pil, hash_pixels
 from medbudget.pictures import ImageError, open_picture
 
 OBSERVATIONS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
+    "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
+    "Pleural Other", "Fracture", "Support Devices",
+)  # fmt: skip
 TRAINED = ("No Finding", "Cardiomegaly", "Pleural Effusion", "Pneumonia")
 CLASSIFIED = ("No Finding", "Cardiomegaly")  # the only ones in validation and test, as in the paper
 UNCERTAIN = ("exclude", "ignore")
@@ -78,10 +67,8 @@ def select_clean(table: Any, *, uncertain: str = "exclude") -> Any:
     patient = path.str.extract(r"(?i)(?:^|/)(patient\d+)/", expand=False).str.lower()
     if len(table) and strange.any(axis=1).all():
         column = strange.any().idxmax()
-        raise ValueError(
-            f"{column} has the value {table[column][strange[column]].iloc[0]!r}; allowed are "
-            "1, 0, -1 and empty"
-        )
+        value = table[column][strange[column]].iloc[0]
+        raise ValueError(f"{column} has the value {value!r}; allowed are 1, 0, -1 and empty")
     if len(table) and patient.isna().all():
         raise ValueError(
             f"no patient in path {path.iloc[0]!r}; expected …/patient00001/study1/view1_frontal.jpg"
@@ -175,10 +162,8 @@ def prepare_chexpert(
 
     Raises
     ------
-    FileNotFoundError
-        No ``train.csv``.
-    ValueError
-        Options that do not exist, too few patients.
+    FileNotFoundError, ValueError
+        No ``train.csv``, options that do not exist, too few patients.
     """
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     root = Path(root)
@@ -188,39 +173,27 @@ def prepare_chexpert(
     selected = select_clean(_read_labels(root / "train.csv"), uncertain=uncertain)
     unusable = selected.attrs["unusable"]
     selected = selected[selected["label"].isin(TRAINED)]
-    labels = dict(zip(selected["path"], selected["label"]))
-    chosen = choose_one_per_patient(
-        dict(zip(selected["path"], selected["patient"])), labels, seed=seed
-    )
-    of_patient = {patient: labels[path] for patient, path in chosen.items()}
+    patients = dict(zip(selected["path"], selected["patient"]))
+    labels = dict(zip(selected["path"], map(_name_folder, selected["label"])))
     sizes = {
-        split: dict.fromkeys(TRAINED if split == "train" else CLASSIFIED, per_class)
+        split: dict.fromkeys(
+            map(_name_folder, TRAINED if split == "train" else CLASSIFIED), per_class
+        )
         for split in SPLITS
     }
-    splits, left = split_patients(of_patient, sizes, seed=seed, allow_fewer=allow_fewer)
 
-    def item(patient: str, split: str, also: str = "") -> Item:
-        label = of_patient[patient].lower().replace(" ", "_")
-        note = f"also in {also}" if also else ""
-        return Item(patient, label, split, patient, chosen[patient], note)
+    def item(path: str, split: str, other: str) -> Item:
+        note = f"also in {other}" if other else ""
+        return Item(patients[path], labels[path], split, patients[path], path, note)
 
-    items = [item(patient, split) for patient, split in splits.items()]
-    notes: list[str] = []
+    items, spares, notes = choose_cases(
+        patients, labels, sizes, item, seed=seed, allow_fewer=allow_fewer, reference=reference,
+        healthy=_name_folder(TRAINED[0]), disjoint=disjoint,
+    )  # fmt: skip
     if unusable:
-        notes.append(
-            f"rows of the table left out ({unusable}): unknown values, no patient, or two labels"
+        notes.insert(
+            0, f"rows of the table left out ({unusable}): unknown values, no patient, or two labels"
         )
-    if reference:
-        healthy = TRAINED[0]
-        mine = {p: s for p, s in splits.items() if of_patient[p] == healthy}
-        extra, said = choose_reference(mine, left[healthy], reference, disjoint=disjoint)
-        notes += said
-        items += [item(patient, "reference", also) for patient, also in extra.items()]
-        left[healthy] = [p for p in left[healthy] if p not in extra]
-    spares = {
-        label.lower().replace(" ", "_"): [item(patient, "") for patient in queue]
-        for label, queue in left.items()
-    }
     settings = {
         "dataset": "chexpert",
         "size": size,
@@ -234,6 +207,10 @@ def prepare_chexpert(
     return prepare_items(
         items, make, out, settings=settings, spares=spares, notes=notes, workers=workers
     )
+
+
+def _name_folder(label: str) -> str:
+    return label.lower().replace(" ", "_")
 
 
 def crop_borders(image: Image.Image) -> tuple[Image.Image, tuple[int, int, int, int]]:
@@ -252,10 +229,8 @@ def crop_borders(image: Image.Image) -> tuple[Image.Image, tuple[int, int, int, 
 
 def _find_image(root: Path, listed: str) -> Path:
     """Find an image below `root`, whatever folders the table has in front of ``patient…``."""
-    parts = listed.split("/")
+    parts, listing = listed.split("/"), Listing(root)
     patient = next(i for i, part in enumerate(parts) if re.fullmatch(r"(?i)patient\d+", part))
-    listing = Listing(root)
-    reason = ""
     for i in range(patient + 1):
         path, reason = listing.find("/".join(parts[i:]))
         if path and (root / path).is_file():

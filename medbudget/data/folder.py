@@ -11,6 +11,7 @@ import io
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,13 +21,7 @@ from medbudget.data.channels import check_channels, join_channels
 from medbudget.data.compare import check_classes, inspect, join_twins, leave_out, veil
 from medbudget.data.listed import Entry, list_by_table
 from medbudget.data.parallel import run_parallel
-from medbudget.data.prepare import (
-    BrokenCase,
-    Item,
-    Report,
-    check_settings,
-    prepare_items,
-)
+from medbudget.data.prepare import BrokenCase, Item, Report, check_settings, prepare_items
 from medbudget.data.render import parse_window, render_item
 from medbudget.data.splits import (
     SPLITS,
@@ -34,6 +29,7 @@ from medbudget.data.splits import (
     shuffle,
     split_in_proportion,
     split_patients,
+    stratify,
 )
 from medbudget.data.volumes import PLANES, Source, count_slices, find_sources
 from medbudget.files import check_apart, check_writable, write_text
@@ -122,20 +118,14 @@ def prepare_folder(
 
     Raises
     ------
-    FileNotFoundError
-        No such folder or table.
-    ValueError
-        Options that do not exist, nothing to read, a table that does not fit, classes named after
+    FileNotFoundError, ValueError
+        No such folder or table, nothing to read, a table that does not fit, classes named after
         patients, too few patients, an `out` inside of `root`.
     """
-    check_settings(
-        size=size, seed=seed, workers=workers, per_class=1 if per_class is None else per_class,
-        reference=reference,
-    )  # fmt: skip
-    step = _check_options(slices, masks, plane, window, proportions)
+    n = 1 if per_class is None else per_class
+    check_settings(size=size, seed=seed, workers=workers, per_class=n, reference=reference)
     names = None if channels is None else check_channels(channels)
-    if names and window not in ("auto", "tags", "percentile"):
-        raise ValueError("channels have a window each: auto, tags or percentile (--window)")
+    _check_options(slices, masks, names, plane, window, proportions)
     root, out = Path(root), Path(out)
     check_apart(out, root, masks)
     if key is not None and Path(key).resolve().is_relative_to(out.resolve()):
@@ -145,6 +135,7 @@ def prepare_folder(
     if is_prepared(root):
         raise ValueError(f"{root} was made by `medbudget prepare`; name the folder it was made of")
     notes = [BURNT_IN]
+    broken: list[tuple[str, str]] = []
     sources = leave_out(root, find_sources(root, notes=notes), masks, notes)
     if not sources:
         raise ValueError(
@@ -153,37 +144,39 @@ def prepare_folder(
         )
     if names:
         sources = join_channels(root, sources, names, notes)
-    broken: list[tuple[str, str]] = []
+    columns = (file_column, label_column, patient_column)
     if labels is None:
         entries = [Entry(source, _class_of(source), source.patient) for source in sources]
     else:
-        columns = (file_column, label_column, patient_column)
         entries = list_by_table(root, Path(labels), sources, columns, notes, broken)
     entries = _name_patients(root, entries, patient_pattern, notes)
-    work = partial(inspect, root=root)
+    work, every = partial(inspect, root=root), [entry.source for entry in entries]
     facts = {
         source.files: fact
-        for source, fact in run_parallel(
-            work, [entry.source for entry in entries], workers=workers, desc="comparing"
-        )
+        for source, fact in run_parallel(work, every, workers=workers, desc="comparing")
     }
     people = {files: person for files, (_, person) in facts.items()}
     entries = check_classes(entries, people, labels is None, notes)
     entries = join_twins(entries, {f: fact[0] for f, fact in facts.items()}, notes, broken)
-    flagged = sum(entry.source.burnt_in for entry in entries)
-    if flagged:
+    if flagged := sum(entry.source.burnt_in for entry in entries):
         said = "image says that it has" if flagged == 1 else "images say that they have"
         notes.append(f"{flagged} DICOM {said} text in the pixels")
-    strata = _stratify(entries)
-    splits, left = _split(strata, proportions, per_class, allow_fewer, seed)
+    strata = stratify((entry.group, entry.label) for entry in entries)
+    parts = dict(zip(SPLITS, proportions))
+    if per_class is None:
+        splits = split_in_proportion(strata, parts, seed=seed)
+        left: dict[str, list[str]] = {label: [] for label in sorted({*strata.values()})}
+    else:
+        sizes = {split: dict.fromkeys(strata.values(), per_class) for split in parts}
+        splits, left = split_patients(strata, sizes, seed=seed, allow_fewer=allow_fewer)
     extra: dict[str, str] = {}
     for label, queue in left.items() if reference else ():
         mine = {p: split for p, split in splits.items() if strata[p] == label}
-        chosen, said_of = choose_reference(mine, queue, reference, disjoint=disjoint)
+        chosen, more = choose_reference(mine, queue, reference, disjoint=disjoint)
         extra |= chosen
-        notes += [f"class {label}: {text}" for text in said_of]
+        notes += [f"class {label}: {text}" for text in more]
     numbers = {p: f"p{i + 1:05d}" for i, p in enumerate(shuffle({*splits, *extra}, seed=seed))}
-    items = _list_items(root, entries, splits, extra, numbers, step, slices, plane)
+    items = _list_items(root, entries, splits, extra, numbers, slices, plane)
     everybody = [*people.values()]
     settings = {
         "dataset": "folder",
@@ -199,7 +192,7 @@ def prepare_folder(
         "window": window,
         "patient_pattern": veil(patient_pattern, everybody),
         "labels": None if labels is None else veil(Path(labels).name, everybody),
-        "columns": None if labels is None else [file_column, label_column, patient_column],
+        "columns": None if labels is None else [*columns],
     }
     make = partial(
         render_item, root=root, masks=None if masks is None else Path(masks), plane=plane,
@@ -214,24 +207,29 @@ def prepare_folder(
 
 
 def _check_options(
-    slices: str, masks: object, plane: str, window: str, proportions: Sequence[float]
-) -> int | None:
-    """Raise for options that cannot be; return K of ``every:K``."""
+    slices: str,
+    masks: object,
+    channels: object,
+    plane: str,
+    window: str,
+    proportions: Sequence[float],
+) -> None:
+    """Raise for options that cannot be."""
     if plane not in PLANES:
         raise ValueError(f"unknown plane {plane!r}; allowed are {', '.join(PLANES)}")
     if window not in ("auto", "tags", "percentile"):
         parse_window(window)
+        if channels:
+            raise ValueError("channels have a window each: auto, tags or percentile (--window)")
     if len(proportions) not in (1, len(SPLITS)) or not abs(sum(proportions) - 1) < 1e-3:
         raise ValueError(
             "proportions are those of train, val and test and add up to 1, or 1 for train alone; "
             f"got {', '.join(f'{p:g}' for p in proportions)}"
         )
+    if not re.fullmatch(r"middle|mask|every:[1-9]\d*", slices):
+        raise ValueError(f"unknown slice rule {slices!r}; allowed are middle, mask, every:K")
     if (slices == "mask") != (masks is not None):
         raise ValueError("slices='mask' and a folder of masks (--masks) belong together")
-    every = re.fullmatch(r"every:([1-9]\d*)", slices)
-    if not every and slices not in ("middle", "mask"):
-        raise ValueError(f"unknown slice rule {slices!r}; allowed are middle, mask, every:K")
-    return int(every[1]) if every else None
 
 
 def _class_of(source: Source) -> str:
@@ -244,17 +242,8 @@ def _name_patients(
     root: Path, entries: Sequence[Entry], pattern: str | None, notes: list[str]
 ) -> list[Entry]:
     """Give every entry a patient: by the pattern, as known, or its own path."""
-    if pattern is None:
-        unknown = sum(not entry.patient for entry in entries)
-        if unknown:
-            notes.append(
-                f"the patient{'s' if unknown > 1 else ''} of {unknown} "
-                f"image{'s are' if unknown > 1 else ' is'} unknown, and each counts as its own: if "
-                "one patient has several, name them (a column of the table, or --patient-pattern), "
-                "or splits will leak"
-            )
-        named = list(entries)
-    else:
+    named = [*entries]
+    if pattern is not None:
         try:
             expression = re.compile(pattern)
         except re.error as error:
@@ -263,25 +252,29 @@ def _name_patients(
             ) from None
         if expression.groups < 1:
             raise ValueError(f"patient pattern {pattern} needs a group in parentheses")
-        named = []
-        for entry in entries:
+        for i, entry in enumerate(entries):
             match = expression.search(entry.source.files[0])
             if not match or not (match[1] or "").strip():
                 raise ValueError(
                     f"patient pattern {pattern} does not fit {entry.source.files[0]}: it is "
                     f"searched in this path below {root}, folders and ending included"
                 )
-            named.append(replace(entry, patient=match[1].strip()))
+            named[i] = replace(entry, patient=match[1].strip())
+    if unknown := sum(not entry.patient for entry in named):
+        notes.append(
+            f"the patient{'s' if unknown > 1 else ''} of {unknown} "
+            f"image{'s are' if unknown > 1 else ' is'} unknown, and each counts as its own: if one "
+            "patient has several, name them (a column of the table, or --patient-pattern), or "
+            "splits will leak"
+        )
     spellings: dict[str, dict[str, str]] = {}  # patient to each spelling, and a file that has it
     for entry in named:
         same = spellings.setdefault(_fold(entry.patient), {})
         same.setdefault(unicodedata.normalize("NFC", entry.patient), entry.source.files[0])
-    several = [same for same in spellings.values() if len(same) > 1]
-    if several:
-        both = " and ".join(list(several[0].values())[:2])
+    if several := [[*same.values()] for same in spellings.values() if len(same) > 1]:
         notes.append(
             f"{len(several)} patient{'s are' if len(several) > 1 else ' is'} spelled in capital and "
-            f"in small letters, and each counts as one, such as that of {both}"
+            f"in small letters, and each counts as one, such as that of {' and '.join(several[0][:2])}"
         )
     return [
         replace(e, patient=min(spellings[_fold(e.patient)]) or f"file:{e.source.files[0]}")
@@ -294,40 +287,12 @@ def _fold(patient: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", patient).casefold())
 
 
-def _stratify(entries: Sequence[Entry]) -> dict[str, str]:
-    """Patient to class; one with several classes counts for that which the fewest patients have."""
-    having: dict[str, set[str]] = {}
-    for entry in entries:
-        having.setdefault(entry.label, set()).add(entry.group)
-    strata: dict[str, str] = {}
-    for label in sorted(having, key=lambda one: (len(having[one]), one)):
-        for patient in having[label]:
-            strata.setdefault(patient, label)
-    return strata
-
-
-def _split(
-    strata: Mapping[str, str],
-    proportions: Sequence[float],
-    per_class: int | None,
-    allow_fewer: bool,
-    seed: int,
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Split patients; also return class to those that are left."""
-    parts, labels = dict(zip(SPLITS, proportions)), sorted({*strata.values()})
-    if per_class is None:
-        return split_in_proportion(strata, parts, seed=seed), {label: [] for label in labels}
-    sizes = {split: dict.fromkeys(labels, per_class) for split in parts}
-    return split_patients(strata, sizes, seed=seed, allow_fewer=allow_fewer)
-
-
 def _list_items(
     root: Path,
     entries: Sequence[Entry],
     splits: Mapping[str, str],
     extra: Mapping[str, str],
     numbers: Mapping[str, str],
-    step: int | None,
     slices: str,
     plane: str,
 ) -> list[Item]:
@@ -339,34 +304,38 @@ def _list_items(
             raise ValueError(f"class {label!r} gives no folder name of its own; rename it")
         folders[label] = folder
     items = []
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for entry in sorted(entries, key=lambda e: e.source.files):
-        places = {}
-        if entry.group in splits:
-            places[splits[entry.group]] = ""
-        if entry.group in extra:
-            other = extra[entry.group]
-            places["reference"] = f"also in {other}" if other else ""
-        if not places:
+        if entry.group not in numbers:
             continue
-        rules: list[str | int] = [slices]
-        if step is not None:
-            try:
-                n = count_slices(root, entry.source, plane=plane) if not entry.source.problem else 1
-                rules = list(range(min(step // 2, n - 1), n, step))
-            except BrokenCase:
-                rules = ["middle"]  # reading it will say what is wrong
-        for rule in rules:
+        for rule in _choose_rules(root, entry.source, slices, plane):
             number = numbers[entry.group]
-            counts[number] = counts.get(number, 0) + 1
-            name = f"{number}_{counts[number]:03d}"
-            job = (entry.source, rule)
+            counts[number] += 1
             files = [file for one in (entry.source, *entry.source.others) for file in one.files]
-            source = "|".join((*files, str(rule)))
-            source = source.encode("utf-8", "backslashreplace").decode()
-            for split, note in places.items():
-                items.append(Item(name, folders[entry.label], split, number, job, note, source))
+            source = "|".join((*files, str(rule))).encode("utf-8", "backslashreplace").decode()
+            item = Item(
+                f"{number}_{counts[number]:03d}", folders[entry.label], "", number,
+                (entry.source, rule), "", source,
+            )  # fmt: skip
+            if entry.group in splits:
+                items.append(replace(item, split=splits[entry.group]))
+            if entry.group in extra:
+                other = extra[entry.group]
+                note = f"also in {other}" if other else ""
+                items.append(replace(item, split="reference", note=note))
     return items
+
+
+def _choose_rules(root: Path, source: Source, slices: str, plane: str) -> list[str | int]:
+    """Return the rule by which to choose a slice, or the slices of ``every:K``."""
+    if not slices.startswith("every:") or source.problem:
+        return [slices]
+    step = int(slices.removeprefix("every:"))
+    try:
+        n = count_slices(root, source, plane=plane)
+    except BrokenCase:
+        return ["middle"]  # reading it will say what is wrong
+    return list(range(min(step // 2, n - 1), n, step))
 
 
 def _write_key(key: Path, entries: Sequence[Entry], numbers: Mapping[str, str]) -> None:

@@ -64,18 +64,14 @@ class Report:
     size: int = 0  # pixels of an edge
 
     def __str__(self) -> str:
-        wide = max((len(label) for _, label in self.counts), default=0) + 2
-        lines = [f"{'split':<12}{'class':<{max(wide, 24)}}{'patients':>9}{'images':>9}"]
+        wide = max([22, *(len(label) for _, label in self.counts)]) + 2
+        lines = [f"{'split':<12}{'class':<{wide}}{'patients':>9}{'images':>9}"]
         for cell, n in self.counts.items():
-            missing = self.short.get(cell, 0)
-            lines.append(
-                f"{cell[0]:<12}{cell[1]:<{max(wide, 24)}}{self.patients.get(cell, 0):>9}{n:>9}"
-                + (f"  ({missing} missing)" if missing else "")
-            )
-        lines.append(
-            f"{self.made} made, {self.kept} kept from an earlier run, in {self.out}"
-            + (f", {self.size} x {self.size} pixels" if self.size else "")
-        )
+            missing = f"  ({self.short[cell]} missing)" if cell in self.short else ""
+            owners = self.patients.get(cell, 0)
+            lines.append(f"{cell[0]:<12}{cell[1]:<{wide}}{owners:>9}{n:>9}{missing}")
+        edge = f", {self.size} x {self.size} pixels" if self.size else ""
+        lines.append(f"{self.made} made, {self.kept} kept from an earlier run, in {self.out}{edge}")
         lines += [f"note: {note}" for note in self.notes]
         if self.broken:
             n = len(self.broken)
@@ -86,16 +82,10 @@ class Report:
         return text.encode("utf-8", "backslashreplace").decode()  # names in unknown encodings
 
 
-def check_settings(
-    *, size: int, seed: int, workers: int = 1, per_class: int = 1, reference: int = 0
-) -> None:
+def check_settings(*, size: int, **numbers: int) -> None:
     """Raise ValueError for numbers that are out of range."""
-    for name, value, least in (
-        ("seed", seed, 0),
-        ("workers", workers, 1),
-        ("per_class", per_class, 1),
-        ("reference", reference, 0),
-    ):
+    for name, value in numbers.items():
+        least = 0 if name in ("seed", "reference") else 1
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if not SIZES[0] <= size <= SIZES[1]:

@@ -52,41 +52,42 @@ def write_picai(
 
     images, labels = Path(folder) / "images", Path(folder) / "labels"
     rows = []
-    studies = [(i, 0) for i in range(n)] + [(0, 1)]
-    for patient, visit in studies:
+    for patient, visit in [(i, 0) for i in range(n)] + [(0, 1)]:
         positive = patient % 2 == 1
         name, study = str(10000 + patient), str(1000000 + 10 * patient + visit)
-        t2w, adc, dwi, gland, tumour = _grow(
-            patient + 1000 * visit, positive, pixels=pixels, slices=slices, seed=seed
-        )
+        t2w, adc, dwi, gland, tumour = _grow(patient + 1000 * visit, positive, pixels, slices, seed)
         coarse = sitk.Image([(pixels + 2 * BORDER) // 2] * 2 + [slices], sitk.sitkFloat32)
         spacing = t2w.GetSpacing()
         coarse.SetSpacing((2 * spacing[0], 2 * spacing[1], spacing[2]))
         first = 0.5 + offset_mm / spacing[0]  # in T2W's voxels
         coarse.SetOrigin(t2w.TransformContinuousIndexToPhysicalPoint((first, first, 0)))
         coarse.SetDirection(t2w.GetDirection())
-        place = images / name
-        place.mkdir(parents=True, exist_ok=True)
         for key, volume in (("t2w", t2w), ("adc", adc), ("hbv", dwi)):
             if key != "t2w":
                 volume = sitk.Resample(volume, coarse, sitk.Transform(), sitk.sitkLinear)
             whole = sitk.Cast(sitk.Clamp(volume, sitk.sitkFloat32, 0, 65535), sitk.sitkUInt16)
-            sitk.WriteImage(whole, os.fspath(place / f"{name}_{study}_{key}.mha"), True)
+            _write_volume(whole, images / name / f"{name}_{study}_{key}.mha")
         masks = {GLAND: gland}
         if positive and patient % 6 == 5:
             masks[MACHINE] = tumour
         else:
             masks[HUMAN] = tumour * 2 if positive else tumour
         for where, mask in masks.items():
-            (labels / where).mkdir(parents=True, exist_ok=True)
-            sitk.WriteImage(mask, os.fspath(labels / where / f"{name}_{study}.nii.gz"))
+            _write_volume(mask, labels / where / f"{name}_{study}.nii.gz")
         rows.append((name, study, "YES" if positive else "NO"))
     _write_csv(labels / MARKSHEET, ("patient_id", "study_id", "case_csPCa"), rows)
     return images, labels
 
 
-def _grow(index: int, positive: bool, *, pixels: int, slices: int, seed: int) -> Any:
-    """Make a volume of a phantom: its slice, narrowing towards both ends; five SimpleITK images."""
+def _write_volume(volume: Any, file: Path) -> None:
+    import SimpleITK as sitk
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(volume, os.fspath(file), True)
+
+
+def _grow(index: int, positive: bool, pixels: int, slices: int, seed: int) -> Any:
+    """Make volumes of a phantom, whose slice narrows towards both ends: three scans, two masks."""
     import SimpleITK as sitk
 
     label = "tumour" if positive else "healthy"
@@ -146,51 +147,37 @@ def write_chexpert(
 
     Beside `counts` patients of each label it has, for each label, one patient with an uncertain
     second finding, one with two findings, one PA and one lateral view, and a second clean image of
-    the first patient: all that a selection has to leave out.
-
-    Returns
-    -------
-    Path
-        The folder that holds ``train.csv``.
+    the first patient: all that a selection has to leave out. Returns the folder of ``train.csv``.
     """
     root = Path(folder) / "CheXpert-v1.0-small"
     rows: list[tuple[Any, ...]] = []
     number = 0
+
+    def add(place: str, image: Any, i: int, side: str, findings: Mapping[str, float]) -> None:
+        view = "Frontal" if side else "Lateral"
+        path = f"train/{place}/view1_{view.lower()}.jpg"
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        border = (24, 8) if i % 2 else (8, 16)  # wider on the sides of every second one
+        gray = to_pil(image).convert("L").point(lambda value: max(value, 4))
+        ImageOps.expand(gray, border).save(root / path, quality=95)
+        values = [findings.get(name, "") for name in OBSERVATIONS]
+        rows.append((f"CheXpert-v1.0-small/{path}", "Unknown", 60, view, side, *values))
+
     for label, kind in CHEST_LABELS.items():
         n = counts if isinstance(counts, int) else counts.get(label, 0)
         images = make_phantoms("chest", kind, n + 5, size=pixels, seed=seed).images
         other = "Fracture"
-        plan: list[tuple[str, str, Mapping[str, float]]] = [("Frontal", "AP", {})] * n
-        plan += [("Frontal", "AP", {other: -1.0}), ("Frontal", "AP", {other: 1.0})]
-        plan += [("Frontal", "PA", {}), ("Lateral", "", {})]
+        plan: list[tuple[str, Mapping[str, float]]] = [("AP", {})] * n
+        plan += [("AP", {other: -1.0}), ("AP", {other: 1.0}), ("PA", {}), ("", {})]
         first = number + 1
-        for i, (view, side, extra) in enumerate(plan):
+        for i, (side, extra) in enumerate(plan):
             number += 1
-            path = f"train/patient{number:05d}/study1/view1_{view.lower()}.jpg"
-            _write_xray(root / path, images[i], i)
-            rows.append(_chexpert_row(path, view, side, {label: 1.0, **extra}))
+            add(f"patient{number:05d}/study1", images[i], i, side, {label: 1.0, **extra})
         if n:
-            path = f"train/patient{first:05d}/study2/view1_frontal.jpg"
-            _write_xray(root / path, images[-1], 1)
-            rows.append(_chexpert_row(path, "Frontal", "AP", {label: 1.0}))
+            add(f"patient{first:05d}/study2", images[-1], 1, "AP", {label: 1.0})
     head = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *OBSERVATIONS)
     _write_csv(root / "train.csv", head, rows)
     return root
-
-
-def _chexpert_row(
-    path: str, view: str, side: str, findings: Mapping[str, float]
-) -> tuple[Any, ...]:
-    values = [findings.get(name, "") for name in OBSERVATIONS]
-    return (f"CheXpert-v1.0-small/{path}", "Unknown", 60, view, side, *values)
-
-
-def _write_xray(file: Path, image: Any, i: int) -> None:
-    """Write a gray JPEG with borders, wider on the sides of every second one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    border = (24, 8) if i % 2 else (8, 16)
-    gray = to_pil(image).convert("L").point(lambda value: max(value, 4))
-    ImageOps.expand(gray, border).save(file, quality=95)
 
 
 def write_pcam(

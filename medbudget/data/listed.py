@@ -43,43 +43,40 @@ def list_by_table(
         No such table, columns that it does not have, a file in two classes, no file that is there.
     """
     rows = read_table(table)
-    head = list(rows[0]) if rows else []
-    file, label, patient = _choose_columns(table, head, columns, notes)
+    file, label, patient = _choose_columns(table, [*rows[0]] if rows else [], columns, notes)
     listing = Listing(root)
     listed: dict[str, tuple[str, str]] = {}
     absent: list[tuple[str, str, str, str]] = []
+    unclear = set()
     repeated = 0
     for row in rows:
         name, own = row[file], (row[label], row[patient] if patient else "")
         path, reason = listing.find(name)
         if not own[0]:
+            unclear.add(path)
             broken.append((path or name or "a row", f"{table.name} gives it no {label}"))
         elif not path:
             absent.append((name, *own, reason))
-        elif listed.get(path, own) != own:
-            raise ValueError(
-                f"{table} lists {path} twice: as {' of '.join(filter(None, listed[path]))} and as "
-                f"{' of '.join(filter(None, own))}"
-            )
+        elif listed.setdefault(path, own) != own:
+            both = (" of ".join(filter(None, one)) for one in (listed[path], own))
+            raise ValueError(f"{table} lists {path} twice: as {' and as '.join(both)}")
         else:
-            repeated += path in listed
-            listed[path] = own
+            repeated += 1
+    repeated -= len(listed)
 
     def find_row(path: str) -> str | None:
         names = [p.as_posix() for p in (Path(path), *Path(path).parents)]
         return next((name for name in names if name in listed), None)
 
-    single = [  # slices with rows of their own stay images of their own
-        one
-        for source in sources
-        for one in (separate(source) if len({*map(find_row, source.files)}) > 1 else [source])
-    ]
-    entries, used = [], set()
-    for source in single:
-        match = find_row(source.files[0])
-        if match is not None:
-            used.add(match)
-            entries.append(Entry(source, listed[match][0], listed[match][1] or source.patient))
+    entries, used, over = [], set(), []
+    for source in sources:  # slices with rows of their own stay images of their own
+        for one in separate(source) if len({*map(find_row, source.files)}) > 1 else [source]:
+            match = find_row(one.files[0])
+            if match is not None:
+                used.add(match)
+                entries.append(Entry(one, listed[match][0], listed[match][1] or one.patient))
+            elif one.files[0] not in unclear:
+                over.append(one.files[0])
     if not entries:
         reason = f"; {broken[0][1]}" if broken else ""
         raise ValueError(
@@ -88,18 +85,14 @@ def list_by_table(
         )
     if repeated:
         notes.append(f"{table.name} repeats rows ({repeated}), which count once")
-    without = {name for name, _ in broken}
-    over = [s for s in single if find_row(s.files[0]) is None and s.files[0] not in without]
     if over:
         verb = "image is" if len(over) == 1 else "images are"
-        notes.append(
-            f"{len(over)} {verb} not in the table and left out, such as {over[0].files[0]}"
-        )
+        notes.append(f"{len(over)} {verb} not in the table and left out, such as {over[0]}")
     absent += [(name, *listed[name], "no image") for name in sorted(set(listed) - used)]
-    for name, its_label, its_patient, reason in absent:
-        problem = f"listed in the table, but {reason}"
-        entries.append(Entry(Source((name,), "picture", problem=problem), its_label, its_patient))
-    return entries
+    return entries + [
+        Entry(Source((name,), "picture", problem=f"listed in the table, but {reason}"), its, owner)
+        for name, its, owner, reason in absent
+    ]
 
 
 def _choose_columns(
@@ -113,17 +106,12 @@ def _choose_columns(
 
     file, label, patient = columns
     chosen = [find(file), find(label), find(patient or "patient")]
-    missing = [name for name, column in zip((file, label), chosen) if column is None]
-    if missing:
-        raise ValueError(
-            f"{table} has the columns {head}, but no {missing}; name them with --file-column and "
-            "--label-column"
-        )
-    if patient is not None and chosen[2] is None:
-        raise ValueError(
-            f"{table} has the columns {head}, but no {patient!r}; name that of the patients with "
-            "--patient-column, or leave it out where there is none"
-        )
+    for name, column in zip((file, label, patient), chosen):
+        if name is not None and column is None:
+            raise ValueError(
+                f"{table} has the columns {head}, but no {name!r}; name those of file, class and "
+                "patient with --file-column, --label-column and --patient-column"
+            )
     near = [column for column in head if "patient" in column.casefold()]
     if chosen[2] is None and near:
         notes.append(f"column {near[0]} is not used: --patient-column names that of the patients")

@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from medbudget.data.prepare import Item, Made, Report, check_settings, prepare_i
 from medbudget.data.splits import shuffle
 from medbudget.data.tables import read_table
 from medbudget.files import atomic_path, check_apart
-from medbudget.images import from_pil
+from medbudget.images import from_pil, hash_pixels
 from medbudget.progress import tqdm
 
 SPLITS = {"train": "train", "val": "valid", "test": "test"}
@@ -52,6 +51,13 @@ def find_split(path: str | os.PathLike[str]) -> tuple[Path, str] | None:
     return next(((Path(path).parent, k) for k, v in SPLITS.items() if name and v == name[1]), None)
 
 
+def _name(split: str, what: str) -> str:
+    """Return the name of an official file, such as ``x.h5`` or ``meta.csv`` of a split."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")
+    return f"camelyonpatch_level_2_split_{SPLITS[split]}_{what}"
+
+
 def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
     """Open one official file: an `h5py.File`, to be closed by the caller.
 
@@ -64,9 +70,7 @@ def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
     part : {"x", "y"}
         Patches or labels. If the other part is there too, it must have as many rows.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; allowed are {', '.join(SPLITS)}")
-    files = {p: Path(folder) / f"camelyonpatch_level_2_split_{SPLITS[split]}_{p}.h5" for p in "xy"}
+    files = {p: Path(folder) / _name(split, f"{p}.h5") for p in "xy"}
     file, other = files[part], "y" if part == "x" else "x"
     packed = file.with_name(f"{file.name}.gz")
     if not file.is_file():
@@ -86,43 +90,38 @@ def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
     return opened
 
 
-def _open(file: Path, part: str) -> Any:
+def _open(file: Path, part: str, shown: Path | None = None) -> Any:
+    """Open a file and check that it holds what is expected; nothing of its data is read."""
     import h5py
 
     try:
         opened = h5py.File(file, "r")
     except OSError as error:
-        raise OSError(f"{file} cannot be read ({error}); download it again") from None
+        raise OSError(f"{shown or file} cannot be read ({error}); download it again") from None
     try:
-        problem = _find_problem(opened, part)
+        data = opened[part] if isinstance(opened.get(part, getlink=True), h5py.HardLink) else None
+        own = isinstance(data, h5py.Dataset) and not data.external and not data.is_virtual
+        if not own or not data.ndim:
+            problem = f"has no data set {part!r} of its own: it is no PatchCamelyon file"
+        elif math.prod(data.chunks or (1,)) * data.dtype.itemsize > MAX_CHUNK:
+            problem = f"has pieces of {data.chunks} values: it is no PatchCamelyon file"
+        else:
+            shape = (EDGE, EDGE, 3) if part == "x" else (1,) * (data.ndim - 1)
+            whole = data.dtype.kind in "iu" and data.dtype.itemsize <= 8
+            problem = (
+                ""
+                if data.shape[1:] == shape and whole and len(data) <= 2**22
+                else (
+                    f"holds {part} of shape {data.shape} {data.dtype}; expected "
+                    f"(N, {', '.join(map(str, shape))}) whole numbers, N up to {2**22:,}"
+                )
+            )
     except Exception as error:  # HDF5 has many ways to be damaged
         problem = f"is damaged ({type(error).__name__}): download it again"
     if problem:
         opened.close()
-        raise OSError(f"{file} {problem}")
+        raise OSError(f"{shown or file} {problem}")
     return opened
-
-
-def _find_problem(file: Any, part: str) -> str:
-    """Say what is wrong with a file; nothing of its data is read."""
-    import h5py
-
-    strange = f"has no data set {part!r} of its own: it is no PatchCamelyon file"
-    if not isinstance(file.get(part, getlink=True), h5py.HardLink):
-        return strange
-    data = file[part]
-    if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual or not data.ndim:
-        return strange
-    each = data.dtype.itemsize
-    if math.prod(data.chunks or (1,)) * each > MAX_CHUNK:
-        return f"has pieces of {data.chunks} values: it is no PatchCamelyon file"
-    shape = (EDGE, EDGE, 3) if part == "x" else (1,) * (data.ndim - 1)
-    if data.shape[1:] != shape or data.dtype.kind not in "iu" or each > 8 or len(data) > 2**22:
-        return (
-            f"holds {part} of shape {data.shape} {data.dtype}; expected "
-            f"(N, {', '.join(map(str, shape))}) whole numbers, N up to {2**22:,}"
-        )
-    return ""
 
 
 def _read_rows(data: Any, rows: Any) -> Any:
@@ -136,47 +135,29 @@ def _read_rows(data: Any, rows: Any) -> Any:
 
 def _unpack(packed: Path, file: Path, split: str, part: str) -> None:
     """Unpack as a stream; the file appears when it is complete."""
-    digest = hashlib.md5(usedforsecurity=False)
+    name = f"{SPLITS[split]}_{part}"
     with open(packed, "rb") as source:
-        while block := source.read(1 << 22):
-            digest.update(block)
-    owner = next((name for name, md5 in MD5.items() if md5 == digest.hexdigest()), "")
-    if owner not in ("", f"{SPLITS[split]}_{part}"):
+        md5 = hashlib.file_digest(source, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+    owner = next((key for key, value in MD5.items() if value == md5), "")
+    if owner not in ("", name):
         raise OSError(
-            f"{packed} is the official {owner} by its MD5 sum: give it that name, and download "
-            f"{SPLITS[split]}_{part}"
+            f"{packed} is the official {owner} by its MD5 sum: give it that name, and download {name}"
         )
     try:
         bar = tqdm(desc=f"unpacking {packed.name}", unit="B", unit_scale=True)
-        with (
-            bar,
-            atomic_path(file) as temporary,
-            gzip.open(packed) as source,
-            open(temporary, "wb") as target,
-        ):
-            while block := source.read(1 << 22):
-                target.write(block)
-                bar.update(len(block))
-                if target.tell() > MAX_UNPACKED:
-                    raise EOFError(f"it unpacks to more than {MAX_UNPACKED / 2**30:g} GiB")
+        with bar, atomic_path(file) as temporary:
+            with gzip.open(packed) as source, open(temporary, "wb") as target:
+                while block := source.read(1 << 22):
+                    target.write(block)
+                    bar.update(len(block))
+                    if target.tell() > MAX_UNPACKED:
+                        raise EOFError(f"it unpacks to more than {MAX_UNPACKED / 2**30:g} GiB")
+            with _open(temporary, part, packed) as opened:
+                official = len(opened[part]) == OFFICIAL[split]
+            if official and not owner:
+                raise EOFError(f"its MD5 sum is {md5}, the official one is {MD5[name]}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise OSError(f"{packed} is damaged ({error}); download it again") from None
-    except OSError as error:
-        free = shutil.disk_usage(packed.parent).free / 2**30
-        raise OSError(
-            f"cannot unpack {packed} beside it ({error.strerror or error}); {free:.1f} GiB are free"
-        ) from None
-    try:
-        with _open(file, part) as opened:
-            official = len(opened[part]) == OFFICIAL[split]
-        if official and not owner:
-            raise OSError(
-                f"{packed} has the MD5 sum {digest.hexdigest()}, the official one is "
-                f"{MD5[f'{SPLITS[split]}_{part}']}: download it again"
-            )
-    except OSError:
-        file.unlink()  # or the next download would not be unpacked
-        raise
 
 
 def load_labels(folder: str | os.PathLike[str], split: str) -> torch.Tensor:
@@ -200,19 +181,18 @@ def load_patches(
     Nothing else of the file is read. Patches of 96 px are resized with a Lanczos filter.
     """
     wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+    order, back = np.unique(wanted, return_inverse=True)  # h5py wants rising indices
     with open_pcam(folder, split, "x") as file:
         data = file["x"]
         if data.dtype != np.uint8:
             raise ValueError(
                 f"patches of {split} are {data.shape} {data.dtype}; expected (N, 96, 96, 3) uint8"
             )
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(data)):
-            raise IndexError(f"{split} has {len(data)} patches; asked for {wanted.max()}")
-        order = np.unique(wanted)  # h5py wants rising indices
+        if len(order) and (order[0] < 0 or order[-1] >= len(data)):
+            raise IndexError(f"{split} has {len(data)} patches; asked for {order[-1]}")
         read = _read_rows(data, order) if len(order) else np.empty((0, EDGE, EDGE, 3), np.uint8)
-    patches = read[np.searchsorted(order, wanted)]
     out = torch.empty((len(wanted), 3, size, size), dtype=torch.uint8)
-    for i, patch in enumerate(patches):
+    for i, patch in enumerate(read[back]):
         out[i] = from_pil(Image.fromarray(patch).resize((size, size), Image.Resampling.LANCZOS))
     return out
 
@@ -255,15 +235,16 @@ def prepare_pcam(
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     folder = Path(folder)
     check_apart(out, folder)
-    items: list[Item] = []
     notes = [
         "validation and test are read from the HDF5 files when they are used "
         "(medbudget.data.pcam.iterate_patches; medbudget classify takes the .h5 file)"
     ]
     taken: dict[str, Item] = {}
-    for split, source, n in (("train", "train", per_class), ("reference", "val", reference)):
-        if n:
-            items += _choose_patches(folder, split, source, n, seed, allow_fewer, taken, notes)
+    items = _choose_patches(folder, "train", "train", per_class, seed, allow_fewer, taken, notes)
+    if reference:
+        items += _choose_patches(
+            folder, "reference", "val", reference, seed, allow_fewer, taken, notes
+        )
     settings = {"dataset": "pcam", "size": size, "seed": seed, "per_class": per_class}
     settings["reference"] = reference
     make = partial(_make, folder=folder, size=size)
@@ -281,37 +262,35 @@ def _choose_patches(
     open_pcam(folder, source, "x").close()  # unpack here, once, before there are workers
     labels, slides = _read_table(folder, source)
     if not slides:
-        notes.append(f"slides are unknown without {_meta(source)}")
+        notes.append(f"slides are unknown without {_name(source, 'meta.csv')}")
     used = {item.patient for item in taken.values()}
     items: list[Item] = []
     left_out = twins = 0
     for value, label in enumerate(LABELS):
         queue = [int(i) for i in shuffle(map(str, np.flatnonzero(labels == value)), seed=seed)]
-        there, chosen = len(queue), 0
-        while queue and chosen < n:
-            batch = queue[: min(n - chosen, 1024)]
+        there, wanted = len(queue), len(items) + n
+        while queue and len(items) < wanted:
+            batch = queue[: min(wanted - len(items), 1024)]
             queue = queue[len(batch) :]
             for i, patch in zip(batch, load_patches(folder, source, batch, size=EDGE)):
                 name = f"{source}_{i:06d}"
-                slide = slides[i] if slides else name
-                item = Item(name, label, split, slide, (source, i))
-                twin = taken.setdefault(hashlib.sha256(patch.numpy().tobytes()).hexdigest(), item)
+                item = Item(name, label, split, slides[i] if slides else name, (source, i))
+                twin = taken.setdefault(hash_pixels(patch), item)
                 if twin.label != label:
                     raise ValueError(
                         f"{twin.name} ({twin.label}) and {name} ({label}) are the same pixels in "
                         "two classes; download the files again, or choose another --seed"
                     )
-                if twin.split != split or slide in used:
+                if twin.split != split or item.patient in used:
                     left_out += 1
-                    continue
-                twins += twin is not item
-                items.append(item)
-                chosen += 1
-        if chosen < n and not allow_fewer:
+                    there -= 1
+                else:
+                    twins += twin is not item
+                    items.append(item)
+        if len(items) < wanted and not allow_fewer:
             raise ValueError(
                 f"too few patches in the official {source} split: {label}: {n} wanted for {split}, "
-                f"there are {there if not left_out else chosen}; ask for fewer, or take what there "
-                "is (--allow-fewer)"
+                f"there are {there}; ask for fewer, or take what there is (--allow-fewer)"
             )
     if left_out:
         notes.append(
@@ -323,10 +302,6 @@ def _choose_patches(
     return items
 
 
-def _meta(split: str) -> str:
-    return f"camelyonpatch_level_2_split_{SPLITS[split]}_meta.csv"
-
-
 def _read_table(folder: Path, split: str) -> tuple[Any, list[str]]:
     """Return the labels of a split and the slides of its meta table, which must agree."""
     with open_pcam(folder, split, "y") as opened:
@@ -334,17 +309,17 @@ def _read_table(folder: Path, split: str) -> tuple[Any, list[str]]:
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"labels of {split} are {np.unique(labels)[:5]}; allowed are 0 and 1")
     labels = labels.astype(np.uint8)
-    file = folder / _meta(split)
+    file = folder / _name(split, "meta.csv")
     if not file.is_file():
         return labels, []
     rows = read_table(file)
-    slides = [row.get("wsi", "").strip() for row in rows]
+    slides = [row.get("wsi", "") for row in rows]
     if len(slides) != len(labels) or not all(slides):
         raise ValueError(
             f"{file} has {len(slides)} rows with column wsi; {len(labels)} patches need one each"
         )
     truth = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
-    stated = [row.get("center_tumor_patch", "").strip().lower() for row in rows]
+    stated = [row.get("center_tumor_patch", "").lower() for row in rows]
     wrong = [i for i, text in enumerate(stated) if text and truth.get(text) != labels[i]]
     if wrong:
         raise ValueError(
@@ -359,7 +334,7 @@ def _make(item: Item, *, folder: Path, size: int) -> Made:
     (image,) = load_patches(folder, split, [index], size=size)
     return Made(
         image,
-        (f"camelyonpatch_level_2_split_{SPLITS[split]}_x.h5[{index}]",),
+        (f"{_name(split, 'x.h5')}[{index}]",),
         window="as stored (8 bit)",
         spacing=(SPACING_MM * EDGE / size,) * 2,
         crop=f"all {EDGE} x {EDGE} px",

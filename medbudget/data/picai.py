@@ -7,7 +7,7 @@ the images that the released prostate words were trained on.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from medbudget.data.items import SIZES
 from medbudget.data.picai_files import (
     GLAND,
     LABELS,
@@ -29,14 +30,7 @@ from medbudget.data.picai_files import (
     find_t2w,
     read_marksheet,
 )
-from medbudget.data.prepare import (
-    BrokenCase,
-    Item,
-    Made,
-    Report,
-    check_settings,
-    prepare_items,
-)
+from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
 from medbudget.data.resample import (
     CENTRE,
     GRID,
@@ -52,28 +46,25 @@ from medbudget.data.resample import (
     target_grid,
     to_array,
 )
-from medbudget.data.splits import (
-    SPLITS,
-    choose_one_per_patient,
-    choose_reference,
-    split_patients,
-)
+from medbudget.data.splits import SPLITS, choose_cases
 from medbudget.files import check_apart
 from medbudget.images import from_pil, hash_pixels
+from medbudget.settings import Settings
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-CHOICES = {
-    "geometry": ("physical", "paper"),
-    "window": ("percentile", "volume"),
-    "sequences": ("all", "t2w"),
-}
-
 
 @dataclass(frozen=True)
-class View:
+class View(Settings):
     """How a study becomes an image; see `load_case`."""
+
+    CHOICES = {
+        "geometry": ("physical", "paper"),
+        "window": ("percentile", "volume"),
+        "sequences": ("all", "t2w"),
+    }
+    LIMITS = {"size": SIZES}
 
     size: int = 512
     geometry: str = "physical"
@@ -81,10 +72,7 @@ class View:
     sequences: str = "all"
 
     def __post_init__(self) -> None:
-        check_settings(size=self.size, seed=0)
-        for name, allowed in CHOICES.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
+        super().__post_init__()
         if self.geometry == "paper":
             object.__setattr__(self, "window", "volume")
 
@@ -98,12 +86,8 @@ class Case:
     gland: torch.Tensor  # (size, size) bool
     label: int  # 1 for clinically significant cancer (ISUP 2 and more), from the marksheet
     slice_index: int  # of the 30 slices of the grid
-    case_id: str
-    patient: str
     spacing: tuple[float, float]  # mm of a pixel of the image: row, column
-    geometry: str
-    window: str
-    ranges: dict[str, tuple[float, float]]  # sequence to the intensities that became 0 and 255
+    window: str  # which intensities of each sequence became 0 and 255
     sources: tuple[str, ...]  # files, relative to the folders of images and of labels
     pixels: str  # hash of T2W's voxels
 
@@ -153,9 +137,7 @@ def load_case(
     if case_id not in studies:
         raise ValueError(f"case {case_id} is not in the marksheet of {labels}")
     lesions = find_lesions(Path(labels), studies[case_id])
-    return _load(
-        t2w, studies[case_id], lesions, images=Path(images), labels=Path(labels), view=view
-    )
+    return _load(t2w, studies[case_id], lesions, Path(images), Path(labels), view)
 
 
 def prepare_picai(
@@ -206,50 +188,54 @@ def prepare_picai(
             f"{len(files)} T2W volumes in {images}, {len(studies)} studies in the marksheet, none "
             "in common; images must be named <patient>_<study>_t2w.mha"
         )
-    chosen = choose_one_per_patient(
+
+    def item(case: str, split: str, other: str) -> Item:
+        study, lesions = usable[case], find_lesions(labels, usable[case])
+        notes = [f"also in {other}"] * bool(other)
+        notes += ["lesion mask by a machine"] * any(file.startswith(MACHINE) for file in lesions)
+        job = (files[case].relative_to(images).as_posix(), study, lesions)
+        source = " ".join(lesions)
+        return Item(case, study.label, split, study.patient, job, "; ".join(notes), source)
+
+    items, spares, more = choose_cases(
         {case: study.patient for case, study in usable.items()},
         {case: study.label for case, study in usable.items()},
-        seed=seed,
-    )
-    of_patient = {patient: usable[case].label for patient, case in chosen.items()}
-    sizes = {split: dict.fromkeys(LABELS, per_class) for split in SPLITS}
-    splits, left = split_patients(of_patient, sizes, seed=seed, allow_fewer=allow_fewer)
-
-    def item(patient: str, split: str, also: str = "") -> Item:
-        study = usable[chosen[patient]]
-        lesions = find_lesions(labels, study)
-        by_machine = any(file.startswith(MACHINE) for file in lesions)
-        notes = [f"also in {also}"] * bool(also) + ["lesion mask by a machine"] * by_machine
-        job = (files[study.case_id].relative_to(images).as_posix(), study, lesions)
-        return Item(
-            study.case_id, study.label, split, patient, job, "; ".join(notes), " ".join(lesions)
-        )  # fmt: skip
-
-    items = [item(patient, split) for patient, split in splits.items()]
-    notes = _describe_selection(files, studies, usable, chosen)
-    if reference:
-        mine = {p: s for p, s in splits.items() if of_patient[p] == LABELS[0]}
-        extra, more = choose_reference(mine, left[LABELS[0]], reference, disjoint=disjoint)
-        items += [item(patient, "reference", also) for patient, also in extra.items()]
-        left[LABELS[0]] = [p for p in left[LABELS[0]] if p not in extra]
-        notes += more
-    if by_machine := sum("machine" in one.note for one in items):
-        notes.append(
-            f"{by_machine} positive cases have no lesion mask by an expert, only a machine's "
-            "(Bosma22a): see the manifest's notes; picai_labels of July 2025 and later has experts' "
-            "for all"
-        )
+        {split: dict.fromkeys(LABELS, per_class) for split in SPLITS},
+        item, seed=seed, allow_fewer=allow_fewer, reference=reference, healthy=LABELS[0],
+        disjoint=disjoint,
+    )  # fmt: skip
+    chosen = {one.name for group in (items, *spares.values()) for one in group}
     settings = {
         "dataset": "picai",
         **{"seed": seed, "per_class": per_class, "reference": reference, "disjoint": disjoint},
         **asdict(view),
         "grid": dict(spacing_mm=SPACING, voxels=GRID, percentiles=PERCENTILES, centre=CENTRE),
     }
-    spares = {label: [item(patient, "") for patient in queue] for label, queue in left.items()}
     make = partial(_make, images=images, labels=labels, view=view)
+    notes = [
+        note
+        for names, note in (
+            (set(usable) - chosen, "studies are not used, as their patient has another one"),
+            (set(studies) - set(files), "studies of the marksheet have no images here"),
+            (set(files) - set(studies), "T2W volumes are not in the marksheet"),
+            (
+                {one.name for one in items if "machine" in one.note},
+                "positive cases have no lesion mask by an expert, only a machine's (Bosma22a): see "
+                "the manifest's notes; picai_labels of July 2025 and later has experts' for all",
+            ),
+        )
+        for note in _count(names, note)
+    ]
     return prepare_items(
-        items, make, out, settings=settings, spares=spares, notes=notes, workers=workers
+        items, make, out, settings=settings, spares=spares, notes=[*notes, *more], workers=workers
     )
+
+
+def _count(names: Iterable[str], what: str) -> list[str]:
+    """Return a note on how many cases are concerned, and on some of them, or nothing."""
+    shown = sorted(names)
+    dots = " …" if len(shown) > 5 else ""
+    return [f"{len(shown)} {what}: {', '.join(shown[:5])}{dots}"] if shown else []
 
 
 def measure_shift(images: str | os.PathLike[str], case_id: str) -> dict[str, tuple[float, ...]]:
@@ -275,47 +261,24 @@ def measure_shift(images: str | os.PathLike[str], case_id: str) -> dict[str, tup
     }
 
 
-def _describe_selection(
-    files: Mapping[str, Path],
-    studies: Mapping[str, Study],
-    usable: Mapping[str, Study],
-    chosen: Mapping[str, str],
-) -> list[str]:
-    notes = []
-    if unused := sorted(set(usable) - set(chosen.values())):
-        notes.append(
-            f"{len(unused)} studies are not used, as their patient has another one: "
-            + ", ".join(unused[:5])
-            + (" …" if len(unused) > 5 else "")
-        )
-    for count, text in (
-        (len(set(studies) - set(files)), "studies of the marksheet have no images here"),
-        (len(set(files) - set(studies)), "T2W volumes are not in the marksheet"),
-    ):
-        if count:
-            notes.append(f"{count} {text}")
-    return notes
-
-
 def _make(item: Item, *, images: Path, labels: Path, view: View) -> Made:
     """Make the image of an `Item` whose job is (T2W file, study, lesion masks)."""
     t2w, study, lesions = item.job
-    case = _load(images / t2w, study, lesions, images=images, labels=labels, view=view)
-    ranges = ", ".join(f"{name} {low:g}..{high:g}" for name, (low, high) in case.ranges.items())
+    case = _load(images / t2w, study, lesions, images, labels, view)
     return Made(
         case.image,
         case.sources,
-        window=f"{case.window}: {ranges}",
+        window=case.window,
         slice_index=case.slice_index,
         spacing=case.spacing,
-        crop=" x ".join(map(str, GRID[1:])) + f" px of {SPACING[1]} mm, {case.geometry}",
+        crop=" x ".join(map(str, GRID[1:])) + f" px of {SPACING[1]} mm, {view.geometry}",
         masks={"tumour": case.tumour, "gland": case.gland},
         pixels=case.pixels,
     )
 
 
 def _load(
-    t2w: Path, study: Study, lesions: tuple[str, ...], *, images: Path, labels: Path, view: View
+    t2w: Path, study: Study, lesions: tuple[str, ...], images: Path, labels: Path, view: View
 ) -> Case:
     names = SEQUENCES if view.sequences == "all" else SEQUENCES[:1]
     files = {name: t2w.with_name(f"{study.case_id}_{name}.mha") for name in names}
@@ -338,27 +301,22 @@ def _load(
     else:
         planes, shapes, index, ranges = cut_paper(volumes, masks)
     edges = (view.size, view.size)
-    picture = np.stack([planes[name] for name in names], axis=-1)
-    picture = picture.repeat(3 // len(names), axis=-1)
-    image = Image.fromarray(picture).resize(edges, Image.Resampling.LANCZOS)
+    picture = np.stack([planes[name] for name in names], axis=-1).repeat(3 // len(names), axis=-1)
     outlines = {
         name: torch.from_numpy(
             np.array(Image.fromarray(shape).resize(edges, Image.Resampling.NEAREST), dtype=bool)
         )
         for name, shape in shapes.items()
     }
+    said = ", ".join(f"{name} {low:g}..{high:g}" for name, (low, high) in ranges.items())
     return Case(
-        image=from_pil(image),
+        image=from_pil(Image.fromarray(picture).resize(edges, Image.Resampling.LANCZOS)),
         tumour=outlines.get("tumour", torch.zeros_like(outlines["gland"])),
         gland=outlines["gland"],
         label=LABELS.index(study.label),
         slice_index=index,
-        case_id=study.case_id,
-        patient=study.patient,
         spacing=(SPACING[1] * GRID[1] / view.size, SPACING[2] * GRID[2] / view.size),
-        geometry=view.geometry,
-        window=view.window,
-        ranges=ranges,
+        window=f"{view.window}: {said}",
         sources=tuple(sources),
         pixels=hash_pixels(to_array(volumes["t2w"])),
     )

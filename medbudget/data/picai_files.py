@@ -40,11 +40,11 @@ def read_marksheet(labels: str | os.PathLike[str]) -> dict[str, Study]:
         )
     rows = read_table(file)
     needed = ("patient_id", "study_id", "case_csPCa")
-    if not rows or not set(needed) <= set(rows[0]):
-        raise ValueError(f"{file} needs the columns {', '.join(sorted(needed))}")
+    if not rows or not set(needed) <= rows[0].keys():
+        raise ValueError(f"{file} needs the columns {', '.join(needed)}")
     studies: dict[str, Study] = {}
     for number, row in enumerate(rows, 2):
-        patient, study, cancer = (row[name].strip() for name in needed)
+        patient, study, cancer = (row[name] for name in needed)
         if not patient or not study:
             raise ValueError(f"{file}: row {number} has no patient_id or no study_id")
         if cancer not in ("YES", "NO"):

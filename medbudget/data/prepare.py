@@ -26,6 +26,7 @@ from medbudget.data.splits import SPLITS
 from medbudget.files import (
     STALE,
     check_writable,
+    describe_difference,
     hash_file,
     hash_settings,
     hold,
@@ -43,6 +44,7 @@ COLUMNS = (
     "masks", "note", "sha256",
 )  # fmt: skip
 RECORD = ("sources", "slice_index", "spacing", "crop", "window", "masks", "note", "pixels")
+ORDER = {split: i for i, split in enumerate((*SPLITS, "reference"))}
 Row = dict[str, str]
 
 
@@ -86,120 +88,103 @@ def prepare_items(
     InUseError
         Another process prepares the same folder.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
     if not items and not broken:
         raise ValueError("nothing to prepare: no case was selected")
     files = [item.file for item in items]
     if len(set(files)) < len(files):
         twice = next(f for f in files if files.count(f) > 1)
         raise ValueError(f"two items would be written to {twice}")
-    out = Path(out)
+    out, failures, said = Path(out), [*broken], [*notes]
     check_writable(out / "settings.json")
     with hold(out):
         _settle(out, settings, items)
-        return _prepare(
-            items,
-            make,
-            out,
-            spares or {},
-            [*notes],
-            workers,
-            [*broken],
-            int(settings.get("size", 0)),
-        )
+        for stray in out.rglob(".*.tmp"):
+            if STALE.fullmatch(stray.name):  # of a run that was killed
+                stray.unlink()
+        work = partial(_make_one, make=make, out=out)
+        rows, kept, short = _make_all(items, work, out, spares or {}, workers, failures)
+        _remove_others(out, rows)
+        cells = sorted({(i.split, i.label) for i in items}, key=lambda c: (ORDER.get(c[0], 9), c))
+        owners: dict[tuple[str, str], list[str]] = {cell: [] for cell in cells}
+        for row in rows.values():
+            owners[row["split"], row["label"]].append(row["patient"])
+        said += _describe(rows)
+        _write_manifest(out, rows)
+        if rows:
+            write_contact_sheet(out, rows, cells)
+    return Report(
+        out,
+        {cell: len(names) for cell, names in owners.items()},
+        len(rows) - kept,
+        kept,
+        tuple(failures),
+        short,
+        tuple(said),
+        {cell: len(set(names)) for cell, names in owners.items()},
+        int(settings.get("size", 0)),
+    )
 
 
 def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
     """Write the settings into a new folder, or check that they are those of the old one."""
     chosen = [[i.file, i.patient, i.source] for i in sorted(items, key=lambda i: i.file)]
-    now = {
-        "medbudget": __version__,
-        **json.loads(json.dumps(dict(settings))),
-        "selection": hash_settings({"items": chosen}),
-    }
+    selection = hash_settings({"items": chosen})
+    now = {"medbudget": __version__, **json.loads(json.dumps(dict(settings)))}
     file = out / "settings.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        keys = [key for key in {**before, **now} if key != "medbudget"]
-        other = [
-            f"{key}: {before.get(key)} there, {now.get(key)} now"
-            if key != "selection"
-            else "selection: the cases are others"
-            for key in keys
-            if before.get(key) != now.get(key)
-        ]
-        if other:
+        same_cases = before.pop("selection", "") == selection
+        reason = describe_difference(before | {"medbudget": __version__}, now)
+        if reason or not same_cases:
             raise ValueError(
-                f"{out} was prepared with other settings or from other cases "
-                f"({'; '.join(other)}); choose another --out, or delete that folder"
+                f"{out} was prepared earlier, differently: {reason or 'the cases are others'}; "
+                "choose another --out, or delete that folder"
             )
         return
     if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise ValueError(
             f"{out} is not empty and has no settings.json of an earlier run; choose a new folder"
         )
-    write_json(file, now)
+    write_json(file, now | {"selection": selection})
 
 
-def _prepare(
+def _make_all(
     items: Sequence[Item],
-    make: Callable[[Item], Made],
+    work: Callable[[Item], tuple[Row | None, str]],
     out: Path,
     spares: Mapping[str, Sequence[Item]],
-    notes: list[str],
     workers: int,
     broken: list[tuple[str, str]],
-    size: int,
-) -> Report:
-    for stray in out.rglob(".*.tmp"):
-        if STALE.fullmatch(stray.name):  # of a run that was killed
-            stray.unlink()
+) -> tuple[dict[str, Row], int, dict[tuple[str, str], int]]:
+    """Make what is missing, and spares for what fails; return rows, kept ones, and what is short."""
     queues = {label: list(queue) for label, queue in spares.items()}
     rows: dict[str, Row] = {}
     kept: set[str] = set()
     short: dict[tuple[str, str], int] = {}
     todo, tried = list(items), {item.file: item for item in items}
     while todo:
-        rows |= {item.file: row for item in todo if (row := _read_row(out, item))}
-        kept |= rows.keys() & {item.file for item in todo}
+        found = {item.file: row for item in todo if (row := _read_row(out, item))}
+        rows, kept = rows | found, kept | found.keys()
         missing = [item for item in todo if item.file not in rows]
         failed: dict[str, str] = {}
-        work = partial(_make_one, make=make, out=out)
         for item, (row, reason) in run_parallel(work, missing, workers=workers, desc="preparing"):
             if row is None:
                 failed[item.file] = reason
             else:
                 rows[item.file] = row
         failed |= _refuse_twins(rows)
-        for file in failed:
-            rows.pop(file, None)
         todo = []
         for item in [item for item in tried.values() if item.file in failed]:
+            rows.pop(item.file, None)
             broken.append((item.name, failed[item.file]))
             if queues.get(item.label):
                 todo.append(replace(queues[item.label].pop(0), split=item.split))
             else:
                 cell = (item.split, item.label)
                 short[cell] = short.get(cell, 0) + 1
-        tried = {file: item for file, item in tried.items() if file not in failed}
+            del tried[item.file]
         tried |= {item.file: item for item in todo}
-    _remove_others(out, rows)
-    order = {split: i for i, split in enumerate((*SPLITS, "reference"))}
-    cells = {(item.split, item.label) for item in items}
-    counts = dict.fromkeys(sorted(cells, key=lambda c: (order.get(c[0], 9), c)), 0)
-    patients: dict[tuple[str, str], set[str]] = {cell: set() for cell in counts}
-    for row in rows.values():
-        counts[row["split"], row["label"]] += 1
-        patients[row["split"], row["label"]].add(row["patient"])
-    notes += _describe(rows)
-    _write_manifest(out, rows)
-    write_contact_sheet(out, rows, list(counts))
-    kept &= rows.keys()
-    return Report(
-        out, counts, len(rows) - len(kept), len(kept), tuple(broken), short, tuple(notes),
-        {cell: len(names) for cell, names in patients.items()}, size,
-    )  # fmt: skip
+    return rows, len(kept & rows.keys()), short
 
 
 def _make_one(item: Item, *, make: Callable[[Item], Made], out: Path) -> tuple[Row | None, str]:
@@ -238,11 +223,10 @@ def _fill_row(out: Path, item: Item, record: Mapping[str, Any]) -> Row:
         "split": item.split,
         "label": item.label,
         "patient": item.patient,
-        **{key: record[key] for key in RECORD[:5]},
+        **{key: record[key] for key in RECORD},
         "masks": " | ".join(f"{name}={_mask_file(name, item)}" for name in record["masks"]),
         "note": "; ".join(filter(None, (item.note, record["note"]))),
         "sha256": hash_file(out / item.file),
-        "pixels": record["pixels"],
     }
 
 
@@ -251,10 +235,9 @@ def _read_row(out: Path, item: Item) -> Row | None:
     record = read_record(out / item.file)
     if record is None or record.get("prepared") != item.patient or not record.keys() >= {*RECORD}:
         return None
-    files = [out / item.file, *(out / _mask_file(name, item) for name in record["masks"])]
     try:
-        for file in files:
-            load_image(file)
+        for file in (item.file, *(_mask_file(name, item) for name in record["masks"])):
+            load_image(out / file)
     except (ImageError, OSError):
         return None
     return _fill_row(out, item, record)
@@ -262,9 +245,8 @@ def _read_row(out: Path, item: Item) -> Row | None:
 
 def _refuse_twins(rows: Mapping[str, Row]) -> dict[str, str]:
     """Return the images to leave out, and why, as another split or class has the same pixels."""
-    order = {split: i for i, split in enumerate((*SPLITS, "reference"))}
     groups: dict[str, list[Row]] = {}
-    for row in sorted(rows.values(), key=lambda r: (order.get(r["split"], 9), r["file"])):
+    for row in sorted(rows.values(), key=lambda r: (ORDER.get(r["split"], 9), r["file"])):
         groups.setdefault(row["pixels"], []).append(row)
     groups.pop("", None)
     refused = {}
@@ -273,15 +255,12 @@ def _refuse_twins(rows: Mapping[str, Row]) -> dict[str, str]:
         for row in group:
             other = next((r for r in group if r["label"] != row["label"]), None)
             if other is not None:
-                refused[row["file"]] = (
-                    f"{row['file']} and {other['file']} have the same pixels, in two classes: "
-                    "keep it in the right one"
-                )
+                reason = f"{other['file']} have the same pixels, in two classes: keep it in the right one"
             elif row["split"] != first["split"] and not row["note"].startswith("also in"):
-                refused[row["file"]] = (
-                    f"{row['file']} and {first['file']} have the same pixels: kept in "
-                    f"{first['split']} alone"
-                )
+                reason = f"{first['file']} have the same pixels: kept in {first['split']} alone"
+            else:
+                continue
+            refused[row["file"]] = f"{row['file']} and {reason}"
     return refused
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 SPLITS = ("train", "val", "test")
+T = TypeVar("T")
 
 
 def shuffle(names: Iterable[str], *, seed: int = 0) -> list[str]:
@@ -29,47 +32,41 @@ def join_patients(groups: Iterable[Iterable[str]]) -> dict[str, str]:
     parents: dict[str, str] = {}
 
     def find(patient: str) -> str:
-        while (above := parents.get(patient, patient)) != patient:
-            patient = above
+        while parents.setdefault(patient, patient) != patient:
+            patient = parents[patient]
         return patient
 
     for group in groups:
-        roots = sorted({find(patient) for patient in group})
-        for patient in group:
-            parents.setdefault(patient, patient)
-        for root in roots[1:]:
-            parents[root] = roots[0]
-    return {patient: find(patient) for patient in parents}
+        first, *rest = sorted({find(patient) for patient in group})
+        parents |= dict.fromkeys(rest, first)
+    return {patient: find(patient) for patient in [*parents]}
 
 
 def choose_one_per_patient(
     patients: Mapping[str, str], labels: Mapping[str, str], *, seed: int = 0
 ) -> dict[str, str]:
-    """Choose one image (or study) for each patient.
+    """Choose one image (or study) for each patient: patient to its name.
 
-    A patient with images of several labels counts for the label that the fewest patients have.
-
-    Parameters
-    ----------
-    patients, labels : mapping of str to str
-        Image name to patient and to label, with the same keys.
-
-    Returns
-    -------
-    dict of str to str
-        Patient to the name of the image chosen.
+    `patients` and `labels` map an image's name to its patient and label. A patient with images of
+    several labels counts for the label that the fewest patients have.
     """
-    of_label: dict[str, set[str]] = {}
+    strata = stratify((patient, labels[name]) for name, patient in patients.items())
     names: dict[str, list[str]] = {}
     for name, patient in patients.items():
-        of_label.setdefault(labels[name], set()).add(patient)
-        names.setdefault(patient, []).append(name)
-    rank = {label: (len(having), label) for label, having in of_label.items()}
-    chosen = {}
-    for patient, theirs in names.items():
-        label = min((labels[name] for name in theirs), key=rank.__getitem__)
-        chosen[patient] = shuffle((n for n in theirs if labels[n] == label), seed=seed)[0]
-    return chosen
+        if labels[name] == strata[patient]:
+            names.setdefault(patient, []).append(name)
+    return {patient: shuffle(theirs, seed=seed)[0] for patient, theirs in names.items()}
+
+
+def stratify(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Patient to label, from pairs of both; of several, the label that the fewest patients have."""
+    having: dict[str, set[str]] = {}
+    for patient, label in pairs:
+        having.setdefault(label, set()).add(patient)
+    strata: dict[str, str] = {}
+    for label in sorted(having, key=lambda one: (len(having[one]), one)):
+        strata = dict.fromkeys(having[label], label) | strata
+    return strata
 
 
 def split_patients(
@@ -148,11 +145,9 @@ def split_in_proportion(
     ValueError
         A label with fewer patients than there are splits, or proportions that are not positive.
     """
-    if not proportions or min(proportions.values()) <= 0:
+    if min(proportions.values()) <= 0:
         raise ValueError(f"proportions must be above 0, got {dict(proportions)}")
-    counts: dict[str, int] = {}
-    for label in labels.values():
-        counts[label] = counts.get(label, 0) + 1
+    counts = Counter(labels.values())
     few = {label: n for label, n in sorted(counts.items()) if n < len(proportions)}
     if few:
         shown = ", ".join(f"{label!r}: {n}" for label, n in list(few.items())[:5])
@@ -188,9 +183,7 @@ def choose_reference(
     Parameters
     ----------
     splits : mapping of str to str
-        Patient to split, of this label.
-    left : sequence of str
-        Patients of this label in no split.
+        Patient to split, of this label; `left` has those in no split.
     disjoint : bool
         Take only from `left`, which may be fewer than `n`. Else fill up with patients of the test,
         the validation and, last, the training split.
@@ -207,8 +200,6 @@ def choose_reference(
     ValueError
         Fewer than `n` patients although they may overlap, or none left for a disjoint set.
     """
-    if n < 1:
-        raise ValueError(f"a reference set needs at least 1 patient, got {n}")
     chosen = dict.fromkeys(left[:n], "")
     if disjoint and not chosen:
         raise ValueError(
@@ -232,3 +223,45 @@ def choose_reference(
         listed = ", ".join(f"{count} with {split}" for split, count in shared.items() if count)
         notes.append(f"the reference set shares patients: {listed}; see the manifest's notes")
     return chosen, notes
+
+
+def choose_cases(
+    patients: Mapping[str, str],
+    labels: Mapping[str, str],
+    sizes: Mapping[str, Mapping[str, int]],
+    item: Callable[[str, str, str], T],
+    *,
+    seed: int,
+    allow_fewer: bool,
+    reference: int,
+    healthy: str,
+    disjoint: bool,
+) -> tuple[list[T], dict[str, list[T]], list[str]]:
+    """Choose one image a patient, split the patients, and choose a reference set of healthy ones.
+
+    Parameters
+    ----------
+    patients, labels : mapping of str to str
+        See `choose_one_per_patient`; `sizes`: see `split_patients`.
+    item : callable
+        ``item(name, split, other)`` makes an entry; `other` is a split that it stands in too, or "".
+
+    Returns
+    -------
+    items : list
+    spares : dict of str to list
+        Label to the items that may replace broken ones, of no split.
+    notes : list of str
+    """
+    chosen = choose_one_per_patient(patients, labels, seed=seed)
+    own = {patient: labels[name] for patient, name in chosen.items()}
+    splits, left = split_patients(own, sizes, seed=seed, allow_fewer=allow_fewer)
+    items = [item(chosen[patient], split, "") for patient, split in splits.items()]
+    notes: list[str] = []
+    if reference:
+        mine = {patient: split for patient, split in splits.items() if own[patient] == healthy}
+        extra, notes = choose_reference(mine, left[healthy], reference, disjoint=disjoint)
+        items += [item(chosen[patient], "reference", other) for patient, other in extra.items()]
+        left[healthy] = [patient for patient in left[healthy] if patient not in extra]
+    spares = {label: [item(chosen[p], "", "") for p in queue] for label, queue in left.items()}
+    return items, spares, notes

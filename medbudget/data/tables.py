@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 
 BLANK = " \t\r\n\0\ufeff\xa0"
-ENDING = re.compile(r"\.[a-z]\w{0,4}(\.gz)?")  # begins with a letter: no part of a UID
+ENDING = re.compile(r"\.[a-z]\w{0,4}$")  # begins with a letter: no part of a UID
 
 
 def read_table(file: Path) -> list[dict[str, str]]:
@@ -30,20 +30,13 @@ def read_table(file: Path) -> list[dict[str, str]]:
         raise ValueError(
             f"{file} is no CSV table in UTF-8 ({type(error).__name__}); save it as one"
         ) from None
-    lines = [[cell.strip(BLANK) for cell in line] for line in lines]
-    if not lines:
-        return []
-    head = lines[0]
-    twice = sorted({name for name in head if name and head.count(name) > 1})
-    if twice:
+    head, *rows = [[cell.strip(BLANK) for cell in line] for line in lines] or [[]]
+    if twice := sorted({name for name in head if name and head.count(name) > 1}):
         raise ValueError(f"{file} has more than one column {', '.join(twice)}; rename them")
-    rows = []
-    for number, line in enumerate(lines[1:], 2):
-        if any(line[len(head) :]):
+    for number, row in enumerate(rows, 2):
+        if any(row[len(head) :]):
             raise ValueError(f"{file}: row {number} has more fields than the first line names")
-        if any(line):
-            rows.append(dict(zip(head, [*line, *[""] * (len(head) - len(line))])))
-    return rows
+    return [dict(zip(head, [*row, *[""] * (len(head) - len(row))])) for row in rows if any(row)]
 
 
 def find_separator(file: Path) -> str:
@@ -57,7 +50,7 @@ class Listing:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.folders: dict[Path, dict[str, list[str]]] = {}
+        self.folders: dict[str, dict[str, list[str]]] = {}
 
     def find(self, name: str) -> tuple[str, str]:
         """Return the path of a listed file or folder, relative to the root, or "" and why not.
@@ -65,19 +58,15 @@ class Listing:
         Backslashes, letter case, the normal form of accents, a missing ending and the root's own
         name in front make no difference, as long as one file alone fits.
         """
-        text = name.strip()
-        own = self.root.resolve().as_posix() + "/"
-        for form in (text, text.replace("\\", "/")):
-            form = form.removeprefix(own)
-            parts = [part for part in form.split("/") if part not in ("", ".")]
-            if ".." in parts or not parts:
-                return "", "its path leads out of the folder"
-            if form.startswith("/"):
-                continue
-            if (self.root / Path(*parts)).exists():
-                return "/".join(parts), ""
+        own = self.root.resolve()
+        text = name.strip().replace("\\", "/").removeprefix(f"{own.as_posix()}/")
+        parts = [part for part in text.split("/") if part not in ("", ".")]
+        if ".." in parts or not parts:
+            return "", "its path leads out of the folder"
+        if not text.startswith("/") and (self.root / Path(*parts)).exists():
+            return "/".join(parts), ""
         fits = self._walk(parts)
-        if not fits and len(parts) > 1 and _fold(parts[0]) == _fold(self.root.resolve().name):
+        if not fits and len(parts) > 1 and _fold(parts[0]) == _fold(own.name):
             fits = self._walk(parts[1:])
         if len(fits) == 1:
             return fits[0], ""
@@ -93,27 +82,24 @@ class Listing:
         for i, part in enumerate(parts):
             following = []
             for place in places:
-                names = self._list(self.root / place)
-                fits = names.get(_fold(part), [])
-                if not fits and i == len(parts) - 1:
-                    key = _fold(part)
-                    fits = [
-                        name
-                        for folded, same in names.items()
-                        if folded.startswith(key) and ENDING.fullmatch(folded[len(key) :])
-                        for name in same
-                    ]
+                names = self._list(place).get(_fold(part), [])
+                exact = [name for name in names if _fold(name) == _fold(part)]
+                fits = exact or (names if i == len(parts) - 1 else [])
                 following += [f"{place}/{name}".lstrip("/") for name in fits]
             places = following
         return places
 
-    def _list(self, folder: Path) -> dict[str, list[str]]:
+    def _list(self, folder: str) -> dict[str, list[str]]:
+        """Return the names in a folder, by the spellings that mean them."""
         if folder not in self.folders:
-            names: dict[str, list[str]] = {}
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if not path.name.startswith("."):
-                    names.setdefault(_fold(path.name), []).append(path.name)
-            self.folders[folder] = names
+            names = self.folders.setdefault(folder, {})
+            place = self.root / folder
+            for path in place.glob("[!.]*") if place.is_dir() else ():
+                folded = _fold(path.name)
+                once = ENDING.sub("", folded)
+                both = ENDING.sub("", once) if folded.endswith(".gz") else once
+                for spelling in {folded, once, both}:
+                    names.setdefault(spelling, []).append(path.name)
         return self.folders[folder]
 
 
