@@ -734,7 +734,7 @@ def test_channels_of_a_study_lie_on_one_grid(tmp_path: Path) -> None:
     options = {"proportions": [1], "size": 40, "channels": "t2w,adc,hbv", "window": "percentile"}
     report = prepare_folder(tmp_path / "in", tmp_path / "out", **options)
     ((_, reason),) = report.broken
-    assert report.made == 2 and "channel adc: none of the 4 series of its study" in reason
+    assert report.made == 2 and "channel adc: 0 of the 4 series of its study" in reason
     assert "s3/b1400/0.dcm" in reason and "--channels" in reason
     red, green, blue = load_images(next((tmp_path / "out" / "train" / "c").iterdir()))[0].int()
     assert all(
@@ -747,7 +747,7 @@ def test_channels_of_a_study_lie_on_one_grid(tmp_path: Path) -> None:
     row = load_manifest(tmp_path / "out").iloc[0]
     assert row["sources"].count("sha256:") == 3 and row["slice_index"] == "2"
     assert row["window"].startswith("R percentile: ") and "; B percentile: " in row["window"]
-    assert any("series of the studies are no channel" in note for note in report.notes)
+    assert any("4 series and files are no channel" in note for note in report.notes)
     options["channels"] = "t2_tse,adc,hbv"  # fits two
     report = prepare_folder(tmp_path / "in", tmp_path / "two", **options)
     assert not report.made and "channel t2_tse: 2 of the 5 series" in str(report)

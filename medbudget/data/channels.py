@@ -52,39 +52,38 @@ def join_channels(
     """
     studies: dict[str, list[Series]] = {}
     joined: list[Source] = []
+    left_out = 0
     for source in sources:
-        if source.kind == "dicom":
-            try:
-                series = _describe(root, source)
-                studies.setdefault(series.study, []).append(series)
-            except BrokenCase as error:
-                joined.append(replace(source, problem=source.problem or str(error)))
-    if others := sum(source.kind != "dicom" for source in sources):
-        notes.append(f"{others} files are no DICOM, and so no channel: left out")
+        if source.kind != "dicom":
+            left_out += 1
+            continue
+        try:
+            series = _describe(root, source)
+            studies.setdefault(series.study, []).append(series)
+        except BrokenCase as error:
+            joined.append(replace(source, problem=source.problem or str(error)))
     for study in studies.values():
-        chosen, problem = [], ""
-        for name in names:
-            fits = _find(name, study)
-            files = ", ".join(one.source.files[0] for one in (fits or study)[:4])
-            if len(fits) == 1:
-                chosen.append(fits[0])
-                problem = problem or fits[0].source.problem
-            else:
-                problem = (
-                    f"channel {name}: {len(fits) or 'none'} of the {len(study)} series of its study "
-                    f"fit{'s' if not fits else ''} ({files}{' …' if len(fits or study) > 4 else ''})"
-                    "; name one by a part of its series description, such as --channels "
-                    "t2_tra,adc,b1400"
-                )
-                break
-        if not problem and len({one.place for one in chosen} - {""}) > 1:
+        fits = {name: _find(name, study) for name in names}
+        wrong = next((name for name, series in fits.items() if len(series) != 1), None)
+        chosen = [series[0] for series in fits.values()] if wrong is None else study
+        first, *rest = (one.source for one in chosen)
+        if wrong is not None:
+            shown = [one.source.files[0] for one in fits[wrong] or study]
+            problem = (
+                f"channel {wrong}: {len(fits[wrong])} of the {len(study)} series of its study fit "
+                f"({', '.join(shown[:4])}{' …' if len(shown) > 4 else ''}); name one by a part of "
+                "its series description, such as --channels t2_tra,adc,b1400"
+            )
+        elif len({one.place for one in chosen} - {""}) > 1:
             problem = "its channels have several frames of reference, in which no place is the same"
-        first, *rest = [one.source for one in chosen] or [study[0].source]
-        flagged = any(source.burnt_in for source in (first, *rest))
-        joined.append(replace(first, others=tuple(rest), problem=problem, burnt_in=flagged))
-    unused = sum(map(len, studies.values())) - 3 * sum(len(one.others) == 2 for one in joined)
-    if unused:
-        notes.append(f"{unused} series of the studies are no channel: left out")
+        else:
+            problem = "; ".join(one.source.problem for one in chosen if one.source.problem)
+            left_out += len(study) - 3
+        others = () if problem else tuple(rest)
+        flagged = any(one.source.burnt_in for one in chosen)
+        joined.append(replace(first, others=others, problem=problem, burnt_in=flagged))
+    if left_out:
+        notes.append(f"{left_out} series and files are no channel and left out")
     return sorted(joined, key=lambda source: source.files)
 
 
