@@ -31,7 +31,7 @@ def test_picai_and_its_broken_cases(prepare, tmp_path: Path) -> None:
     settings = json.loads((out / "settings.json").read_text())
     assert (settings["sequences"], settings["reference"], settings["size"]) == ("t2w", 1, 32)
     code, _, err = prepare(*command)
-    assert code == 1 and "size (32 there" in err or "reference (1 there, 0 now)" in err
+    assert code == 1 and "reference (1 there, 0 now)" in err
     for file in images.rglob("*_adc.mha"):
         file.unlink()
     broken = ("picai", images, labels, "--out", tmp_path / "b", "--per-class", 1, *SMALL)
