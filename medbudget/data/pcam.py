@@ -99,7 +99,9 @@ def _open(file: Path, part: str, shown: Path | None = None) -> Any:
     except OSError as error:
         raise OSError(f"{shown or file} cannot be read ({error}); download it again") from None
     try:
-        data = opened[part] if isinstance(opened.get(part, getlink=True), h5py.HardLink) else None
+        data: Any = (
+            opened[part] if isinstance(opened.get(part, getlink=True), h5py.HardLink) else None
+        )
         own = isinstance(data, h5py.Dataset) and not data.external and not data.is_virtual
         if not own or not data.ndim:
             problem = f"has no data set {part!r} of its own: it is no PatchCamelyon file"
