@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RENAMED = {  # commands of results that were recorded when they had another form
     "medbudget study stylegan3 --store stylegan3_tiny --preset tiny --kimg 30 --record": (
         "medbudget study stylegan3 --store stylegan3_tiny --set gan.kimg=30; "
-        "medbudget study report stylegan3 --store stylegan3_tiny --set gan.kimg=30 --record"
+        "python -m pretraining.rivals --store stylegan3_tiny --set gan.kimg=30"
     ),
 }
 LONGEST = ("tiny_base", "table2_tiny", "stylegan3_tiny", "table1_tiny", "interpolation_tiny")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,6 @@ from medbudget.classifier import (
     train_classifier,
 )
 from medbudget.networks import make_network, resize
-from medbudget.studies.comparison import repeat_classifier
 from medbudget.studies.gains import judge_gain, score_gain, score_runs
 
 FAST = ClassifierSettings.preset(
@@ -152,23 +150,6 @@ def test_the_papers_resize_takes_neighbours_and_the_modern_one_averages():
     sharp = torch.nn.functional.interpolate(lines.float(), (16, 16), mode="bilinear")
     assert torch.equal(resize(lines, 16, antialias=False).float(), sharp.round())
     assert torch.equal(resize(lines, 64, antialias=True), lines)
-
-
-def test_runs_are_saved_taken_up_again_and_never_mixed(splits, tmp_path):
-    train, val, test = splits
-    short = replace(FAST, steps=3)
-    first = repeat_classifier(train, val, test, short, runs=2, folder=tmp_path)
-    assert first.shape == (2, 24) and not np.array_equal(*first)
-    saved = json.loads((tmp_path / "run_1.json").read_text(encoding="utf-8"))
-    assert saved["scores"] == first[1].tolist() and saved["labels"] == test.labels.tolist()
-    assert len(saved["record"]["tests"]) == 1
-    (tmp_path / "run_0.json").unlink()
-    again = repeat_classifier(train, val, test, short, runs=2, folder=tmp_path)
-    assert np.array_equal(first, again) and not list(tmp_path.glob("*.ckpt"))
-    with pytest.raises(ValueError, match="another study: settings differ"):
-        repeat_classifier(train, val, test, replace(short, lr=0.1), runs=1, folder=tmp_path)
-    with pytest.raises(ValueError, match="another study: test differ"):
-        repeat_classifier(train, val, dots(12, 8), short, runs=1, folder=tmp_path)
 
 
 def test_scores_of_runs_by_hand():

@@ -70,8 +70,9 @@ def test_prepared_folders_give_axes_to_each_disease_without_a_score_of_phantoms(
         save_images(images, tmp_path / "train" / name)
     few = {"steps": 1, "batch_size": 1, "n_vectors": 2}
     settings = study_settings(
-        "interpolation", "paper", cases=3, size=64, base="tiny", steps=1, overrides=few, n=2
-    )
+        "interpolation", "paper", cases=3, size=64, base="tiny", steps=1, overrides=few, n=2,
+        grid={"share": (0.0, 0.5)},
+    )  # fmt: skip
     study = make_study(
         "interpolation", "paper", base_hash=tiny.hash, sources={"chest": tmp_path},
         settings=settings,

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from medbudget import make_phantoms
-from medbudget.images import find_images, load_images, make_grid, save_images
+from medbudget.images import find_images, load_images, save_images
 from medbudget.reader import ReaderStudy
-from medbudget.results import load_result
+from medbudget.results import load_result, results_folder
 from medbudget.studies import (
     count,
     in_order,
     make_study,
+    record_table,
     rivals,
     run,
     save_lines,
@@ -22,6 +23,7 @@ from medbudget.studies import (
 )
 from medbudget.stylegan3 import TINY, StyleGAN3, make_stylegan3
 from medbudget.tiny import load_trained
+from pretraining import rivals as recording
 
 QUICK = study_settings(
     "stylegan3", "tiny", n=4, steps=1, extractors=("layout",),
@@ -97,14 +99,6 @@ def test_images_of_both_are_written_for_a_reader_study(finished, tmp_path, medbu
     assert medbudget(*command)[0] == 0, "nothing is finished there, so nothing is written"
 
 
-def test_snapshots_are_kept_beside_the_networks(finished):
-    study, store = finished
-    shots = rivals.read_snapshots(study, store)
-    assert list(shots) == [0, 8, 16]
-    assert all(images.shape == (8, 3, 64, 64) for images in shots.values())
-    assert not torch.equal(shots[0], shots[16])
-
-
 def test_status_and_report_know_the_study(finished, tmp_path, medbudget, start):
     study, store = finished
     assert run(study.tasks, store) == 0
@@ -144,38 +138,27 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tiny, start, tmp_p
 
 def test_a_finished_study_is_recorded_as_the_chapter_reads_it(finished, tmp_path, monkeypatch):
     study, store = finished
+    with pytest.raises(ValueError, match=r"python -m pretraining\.rivals"):
+        record_table(study, store, "command")
     with pytest.raises(ValueError, match="results of stylegan3 are missing"):
-        rivals.record_rivals(study, study.store(tmp_path / "none"), "command")
-    monkeypatch.setattr(rivals, "WEIGHTS", tmp_path)
+        recording.record_rivals(study, study.store(tmp_path / "none"), "command")
+    shots = recording.read_snapshots(study, store)
+    assert list(shots) == [0, 8, 16] and not torch.equal(shots[0], shots[16])
+    monkeypatch.setattr(recording, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(recording, "SNAPSHOTS", tmp_path / "s.png")
     monkeypatch.setattr(rivals, "SNAPSHOTS", tmp_path / "s.png")
     monkeypatch.setattr(
-        rivals, "write_result", lambda name, values, **more: json.loads(json.dumps(values))
+        recording, "write_result", lambda name, values, **more: json.loads(json.dumps(values))
     )
-    values = rivals.record_rivals(study, store, "command")
-    recorded = json.loads(load_record())["values"]
-    assert set(values) == set(recorded) and values["snapshots"] == [0, 0, 8, 8, 16, 16]
+    values = recording.record_rivals(study, store, "command")
+    assert values["snapshots"] == [0, 0, 8, 8, 16, 16]
+    assert torch.equal(rivals.load_snapshots([0, 1, 8, 9, 16, 17])[17], shots[16])
+    recorded = json.loads((results_folder() / "stylegan3_tiny.json").read_text("utf-8"))["values"]
+    assert set(values) == set(recorded)
     for name in ("stylegan3", "diffusion"):
         assert set(values[name]) == set(recorded[name])
-        assert [s["name"] for s in recorded["scores"]["paper"][name]][:1] != []
-    assert {r: set(v) for r, v in values["scores"].items()} == {
-        r: set(v) for r, v in recorded["scores"].items()
-    }
-    names = [s["name"] for s in values["scores"]["paper"]["stylegan3"]]
-    assert names[0] == "Layout distance"
-
-
-def load_record():
-    from medbudget.results import results_folder
-
-    return (results_folder() / "stylegan3_tiny.json").read_text("utf-8")
-
-
-def test_recorded_snapshots_come_back_by_images_seen(tmp_path, monkeypatch):
-    images = make_phantoms("prostate", "healthy", 16).images
-    save_images(make_grid(images, columns=8, gap=0)[None], tmp_path, names=["s"])
-    monkeypatch.setattr(rivals, "SNAPSHOTS", tmp_path / "s.png")
-    found = rivals.load_snapshots([0, 7])
-    assert torch.equal(found[0], images[:8]) and torch.equal(found[7], images[8:])
+    for rule in ("none", "paper"):
+        assert set(values["scores"][rule]) == set(recorded["scores"][rule])
 
 
 def test_command_line_refuses_with_one_line(medbudget, tmp_path):

@@ -38,7 +38,7 @@ class Options:
         from medbudget.studies import make_study, parse_changes, parse_sources, study_settings
 
         settings = study_settings(name, self.preset, **parse_changes(self.changes or []))
-        sources = parse_sources(name, self.data or [])
+        sources = parse_sources(self.data or [])
         base = load_base(settings.base)
         study = make_study(
             name, self.preset, base_hash=base.hash, sources=sources, settings=settings
@@ -73,7 +73,7 @@ def _add(name: str, doc: str) -> None:
         import torch
 
         from medbudget.results import count_cores
-        from medbudget.studies import run, write_report
+        from medbudget.studies import check_report, run, write_report
 
         study, store = options.plan(name)
         if dry_run:
@@ -81,11 +81,12 @@ def _add(name: str, doc: str) -> None:
             return
         if engine == "local" and workers is None and not torch.cuda.is_available():
             workers = min(count_cores(), 4)
+        folder = options.store / f"{name}-{options.preset}"
+        check_report(folder)
         made = run(study.tasks, store, engine=engine, workers=workers, address=address, shard=shard)
         print(f"made {made} results in {options.store}")
         if shard == "1/1":
-            page = write_report(study, store, options.store / f"{name}-{options.preset}")
-            print(f"report: {page}")
+            print(f"report: {write_report(study, store, folder)}")
         else:
             more = options.repeat(store=str(options.store))
             print(f"when all shards are done: medbudget study report {name} {more}")
@@ -130,7 +131,7 @@ def report(
         record: also into results/, for the book's chapters
         images: also each line's images as PNG, in folders here; for a reader study
     """
-    from medbudget.studies import STUDIES, save_lines, write_report
+    from medbudget.studies import record_table, save_lines, write_report
 
     if record and options.data:
         raise ValueError("--record keeps studies of phantoms only: leave --data out")
@@ -141,4 +142,4 @@ def report(
     if record:
         more = options.repeat(store=options.store.name)
         command = f"medbudget study {name} {more}; medbudget study report {name} {more} --record"
-        print(f"recorded: {STUDIES[name].record(study, store, command)}")
+        print(f"recorded: {record_table(study, store, command)}")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from medbudget.studies import axes, rivals, table1, table2
+from medbudget.studies.drawing import Plan
 from medbudget.studies.report import (
+    check_report,
     format_values,
     read_values,
     record_table,
@@ -27,6 +29,7 @@ __all__ = [
     "StudySettings",
     "Task",
     "check_needs",
+    "check_report",
     "count",
     "format_values",
     "in_order",
@@ -46,51 +49,50 @@ __all__ = [
 class Recipe:
     """How a study is planned."""
 
-    make: Callable[[StudySettings, str, Mapping[str, Path]], Study]
+    make: Callable[[Plan], Study]
     roles: tuple[str, ...]  # the folders of real images, and other files, that it can be given
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # to presets
-    record: Callable[[Study, Store, str], Path] = record_table  # keeps the finished study
 
 
-_AXIS = {"share": (0.0, 0.25, 0.5, 0.75, 1.0)}
+_SHARES = {"share": (0.0, 0.25, 0.5, 0.75, 1.0)}
+_AXES = {"grid": {"CFG scale": (2.0,), **_SHARES}, "extractors": (), "n": 16}
 STUDIES = {
-    "table1": Recipe(table1.make_table1, table1.ROLES),
-    "figure5": Recipe(table1.make_figure5, table1.ROLES),
+    "table1": Recipe(table1.make_table1, tuple(table1.SPLITS)),
+    "figure5": Recipe(table1.make_figure5, tuple(table1.SPLITS)),
     "table2": Recipe(table2.make_table2, (*table2.PROBLEMS, table2.PCAM)),
     "interpolation": Recipe(
         axes.make_interpolation, tuple(table2.PROBLEMS),
         {
-            "tiny": {"grid": {"CFG scale": (2.0, 5.0), **_AXIS}, "extractors": ()},
-            "colab": {"grid": {"CFG scale": (2.0,), **_AXIS}, "extractors": (), "n": 16},
-            "paper": {"grid": {"CFG scale": (2.0,), **_AXIS}, "extractors": (), "n": 16},
+            "tiny": {"grid": {"CFG scale": (2.0, 5.0), **_SHARES}, "extractors": ()},
+            "colab": _AXES, "paper": _AXES,
         },
     ),
     "stylegan3": Recipe(
         rivals.make_rivals, ("train", "reference", rivals.START),
-        {"tiny": {"n": 200, "extractors": ("efficientnet-lite0",)}}, rivals.record_rivals,
+        {"tiny": {"n": 200, "extractors": ("efficientnet-lite0",)}},
     ),
 }  # fmt: skip
+
+
+def _find_recipe(name: str) -> Recipe:
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
+    return STUDIES[name]
 
 
 def study_settings(name: str, preset: str, **changes: Any) -> StudySettings:
     """Return the settings of a study: a preset of `StudySettings` as the study wants it.
 
-    Changes of a setting that is a mapping change its entries.
-
-    Raises
-    ------
-    ValueError
-        Unknown study, preset or setting.
+    Changes of a setting that is a mapping change its entries. An unknown study, preset or setting
+    raises ValueError.
     """
-    if name not in STUDIES:
-        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
-    own = dict(STUDIES[name].changes.get(preset, {}))
-    settings: StudySettings = StudySettings.preset(preset, **own)
+    own = dict(_find_recipe(name).changes.get(preset, {}))
+    before = vars(StudySettings.preset(preset, **own))
     for key, value in changes.items():
-        if isinstance(value, Mapping) and hasattr(settings, key):
-            changes[key] = {**getattr(settings, key), **value}
-    changed: StudySettings = StudySettings.preset(preset, **(own | changes))
-    return changed
+        if isinstance(value, Mapping) and key in before:
+            changes[key] = {**before[key], **value}
+    settings: StudySettings = StudySettings.preset(preset, **(own | changes))
+    return settings
 
 
 def make_study(
@@ -121,22 +123,16 @@ def make_study(
     ValueError
         Unknown study, preset or role, images that are needed and not given, or too few of them.
     """
-    settings = settings or study_settings(name, preset)
-    if name not in STUDIES:
-        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
-    roles = STUDIES[name].roles
+    settings, recipe = settings or study_settings(name, preset), _find_recipe(name)
     given = {role: Path(path) for role, path in (sources or {}).items()}
-    if unknown := sorted(set(given) - set(roles)):
+    if unknown := sorted(set(given) - set(recipe.roles)):
         raise ValueError(
-            f"study {name} takes no folder {unknown[0]!r}; its roles are {', '.join(roles)}"
+            f"study {name} takes no folder {unknown[0]!r}; its roles are {', '.join(recipe.roles)}"
         )
-    names = []
-    for extractor in settings.extractors:
-        extractor, equals, weights = extractor.partition("=")
-        names.append(extractor)
-        if equals:
-            given[extractor] = Path(weights)
-    study = STUDIES[name].make(replace(settings, extractors=tuple(names)), base_hash, given)
+    pairs = [text.partition("=") for text in settings.extractors]
+    given |= {extractor: Path(weights) for extractor, _, weights in pairs if weights}
+    named = replace(settings, extractors=tuple(extractor for extractor, _, _ in pairs))
+    study = recipe.make(Plan(named, base_hash, given))
     return replace(
         study, name=name, preset=preset, settings=settings, base_hash=base_hash, sources=given
     )

@@ -5,7 +5,6 @@ The paper draws them with a CFG scale of 2; a stronger one is tried beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,95 +12,70 @@ from typing import Any
 from scipy.stats import ttest_rel
 
 from medbudget.data.phantoms import KINDS as PHANTOMS
-from medbudget.files import write_json
 from medbudget.metrics import disease_axis, disease_score
-from medbudget.studies.drawing import (
-    describe_images,
-    plan_blocks,
-    plan_folder,
-    plan_phantoms,
-    plan_word,
-)
-from medbudget.studies.study import Row, Study, StudySettings
+from medbudget.studies.drawing import Plan
+from medbudget.studies.study import Row, Study
 from medbudget.studies.table2 import PROBLEMS, find_folder
 from medbudget.studies.tasks import Store, Task, kind
 
-# ------------------------------------------------------------------------------- what tasks do
 
-
-@kind("disease", ".json")
-def _run_disease(task: Task, store: Store, path: Path, checkpoint: Path) -> None:
-    (images,) = store.read_sets(task)
-    s = task.settings
+@kind("disease")
+def _run_disease(task: Task, store: Store) -> dict[str, Any]:
+    (images,), s = store.read_sets(task), task.settings
     (score,) = disease_axis({0.0: images}, s["kind"], s["label"]).values()
-    write_json(path, {"disease score": score.to_dict()})
+    return {"disease score": score.to_dict()}
 
 
-@kind("rise", ".json")
-def _run_rise(task: Task, store: Store, path: Path, checkpoint: Path) -> None:
+@kind("rise")
+def _run_rise(task: Task, store: Store) -> dict[str, Any]:
     s = task.settings
     now, before = (disease_score(images, s["kind"], s["label"]) for images in store.read_sets(task))
     difference = float((now - before).mean())
-    write_json(path, {"difference": difference, "p_value": float(ttest_rel(now, before).pvalue)})
+    return {"difference": difference, "p_value": float(ttest_rel(now, before).pvalue)}
 
 
-# ------------------------------------------------------------------------------- their planning
-
-
-def _plan_axes(
-    s: StudySettings, sources: Mapping[str, Path]
-) -> list[tuple[str, str, Task, Task, bool]]:
-    """Return each axis: kind, disease, cases of either end, and whether phantoms stand for them."""
-    given = [name for name in PROBLEMS if name in sources]
-    if s.phantoms and not given:
-
-        def cases(name: str, label: str) -> Task:
-            return plan_phantoms(name, label, "train", s.cases, s.size)
-
-        return [
-            (name, label, cases(name, healthy), cases(name, label), True)
-            for name, (healthy, *labels) in PHANTOMS.items()
-            for label in labels
-        ]
-    if not given:
+def _plan_axes(p: Plan) -> list[tuple[str, str, Task, Task]]:
+    """Return each axis: kind, disease, and the words of either end."""
+    given = [name for name in PROBLEMS if name in p.sources]
+    if not given and not p.s.phantoms:
         raise ValueError(
             "the axes need real images: --data prostate=FOLDER, chest=FOLDER or "
             "histology=FOLDER, each as medbudget prepare writes it"
         )
     axes = []
-    for name in given:
-        healthy = find_folder(sources, name, "train", 0)
-        first = plan_folder(sources, healthy, s.cases, s.size)
-        folders = sorted(p.name for p in (sources[name] / "train").iterdir() if p.is_dir())
-        for folder in (f"{name}/train/{folder}" for folder in folders):
-            if folder != healthy:
-                ill = plan_folder(sources, folder, s.cases, s.size)
-                axes.append((name, Path(folder).name, first, ill, False))
+    for name in given or PHANTOMS:
+        if given:
+            healthy = find_folder(p.sources, name, "train", 0)
+            folders = sorted(f.name for f in (p.sources[name] / "train").iterdir() if f.is_dir())
+            ends = {folder: p.folder(f"{name}/train/{folder}", p.s.cases) for folder in folders}
+            first = ends.pop(Path(healthy).name)
+        else:
+            ends = {label: p.phantoms(name, label, "train", p.s.cases) for label in PHANTOMS[name]}
+            first = ends.pop(next(iter(ends)))
+        axes += [(name, label, p.word(first), p.word(ill)) for label, ill in ends.items()]
     return axes
 
 
-def make_interpolation(s: StudySettings, base_hash: str, sources: Mapping[str, Path]) -> Study:
+def make_interpolation(p: Plan) -> Study:
     """Images along the axes from healthy to each disease, from the same seeds at each share.
 
     Phantoms get a disease score at each share. It is fitted on phantoms, so images of real cases
     get none.
     """
+    s, phantoms = p.s, not set(PROBLEMS) & set(p.sources)
 
     def draw(words: tuple[Task, Task], share: float, cfg_scale: float) -> tuple[Task, ...]:
-        options: dict[str, Any] = {"n": s.n, "cfg_scale": cfg_scale}
         if share in (0, 1):  # one word: shared by all axes from it, and by other studies
-            return plan_blocks(s, base_hash, [words[int(share)]], **options)
+            return p.blocks([words[int(share)]], n=s.n, cfg_scale=cfg_scale)
         prompt = f"<healthy>:{1 - share!r} AND <disease>:{share!r}"
-        options["tokens"] = ("<healthy>", "<disease>")
-        return plan_blocks(s, base_hash, words, prompt, **options)
+        tokens = ("<healthy>", "<disease>")
+        return p.blocks(words, prompt, n=s.n, cfg_scale=cfg_scale, tokens=tokens)
 
     rows = []
-    axes = _plan_axes(s, sources)
-    for (name, label, healthy, ill, phantoms), cfg_scale in product(axes, s.grid["CFG scale"]):
-        words = plan_word(s, base_hash, healthy), plan_word(s, base_hash, ill)
+    for (name, label, *words), cfg_scale in product(_plan_axes(p), s.grid["CFG scale"]):
         before: tuple[Task, ...] = ()
         for share in s.grid["share"]:
-            images = draw(words, share, cfg_scale)
+            images = draw((words[0], words[1]), share, cfg_scale)
             score = rise = None
             if phantoms:
                 axis = {"kind": name, "label": label}
@@ -116,8 +90,8 @@ def make_interpolation(s: StudySettings, base_hash: str, sources: Mapping[str, P
         "diseased; mean over images. p: paired t test against the share before. "
     )
     about = (
-        f"{describe_images(s, axes[0][-1])} Composed of the healthy word and the disease's by "
-        f"weighted prediction, {s.steps} steps, {s.n} images from the same seeds at each share. "
-        f"{scores if axes[0][-1] else ''}The paper shows such axes and has no number for them."
+        f"{p.describe(phantoms)} Composed of the healthy word and the disease's by weighted "
+        f"prediction, {s.steps} steps, {s.n} images from the same seeds at each share. "
+        f"{scores if phantoms else ''}The paper shows such axes and has no number for them."
     )
     return Study(tuple(rows), about, head=("axis", "share"))

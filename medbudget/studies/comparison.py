@@ -7,7 +7,6 @@ not known) and runs, the gain from the same cases on both sides.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Mapping
@@ -18,23 +17,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 
 from medbudget.cases import Cases, check_drawn, check_splits, load_cases
 from medbudget.classifier import (
     ClassifierSettings,
     choose_settings,
+    find_device,
     train_classifier,
 )
 from medbudget.data.pcam import find_split
 from medbudget.files import (
-    atomic_path,
     check_apart,
     check_output,
     check_writable,
     hash_tensors,
     hold,
     write_json,
+    write_text,
 )
 from medbudget.metrics.auc import bootstrap_auc, delong_difference
 from medbudget.metrics.scores import Score, format_table, to_json
@@ -94,7 +95,7 @@ def classify(
         `test` is looked at once a run.
     out : path
         Folder for ``settings.json``, ``scores.csv``, ``result.json`` and the runs. The same
-        comparison goes on there; another one is refused.
+        comparison goes on there, also with more runs; another one is refused.
     settings : ClassifierSettings, optional
         Default: ``tiny`` on a CPU, ``modern`` on a GPU.
     runs : int
@@ -106,11 +107,11 @@ def classify(
     """
     if runs < 1:
         raise ValueError(f"at least one run is needed, got {runs}")
-    out, place = Path(out), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out, place = Path(out), find_device(device)
     settings = settings or choose_settings(device=place)
     sources = {"train": train, "val": val, "test": test}
     sources |= {} if synthetic is None else {"synthetic": synthetic}
-    check_apart(out, *(one for one in sources.values() if isinstance(one, str | os.PathLike)))
+    check_apart(out, *(one for one in sources.values() if not isinstance(one, Cases)))
     check_seed(settings.seed, runs)
     cases = _load(sources, settings, positive, size)
     sets = {"real": cases["train"]}
@@ -120,28 +121,30 @@ def classify(
     for label, name in enumerate(cases["test"].classes):
         if patients and len({patients[i] for i in np.flatnonzero(labels == label)}) < 2:
             raise ValueError(f"test has one patient with {name}: at least 2 of each are needed")
-    record = {
-        "runs": runs,
-        **_describe(settings),
-        **{name: f"{len(one)} images, {_hash(one)}" for name, one in cases.items()},
-    }
+    record = {"runs": runs, **settings.without("checkpoint_every")}
+    for name, one in cases.items():
+        digest = hash_tensors({"images": one.images, "labels": one.labels})
+        record[name] = f"{len(one)} images, {digest}"
     _settle(out, record, overwrite)
     scores: dict[str, npt.NDArray[np.float64]] = {}
     rows: list[Score] = []
     verdict = ""
+    n = (int((labels == 0).sum()), int((labels == 1).sum()))
     with hold(out):
         for name, chosen in sets.items():
-            scores[name] = repeat_classifier(
-                chosen, cases["val"], cases["test"], settings, runs=runs,
-                folder=out / _folder(name), device=place,
-            )  # fmt: skip
+            folder = out / name.replace(" + ", "_and_")
+            scores[name] = _repeat(chosen, cases, settings, folder, runs, place)
             found = score_runs(labels, scores[name], patients=patients)
             if name != "real":
                 gain = bootstrap_auc(labels, scores[name], scores["real"], patients=patients)
-                n = (int((labels == 0).sum()), int((labels == 1).sum()))
                 found += score_gain(gain, n)
                 if patients is None or len(set(patients)) == len(patients):
-                    found.append(_check_gain(labels, scores[name][0], scores["real"][0], n))
+                    # DeLong takes cases for independent
+                    first = delong_difference(labels, scores[name][0], scores["real"][0])
+                    note = f"DeLong, p = {first.p_value:.3g}; a check on one pair of runs"
+                    found.append(
+                        Score("gain of the first run", first.value, first.interval, n, note=note)
+                    )
                 verdict = judge_gain(gain)
             rows += [replace(score, name=f"{score.name}, {name}") for score in found]
         _write_scores(out / "scores.csv", cases["test"], scores, settings.seed)
@@ -151,78 +154,34 @@ def classify(
     return Comparison(rows, verdict, counts, cases["test"].classes, known, out)
 
 
-def repeat_classifier(
-    train: Cases,
-    val: Cases,
-    test: Cases,
-    settings: ClassifierSettings,
-    *,
-    runs: int = 10,
-    folder: str | os.PathLike[str] | None = None,
-    device: str | torch.device | None = None,
-) -> npt.NDArray[np.float64]:
-    """Train and test with the seeds ``settings.seed``, + 1, …: scores of every case in every run.
+def _repeat(
+    train: Cases, cases: Mapping[str, Cases], settings: ClassifierSettings, folder: Path, runs: int,
+    device: torch.device,
+) -> npt.NDArray[np.float64]:  # fmt: skip
+    """Train and test with each seed: scores ``(runs, N)`` of every case in every run.
 
-    Parameters
-    ----------
-    folder : path, optional
-        Each run leaves ``run_SEED.json`` there, and is not repeated where that is of the same
-        settings and images; a run that was stopped goes on from its checkpoint.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(runs, N) float64``: probabilities of class 1.
-
-    Raises
-    ------
-    ValueError
-        Fewer than one run, splits that do not fit together, another study's runs in `folder`.
+    Each run leaves ``run_SEED.json`` in `folder` and is not repeated where that is there already; a
+    run that was stopped goes on from its checkpoint.
     """
-    if runs < 1:
-        raise ValueError(f"at least one run is needed, got {runs}")
-    check_splits({"train": train, "val": val, "test": test})
-    hashes = {"train": _hash(train), "val": _hash(val), "test": _hash(test)}
-    scores = []
+    test, scores = cases["test"], []
     for seed in tqdm(range(settings.seed, settings.seed + runs), desc="runs", unit="run"):
-        mine = replace(settings, seed=seed)
-        identity = {"settings": _describe(mine), **hashes}
-        path = None if folder is None else check_writable(Path(folder) / f"run_{seed}.json")
-        unfinished = None if path is None else path.with_suffix(".ckpt")
-        if path is not None and path.exists():
-            scores.append(_read_run(path, identity))
-            path.with_suffix(".ckpt").unlink(missing_ok=True)  # if killed just after the record
-            continue
-        made = train_classifier(train, val, mine, checkpoint=unfinished, device=device)
-        probabilities, score = made.test(test)
-        if path is not None and unfinished is not None:
+        path = check_writable(folder / f"run_{seed}.json")
+        checkpoint = path.with_suffix(".ckpt")
+        if not path.exists():
+            mine = replace(settings, seed=seed)
+            made = train_classifier(train, cases["val"], mine, checkpoint=checkpoint, device=device)
+            probabilities, score = made.test(test)
             record = {
-                "identity": identity,
-                "auc": score.value,
-                "record": made.record,
-                "names": list(test.names),
-                "labels": test.labels.tolist(),
-                "scores": probabilities.tolist(),
-            }
+                "auc": score.value, "record": made.record, "names": list(test.names),
+                "labels": test.labels.tolist(), "scores": probabilities.tolist(),
+            }  # fmt: skip
             write_json(path, record)
-            unfinished.unlink(missing_ok=True)
-        scores.append(probabilities)
-    return np.stack(scores)
-
-
-def _read_run(path: Path, identity: Mapping[str, Any]) -> npt.NDArray[np.float64]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        found, scores = stored["identity"], np.array(stored["scores"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is no record of a run; remove it to run it again") from None
-    if found != identity:
-        differs = [key for key in identity if found.get(key) != identity[key]]
-        raise ValueError(
-            f"{path} is of another study: {', '.join(differs)} differ; name another folder, or "
-            "remove it"
-        )
-    return scores
+        try:
+            scores.append(json.loads(path.read_text(encoding="utf-8"))["scores"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is no record of a run; remove it to run it again") from None
+        checkpoint.unlink(missing_ok=True)
+    return np.array(scores)
 
 
 def _load(
@@ -231,54 +190,37 @@ def _load(
 ) -> dict[str, Cases]:  # fmt: skip
     """Load and check the sets, and bring them to the network's size."""
     change = partial(resize, size=settings.size, antialias=settings.antialias)
-    cases = {
-        name: one if isinstance(one, Cases) else load_cases(one, positive=positive, size=size)
-        for name, one in sources.items()
-        if isinstance(one, Cases) or find_split(one) is None
-    }
-    check_splits(cases)
-    edge = size or max(max(one.images.shape[2:]) for one in cases.values()) if cases else None
-    official = {name: one for name, one in sources.items() if name not in cases}
-    cases = {name: one.transform(change) for name, one in cases.items()}
-    cases |= {
-        name: load_cases(one, positive=positive, size=edge, change=change)  # type: ignore[arg-type]
-        for name, one in official.items()
-    }
-    cases = {name: cases[name] for name in sources}
+    whole, official = {}, {}
+    for name, one in sources.items():
+        if isinstance(one, Cases):
+            whole[name] = one
+        elif find_split(one) is None:
+            whole[name] = load_cases(one, positive=positive, size=size)
+        else:
+            official[name] = one
+    check_splits(whole)
+    edge = size or max((max(one.images.shape[2:]) for one in whole.values()), default=None)
+    cases = {name: one.transform(change) for name, one in whole.items()}
+    for name, file in official.items():
+        cases[name] = load_cases(file, positive=positive, size=edge, change=change)
     check_splits(cases)
     for name in ("train", "synthetic"):
         if name in cases:
             check_drawn(cases[name], name)
-    return cases
-
-
-def _describe(settings: ClassifierSettings) -> dict[str, Any]:
-    """Return the settings that a run's scores depend on."""
-    return settings.without("checkpoint_every")
-
-
-def _hash(cases: Cases) -> str:
-    return hash_tensors({"images": cases.images, "labels": cases.labels})
-
-
-def _folder(name: str) -> str:
-    return name.replace(" + ", "_and_")
+    return {name: cases[name] for name in sources}
 
 
 def _settle(out: Path, record: dict[str, Any], overwrite: bool) -> None:
-    """Write what is compared into the folder, or check that it is what was compared there.
-
-    A comparison may be given more runs later.
-    """
+    """Write what is compared into the folder, or check that it is what was compared there."""
     file = out / "settings.json"
 
     def read(path: Path) -> dict[str, Any] | None:
         try:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            fewer = stored["runs"] <= record["runs"]
+            more = record["runs"] >= stored["runs"]
         except (ValueError, KeyError, TypeError):
             return None
-        return stored | {"runs": record["runs"]} if fewer else stored
+        return stored | {"runs": record["runs"]} if more else stored
 
     if overwrite or not check_output(file, record, read):
         for result in ("result.json", "scores.csv"):
@@ -288,26 +230,15 @@ def _settle(out: Path, record: dict[str, Any], overwrite: bool) -> None:
     write_json(check_writable(file), record)
 
 
-def _check_gain(
-    labels: npt.ArrayLike, scores: npt.ArrayLike, other: npt.ArrayLike, n: tuple[int, int]
-) -> Score:
-    """Return the gain of one pair of runs by DeLong, which takes cases for independent."""
-    one = delong_difference(labels, scores, other)
-    note = f"DeLong, p = {one.p_value:.3g}; a check on one pair of runs"
-    return Score("gain of the first run", one.value, one.interval, n, note=note)
-
-
 def _write_scores(
     path: Path, test: Cases, scores: Mapping[str, npt.NDArray[np.float64]], seed: int
 ) -> None:
     """Write one line for each case, training set and run."""
-    names = test.names or [f"image {i}" for i in range(len(test))]
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "label", "trained on", "seed", "score"])
-        for name, by_run in scores.items():
-            for i, run in enumerate(by_run):
-                writer.writerows(
-                    [case, int(label), name, seed + i, f"{score:.6f}"]
-                    for case, label, score in zip(names, test.labels, run)
-                )
+    case = test.names or [f"image {i}" for i in range(len(test))]
+    lines = {"case": case, "label": test.labels.tolist()}
+    tables = [
+        pd.DataFrame(lines | {"trained on": name, "seed": seed + i, "score": run})
+        for name, by_run in scores.items()
+        for i, run in enumerate(by_run)
+    ]
+    write_text(path, pd.concat(tables).to_csv(index=False, float_format="%.6f"))

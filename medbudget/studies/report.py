@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,8 +12,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from medbudget.files import atomic_path, write_text
-from medbudget.images import make_grid, save_images, to_pil
+from medbudget.files import check_writable, write_json, write_text
+from medbudget.images import make_grid, save_images
 from medbudget.results import write_result
 from medbudget.studies.study import Study
 from medbudget.studies.tasks import Store, count
@@ -32,18 +31,14 @@ def read_values(study: Study, store: Store) -> dict[str, Any]:
     """Return ``rows`` and ``floor`` as JSON types: of each row, what is there of scores and test."""
     rows = []
     for row in study.rows:
-        values: dict[str, Any] = {
-            "setting": row.group,
-            "value": row.value,
-            "paper": dict(row.paper),
-        }
+        values = {"setting": row.group, "value": row.value, "paper": dict(row.paper)}
         results = {"scores": row.score, "compare": row.compare, "details": row.details}
         for name, task in results.items():
             if task is not None and store.has(task):
                 values[name] = store.read_json(task)
         rows.append(values)
-    floor = study.floor is not None and store.has(study.floor)
-    return {"rows": rows, "floor": store.read_json(study.floor) if floor else {}}  # type: ignore[arg-type]
+    there = study.floor is not None and store.has(study.floor)
+    return {"rows": rows, "floor": store.read_json(study.floor) if there else {}}  # type: ignore[arg-type]
 
 
 def format_values(
@@ -95,13 +90,9 @@ def check_done(study: Study, store: Store) -> None:
 
 
 def record_table(study: Study, store: Store, command: str) -> Path:
-    """Write the finished table to the recorded results, for a chapter to show.
-
-    Raises
-    ------
-    ValueError
-        Results are missing.
-    """
+    """Write the finished table to the recorded results, for a chapter to show."""
+    if study.name == "stylegan3":
+        raise ValueError("this study's networks are recorded too: python -m pretraining.rivals")
     check_done(study, store)
     values = read_values(study, store)
     name = f"{study.name}_{study.preset}"
@@ -132,45 +123,38 @@ def save_lines(study: Study, store: Store, folder: Path) -> list[Path]:
     return list(folders)
 
 
+def check_report(folder: Path) -> None:
+    """Raise unless a report can be written into `folder`: nothing else's is replaced."""
+    if (folder / "report.md").exists() and not (folder / "environment.json").exists():
+        raise FileExistsError(f"{folder / 'report.md'} is no report of a study: name another place")
+    check_writable(folder / "report.md")
+
+
 def write_report(study: Study, store: Store, folder: Path) -> Path:
     """Write ``report.md``, ``report.html`` and ``figure.png`` into `folder`; return the page.
 
     The same results give the same bytes; versions and machine stand in ``environment.json``.
     """
-    if (folder / "report.md").exists() and not (folder / "environment.json").exists():
-        raise FileExistsError(f"{folder / 'report.md'} is no report of a study: name another place")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_report(folder)
     title = f"{study.name}, {study.preset}"
     values = read_values(study, store)
     table = format_values(values, study.head)
     if not any(row.score for row in study.rows):
         table = table.drop(columns="score")
-    lines = [
-        f"Study {study.name}, preset {study.preset}. {study.about} In brackets 95 % intervals."
-    ]
+    about = f"Study {study.name}, preset {study.preset}. {study.about} In brackets 95 % intervals."
+    notes = []
     if study.floor is not None:
         floor = "; ".join(f"{name} {_format_score(s)}" for name, s in values["floor"].items())
-        lines.append(f"Real against real (floor): {floor or 'not computed'}.")
-    counts = count(study.tasks, store).values()
-    done, total = sum(c[0] for c in counts), sum(c[1] for c in counts)
+        notes.append(f"Real against real (floor): {floor or 'not computed'}.")
+    done, total = (sum(numbers) for numbers in zip(*count(study.tasks, store).values()))
     if done < total:
-        lines.append(f"{total - done} of {total} results are still missing.")
-    lines.append(
+        notes.append(f"{total - done} of {total} results are still missing.")
+    notes.append(
         f"Base {study.settings.base} {study.base_hash}; results named by a hash of settings and "
         "inputs. Not for clinical use."
     )
-    rows = [row for row in study.rows if row.images and store.has(row.images[0])]
-    caption = ""
-    if rows:
-        blocks = [store.read_images(row.images[:1]) for row in rows]
-        columns = min(COLUMNS, *map(len, blocks))
-        grid = make_grid(torch.cat([block[:columns] for block in blocks]), columns=columns)
-        with atomic_path(folder / "figure.png") as temporary, open(temporary, "wb") as file:
-            to_pil(grid).save(file, format="PNG")
-        names = ", ".join(f"{row.group} {_format_value(row.value)}".strip() for row in rows)
-        caption = f"Synthetic images, the same seeds on every line; from the top: {names}."
-    about, *notes = lines
-    figure = f"![{caption}](figure.png)\n\n{caption}" if rows else ""
+    caption = _draw_figure(study, store, folder)
+    figure = f"![{caption}](figure.png)\n\n{caption}" if caption else ""
     cells = [list(map(str, table)), ["---"] * table.shape[1], *table.to_numpy().tolist()]
     markdown = "\n".join(f"| {' | '.join(line)} |" for line in cells)
     parts = [f"# {title}", about, markdown, figure, *notes]
@@ -180,12 +164,25 @@ def write_report(study: Study, store: Store, folder: Path) -> Path:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>',
         f"{STYLE}</style></head><body><h1>{title}</h1><p>{escape(about)}</p>",
         table.to_html(index=False, border=0),
-        f"{figure}</figcaption></figure>" if rows else "",
+        f"{figure}</figcaption></figure>" if caption else "",
         *(f"<p>{escape(note)}</p>" for note in notes),
         "</body></html>\n",
     ]
     write_text(folder / "report.html", "\n".join(html))
     environment = {"python": platform.python_version(), "platform": platform.platform()}
     environment |= {name: version(name) for name in ("medbudget", "torch", "diffusers", "numpy")}
-    write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+    write_json(folder / "environment.json", environment)
     return folder / "report.html"
+
+
+def _draw_figure(study: Study, store: Store, folder: Path) -> str:
+    """Write the first images of every line as one picture; return its caption, "" without images."""
+    rows = [row for row in study.rows if row.images and store.has(row.images[0])]
+    if not rows:
+        return ""
+    blocks = [store.read_images(row.images[:1]) for row in rows]
+    columns = min(COLUMNS, *map(len, blocks))
+    grid = make_grid(torch.cat([block[:columns] for block in blocks]), columns=columns)
+    save_images(grid[None], folder, names=["figure"])
+    names = ", ".join(f"{row.group} {_format_value(row.value)}".strip() for row in rows)
+    return f"Synthetic images, the same seeds on every line; from the top: {names}."

@@ -5,6 +5,7 @@ All engines call `ensure` on the same tasks, so the results are the same bytes.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,20 +20,14 @@ from medbudget.files import write_text
 from medbudget.processes import start_worker
 from medbudget.progress import quiet, tqdm
 from medbudget.runs import Stopped
-from medbudget.studies.drawing import forget_base
+from medbudget.studies.drawing import get_base
 from medbudget.studies.tasks import KINDS, Store, Task, check_needs, ensure, in_order
 
 ENGINES = ("local", "ray")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Return (i, k) of ``"i/k"``, i from 1 to k: share i of k.
-
-    Raises
-    ------
-    ValueError
-        Another form or range.
-    """
+    """Return (i, k) of ``"i/k"``, i from 1 to k: share i of k."""
     left, _, right = text.partition("/")
     if not (left.isdigit() and right.isdigit() and 1 <= int(left) <= int(right)):
         raise ValueError(
@@ -93,7 +88,9 @@ def run(
         raise ValueError(f"at least one worker is needed, got {count}")
     check_needs(tasks, store)
     if engine == "ray" or count > 1:
-        forget_base()  # others load it
+        get_base.cache_clear()  # others load it
+        gc.collect()
+        torch.cuda.empty_cache()
     share = in_order(tasks)[i - 1 :: k]
     if engine == "ray":
         return _run_ray(share, store, address, gpus)

@@ -27,6 +27,7 @@ class StudySettings(Settings):
     vectors: int = 64
     cases: int = 100  # real images of a class in each split
     extractors: tuple[str, ...] = ("inception", "radimagenet-keras")  # NAME or NAME=WEIGHTS
+    z_scored: bool = True  # also distances of images z-scored as by the paper's script (Table 1)
     phantoms: bool = False  # draw phantoms where no folders of real images are given
     # Table 1, Figure 5 and the axes
     grid: Mapping[str, tuple[float, ...]] = field(
@@ -55,7 +56,7 @@ class StudySettings(Settings):
     PRESETS: ClassVar = {
         "tiny": {
             "base": "tiny", "inversion": "tiny", "size": 64, "n": 64, "steps": 25,
-            "extractors": ("efficientnet-lite0", "layout"), "phantoms": True,
+            "extractors": ("efficientnet-lite0", "layout"), "z_scored": False, "phantoms": True,
             "grid": {
                 "sampling steps": (10, 25, 50, 100), "CFG scale": (1, 2, 3, 5),
                 "vectors": (8, 16, 32, 64), "cases": (5, 10, 50, 100),
@@ -77,16 +78,16 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 
     Values are JSON, or else text; a list may be written with commas.
     """
-    kinds = {f.name: f.type for f in fields(StudySettings)}
+    kinds = {f.name: str(f.type) for f in fields(StudySettings)}
     changes: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         name, dot, inner = name.partition(".")
-        if not equals or name not in kinds or bool(dot) != ("Mapping" in str(kinds[name])):
-            plain = [n if "Mapping" not in str(k) else f"{n}.NAME" for n, k in kinds.items()]
+        if not equals or name not in kinds or bool(dot) != kinds[name].startswith("Mapping"):
+            plain = [f"{n}.NAME" if k.startswith("Mapping") else n for n, k in kinds.items()]
             raise ValueError(f"{text!r} is not SETTING=VALUE; settings are {', '.join(plain)}")
         parsed: Any = value
-        if str(kinds[name]).startswith("tuple"):
+        if kinds[name].startswith("tuple"):
             parsed = tuple(value.split(","))
         else:
             with suppress(ValueError):
@@ -100,15 +101,15 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def parse_sources(name: str, texts: Sequence[str]) -> dict[str, Path]:
-    """Return folders by role out of texts such as ``train=FOLDER``, for the study called `name`."""
-    sources = {}
-    for text in texts:
-        role, equals, path = text.partition("=")
+def parse_sources(texts: Sequence[str]) -> dict[str, Path]:
+    """Return folders by role out of texts such as ``train=FOLDER``."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (_, equals, _) in zip(texts, pairs):
         if not equals:
-            raise ValueError(f"--data {text!r} is not ROLE=FOLDER; see medbudget study {name} -h")
-        sources[role] = Path(path)
-    return sources
+            raise ValueError(
+                f"--data {text!r} is not ROLE=FOLDER, such as train=FOLDER or prostate=FOLDER"
+            )
+    return {role: Path(path) for role, _, path in pairs}
 
 
 @dataclass(frozen=True)

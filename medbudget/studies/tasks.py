@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
-from medbudget.files import hash_settings, write_bytes
+from medbudget.files import hash_settings, write_bytes, write_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +56,9 @@ class Store:
         """Tell whether the result is there."""
         return self.path(task).exists()
 
-    def scratch(self, task: Task) -> Path:
-        """Return the folder of a task's checkpoint and lock, there only while it is made."""
-        return self.folder / "scratch" / task.key
+    def scratch(self, task: Task, name: str = "") -> Path:
+        """Return the folder of a task's checkpoint and lock, or a file there, while it is made."""
+        return self.folder / "scratch" / task.key / name
 
     def read_json(self, task: Task) -> Any:
         """Return a result of kind JSON."""
@@ -70,39 +70,33 @@ class Store:
 
     def read_sets(self, task: Task) -> list[torch.Tensor]:
         """Return the sets of images that a task's settings ``sets`` cut its inputs into."""
-        sets, first = [], 0
-        for count, n in task.settings["sets"]:
-            sets.append(self.read_images(task.inputs[first : first + count])[:n])
-            first += count
-        return sets
-
-
-def write_images(path: Path, images: torch.Tensor) -> None:
-    """Write images as `Store.read_images` reads them."""
-    write_bytes(path, save_safetensors({"images": images.contiguous()}))
+        inputs = iter(task.inputs)
+        return [
+            self.read_images([next(inputs) for _ in range(count)])[:n]
+            for count, n in task.settings["sets"]
+        ]
 
 
 # ------------------------------------------------------------------------------ kinds of tasks
 
-Run = Callable[[Task, Store, Path, Path], None]
-Needs = Callable[[Task, Store], list[tuple[Hashable, ...]]]
+Run = Callable[[Task, Store], Any]
 
 
 @dataclass(frozen=True)
 class Kind:
     """How the tasks of a kind are run."""
 
-    run: Run  # run(task, store, path, checkpoint) writes the result to `path`
+    run: Run  # returns a dict (JSON), images, or what writes the result to a path
     suffix: str  # of the result's file
     heavy: bool  # wants a GPU where there is one
-    needs: Needs  # (function, *arguments) to call before a study starts: each loads or raises
+    needs: Run | None  # loads what a task needs beside its inputs, once in a process, or raises
 
 
 KINDS: dict[str, Kind] = {}
 
 
 def kind(
-    name: str, suffix: str, *, heavy: bool = False, needs: Needs = lambda task, store: []
+    name: str, suffix: str = ".json", *, heavy: bool = False, needs: Run | None = None
 ) -> Callable[[Run], Run]:
     """Decorate the function that runs tasks of a kind."""
 
@@ -139,18 +133,14 @@ def count(tasks: Sequence[Task], store: Store) -> dict[str, tuple[int, int]]:
 
 
 def check_needs(tasks: Sequence[Task], store: Store) -> None:
-    """Load once what the missing results need: bases, extractors, weights; raise if one fails.
+    """Load what the missing results need: bases, extractors, weights; raise if one fails.
 
     So a study ends before its first task, and not at the first score after hours of sampling.
     """
-    needs = dict.fromkeys(
-        need
-        for task in in_order(tasks)
-        if not store.has(task)
-        for need in KINDS[task.kind].needs(task, store)
-    )
-    for function, *arguments in needs:
-        function(*arguments)  # type: ignore[operator]
+    for task in in_order(tasks):
+        needs = KINDS[task.kind].needs
+        if needs is not None and not store.has(task):
+            needs(task, store)
 
 
 # --------------------------------------------------------------------------------- making them
@@ -167,30 +157,33 @@ def ensure(task: Task, store: Store, *, wait: float = 1.0) -> int:
         if not path.exists():
             made += sum(ensure(needed, store, wait=wait) for needed in task.inputs)
         scratch.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(scratch / "lock", timeout=0)
         try:
-            lock.acquire()
+            held = FileLock(scratch / "lock", timeout=0).acquire()
         except (Timeout, FileNotFoundError):  # in use, or removed just now by who was done
             time.sleep(wait)
             continue
-        try:
+        with held:
             if not path.exists():
                 make_result(task, store)
                 made += 1
-        finally:
-            lock.release()
         shutil.rmtree(scratch, ignore_errors=True)
     return made
 
 
 def make_result(task: Task, store: Store) -> None:
     """Make a result out of its inputs, which are there; see `ensure`."""
-    path, scratch = store.path(task), store.scratch(task)
-    result = scratch / f"result{path.suffix}"
+    path = store.path(task)
+    temporary = store.scratch(task, f"result{path.suffix}")
     with one_thread():
-        KINDS[task.kind].run(task, store, result, scratch / "checkpoint")
+        result = KINDS[task.kind].run(task, store)
+    if isinstance(result, dict):
+        write_json(temporary, result)
+    elif isinstance(result, torch.Tensor):
+        write_bytes(temporary, save_safetensors({"images": result.contiguous()}))
+    else:
+        result(temporary)
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(result, path)
+    os.replace(temporary, path)
 
 
 _threads: list[int] = []  # what to go back to, once for each thread of Python that is at work
