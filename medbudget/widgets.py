@@ -29,11 +29,11 @@ from medbudget.reader import ReaderStudy
 from medbudget.sampling import sample, total_guidance
 
 EDGE = 384  # screen pixels of an image that is drawn on
-DOUBLE_CLICK = 0.25  # seconds: no one compares two images that fast
 DELAY = 0.4  # seconds without a change before sampling starts
+Stroke = tuple[list[list[float]], float]  # points and radius, in fractions of the image's edge
 
 
-def to_png(images: torch.Tensor, *, columns: int = 4, edge: int = 128) -> bytes:
+def _to_png(images: torch.Tensor, *, columns: int = 4, edge: int = 128) -> bytes:
     """Return images as one PNG file in reading order, each about `edge` pixels wide."""
     zoom = max(1, round(edge / images.shape[-1]))
     grid = make_grid(images, columns=columns, gap=2)
@@ -85,20 +85,15 @@ def show_frames(
         The frame shown first.
     columns : int
         Images in a row.
-
-    Raises
-    ------
-    ValueError
-        No frames, no alt text, or a start that is not one of them.
     """
-    if not frames or not 0 <= start < len(frames):
+    if not 0 <= start < len(frames):
         raise ValueError(f"start {start} is not one of {len(frames)} frames")
     if not alt.strip() or not caption.strip():
         raise ValueError("alt and caption must say what the frames show")
     say = html.escape
     parts = []
     for i, (place, images) in enumerate(frames.items()):
-        png = to_png(check_images(images), columns=columns)
+        png = _to_png(check_images(images), columns=columns)
         hidden = "" if i == start else " hidden"
         parts.append(
             f'<div data-frame="{i}"{hidden}><img src="{_embed(png)}" '
@@ -114,18 +109,27 @@ def show_frames(
     )
 
 
+def show_reader_study(study: ReaderStudy, *, height: int = 560) -> HTML:
+    """Return a study's exported page in a frame: it works without a kernel."""
+    return HTML(
+        f'<figure style="margin: 1em 0"><iframe title="{html.escape(study.question)}" '
+        f'srcdoc="{html.escape(study.export())}" style="width: 100%; height: {height}px; '
+        'border: 1px solid #767676"></iframe></figure>'
+    )
+
+
 # ---- with a kernel ------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
-    """Raised inside a job by `Live.check` when it is out of date or was stopped."""
+    """Raised inside a job when it is out of date or was stopped."""
 
 
 class Live:
     """Runs the newest of many requests in a thread, so that the kernel stays free.
 
     A request waits `delay` seconds for a newer one, which replaces it; a job that is already
-    running when a newer one comes, or when `stop` is called, ends at its next `check`.
+    running when a newer one comes, or when `stop` is called, ends at its next ``check()``.
 
     Parameters
     ----------
@@ -141,7 +145,7 @@ class Live:
         self.work, self.report, self.delay = work, report, delay
         self._newest = 0
         self._lock = threading.Lock()  # one job at a time
-        self._timer: threading.Timer | None = None
+        self._timer = threading.Timer(0, print)
 
     def request(self, *arguments: Any) -> None:
         """Ask for ``work(check, *arguments)`` soon."""
@@ -158,13 +162,12 @@ class Live:
 
     def wait(self, seconds: float = 60) -> None:
         """Block until the last request is done (for scripts and tests)."""
-        if self._timer is not None:
+        if self._timer.is_alive():
             self._timer.join(seconds)
 
     def _cancel(self) -> None:
         self._newest += 1
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
 
     def _run(self, number: int, arguments: tuple[Any, ...]) -> None:
         def check(_: Any = None) -> None:
@@ -207,16 +210,12 @@ class PromptMixer(ipw.VBox):
         self.base, self.embeddings = base, list(embeddings)
         self.options = {"n": 4, **options}
         share = round(1 / len(self.embeddings), 2)
-        self.sliders = [
-            ipw.FloatSlider(share, min=-0.5, max=1.5, step=0.05, description=e.token)
-            for e in self.embeddings
-        ]
-        self.scale = ipw.FloatSlider(cfg_scale, min=0, max=6, step=0.25, description="guidance")
-        self.button = ipw.Button(description="Stop", icon="stop")
+        self.sliders = [_slider(e.token, share, -0.5, 1.5) for e in self.embeddings]
+        self.scale = _slider("guidance", cfg_scale, 0, 6, step=0.25)
+        self.live = Live(self._draw, self._report, delay=delay)
+        self.button = _button("Stop", "stop", self.live.stop)
         self.status = ipw.Label()
         self.picture = ipw.Image(format="png")
-        self.live = Live(self._draw, self._report, delay=delay)
-        self.button.on_click(self.live.stop)
         for slider in (*self.sliders, self.scale):
             slider.observe(self._changed, names="value")
         row = ipw.HBox([self.button, self.status])
@@ -238,15 +237,20 @@ class PromptMixer(ipw.VBox):
         self.status.value = f"{state} · {self.prompt} · total guidance {total:.3g} · synthetic"
 
     def _draw(self, check: Callable[..., None], prompt: str, scale: float) -> None:
-        made = sample(
-            self.base,
-            prompt,
-            embeddings=self.embeddings,
-            cfg_scale=scale,
-            callback=check,
-            **self.options,
+        words = {"embeddings": self.embeddings, **self.options}
+        self.picture.value = _to_png(
+            sample(self.base, prompt, cfg_scale=scale, callback=check, **words)
         )
-        self.picture.value = to_png(made)
+
+
+def _slider(name: str, value: float, low: float, high: float, *, step: float = 0.05) -> Any:
+    return ipw.FloatSlider(value, min=low, max=high, step=step, description=name)
+
+
+def _button(name: str, icon: str, click: Callable[..., None]) -> Any:
+    button = ipw.Button(description=name, icon=icon)
+    button.on_click(click)
+    return button
 
 
 # sends a stroke, the points in fractions of the edge, to the text field beside the picture
@@ -284,19 +288,15 @@ class MaskPainter(ipw.VBox):
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.image = check_images(image[None] if image.ndim == 3 else image)[:1]
-        self.strokes: list[tuple[list[list[float]], float]] = []
+        self.strokes: list[Stroke] = []
         self.changed = changed
         self.picture = ipw.HTML()
         self.field = ipw.Text(layout={"display": "none"})
         self.field.add_class("medbudget-stroke")
-        self.radius = ipw.FloatSlider(
-            radius, min=0.02, max=0.3, step=0.01, description="brush", continuous_update=False
-        )
-        self.undo = ipw.Button(description="Undo", icon="undo")
-        self.clear = ipw.Button(description="Clear")
         self.field.observe(self._stroke, names="value")
-        self.undo.on_click(lambda _: self._set(self.strokes[:-1]))
-        self.clear.on_click(lambda _: self._set([]))
+        self.radius = _slider("brush", radius, 0.02, 0.3, step=0.01)
+        self.undo = _button("Undo", "undo", lambda _: self._set(self.strokes[:-1]))
+        self.clear = _button("Clear", "", lambda _: self._set([]))
         row = ipw.HBox([self.radius, self.undo, self.clear])
         super().__init__([self.picture, self.field, row])
         self.add_class("medbudget-painter")
@@ -309,24 +309,22 @@ class MaskPainter(ipw.VBox):
 
     def _stroke(self, change: dict[str, Any]) -> None:
         if change["new"]:
-            points = json.loads(change["new"])
-            self._set([*self.strokes, (points, self.radius.value)])
+            self._set([*self.strokes, (json.loads(change["new"]), self.radius.value)])
             self.field.value = ""  # the same stroke may come again
 
-    def _set(self, strokes: list[tuple[list[list[float]], float]]) -> None:
-        grown = strokes != self.strokes
-        self.strokes = strokes
+    def _set(self, strokes: list[Stroke]) -> None:
+        news, self.strokes = strokes != self.strokes, strokes
         tint = torch.tensor([255, 160, 0]).view(1, 3, 1, 1)
         share = 0.45 * self.mask
         shown = (self.image * (1 - share) + tint * share).round().to(torch.uint8)
         covered = 100 * self.mask.mean().item()
         self.picture.value = (
-            f'<img draggable="false" src="{_embed(to_png(shown, edge=EDGE))}" width="{EDGE}" '
+            f'<img draggable="false" src="{_embed(_to_png(shown, edge=EDGE))}" width="{EDGE}" '
             f'alt="The image to draw on; the mask covers {covered:.0f} percent of it." '
             'style="image-rendering: pixelated; touch-action: none; cursor: crosshair" '
             f'onpointerdown="{html.escape(_DRAW)}">'
         )
-        if grown:
+        if news:
             self.changed()
 
 
@@ -357,13 +355,11 @@ class Inpainter(ipw.VBox):
         self.status = ipw.Label()
         self.live = Live(self._draw, self._report, delay=delay)
         self.painter = MaskPainter(image, changed=self._changed)
-        self.strength = ipw.FloatSlider(strength, min=0.1, max=1, step=0.05, description="strength")
+        self.strength = _slider("strength", strength, 0.1, 1)
         self.strength.observe(self._changed, names="value")
-        self.button = ipw.Button(description="Stop", icon="stop")
-        self.button.on_click(self.live.stop)
+        self.button = _button("Stop", "stop", self.live.stop)
+        self.save = _button("Save", "save", self._save)
         self.result = ipw.Image(format="png", layout={"display": "none"})
-        self.save = ipw.Button(description="Save", icon="save")
-        self.save.on_click(self._save)
         row = ipw.HBox([self.strength, self.button, self.save, self.status])
         super().__init__([self.painter, row, self.result])
         self._show(None)
@@ -379,7 +375,7 @@ class Inpainter(ipw.VBox):
     def _show(self, images: torch.Tensor | None) -> None:
         """Show images, or with None no picture at all."""
         self.images = images
-        self.result.value = b"" if images is None else to_png(images)
+        self.result.value = b"" if images is None else _to_png(images)
         self.result.layout.display = "none" if images is None else ""
         self.save.disabled = images is None
 
@@ -398,24 +394,7 @@ class Inpainter(ipw.VBox):
         self.status.value = f"{state} · {self.prompt} · synthetic under the mask"
 
     def _draw(self, check: Callable[..., None], mask: torch.Tensor, strength: float) -> None:
-        made = inpaint(
-            self.base,
-            self.painter.image,
-            mask,
-            self.prompt,
-            embeddings=self.embeddings,
-            strength=strength,
-            callback=check,
-            **self.options,
-        )
+        about = {"embeddings": self.embeddings, "strength": strength, **self.options}
+        made = inpaint(self.base, self.painter.image, mask, self.prompt, callback=check, **about)
         check()
         self._show(made)
-
-
-def show_reader_study(study: ReaderStudy, *, height: int = 560) -> HTML:
-    """Return a study's exported page in a frame: it works without a kernel."""
-    return HTML(
-        f'<figure style="margin: 1em 0"><iframe title="{html.escape(study.question)}" '
-        f'srcdoc="{html.escape(study.export())}" style="width: 100%; height: {height}px; '
-        'border: 1px solid #767676"></iframe></figure>'
-    )

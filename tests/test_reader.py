@@ -75,10 +75,10 @@ def scores_of(study, **options):
 
 
 def png_chunks(data):
-    place, names = 8, []
+    place, names = 8, set()
     while place < len(data):
         (length,) = struct.unpack(">I", data[place : place + 4])
-        names.append(data[place + 4 : place + 8])
+        names.add(data[place + 4 : place + 8])
         place += 12 + length
     return names
 
@@ -90,9 +90,8 @@ def test_nothing_that_a_reader_gets_tells_the_source(study, sources):
     for text in texts:
         for word in (b"alpha", b"beta", b"patient", b"secret", b"seed", b"repeat_of", b"repeats"):
             assert word not in text.lower()
-    for pair in range(len(study.pairs)):
-        for png in study.images(pair):
-            assert set(png_chunks(png)) == {b"IHDR", b"IDAT", b"IEND"}
+    for file in (study.folder / "images").iterdir():
+        assert png_chunks(file.read_bytes()) == {b"IHDR", b"IDAT", b"IEND"}
     assert not list(study.folder.parent.glob(".*")), "scratch files left behind"
 
 
@@ -117,47 +116,37 @@ def test_repeats_come_a_third_later_with_their_sides_swapped(study):
     assert len(repeats) == 3 and len({first for _, first in repeats}) == 3
     for k, first in repeats:
         assert k - first > N // 3 and items[first]["repeats"] is None
-        assert study.images(k) == study.images(first)[::-1]
+        assert study.urls(k) == study.urls(first)[::-1]
 
 
-def test_the_seed_decides_and_sides_have_no_pattern(sources, tmp_path):
+def test_the_seed_decides_and_without_one_a_random_one_is_drawn(sources, tmp_path):
     made = [
         ReaderStudy.create(*sources, tmp_path / f"{i}", seed=seed, n_pairs=N)
-        for i, seed in enumerate((7, 7, 8))
+        for i, seed in enumerate((7, 7, 8, None, None))
     ]
     files = [{p.name: p.read_bytes() for p in s.folder.rglob("*.*")} for s in made]
     assert files[0] == files[1] and made[0].id == made[1].id != made[2].id
-    keys = [default_key(s.folder).read_bytes() for s in made]
-    assert keys[0] == keys[1] != keys[2]
-    sides = [[item["left"] for item in read_key(s)["pairs"]] for s in made]
-    assert sides[0] != sides[2]
+    keys = [read_key(s) for s in made]
+    assert keys[0] == keys[1] and keys[3]["seed"] != keys[4]["seed"]
+    sides = [[item["left"] for item in key["pairs"]] for key in keys]
+    assert sides[0] != sides[2] and sides[3] != sides[4]
 
 
-def test_fewer_pairs_than_images_and_no_repeats(sources, tmp_path):
-    study = ReaderStudy.create(*sources, tmp_path / "s", seed=1, n_pairs=5, repeats=0)
-    assert len(study.pairs) == 5
+def test_an_interrupted_call_goes_on_with_its_key(study, sources):
+    files = {p.name: p.read_bytes() for p in study.folder.rglob("*.*")}
+    shutil.rmtree(study.folder)  # killed between the key and the renaming of the folder
+    again = ReaderStudy.create(*sources, study.folder, seed=4, n_pairs=N)
+    assert {p.name: p.read_bytes() for p in again.folder.rglob("*.*")} == files
+
+
+def test_folders_of_different_size_fewer_pairs_and_no_repeats(sources, tmp_path):
+    save_images(draw(N - 1, 5), tmp_path / "few")
+    folders = (sources[0], tmp_path / "few")
+    study = ReaderStudy.create(*folders, tmp_path / "s", seed=1, n_pairs=20, repeats=0)
+    items = read_key(study)["pairs"]
+    assert len({item["a"] for item in items}) == len({item["b"] for item in items}) == 20
     answer_all(study, "ann", lambda item, k: "left")
     assert not any("twice" in name for name in scores_of(study))
-
-
-def test_folders_of_different_size_give_as_many_pairs_as_are_asked(sources, tmp_path):
-    save_images(draw(N - 1, 5), tmp_path / "few")
-    study = ReaderStudy.create(sources[0], tmp_path / "few", tmp_path / "s", seed=1, n_pairs=20)
-    first = [item for item in read_key(study)["pairs"] if item["repeats"] is None]
-    assert len({item["a"] for item in first}) == len({item["b"] for item in first}) == 20
-
-
-def test_without_a_seed_one_is_drawn_and_an_interrupted_call_goes_on_with_it(sources, tmp_path):
-    keys = []
-    for name in ("s", "t"):
-        study = ReaderStudy.create(*sources, tmp_path / name, n_pairs=9)
-        keys.append(read_key(study))
-        files = {p.name: p.read_bytes() for p in study.folder.rglob("*.*")}
-        shutil.rmtree(study.folder)  # killed between the key and the renaming of the folder
-        again = ReaderStudy.create(*sources, tmp_path / name, n_pairs=9)
-        assert {p.name: p.read_bytes() for p in again.folder.rglob("*.*")} == files
-        assert read_key(again) == keys[-1]
-    assert keys[0]["seed"] != keys[1]["seed"] and keys[0]["pairs"] != keys[1]["pairs"]
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -216,38 +205,24 @@ def test_broken_studies_keys_and_names(study, sources, tmp_path):
 # ---- answers ------------------------------------------------------------------------------------
 
 
-def test_answers_are_only_added_and_undo_is_one_more_line(study):
+def test_answers_are_only_added(study):
     ann, bob = study.reader("ann"), study.reader("bob")
     ann.answer(0, "left", seconds=1.234, note="odd “edge”\u2028line")
     before = ann.path.read_bytes()
-    ann.undo()
-    assert ann.path.read_bytes().startswith(before) and ann.next() == 0 and ann.answers() == []
-    ann.answer(0, "right", seconds=2)
     ann.answer(1, "none", seconds=3)
-    assert [r["choice"] for r in ann.records()] == ["left", "undo", "right", "none"]
-    assert [a["choice"] for a in ann.answers()] == ["right", "none"]
-    assert ann.records()[0]["note"] == "odd “edge”\u2028line" and ann.next() == 2
-    assert ann.records()[0]["seconds"] == 1.23
+    assert ann.path.read_bytes().startswith(before) and ann.next() == 2
+    assert [a["choice"] for a in ann.answers()] == ["left", "none"]
+    first = ann.records()[0]
+    assert first["note"] == "odd “edge”\u2028line" and first["seconds"] == 1.23
     assert bob.next() == 0 and study.readers() == ["ann"]
     bob.answer(0, "left", seconds=1)
     assert study.readers() == ["ann", "bob"] and bob.path != ann.path
     for pair, choice, problem in ((1, "left", "not the next"), (2, "maybe", "left, right, none")):
         with pytest.raises(ReaderError, match=problem):
             ann.answer(pair, choice, seconds=1)
-    bob.undo()
-    with pytest.raises(ReaderError, match="no answer to undo"):
-        bob.undo()
 
 
-def test_a_second_window_cannot_answer_the_same_pair(study):
-    one, two = study.reader("ann"), study.reader("ann")
-    pair = two.next()
-    one.answer(0, "left", seconds=1)
-    with pytest.raises(ReaderError, match=r"pair 0 is not the next one \(1\)"):
-        two.answer(pair, "right", seconds=1)
-
-
-@pytest.mark.parametrize("cut", [1, 2, 40])
+@pytest.mark.parametrize("cut", [1, 40])
 def test_a_line_cut_short_was_no_answer_and_is_asked_again(study, cut):
     ann = study.reader("ann")
     for pair in range(3):
@@ -284,8 +259,9 @@ def test_an_edited_file_is_refused(study):
 
 READ = """
 import sys
-from medbudget.reader import ReaderStudy
-reading = ReaderStudy.load(sys.argv[1]).reader("ann")
+from pathlib import Path
+from medbudget.reader import Reading
+reading = Reading(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "ann")
 while (pair := reading.next()) is not None:
     reading.answer(pair, "left", seconds=1)
     print(pair, flush=True)
@@ -294,25 +270,21 @@ while (pair := reading.next()) is not None:
 
 def test_a_killed_reading_loses_nothing_and_asks_nothing_twice(study):
     confirmed = []
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", READ, study.folder], stdout=subprocess.PIPE, text=True
-        )
-        for line in process.stdout:
-            confirmed.append(int(line))
-            if len(confirmed) % 7 == 0:
-                break
-        process.send_signal(signal.SIGKILL)
-        confirmed += [int(line) for line in process.stdout]
-        process.wait()
-        reading = study.reader("ann")
-        done = len(reading.answers())
-        # killed between disk and print, one answer more may be written than was printed
-        assert confirmed == sorted(set(confirmed)) and done - (confirmed[-1] + 1) in (0, 1)
-        assert [a["pair"] for a in reading.answers()] == list(range(done))
+    command = [sys.executable, "-c", READ, study.folder, study.id, str(len(study.pairs))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        confirmed.append(int(line))
+        if len(confirmed) == 7:
+            break
+    process.send_signal(signal.SIGKILL)
+    confirmed += [int(line) for line in process.stdout]
+    process.wait()
+    answers = study.reader("ann").answers()
+    # killed between disk and print, one answer more may be written than was printed
+    assert confirmed == list(range(len(confirmed))) and len(answers) - len(confirmed) in (0, 1)
+    assert [a["pair"] for a in answers] == list(range(len(answers)))
     answer_all(study, "ann", lambda item, k: "right")
-    records = study.reader("ann").records()
-    assert [r["pair"] for r in records] == list(range(len(study.pairs)))
+    assert [r["pair"] for r in study.reader("ann").records()] == list(range(len(study.pairs)))
 
 
 # ---- the page's answers -------------------------------------------------------------------------
@@ -384,15 +356,13 @@ def test_the_papers_preference():
     found = compute_preference(36, 50)
     assert found.share == 0.72 and found.p_value == pytest.approx(0.0026, abs=5e-5)
     assert found.interval == pytest.approx((0.583, 0.825), abs=5e-4)
-    assert compute_preference(14, 50).p_value == pytest.approx(found.p_value)
-    assert compute_preference(2, 4).p_value == 1
     assert compute_preference(5, 5).p_value == pytest.approx(2 / 32)  # by hand
     for chosen, n in ((0, 0), (3, 2), (-1, 2)):
         with pytest.raises(ValueError, match="at least one decision"):
             compute_preference(chosen, n)
 
 
-@pytest.mark.parametrize(("n", "preference"), [(5, 0.9), (6, 0.9), (50, 0.72), (51, 0.3)])
+@pytest.mark.parametrize(("n", "preference"), [(5, 0.9), (50, 0.72), (51, 0.3)])
 def test_power_is_the_chance_of_a_small_p(n, preference):
     want = sum(
         binom.pmf(k, n, preference) for k in range(n + 1) if binomtest(k, n, 0.5).pvalue <= 0.05
@@ -404,8 +374,8 @@ def test_power_is_the_chance_of_a_small_p(n, preference):
 
 def test_number_of_pairs_for_a_preference():
     n = required_pairs(0.72)
-    power = {k: compute_power(k, 0.72) for k in range(n - 1, n + 200)}
-    assert power[n - 1] < 0.8 <= min(power[k] for k in power if k >= n)
+    power = compute_power(np.arange(n - 1, n + 200), 0.72)
+    assert power[0] < 0.8 <= power[1:].min()
     # the normal approximation: ((1.96 * 0.5 + 0.8416 * sqrt(0.72 * 0.28)) / 0.22) ** 2 = 38.1
     assert 38 <= n <= 46
     assert required_pairs(0.28) == n < required_pairs(0.72, power=0.9) < required_pairs(0.6)
@@ -416,23 +386,19 @@ def test_number_of_pairs_for_a_preference():
             required_pairs(wrong)
 
 
-def test_a_reader_who_always_takes_one_source(study):
+def test_readers_who_always_take_one_source_or_one_side(study):
     answer_all(study, "ann", lambda item, k: side_of(item, "a"))
+    answer_all(study, "bob", lambda item, k: "left")
     scores = scores_of(study)
     first = scores["preference for alpha, ann"]
     assert (first.value, first.n) == (1, N) and "p = 1.9e-09" in first.note
     assert 0.4 < scores["choice of the left side, ann"].value < 0.6
     assert scores["same answer twice, ann"].value == 1
     assert scores["seconds an answer, ann"].value == 2
-
-
-def test_a_reader_who_always_takes_one_side_shows_no_preference(study):
-    answer_all(study, "ann", lambda item, k: "left")
-    scores = scores_of(study)
-    assert scores["preference for alpha, ann"].value == 0.5
-    sides = scores["choice of the left side, ann"]
+    assert scores["preference for alpha, bob"].value == 0.5
+    sides = scores["choice of the left side, bob"]
     assert (sides.value, sides.n) == (1, len(study.pairs))
-    assert scores["same answer twice, ann"].value == 0
+    assert scores["same answer twice, bob"].value == 0
 
 
 def test_no_preference_is_left_out_and_counted(study):
@@ -495,5 +461,3 @@ def test_command_line_from_folders_to_scores(medbudget, sources, tmp_path):
     assert "next study, as found: preference 0.5" in said
     names = [s["name"] for s in json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))]
     assert names[0] == "preference for alpha, eve"
-    said = medbudget("reader-study", "create", *sources, "--out", tmp_path / "x", "--n-pairs", 9)
-    assert said[0] == 0 and ReaderStudy.load(tmp_path / "x").pairs

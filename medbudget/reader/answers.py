@@ -45,13 +45,9 @@ class Reading:
         self.path = folder / "answers" / f"{name}.jsonl"
 
     def records(self) -> list[dict[str, Any]]:
-        """Return every line: answers, and what was undone.
+        """Return every line: answers, and what was undone on the page.
 
-        Raises
-        ------
-        ReaderError
-            Lines that no study of this kind has written. An incomplete last line is left out: its
-            answer was never confirmed.
+        An incomplete last line is left out: its answer was never confirmed.
         """
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         records = []
@@ -94,15 +90,10 @@ class Reading:
         with self._lock():
             if (due := self.next()) != pair:
                 raise ReaderError(f"pair {pair} is not the next one ({due}): show that again")
-            self._add([self._record(pair, choice, seconds=round(seconds, 2), note=note)])
-
-    def undo(self) -> None:
-        """Take back the last answer by another line; the answer itself stays in the file."""
-        with self._lock():
-            answers = self.answers()
-            if not answers:
-                raise ReaderError("there is no answer to undo")
-            self._add([self._record(len(answers) - 1, "undo")])
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            record = {"study": self.study, "reader": self.name, "pair": pair, "choice": choice,
+                      "seconds": round(seconds, 2), "note": note, "time": now}  # fmt: skip
+            self._write([*self.records(), record])
 
     def merge(self, records: Any, source: str) -> None:
         """Add the records that an exported page wrote; those that are here already are left out.
@@ -121,22 +112,15 @@ class Reading:
                     f"{source} and {self.path} both have answers of {self.name}, and they "
                     "differ: give one of the two readers another name"
                 )
-            self._add(records[len(own) :])
+            self._write([*own, *records[len(own) :]])
 
     def _lock(self) -> FileLock:
         """Return a lock that makes other processes wait which answer for this reader."""
         self.path.parent.mkdir(exist_ok=True)
         return FileLock(self.path.with_name(f".{self.name}.lock"))
 
-    def _record(self, pair: int, choice: str, **more: Any) -> dict[str, Any]:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        head = {"study": self.study, "reader": self.name, "pair": pair, "choice": choice}
-        return {**head, **more, "time": now}
-
-    def _add(self, records: list[dict[str, Any]]) -> None:
-        if records:
-            lines = (json.dumps(record) + "\n" for record in [*self.records(), *records])
-            write_text(self.path, "".join(lines))
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
     def _fold(self, records: Any, source: str) -> list[dict[str, Any]]:
         """Return the answers that stand after all undoing, or refuse records that make no sense."""

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from medbudget.files import InUseError, check_output, hold, write_bytes, write_json
-from medbudget.images import find_images, load_image, to_pil
+from medbudget.files import check_output, hold, write_bytes, write_json
+from medbudget.images import find_images, hash_pixels, load_image, to_pil
 from medbudget.metrics.scores import Score
 from medbudget.progress import tqdm
 from medbudget.reader.analysis import score_answers
@@ -80,14 +79,6 @@ class ReaderStudy:
             What the analysis calls the sources; default the folders' names.
         key : path, optional
             Default `out` with ``.key.json`` appended. Must lie outside `out`.
-
-        Raises
-        ------
-        ReaderError
-            Too few images, different sizes, an image that is in both folders or twice in one, a
-            key inside the study.
-        FileExistsError
-            `out`, or the key of another study, is there already.
         """
         out = Path(out)
         key = Path(key) if key is not None else default_key(out)
@@ -101,42 +92,29 @@ class ReaderStudy:
         names = labels or (Path(a).resolve().name, Path(b).resolve().name)
         if names[0] == names[1]:
             raise ReaderError(f"both sources are called {names[0]!r}: pass two labels")
-        other = _read_json(key, ("study", "seed")) if key.exists() else None
-        if seed is None:  # an interrupted call has left its key
-            seed = secrets.randbelow(2**32) if other is None else int(other["seed"])
-
+        seed = secrets.randbelow(2**32) if seed is None else seed
         items = _draw_items(files, n_pairs, repeats, np.random.default_rng(seed))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        key.parent.mkdir(parents=True, exist_ok=True)
         scratch = out.with_name(f".{out.name}.tmp")
-        try:
-            with hold(out):
-                shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted call
+        for place in (out, key):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        with hold(out):
+            shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted call
+            try:
                 study = _write_study(scratch, {"a": a, "b": b}, items, question)
                 secret = {"study": study, "seed": seed, "labels": list(names), "pairs": items}
-                if other is None:
-                    write_json(key, secret)
-                elif other != secret:
+                if key.exists() and _read_json(key) != secret:
                     raise FileExistsError(f"{key} exists: choose another place, or delete it")
-            os.rename(scratch, out)  # the last step
-        except InUseError:
-            raise
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+                write_json(key, secret)
+                os.rename(scratch, out)  # the last step
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
         return cls.load(out)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ReaderStudy:
-        """Open a study's folder.
-
-        Raises
-        ------
-        FileNotFoundError, ReaderError
-            No study there, or one that lacks images.
-        """
+        """Open a study's folder, or refuse one that lacks images."""
         folder = Path(folder)
-        about = _read_json(folder / "study.json", ("study", "question", "pairs"))
+        about = _read_json(folder / "study.json", "study", "question", "pairs")
         pairs = tuple((str(left), str(right)) for left, right in about["pairs"])
         for name in (name for pair in pairs for name in pair):
             if not re.fullmatch(r"images/\w+\.png", name):
@@ -148,21 +126,13 @@ class ReaderStudy:
             raise ReaderError(f"{folder} lacks {len(missing)} images, e.g. {missing[0]}")
         return cls(folder, about["study"], about["question"], pairs)
 
-    def images(self, pair: int) -> tuple[bytes, bytes]:
-        """Return the PNG files of the left and the right image of a pair."""
-        left, right = ((self.folder / name).read_bytes() for name in self.pairs[pair])
-        return left, right
-
     def urls(self, pair: int) -> list[str]:
         """Return the left and the right image of a pair as data URLs, for a page."""
-        encoded = (base64.b64encode(png).decode() for png in self.images(pair))
+        encoded = (
+            base64.b64encode((self.folder / name).read_bytes()).decode()
+            for name in self.pairs[pair]
+        )
         return [f"data:image/png;base64,{text}" for text in encoded]
-
-    @property
-    def width(self) -> int:
-        """Pixels in a row of an image."""
-        with Image.open(self.folder / self.pairs[0][0]) as image:
-            return image.width
 
     def reader(self, name: str) -> Reading:
         """Return the answers of one reader, to go on with."""
@@ -176,12 +146,8 @@ class ReaderStudy:
         """Return the study as one HTML page without key or network, and write it if asked to.
 
         The page keeps each answer in the browser's own storage (IndexedDB, flushed to the disk)
-        and gives the answers as a JSON file, for `import_answers`.
-
-        Raises
-        ------
-        FileExistsError
-            `path` is another file, unless `overwrite`.
+        and gives the answers as a JSON file, for `import_answers`. It replaces no other file,
+        unless `overwrite`.
         """
         urls = [self.urls(pair) for pair in range(len(self.pairs))]
         data = {"study": self.id, "question": self.question, "pairs": urls}
@@ -203,11 +169,7 @@ class ReaderStudy:
         ReaderError
             Not such a file, answers of another study, or answers that contradict those here.
         """
-        path = Path(path)
-        try:
-            records = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ReaderError(f"{path} is not JSON ({error})") from None
+        records = _parse(Path(path))
         if not isinstance(records, list) or not records:
             raise ReaderError(f"{path} holds no answers: download them again from the study's page")
         first = records[0] if isinstance(records[0], dict) else {}
@@ -240,7 +202,7 @@ class ReaderStudy:
             No key, that of another study, or no answers.
         """
         key = Path(key) if key is not None else default_key(self.folder)
-        secret = _read_json(key, ("study", "seed", "labels", "pairs"))
+        secret = _read_json(key, "study", "labels", "pairs")
         if secret["study"] != self.id:
             raise ReaderError(f"{key} is the key of study {secret['study']}, not of {self.id}")
         names = list(readers) if readers is not None else self.readers()
@@ -283,23 +245,18 @@ def _check_sources(a: Path, b: Path, n_pairs: int) -> tuple[list[Path], list[Pat
                 f"{n_pairs} pairs cannot be made: {folder} has {len(images)} images, and none is "
                 f"used twice; allowed are 1 to {min(map(len, files))} pairs"
             )
-    seen: dict[bytes, list[Path]] = {}
-    sizes: dict[tuple[int, ...], Path] = {}
+    seen: dict[str, Path] = {}
+    sizes: dict[str, Path] = {}
     for file in (*files[0], *files[1]):
         image = load_image(file)
-        sizes.setdefault(tuple(image.shape[1:]), file)
-        seen.setdefault(hashlib.sha256(image.numpy().tobytes()).digest(), []).append(file)
+        sizes.setdefault(f"{image.shape[1]} x {image.shape[2]}", file)
+        if (twin := seen.setdefault(hash_pixels(image), file)) != file:
+            raise ReaderError(f"{twin} and {file} are the same image: delete one of them")
     if len(sizes) > 1:
-        examples = ", ".join(f"{h} x {w} ({file})" for (h, w), file in list(sizes.items())[:3])
+        examples = ", ".join(f"{size} ({file})" for size, file in list(sizes.items())[:3])
         raise ReaderError(
             f"the images have different sizes, which tells them apart: {examples}; bring all to one "
             "size with `medbudget prepare folder`"
-        )
-    same = [alike for alike in seen.values() if len(alike) > 1]
-    if same:
-        raise ReaderError(
-            f"{same[0][0]} and {same[0][1]} are the same image: delete one of them"
-            + (f" ({len(same)} images are there more than once)" if len(same) > 1 else "")
         )
     return files
 
@@ -331,13 +288,18 @@ def _to_png(folder: str | os.PathLike[str], name: str) -> bytes:
     return file.getvalue()
 
 
-def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+def _parse(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: is this the right folder?")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ReaderError(f"{path} is not JSON ({error})") from None
+
+
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the mapping in a JSON file, or refuse one that lacks a key."""
+    value = _parse(path)
     if not isinstance(value, dict) or not set(keys) <= set(value):
         raise ReaderError(f"{path} must have the keys {', '.join(keys)}")
     return value
