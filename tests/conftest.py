@@ -40,6 +40,30 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def paper_base(tmp_path_factory):
+    """Stable Diffusion 2.0 in small, the authors' words and prepared folders; see `paper_base`."""
+    from paper_base import make_paper_base
+
+    return make_paper_base(tmp_path_factory.mktemp("paper"))
+
+
+@pytest.fixture
+def paper(paper_base, monkeypatch):
+    """Let this process and those that it starts find `paper_base`, offline."""
+    from dataclasses import replace
+
+    from medbudget import hub
+
+    for name, value in paper_base.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MEDBUDGET_SD2", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(paper_base.hub))
+    known = tuple(replace(word, sha256="") for word in hub.PAPER_EMBEDDINGS)  # others' vectors
+    monkeypatch.setattr(hub, "PAPER_EMBEDDINGS", known)
+    return paper_base
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     default = Path(__file__).parents[1].parent / "shared" / "data"
     folder = Path(os.environ.get("MEDBUDGET_REAL_DATA", default))
