@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,12 +44,12 @@ def leave_out(
 
 def inspect(source: Source, *, root: Path) -> tuple[str, Person]:
     """Return a hash of the pixels, or "" where they cannot be read, and who the patient is."""
-    person = read_person(root / source.files[0]) if source.kind == "dicom" else Person()
-    try:
-        values = read_pixels(root, source).values
-    except (ValueError, RuntimeError, OSError, EOFError):
-        return "", person  # making the image will say what is wrong
-    return hash_values(values), person
+    person, key = Person(), ""
+    with suppress(ValueError, RuntimeError, OSError, EOFError):  # making the image will say why
+        if source.kind == "dicom":
+            person = read_person(root / source.files[0])
+        key = hash_values(read_pixels(root, source).values)
+    return key, person
 
 
 def check_classes(
@@ -94,14 +95,19 @@ def join_twins(
     for entry in entries:
         if hashes[entry.source.files]:
             groups.setdefault(hashes[entry.source.files], []).append(entry)
-    twins = [group for group in groups.values() if len(group) > 1]
     contradictory, joined = set(), []
-    for group in twins:
+    for group in groups.values():
         if len({entry.label for entry in group}) == 1:
-            joined.append(group)
-        else:
-            contradictory |= {entry.source.files for entry in group}
-            broken += _name_twins(group)
+            joined += [group] if len(group) > 1 else []
+            continue
+        for entry in group:
+            contradictory.add(entry.source.files)
+            other = next(e for e in group if e.label != entry.label)
+            reason = (
+                f"in class {entry.label}, has the same pixels as {other.source.files[0]} in class "
+                f"{other.label}: keep it in the right one"
+            )
+            broken.append((entry.source.files[0], reason))
     if joined:
         n = sum(map(len, joined))
         pairs = [f"{g[1].source.files[0]} is {g[0].source.files[0]}" for g in joined[:3]]
@@ -115,16 +121,6 @@ def join_twins(
         for entry in entries
         if entry.source.files not in contradictory
     ]
-
-
-def _name_twins(group: Sequence[Entry]) -> Iterator[tuple[str, str]]:
-    for entry in group:
-        other = next(e for e in group if e.label != entry.label)
-        yield (
-            entry.source.files[0],
-            f"in class {entry.label}, has the same pixels as {other.source.files[0]} in class "
-            f"{other.label}: keep it in the right one",
-        )
 
 
 def veil(text: str | None, people: Sequence[Person]) -> str | None:

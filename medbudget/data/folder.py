@@ -20,7 +20,6 @@ from pathlib import Path
 from medbudget.data.channels import check_channels, join_channels
 from medbudget.data.compare import check_classes, inspect, join_twins, leave_out, veil
 from medbudget.data.listed import Entry, list_by_table
-from medbudget.data.parallel import run_parallel
 from medbudget.data.prepare import BrokenCase, Item, Report, check_settings, prepare_items
 from medbudget.data.render import parse_window, render_item
 from medbudget.data.splits import (
@@ -34,6 +33,7 @@ from medbudget.data.splits import (
 from medbudget.data.volumes import PLANES, Source, count_slices, find_sources
 from medbudget.files import check_apart, check_writable, write_text
 from medbudget.images import is_prepared
+from medbudget.processes import run_parallel
 
 PROPORTIONS = (0.6, 0.2, 0.2)
 BURNT_IN = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medbudget.data.decoding import quiet
+from medbudget.data.decoding import get_text, quiet
 
 NUMBERS = ("PatientID", "OtherPatientIDs")
 NAMES = ("PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName")
@@ -25,23 +25,13 @@ class Person:
 
 @quiet
 def read_person(path: Path) -> Person:
-    """Read who the patient of a DICOM file is; nobody where it does not say."""
+    """Read who the patient of a DICOM file is."""
     import pydicom
 
-    try:
-        data = pydicom.dcmread(
-            path,
-            stop_before_pixels=True,
-            force=True,
-            specific_tags=["SpecificCharacterSet", *NUMBERS, *NAMES],
-        )
-        numbers, names = (
-            tuple(str(data.get(tag) or "").strip("\0 ") for tag in tags)
-            for tags in (NUMBERS, NAMES)
-        )
-    except Exception:  # a damaged file can raise anything; reading its pixels will tell
-        return Person()
-    return Person(numbers, tuple(form for name in names for form in name.split("=")))
+    tags = ["SpecificCharacterSet", *NUMBERS, *NAMES]
+    data = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
+    names = [form for name in NAMES for form in get_text(data, name).split("=")]
+    return Person(tuple(get_text(data, name) for name in NUMBERS), tuple(names))
 
 
 def is_identity(label: str, people: Sequence[Person]) -> bool:
@@ -51,7 +41,7 @@ def is_identity(label: str, people: Sequence[Person]) -> bool:
     text that all of three or more patients carry is no identity.
     """
     words = _split(label)
-    whole = "".join(words)
+    whole = "".join(words).lstrip("0")
     carried = [
         {"".join(_split(text)) for text in (*one.numbers, *one.names)}
         | {word for text in one.names for word in _split(text)}
@@ -61,11 +51,9 @@ def is_identity(label: str, people: Sequence[Person]) -> bool:
     for person in people:
         for text in (*person.numbers, *person.names):
             joined = "".join(_split(text))
-            same = joined.lstrip("0") == whole.lstrip("0")
-            if same and len(joined) > 1 and joined not in shared:
-                return True
-        for text in person.numbers:
-            if "".join(_split(text)) not in shared and _holds_number(words, _split(text)):
+            same = joined.lstrip("0") == whole and len(joined) > 1
+            holds = text in person.numbers and _holds_number(words, _split(text))
+            if joined not in shared and (same or holds):
                 return True
         for text in person.names:
             for word in {*_split(text), *_split(text.casefold().translate(UMLAUTS))} - shared:

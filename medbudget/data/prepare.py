@@ -20,7 +20,6 @@ import torch
 
 from medbudget._version import __version__
 from medbudget.data.items import BrokenCase, Item, Made, Report, check_settings
-from medbudget.data.parallel import run_parallel
 from medbudget.data.sheet import write_contact_sheet
 from medbudget.data.splits import SPLITS
 from medbudget.files import (
@@ -34,6 +33,7 @@ from medbudget.files import (
     write_text,
 )
 from medbudget.images import ImageError, load_image, read_record, save_images
+from medbudget.processes import run_parallel
 
 __all__ = [
     "BrokenCase", "Item", "Made", "Report", "check_settings", "load_manifest", "prepare_items",

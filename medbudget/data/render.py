@@ -10,7 +10,7 @@ from PIL import Image
 
 from medbudget.data.channels import read_channels
 from medbudget.data.prepare import BrokenCase, Item, Made
-from medbudget.data.volumes import Array, Pixels, Source, Window, read_mask, read_pixels
+from medbudget.data.volumes import Array, Pixels, Window, read_mask, read_pixels
 from medbudget.files import hash_file
 from medbudget.images import fit_square, from_pil
 
@@ -24,7 +24,12 @@ def render_item(
     source, rule = item.job
     try:
         pixels = read_pixels(root, source, plane=plane)
-        index = _choose_slice(pixels, rule, source, masks, plane)
+        index = rule if isinstance(rule, int) else len(pixels.values) // 2
+        if rule == "mask" and masks is not None:
+            area = read_mask(masks, source, pixels, plane=plane).sum(axis=(1, 2))
+            if not area.any():
+                raise BrokenCase("its mask is empty")
+            index = int(area.argmax())
         layers = [pixels, *read_channels(root, source, pixels)]
         drawn = [apply_window(layer, index, window) for layer in layers]
     except BrokenCase as error:  # the report names the file: it is shown to the reader, not written
@@ -61,19 +66,6 @@ def hash_values(values: Array) -> str:
     return digest.hexdigest()
 
 
-def _choose_slice(
-    pixels: Pixels, rule: str | int, source: Source, masks: Path | None, plane: str
-) -> int:
-    if isinstance(rule, int):
-        return rule
-    if rule == "middle" or masks is None:
-        return len(pixels.values) // 2
-    area = read_mask(masks, source, pixels, plane=plane).reshape(len(pixels.values), -1).sum(axis=1)
-    if not area.any():
-        raise BrokenCase("its mask is empty")
-    return int(area.argmax())
-
-
 def parse_window(window: str) -> tuple[float, float]:
     """Return the lowest and highest intensity of ``LOW,HIGH``."""
     try:
@@ -92,31 +84,25 @@ def apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
     values = pixels.values[index]
     if values.ndim == 3:
         return values, "as stored (colour)"
-    padding = None if pixels.padding is None else pixels.padding[index]
+    seen = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
+    if not seen.size:
+        raise BrokenCase("all of it is padding")
     asked = pixels.windows[index] if pixels.windows else None
-    kind = window
     if window == "auto":
-        eight = values.dtype == np.uint8
-        kind = "tags" if asked else "stored" if eight else "percentile"
-    if kind == "stored":
-        chosen, said = Window(0, 255), "as stored (8 bit)"
-    elif kind == "tags":
-        if asked is None:
-            raise BrokenCase("it has no window tags; use --window percentile or LOW,HIGH")
-        chosen, said = asked, f"tags: {asked}"
+        window = "tags" if asked else "stored" if values.dtype == np.uint8 else "percentile"
+    if window == "stored":
+        chosen = Window(0, 255)
+    elif window == "percentile":
+        chosen = Window(*map(float, np.percentile(seen, PERCENTILES)))
+    elif window != "tags":
+        chosen, window = Window(*parse_window(window)), "fixed"
+    elif asked is None:
+        raise BrokenCase("it has no window tags; use --window percentile or LOW,HIGH")
     else:
-        if kind == "percentile":
-            seen = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
-            if not seen.size:
-                raise BrokenCase("all of it is padding")
-            low, high = np.percentile(seen, PERCENTILES)
-            chosen = Window(float(low), float(high))
-        else:
-            chosen, kind = Window(*parse_window(window)), "fixed"
-        said = f"{kind}: {chosen}"
-    if kind in ("tags", "fixed") and not (chosen.sigmoid or chosen.problem):
-        seen = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
-        low, high = (seen.min(), seen.max()) if seen.size else (0, 0)
+        chosen = asked
+    said = "as stored (8 bit)" if window == "stored" else f"{window}: {chosen}"
+    if window in ("tags", "fixed") and not (chosen.sigmoid or chosen.problem):
+        low, high = seen.min(), seen.max()
         if low < high and (high <= chosen.low or low >= chosen.high):
             raise BrokenCase(
                 f"its window {chosen} lies beside all of its values, {low:g} to {high:g}: it would "
@@ -125,6 +111,6 @@ def apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
     scaled = chosen.apply(values)
     if pixels.inverted:
         scaled, said = 1 - scaled, f"{said}, inverted"
-    if padding is not None:
-        scaled, said = np.where(padding, 0, scaled), f"{said}, padding black"
+    if pixels.padding is not None:
+        scaled, said = np.where(pixels.padding[index], 0, scaled), f"{said}, padding black"
     return np.rint(scaled * 255).astype(np.uint8), said

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from medbudget.data.prepare import BrokenCase
-from medbudget.data.volumes import read_volume
+from medbudget.data.items import BrokenCase
+from medbudget.data.itk import read_volume
+from medbudget.data.pixels import Array
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-Array = NDArray[Any]
 Vector = tuple[float, ...]
 # planes and masks by name, slice index, intensities that became 0 and 255
 Cut = tuple[dict[str, Array], dict[str, Array], int, dict[str, tuple[float, float]]]
@@ -48,13 +47,10 @@ def read_sequence(file: Path, what: str) -> sitk.Image:
         raise BrokenCase(f"{file.name}: {error}") from None
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise BrokenCase(f"{file.name} is not a gray 3-D volume: its size is {image.GetSize()}")
-    values = to_array(image)
-    if np.iscomplexobj(values):
-        raise BrokenCase(f"{file.name} has complex values; export their magnitude")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
+    if bad := int((~np.isfinite(to_array(image))).sum()):
         raise BrokenCase(
-            f"{file.name} has {int((~np.isfinite(values)).sum())} values that are infinite or not a "
-            "number; compute the map again, or set them to what they should be"
+            f"{file.name} has {bad} values that are infinite or not a number; compute the map "
+            "again, or set them to what they should be"
         )
     return image
 
@@ -84,15 +80,14 @@ def read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
 
     name = f"{file.parent.name}/{file.name}"
     image = read_sequence(file, f"mask ({file.parent.parent.name}/{file.parent.name})")
-    corners = [np.sort(_corners(one), axis=0) for one in (image, t2w)]  # whichever way it is stored
-    apart = float(np.abs(corners[0] - corners[1]).max())
+    apart = float(np.abs(_find_corners(image) - _find_corners(t2w)).max())
     if apart > 2 * max(*image.GetSpacing(), *t2w.GetSpacing()):
         raise BrokenCase(
             f"mask {name} of size {image.GetSize()} lies {apart:.0f} mm off T2W of size "
             f"{t2w.GetSize()}: it belongs to another volume"
         )
     values = to_array(image)
-    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+    if (values != np.rint(values)).any():
         raise BrokenCase(f"mask {name} has values that are no whole numbers: it is no mask")
     mask = sitk.Cast(image >= least, sitk.sitkUInt8)
     if not to_array(mask).any():
@@ -100,27 +95,20 @@ def read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
     return mask
 
 
-def _corners(image: sitk.Image) -> list[tuple[float, ...]]:
-    """Return the physical places of the two opposite outer corners of a volume."""
-    size = image.GetSize()
-    return [
-        image.TransformContinuousIndexToPhysicalPoint([-0.5] * len(size)),
-        image.TransformContinuousIndexToPhysicalPoint([edge - 0.5 for edge in size]),
-    ]
+def _find_corners(image: sitk.Image) -> Array:
+    """Return the lowest and highest coordinates of a volume's outer corners, in mm."""
+    ends = ([-0.5] * 3, [edge - 0.5 for edge in image.GetSize()])
+    corners = [image.TransformContinuousIndexToPhysicalPoint(end) for end in ends]
+    return np.sort(corners, axis=0)  # whichever way it is stored
 
 
 def cut_physical(
     volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image], window: str
 ) -> Cut:
-    """Cut one slice of one grid in patient space out of all volumes.
+    """Cut one slice of T2W's grid (`target_grid`) in patient space out of all volumes.
 
-    Parameters
-    ----------
-    volumes : mapping of str to SimpleITK.Image
-        By sequence; "t2w" gives the grid (`target_grid`).
-    masks : mapping of str to SimpleITK.Image
-        "gland" and, in a positive case, "tumour", of 0 and 1.
-    window : {"percentile", "volume"}
+    `masks` are "gland" and, in a positive case, "tumour", of 0 and 1; `window` is "percentile" or
+    "volume".
     """
     import SimpleITK as sitk
 
@@ -136,12 +124,9 @@ def cut_physical(
     corner = shift(origin, direction, (index * SPACING[0], 0, 0))
     planes, ranges = {}, {}
     for name, volume in volumes.items():
-        if window == "volume":
-            values = to_array(volume)
-            low, high = float(values.min()), float(values.max())
-        else:
-            values = to_array(_crop_to(volume, *centre, margin=0))
-            low, high = (float(v) for v in np.percentile(values, PERCENTILES))
+        seen = volume if window == "volume" else _crop_to(volume, *centre, margin=0)
+        ends = (0, 100) if window == "volume" else PERCENTILES
+        low, high = (float(v) for v in np.percentile(to_array(seen), ends))
         near = _crop_to(volume, (1, *GRID[1:]), corner, direction, margin=MARGIN)
         near = sitk.Cast(near, sitk.sitkFloat32)
         plane = _resample(near, (1, *GRID[1:]), corner, direction, sitk.sitkBSpline)[0]
@@ -182,9 +167,7 @@ def target_grid(t2w: sitk.Image) -> tuple[Vector, Vector]:
     return tuple(map(float, origin)), t2w.GetDirection()
 
 
-def shift(
-    origin: Sequence[float], direction: Sequence[float], millimetres: Sequence[float] | Array
-) -> Vector:
+def shift(origin: Vector, direction: Vector, millimetres: Sequence[float] | Array) -> Vector:
     """Move a point along slice, row and column."""
     step = np.reshape(direction, (3, 3)) @ np.asarray(millimetres)[::-1]
     return tuple(map(float, np.asarray(origin) + step))
@@ -213,11 +196,7 @@ def _start(length: int, wanted: int) -> int:
 
 
 def _resample(
-    image: sitk.Image,
-    shape: Sequence[int],
-    origin: Sequence[float],
-    direction: Sequence[float],
-    interpolator: int,
+    image: sitk.Image, shape: Sequence[int], origin: Vector, direction: Vector, interpolator: int
 ) -> Array:
     """Resample onto a grid of the target spacing; 0 outside. One thread: cases run in parallel."""
     import SimpleITK as sitk
@@ -233,17 +212,11 @@ def _resample(
 
 
 def _crop_to(
-    image: sitk.Image,
-    shape: Sequence[int],
-    origin: Sequence[float],
-    direction: Sequence[float],
-    *,
-    margin: int,
+    image: sitk.Image, shape: Sequence[int], origin: Vector, direction: Vector, *, margin: int
 ) -> sitk.Image:
     """Return the part of a volume under a grid: nothing else is resampled."""
     axes = np.reshape(direction, (3, 3)) * np.array(SPACING[::-1])
-    far = np.array(shape[::-1]) - 1
-    corners = np.array(np.meshgrid(*[[0, n] for n in far])).reshape(3, -1)
+    corners = np.array([*np.ndindex(2, 2, 2)]).T * (np.array(shape[::-1]) - 1)[:, None]
     points = np.asarray(origin)[:, None] + axes @ corners
     indices = np.array(
         [image.TransformPhysicalPointToContinuousIndex(p) for p in points.T.tolist()]
@@ -265,11 +238,10 @@ def _respace(image: sitk.Image, interpolator: int) -> Array:
 
 def _crop_centre(values: Array) -> Array:
     """Crop or zero-pad to the target size around the array's centre."""
-    out = np.zeros(GRID, values.dtype)
-    source, target = [], []
-    for length, wanted in zip(values.shape, GRID):
-        start = _start(length, wanted)
-        source.append(slice(max(start, 0), max(start, 0) + min(length, wanted)))
-        target.append(slice(max(-start, 0), max(-start, 0) + min(length, wanted)))
-    out[tuple(target)] = values[tuple(source)]
-    return out
+    starts = [_start(length, wanted) for length, wanted in zip(values.shape, GRID)]
+    pads = [
+        (max(-start, 0), max(wanted - length + start, 0))
+        for start, length, wanted in zip(starts, values.shape, GRID)
+    ]
+    crop = tuple(slice(max(s, 0), max(s, 0) + wanted) for s, wanted in zip(starts, GRID))
+    return np.pad(values, pads)[crop]
