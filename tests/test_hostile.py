@@ -19,7 +19,7 @@ from medbudget import load_images, save_images
 from medbudget.data import pcam
 from medbudget.data.folder import prepare_folder
 from medbudget.data.prepare import BrokenCase
-from medbudget.data.volumes import Source, count_slices, find_sources, read_pixels
+from medbudget.data.volumes import Source, find_sources, read_pixels
 from medbudget.images import ImageError, load_image
 from medbudget.reader import ReaderError, ReaderStudy
 from medbudget.torchfiles import read_torch
@@ -153,12 +153,6 @@ def test_volumes_that_claim_more_than_their_file_can_hold(tmp_path):
     data.save_as(tmp_path / "e.dcm")
     sources = find_sources(tmp_path)
     assert len(sources) == 5
-    for source in sources:
-        for read in (read_pixels, count_slices):
-            with pytest.raises(BrokenCase, match=r"claims|cannot be read|can be read"):
-                if read is count_slices and source.problem:
-                    raise BrokenCase(source.problem)
-                read(tmp_path, source)
     claims = [s for s in sources if "claims" in _why(tmp_path, s)]
     assert len(claims) == 5, [_why(tmp_path, s) for s in sources]
 

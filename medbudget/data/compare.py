@@ -42,14 +42,18 @@ def leave_out(
     return kept
 
 
-def inspect(source: Source, *, root: Path) -> tuple[str, Person]:
-    """Return a hash of the pixels, or "" where they cannot be read, and who the patient is."""
-    person, key = Person(), ""
+def inspect(source: Source, *, root: Path, plane: str) -> tuple[str, Person, int]:
+    """Return a hash of the pixels, who the patient is, and how many slices there are in `plane`.
+
+    The hash is "" where they cannot be read.
+    """
+    person, key, slices = Person(), "", 0
     with suppress(ValueError, RuntimeError, OSError, EOFError):  # making the image will say why
         if source.kind == "dicom":
             person = read_person(root / source.files[0])
-        key = hash_values(read_pixels(root, source).values)
-    return key, person
+        values = read_pixels(root, source, plane=plane).values
+        key, slices = hash_values(values), len(values)
+    return key, person, slices
 
 
 def check_classes(

@@ -15,7 +15,6 @@ from medbudget.data.decoding import (
     get_number,
     get_numbers,
     get_text,
-    measure,
     quiet,
     read_dataset,
     read_window,
@@ -41,12 +40,6 @@ class Frame:
     position: Numbers | None
     orientation: Numbers | None
     spacing: Numbers | None
-
-
-@quiet
-def count_frames(path: Path) -> int:
-    """Return how many frames a file has, without reading its pixels."""
-    return measure(read_dataset(path, pixels=False), path.stat().st_size)[0]
 
 
 @quiet

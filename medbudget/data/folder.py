@@ -20,7 +20,7 @@ from pathlib import Path
 from medbudget.data.channels import check_channels, join_channels
 from medbudget.data.compare import check_classes, inspect, join_twins, leave_out, veil
 from medbudget.data.listed import Entry, list_by_table
-from medbudget.data.prepare import BrokenCase, Item, Report, check_settings, prepare_items
+from medbudget.data.prepare import Item, Report, check_settings, prepare_items
 from medbudget.data.render import parse_window, render_item
 from medbudget.data.splits import (
     SPLITS,
@@ -30,7 +30,7 @@ from medbudget.data.splits import (
     split_patients,
     stratify,
 )
-from medbudget.data.volumes import PLANES, Source, count_slices, find_sources
+from medbudget.data.volumes import PLANES, Source, find_sources
 from medbudget.files import check_apart, check_writable, write_text
 from medbudget.images import is_prepared
 from medbudget.processes import run_parallel
@@ -150,12 +150,12 @@ def prepare_folder(
     else:
         entries = list_by_table(root, Path(labels), sources, columns, notes, broken)
     entries = _name_patients(root, entries, patient_pattern, notes)
-    work, every = partial(inspect, root=root), [entry.source for entry in entries]
+    work, every = partial(inspect, root=root, plane=plane), [entry.source for entry in entries]
     facts = {
         source.files: fact
         for source, fact in run_parallel(work, every, workers=workers, desc="comparing")
     }
-    people = {files: person for files, (_, person) in facts.items()}
+    people = {files: person for files, (_, person, _) in facts.items()}
     entries = check_classes(entries, people, labels is None, notes)
     entries = join_twins(entries, {f: fact[0] for f, fact in facts.items()}, notes, broken)
     if flagged := sum(entry.source.burnt_in for entry in entries):
@@ -176,7 +176,8 @@ def prepare_folder(
         extra |= chosen
         notes += [f"class {label}: {text}" for text in more]
     numbers = {p: f"p{i + 1:05d}" for i, p in enumerate(shuffle({*splits, *extra}, seed=seed))}
-    items = _list_items(root, entries, splits, extra, numbers, slices, plane)
+    lengths = {files: n for files, (_, _, n) in facts.items()}
+    items = _list_items(entries, splits, extra, numbers, slices, lengths)
     everybody = [*people.values()]
     settings = {
         "dataset": "folder",
@@ -288,13 +289,12 @@ def _fold(patient: str) -> str:
 
 
 def _list_items(
-    root: Path,
     entries: Sequence[Entry],
     splits: Mapping[str, str],
     extra: Mapping[str, str],
     numbers: Mapping[str, str],
     slices: str,
-    plane: str,
+    lengths: Mapping[tuple[str, ...], int],
 ) -> list[Item]:
     """One item an image, or one for every K-th slice; again for patients of the reference set."""
     folders: dict[str, str] = {}
@@ -308,7 +308,7 @@ def _list_items(
     for entry in sorted(entries, key=lambda e: e.source.files):
         if entry.group not in numbers:
             continue
-        for rule in _choose_rules(root, entry.source, slices, plane):
+        for rule in _choose_rules(slices, lengths[entry.source.files]):
             number = numbers[entry.group]
             counts[number] += 1
             files = [file for one in (entry.source, *entry.source.others) for file in one.files]
@@ -326,16 +326,12 @@ def _list_items(
     return items
 
 
-def _choose_rules(root: Path, source: Source, slices: str, plane: str) -> list[str | int]:
-    """Return the rule by which to choose a slice, or the slices of ``every:K``."""
-    if not slices.startswith("every:") or source.problem:
+def _choose_rules(slices: str, n: int) -> list[str | int]:
+    """Return the rule by which to choose a slice, or the slices of ``every:K``, of n in all."""
+    if not slices.startswith("every:"):
         return [slices]
     step = int(slices.removeprefix("every:"))
-    try:
-        n = count_slices(root, source, plane=plane)
-    except BrokenCase:
-        return ["middle"]  # reading it will say what is wrong
-    return list(range(min(step // 2, n - 1), n, step))
+    return list(range(min(step // 2, n - 1), n, step)) if n else ["middle"]  # it cannot be read
 
 
 def _write_key(key: Path, entries: Sequence[Entry], numbers: Mapping[str, str]) -> None:

@@ -14,15 +14,15 @@ from PIL import Image
 
 from medbudget.data import dicom
 from medbudget.data.items import BrokenCase
-from medbudget.data.itk import VOLUMES, read_size, read_stated, read_volume
+from medbudget.data.itk import VOLUMES, read_stated, read_volume
 from medbudget.data.pixels import TURNS, Array, Pixels, Window, turn
 from medbudget.data.series import Header, Source, join_series, read_header, separate
 from medbudget.pictures import SUFFIXES as PICTURES
 from medbudget.pictures import ImageError, describe_passed_over, open_picture
 
 __all__ = [
-    "PLANES", "VOLUMES", "Array", "Pixels", "Source", "Window", "count_slices", "find_sources",
-    "read_mask", "read_pixels", "read_volume", "separate",
+    "PLANES", "VOLUMES", "Array", "Pixels", "Source", "Window", "find_sources", "read_mask",
+    "read_pixels", "read_volume", "separate",
 ]  # fmt: skip
 
 DICOM = (".dcm", ".ima", ".dicom")
@@ -101,18 +101,6 @@ def _is_dicom(path: Path) -> bool | None:
     group, length = int.from_bytes(head[:2], "little"), int.from_bytes(head[4:8], "little")
     likely = group in (2, 8) and head[3:4] == b"\0" and (length < 128 or head[4:6].isalpha())
     return False if likely else None
-
-
-def count_slices(root: str | os.PathLike[str], source: Source, *, plane: str = "native") -> int:
-    """Return how many slices `read_pixels` would give, where possible without reading pixels."""
-    path = Path(root) / source.files[0]
-    if source.kind == "picture":
-        return 1
-    if plane != "native":
-        return len(read_pixels(root, source, plane=plane).values)
-    if source.kind == "dicom":
-        return len(source.files) if len(source.files) > 1 else dicom.count_frames(path)
-    return (*read_size(path), 1)[2]
 
 
 def read_pixels(root: str | os.PathLike[str], source: Source, *, plane: str = "native") -> Pixels:
