@@ -93,7 +93,8 @@ def apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
     if window == "stored":
         chosen = Window(0, 255)
     elif window == "percentile":
-        chosen = Window(*map(float, np.percentile(seen, PERCENTILES)))
+        low, high = (float(v) for v in np.percentile(seen, PERCENTILES))
+        chosen = Window(low, high)
     elif window != "tags":
         chosen, window = Window(*parse_window(window)), "fixed"
     elif asked is None:
