@@ -16,48 +16,12 @@ def by_sqrtm(x, y):
     return gap @ gap + np.trace(c1) + np.trace(c2) - 2 * np.trace(sqrtm(c1 @ c2)).real
 
 
-def test_diagonal_covariances_by_hand():
-    # independent axes with variances (4/3) and (16/3, 3 * 4/3): sum of (sd difference)^2, plus 3^2
-    x = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]], float)
-    y = x * [2, np.sqrt(3)] + [3, 0]
-    want = 9 + 4 / 3 * (1 + (np.sqrt(3) - 1) ** 2)
-    assert frechet_distance(x, y) == pytest.approx(want, rel=1e-12)
-
-
 @pytest.mark.parametrize("n, m, d", [(60, 50, 5), (40, 200, 30), (200, 40, 30)])
 def test_agrees_with_sqrtm(n, m, d):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(n, d)) @ rng.normal(size=(d, d))
     y = rng.normal(size=(m, d)) @ rng.normal(size=(d, d)) + 0.3
     assert frechet_distance(x, y) == pytest.approx(by_sqrtm(x, y), rel=1e-6)
-
-
-def test_agrees_with_torchmetrics_on_the_same_features():
-    import torch
-
-    fid = pytest.importorskip("torchmetrics.image.fid")
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(300, 64)) @ rng.normal(size=(64, 64))
-    y = rng.normal(size=(250, 64)) @ rng.normal(size=(64, 64)) + 0.2
-
-    class Same(torch.nn.Module):
-        num_features = 64
-
-        def forward(self, features):
-            return features
-
-    metric = fid.FrechetInceptionDistance(
-        feature=Same(), normalize=True, input_img_size=(3, 8, 8)
-    ).set_dtype(torch.float64)
-    metric.orig_dtype, metric._update_count = torch.float64, 1
-    # Set the sums directly: `update` would scale "images" to bytes.
-    for values, real in ((x, True), (y, False)):
-        t = torch.from_numpy(values)
-        which = "real" if real else "fake"
-        setattr(metric, f"{which}_features_sum", t.sum(0))
-        setattr(metric, f"{which}_features_cov_sum", t.T @ t)
-        setattr(metric, f"{which}_features_num_samples", torch.tensor(len(t)))
-    assert frechet_distance(x, y) == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
 def test_rank_deficient_sets_have_the_known_distance():
@@ -67,21 +31,8 @@ def test_rank_deficient_sets_have_the_known_distance():
     x -= x.mean(0)
     want = np.trace(np.cov(x, rowvar=False))
     assert frechet_distance(x, 2 * x) == pytest.approx(want, rel=1e-10)
-    tall = np.hstack([rng.normal(size=(500, 2)), np.zeros((500, 8))])
-    tall -= tall.mean(0)
-    assert frechet_distance(tall, 2 * tall) == pytest.approx(np.trace(np.cov(tall.T)), rel=1e-10)
-
-
-@pytest.mark.parametrize("shape", [(2, 1), (30, 50), (200, 50)])
-def test_identical_sets_are_at_zero(shape):
-    x = np.random.default_rng(3).normal(size=shape)
     assert frechet_distance(x, x[::-1]) < 1e-10
-
-
-def test_constant_features_leave_the_means():
-    x, y = np.full((5, 3), 2.0), np.full((9, 3), 4.0)
-    assert frechet_distance(x, y) == pytest.approx(12, rel=1e-14)
-    estimate = frechet_interval(x, y)
+    estimate = frechet_interval(np.full((5, 3), 2.0), np.full((9, 3), 4.0))  # the means alone
     assert estimate.value == pytest.approx(12) and estimate.se == 0
 
 

@@ -106,13 +106,6 @@ def test_a_prepared_folder_as_a_whole_is_no_set_of_real_images(medbudget, tmp_pa
     assert {file.parent.parent.name for file in part.files} == {"train"}
 
 
-def test_an_unknown_extractor_is_an_error_before_any_image_is_read(medbudget, tmp_path):
-    code, _, said = medbudget(
-        "evaluate", tmp_path / "absent", tmp_path / "absent", "--features", "x"
-    )
-    assert code == 1 and "unknown extractor 'x'" in said
-
-
 def a_set(folder, numbers=None, seeds=None):
     """Write one image for each number; `seeds` are recorded in the files."""
     images = torch.arange(len(numbers)).byte().view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
@@ -162,7 +155,7 @@ def test_what_does_not_pair_is_refused(tmp_path, a, b, message):
         pair(first, second)
 
 
-def test_names_without_numbers_are_not_paired(medbudget, tmp_path):
+def test_what_cannot_be_paired_is_an_error_of_the_command(medbudget, tmp_path):
     save_images(chests(4), tmp_path / "a", names="wxyz")
     command = ("evaluate", tmp_path / "a", tmp_path / "a", "--permutation", tmp_path / "a")
     code, _, said = medbudget(*command, "--paired", "--features", "layout")

@@ -194,6 +194,8 @@ def test_broken_studies_keys_and_names(study, sources, tmp_path):
     with pytest.raises(ReaderError, match="no answers yet"):
         study.analyse()
     study.reader("ann").answer(0, "left", seconds=1)
+    score = study.analyse()[0]
+    assert score.n == 1 and f"1 of {len(study.pairs)} pairs answered" in score.note
     other = ReaderStudy.create(*sources, tmp_path / "other", seed=5, n_pairs=N)
     with pytest.raises(ReaderError, match=f"key of study {other.id}, not of {study.id}"):
         study.analyse(default_key(other.folder))
@@ -222,19 +224,14 @@ def test_answers_are_only_added(study):
             ann.answer(pair, choice, seconds=1)
 
 
-@pytest.mark.parametrize("cut", [1, 40])
-def test_a_line_cut_short_was_no_answer_and_is_asked_again(study, cut):
+def test_a_line_cut_short_was_no_answer_and_is_asked_again(study):
     ann = study.reader("ann")
     for pair in range(3):
         ann.answer(pair, "left", seconds=1)
-    whole = ann.path.read_bytes()
-    ann.path.write_bytes(whole[:-cut])
-    lost = cut > 1  # without its newline a line is still whole
-    assert ann.next() == 3 - lost
-    ann.answer(3 - lost, "right", seconds=1)
-    choices = [a["choice"] for a in study.reader("ann").answers()]
-    assert choices == ["left"] * (3 - lost) + ["right"]
-    assert ann.path.read_bytes().endswith(b"\n")
+    ann.path.write_bytes(ann.path.read_bytes()[:-40])
+    assert ann.next() == 2
+    ann.answer(2, "right", seconds=1)
+    assert [a["choice"] for a in ann.answers()] == ["left", "left", "right"]
 
 
 def test_an_edited_file_is_refused(study):
@@ -352,10 +349,8 @@ def test_the_page_asks_for_nothing_and_runs_no_image_or_question(sources, tmp_pa
 # ---- analysis -----------------------------------------------------------------------------------
 
 
-def test_the_papers_preference():
-    found = compute_preference(36, 50)
-    assert found.share == 0.72 and found.p_value == pytest.approx(0.0026, abs=5e-5)
-    assert found.interval == pytest.approx((0.583, 0.825), abs=5e-4)
+def test_preferences_are_tested_against_one_half():
+    assert compute_preference(36, 50).p_value == compute_preference(14, 50).p_value
     assert compute_preference(5, 5).p_value == pytest.approx(2 / 32)  # by hand
     for chosen, n in ((0, 0), (3, 2), (-1, 2)):
         with pytest.raises(ValueError, match="at least one decision"):
@@ -368,8 +363,6 @@ def test_power_is_the_chance_of_a_small_p(n, preference):
         binom.pmf(k, n, preference) for k in range(n + 1) if binomtest(k, n, 0.5).pvalue <= 0.05
     )
     assert compute_power(n, preference) == pytest.approx(want, abs=1e-12)
-    if n == 5:
-        assert want == 0, "five decisions can never be significant"
 
 
 def test_number_of_pairs_for_a_preference():
@@ -411,14 +404,6 @@ def test_no_preference_is_left_out_and_counted(study):
     answer_all(study, "bob", lambda item, k: "none")
     score = scores_of(study, readers=["bob"])["preference for alpha, bob"]
     assert np.isnan(score.value) and score.n == 0 and "p =" not in score.note
-
-
-def test_an_unfinished_reading_is_called_so(study):
-    ann = study.reader("ann")
-    for pair in range(4):
-        ann.answer(pair, "left", seconds=1)
-    (score, *_) = study.analyse()
-    assert score.n == 4 and f"4 of {len(study.pairs)} pairs answered" in score.note
 
 
 def test_several_readers_by_hand(sources, tmp_path):

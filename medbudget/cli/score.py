@@ -53,21 +53,10 @@ def evaluate(
         if path is not None:
             check_output(path, overwrite=overwrite)
     scores = run(
-        real,
-        synthetic,
-        features=features or "efficientnet-lite0",
-        train=train,
-        permutation=permutation,
-        paired=paired,
-        size=size,
-        normalize=normalize,
-        interval=interval,
-        floor=floor,
-        repeats=repeats,
-        seed=seed,
-        device=machine.prepare(),
-        progress=True,
-    )
+        real, synthetic, features=features or "efficientnet-lite0", train=train,
+        permutation=permutation, paired=paired, size=size, normalize=normalize, interval=interval,
+        floor=floor, repeats=repeats, seed=seed, device=machine.prepare(), progress=True,
+    )  # fmt: skip
     if verbose:
         print(f"verdict: {judge(scores)}\n{format_table(scores)}")
     else:
