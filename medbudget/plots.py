@@ -265,32 +265,8 @@ def plot_scores(
     return figure
 
 
-def plot_axis(
-    curves: Mapping[str, Mapping[float, Score]],
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str | None = None,
-    note: str | None = None,
-) -> Figure:
-    """Plot scores along a numeric axis with their intervals, one line for each curve.
-
-    Parameters
-    ----------
-    curves : mapping of str to mapping of float to Score
-        Label to the scores at each place, as of `medbudget.metrics.disease_axis`.
-    """
-    drawn: dict[str, dict[str, Any]] = {}
-    for label, curve in curves.items():
-        values = [score.value for score in curve.values()]
-        limits = [score.interval or (score.value,) * 2 for score in curve.values()]
-        low, high = zip(*limits)
-        drawn[label] = {"x": list(curve), "y": values, "low": low, "high": high}
-    return plot_curves(drawn, xlabel=xlabel, ylabel=ylabel, title=title, note=note)
-
-
 def plot_curves(
-    curves: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, Mapping[Any, Any]],
     *,
     xlabel: str,
     ylabel: str,
@@ -304,14 +280,15 @@ def plot_curves(
     ----------
     curves : mapping
         Label to ``{"x": […], "y": […]}``, and optionally ``"low"`` and ``"high"`` of the same
-        length.
+        length; or label to the `Score` at each x, as of `medbudget.metrics.disease_axis`.
     log : bool
         Logarithmic x axis with a tick at every x.
     """
-    if not curves:
+    if not curves or not all(curves.values()):
         raise ValueError("no curves to plot; pass a mapping of label to {'x': …, 'y': …}")
     figure, axes = _axes(title, note, height=3.2)
-    for i, (label, curve) in enumerate(curves.items()):
+    drawn = {label: curve if "x" in curve else _unfold(curve) for label, curve in curves.items()}
+    for i, (label, curve) in enumerate(drawn.items()):
         lengths = {key: len(values) for key, values in curve.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"curve {label!r} has parts of different lengths: {lengths}")
@@ -323,7 +300,7 @@ def plot_curves(
         if "low" in curve:
             axes.vlines(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.6)
     if log:
-        ticks = sorted({x for curve in curves.values() for x in curve["x"]})
+        ticks = sorted({x for curve in drawn.values() for x in curve["x"]})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
@@ -331,6 +308,13 @@ def plot_curves(
     if len(curves) > 1:
         figure.legend(loc="outside upper right", ncols=3)
     return figure
+
+
+def _unfold(scores: Mapping[float, Score]) -> dict[str, Any]:
+    """Return the curve of scores along an axis."""
+    low, high = zip(*(score.interval or (score.value,) * 2 for score in scores.values()))
+    values = [score.value for score in scores.values()]
+    return {"x": list(scores), "y": values, "low": low, "high": high}
 
 
 def plot_histograms(

@@ -145,7 +145,7 @@ def test_axis_shows_every_curve_with_its_intervals():
         name: {x: Score("s", x + shift, (x + shift - 1, x + shift + 1), 5) for x in (0.0, 0.5, 1.0)}
         for name, shift in (("one", 0), ("two", 3))
     }
-    figure = plots.plot_axis(curves, xlabel="share", ylabel="score")
+    figure = plots.plot_curves(curves, xlabel="share", ylabel="score")
     (axes,) = figure.axes
     lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
     assert [list(line.get_ydata()) for line in lines] == [[0, 0.5, 1], [3, 3.5, 4]]
@@ -153,5 +153,3 @@ def test_axis_shows_every_curve_with_its_intervals():
     bars = [[segment[:, 1].tolist() for segment in c.get_segments()] for c in axes.collections]
     assert bars == [[[-1, 1], [-0.5, 1.5], [0, 2]], [[2, 4], [2.5, 4.5], [3, 5]]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
-    with pytest.raises(ValueError, match="no curves"):
-        plots.plot_axis({}, xlabel="", ylabel="")
