@@ -69,6 +69,10 @@ class Cases:
         """Return a hash of each image's pixels."""
         return self.keys or tuple(map(hash_pixels, self.images))
 
+    def name(self, i: int) -> str:
+        """Return what image `i` is called in a message."""
+        return self.names[i] if self.names else f"image {i}"
+
     def transform(self, change: Transform) -> Cases:
         """Return the cases with other images, still known by the hashes of these."""
         return replace(self, images=change(self.images), keys=self.hashes)
@@ -85,7 +89,7 @@ class Cases:
             for mine, theirs in [(getattr(self, name), getattr(other, name))]
         }
         images = torch.cat([self.images, other.images])
-        return Cases(images, torch.cat([self.labels, other.labels]), classes=self.classes, **both)
+        return replace(self, images=images, labels=torch.cat([self.labels, other.labels]), **both)
 
 
 def load_cases(
@@ -121,33 +125,30 @@ def load_cases(
             f"{root} has {len(names)} class folders ({', '.join(names[:5]) or 'none'}); two are "
             "needed, one for each class"
         )
-    names = _order_classes(names, positive, root)
-    files = [find_images(root / name) for name in names]
+    classes = _order_classes(names, positive, root)
+    files = [find_images(root / name) for name in classes]
     sets = [load_images(one, size=size) for one in files]
     if sets[0].shape[1:] != sets[1].shape[1:]:
         raise ImageError(
-            f"{names[0]} has images of {tuple(sets[0].shape[2:])}, {names[1]} of "
+            f"{classes[0]} has images of {tuple(sets[0].shape[2:])}, {classes[1]} of "
             f"{tuple(sets[1].shape[2:])} (H, W): a classifier could learn the size; bring "
             "all to one with size=… (--size)"
         )
     both = [*files[0], *files[1]]
-    cases = Cases.of(
-        *sets,
-        names=tuple(f"{file.parent.name}/{file.name}" for file in both),
-        classes=(names[0], names[1]),
-        patients=find_patients(root, both),
-    )
+    labelled = tuple(f"{file.parent.name}/{file.name}" for file in both)
+    patients = find_patients(root, both)
+    cases = Cases.of(*sets, names=labelled, classes=classes, patients=patients)
     return cases if change is None else cases.transform(change)
 
 
-def _order_classes(names: Sequence[str], positive: str | None, root: Path) -> list[str]:
+def _order_classes(names: Sequence[str], positive: str | None, root: Path) -> tuple[str, str]:
     """Return the negative and the positive class."""
     first, second = sorted(names)
     if positive is not None and positive not in names:
         raise ValueError(f"no class {positive!r} in {root}; there are {first}, {second}")
     healthy = [name.lower().replace(" ", "_") in HEALTHY for name in (first, second)]
     swap = positive == first if positive else healthy == [False, True]
-    return [second, first] if swap else [first, second]
+    return (second, first) if swap else (first, second)
 
 
 def find_patients(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
@@ -180,7 +181,7 @@ def _load_patches(
         torch.cat(parts),
         every,
         names=tuple(f"{split}_{i:06d}" for i in range(len(every))),
-        classes=(classes[0], classes[1]),
+        classes=classes,
         patients=tuple(load_slides(folder, split)),
         keys=tuple(keys),
     )
@@ -207,22 +208,19 @@ def check_splits(splits: Mapping[str, Cases]) -> None:
                 f"the sizes differ: {first} has {tuple(one.images.shape[2:])}, {name} "
                 f"{tuple(other.images.shape[2:])} (H, W); bring all to one with size=… (--size)"
             )
-    named = {
-        split: cases.names or [f"image {i}" for i in range(len(cases))]
-        for split, cases in splits.items()
-    }
     check_twins(
-        (split, cases.classes[label], name, key)
+        (split, cases.classes[label], cases.name(i), key)
         for split, cases in splits.items()
-        for label, name, key in zip(cases.labels.tolist(), named[split], cases.hashes)
+        for i, (label, key) in enumerate(zip(cases.labels.tolist(), cases.hashes))
     )
     owners: dict[str, tuple[str, str]] = {}
     leaks: dict[str, str] = {}
     for split, cases in splits.items():
-        for patient, name in zip(cases.patients, named[split]):
-            where, twin = owners.setdefault(patient, (split, name))
+        for i, patient in enumerate(cases.patients):
+            where, twin = owners.setdefault(patient, (split, cases.name(i)))
             if where != split:
-                leaks.setdefault(patient, f"{split}: {name} is of one patient with {where}: {twin}")
+                said = f"{split}: {cases.name(i)} is of one patient with {where}: {twin}"
+                leaks.setdefault(patient, said)
     if leaks:
         more = f", and {len(leaks) - 3} more" if len(leaks) > 3 else ""
         raise ValueError(
@@ -232,19 +230,16 @@ def check_splits(splits: Mapping[str, Cases]) -> None:
 
 
 def check_drawn(cases: Cases, name: str) -> None:
-    """Raise if an image shows nothing but one value, as drawings that ended in NaN do.
+    """Raise if an image shows one value only, as drawings that ended in NaN do.
 
-    Parameters
-    ----------
-    name : str
-        What the cases are called in the message, such as "synthetic".
+    `name` is what the cases are called in the message, such as "synthetic".
     """
     flat = cases.images.flatten(1)
     empty = torch.nonzero(flat.amin(1) == flat.amax(1)).flatten().tolist()
     if empty:
-        which = [cases.names[i] if cases.names else f"image {i}" for i in empty[:3]]
         raise ValueError(
-            f"{len(empty)} {name} images show one value only ({', '.join(which)}"
-            f"{', …' if len(empty) > 3 else ''}): sampling that ended in NaN leaves such images; "
-            "draw them again in float32 or bfloat16, or remove them"
+            f"{len(empty)} {name} images show one value only ("
+            f"{', '.join(map(cases.name, empty[:3]))}{', …' if len(empty) > 3 else ''}): sampling "
+            "that ended in NaN leaves such images; draw them again in float32 or bfloat16, or "
+            "remove them"
         )

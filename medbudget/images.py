@@ -22,15 +22,7 @@ SHEET = "contact_sheet.png"
 
 
 def check_images(images: torch.Tensor, *, name: str = "images") -> torch.Tensor:
-    """Return `images` unchanged if it is ``(N, 3, H, W) uint8`` with N >= 1, else raise.
-
-    Raises
-    ------
-    TypeError
-        Not a ``torch.uint8`` tensor.
-    ValueError
-        Another shape, or no image at all.
-    """
+    """Return `images` if it is ``(N, 3, H, W) uint8`` with N >= 1, else raise TypeError, ValueError."""
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
         kind = f"{images.dtype} tensor" if isinstance(images, torch.Tensor) else type(images)
         raise TypeError(
@@ -101,9 +93,6 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-# ------------------------------------------------------------------------------ folders of images
-
-
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the image files directly in `folder`, sorted by name.
 
@@ -118,12 +107,11 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     if is_prepared(folder):
         folder = _choose_class(folder)
     entries = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
-    files = [p for p in entries if p.suffix.lower() in SUFFIXES and p.is_file()]
-    files = [p for p in files if p.name != SHEET or read_record(p) is None]
-    others = describe_passed_over(
-        p for p in entries if p.is_file() and p.suffix.lower() not in SUFFIXES
-    )
-    if not files:
+    files = [p for p in entries if p.is_file()]
+    images = [p for p in files if p.suffix.lower() in SUFFIXES]
+    others = describe_passed_over(p for p in files if p not in images)
+    images = [p for p in images if p.name != SHEET or read_record(p) is None]
+    if not images:
         inner = [p.name for p in entries if p.is_dir()]
         hint = f"; it has the folders {inner[:5]}: name one of them" if inner else ""
         hint += f"; it has {others}" if others else ""
@@ -134,7 +122,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
         )
     if others:
         warnings.warn(f"passed over in {folder}: {others}", stacklevel=2)
-    return files
+    return images
 
 
 def is_prepared(folder: str | os.PathLike[str]) -> bool:
@@ -149,11 +137,9 @@ def is_prepared(folder: str | os.PathLike[str]) -> bool:
 def _choose_class(folder: Path) -> Path:
     """Return the folder of training images of a prepared folder that has one class."""
     cells = [
-        f"{split}/{path.name}"
+        path.relative_to(folder).as_posix()
         for split in ("train", "val", "test", "reference")
-        if (folder / split).is_dir()
-        for path in sorted((folder / split).iterdir())
-        if path.is_dir()
+        for path in sorted((folder / split).glob("*/"))
     ]
     training = [cell for cell in cells if cell.startswith("train/")]
     if len(training) != 1:
@@ -162,9 +148,10 @@ def _choose_class(folder: Path) -> Path:
             + ", ".join(cells)
         )
     if len(cells) > 1:
+        others = ", ".join(cell for cell in cells if cell not in training)
         warnings.warn(
             f"{folder} is a prepared folder: {training[0]} is taken; name another folder for "
-            + ", ".join(cell for cell in cells if cell not in training),
+            f"{others}",
             stacklevel=3,
         )
     return folder / training[0]
@@ -192,17 +179,13 @@ def load_images(
 
     Raises
     ------
-    FileNotFoundError
-        No such folder or file.
-    ImageError
-        No images, or images that `load_image` refuses (all are listed), or different sizes.
+    FileNotFoundError, ImageError
+        No such folder or file, no images, images that `load_image` refuses, or different sizes.
     """
-    if isinstance(source, str | os.PathLike):
-        files = find_images(source)
-    else:
-        files = [Path(p) for p in source]
-        if not files:
-            raise ImageError("no image files given")
+    one = isinstance(source, str | os.PathLike)
+    files = find_images(source) if one else [Path(p) for p in source]  # type: ignore[arg-type, union-attr]
+    if not files:
+        raise ImageError("no image files given")
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     images, broken = [], []
@@ -226,52 +209,47 @@ def load_images(
         )
     first: dict[str, Path] = {}
     pairs = [
-        (file, first[key])
+        f"{file.name} is {twin.name}"
         for file, image in zip(files, images)
-        if first.setdefault(key := hash_pixels(image), file) != file
+        if (twin := first.setdefault(hash_pixels(image), file)) != file
     ]
     if pairs:
         n = f"{len(pairs)} image{'s have' if len(pairs) > 1 else ' has'}"
         warnings.warn(
-            f"{n} the pixels of another one ({pairs[0][0].name} is {pairs[0][1].name}), and all are "
-            "used: remove the copies if each image is to count once",
+            f"{n} the pixels of another one ({pairs[0]}), and all are used: remove the copies if "
+            "each image is to count once",
             stacklevel=2,
         )
     return torch.stack(images)
 
 
 def check_twins(images: Iterable[tuple[str, str, str, str]]) -> None:
-    """Refuse images that stand in two splits or in two classes, pixel for pixel.
+    """Refuse images that stand in two splits or in two classes, pixel for pixel, by name.
 
-    Parameters
-    ----------
-    images : iterable of (str, str, str, str)
-        Split, class, name and `hash_pixels` of each image.
-
-    Raises
-    ------
-    ValueError
-        The message names them.
+    `images` are split, class, name and `hash_pixels` of each.
     """
     first: dict[str, tuple[str, str, str]] = {}
     leaks, contradictions = [], []
     for split, label, name, key in images:
-        twin = first.setdefault(key, (split, label, name))
-        if twin[0] != split:
-            leaks.append(f"{split}: {name} is {twin[0]}: {twin[2]}")
-        elif twin[1] != label:
-            contradictions.append(f"{split}: {name} is {twin[2]}")
-    for pairs, where, why in (
-        (leaks, "splits", "a test on them is worth nothing; split by patient, e.g. with medbudget "
-         "prepare folder"),
-        (contradictions, "classes", "no class can be right for both; keep each in one"),
-    ):  # fmt: skip
-        if pairs:
-            more = f", and {len(pairs) - 3} more" if len(pairs) > 3 else ""
-            raise ValueError(
-                f"{len(pairs)} images are in two {where}, pixel for pixel "
-                f"({'; '.join(pairs[:3])}{more}): {why}"
+        other = first.setdefault(key, (split, label, name))
+        if other[0] != split:
+            leaks.append(f"{split}: {name} is {other[0]}: {other[2]}")
+        elif other[1] != label:
+            contradictions.append(f"{split}: {name} is {other[2]}")
+    if pairs := leaks or contradictions:
+        more = f", and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        where, why = "classes", "no class can be right for both; keep each in one"
+        if leaks:
+            where, why = (
+                "splits",
+                (
+                    "a test on them is worth nothing; split by patient, e.g. with medbudget prepare folder"
+                ),
             )
+        raise ValueError(
+            f"{len(pairs)} images are in two {where}, pixel for pixel "
+            f"({'; '.join(pairs[:3])}{more}): {why}"
+        )
 
 
 def hash_pixels(image: Any) -> str:
@@ -315,16 +293,13 @@ def save_images(
     for stem in stems:
         if not stem or Path(stem).name != stem or "\\" in stem or "\0" in stem:
             raise ValueError(f"name {stem!r} is no plain file name; images stay in {folder}")
-    paths = []
-    for i, (image, stem) in enumerate(zip(images, stems)):
-        path = folder / f"{stem}.png"
-        text = None
-        if records is not None:
-            text = PngInfo()
+    paths = [folder / f"{stem}.png" for stem in stems]
+    for i, (image, path) in enumerate(zip(images, paths)):
+        text = None if records is None else PngInfo()
+        if records is not None and text is not None:
             text.add_text("medbudget", json.dumps(records[i]))
         with atomic_path(path) as temporary:
             to_pil(image).save(temporary, format="PNG", pnginfo=text)
-        paths.append(path)
     return paths
 
 

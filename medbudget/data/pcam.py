@@ -270,29 +270,28 @@ def _choose_patches(
     left_out = twins = 0
     for value, label in enumerate(LABELS):
         queue = [int(i) for i in shuffle(map(str, np.flatnonzero(labels == value)), seed=seed)]
-        there, wanted = len(queue), len(items) + n
-        while queue and len(items) < wanted:
-            batch = queue[: min(wanted - len(items), 1024)]
-            queue = queue[len(batch) :]
-            for i, patch in zip(batch, load_patches(folder, source, batch, size=EDGE)):
-                name = f"{source}_{i:06d}"
-                item = Item(name, label, split, slides[i] if slides else name, (source, i))
-                twin = taken.setdefault(hash_pixels(patch), item)
-                if twin.label != label:
-                    raise ValueError(
-                        f"{twin.name} ({twin.label}) and {name} ({label}) are the same pixels in "
-                        "two classes; download the files again, or choose another --seed"
-                    )
-                if twin.split != split or item.patient in used:
-                    left_out += 1
-                    there -= 1
-                else:
-                    twins += twin is not item
-                    items.append(item)
-        if len(items) < wanted and not allow_fewer:
+        before, skipped = len(items), left_out
+        for i in queue:
+            if len(items) == before + n:
+                break
+            name = f"{source}_{i:06d}"
+            item = Item(name, label, split, slides[i] if slides else name, (source, i))
+            twin = taken.setdefault(hash_pixels(load_patches(folder, source, [i], size=EDGE)), item)
+            if twin.label != label:
+                raise ValueError(
+                    f"{twin.name} ({twin.label}) and {name} ({label}) are the same pixels in "
+                    "two classes; download the files again, or choose another --seed"
+                )
+            if twin.split != split or item.patient in used:
+                left_out += 1
+            else:
+                twins += twin is not item
+                items.append(item)
+        if len(items) < before + n and not allow_fewer:
             raise ValueError(
                 f"too few patches in the official {source} split: {label}: {n} wanted for {split}, "
-                f"there are {there}; ask for fewer, or take what there is (--allow-fewer)"
+                f"there are {len(queue) - left_out + skipped}; ask for fewer, or take what there "
+                "is (--allow-fewer)"
             )
     if left_out:
         notes.append(

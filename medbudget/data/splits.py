@@ -12,11 +12,7 @@ T = TypeVar("T")
 
 
 def shuffle(names: Iterable[str], *, seed: int = 0) -> list[str]:
-    """Order names by a hash of seed and name.
-
-    The order depends on nothing else: neither on the machine, nor on the order given, nor on which
-    other names there are, so that new patients do not move the old ones.
-    """
+    """Order names by a hash of seed and name alone, so that new patients do not move the old ones."""
 
     def key(name: str) -> tuple[bytes, str]:  # file names may be of no known encoding
         return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogatepass")).digest(), name
@@ -136,14 +132,9 @@ def split_patients(
 def split_in_proportion(
     labels: Mapping[str, str], proportions: Mapping[str, float], *, seed: int = 0
 ) -> dict[str, str]:
-    """Deal all patients out in given proportions, label by label.
+    """Deal all patients out in given proportions, label by label, at least one to every split.
 
-    Every split gets at least one patient of each label.
-
-    Raises
-    ------
-    ValueError
-        A label with fewer patients than there are splits, or proportions that are not positive.
+    Raises ValueError for a label with fewer patients than splits, or a proportion of 0.
     """
     if min(proportions.values()) <= 0:
         raise ValueError(f"proportions must be above 0, got {dict(proportions)}")
@@ -156,11 +147,14 @@ def split_in_proportion(
             f"each class; found {shown}. Join classes, add patients, or ask for fewer splits. (Is "
             "this one folder for each patient? Then name the classes in a CSV file.)"
         )
-    sizes: dict[str, dict[str, int]] = {split: {} for split in proportions}
-    for label, n in counts.items():
-        parts = share(n - len(proportions), list(proportions.values()))
-        for split, part in zip(proportions, parts):
-            sizes[split][label] = 1 + part
+    more = {
+        label: share(n - len(proportions), list(proportions.values()))
+        for label, n in counts.items()
+    }
+    sizes = {
+        split: {label: 1 + parts[i] for label, parts in more.items()}
+        for i, split in enumerate(proportions)
+    }
     return split_patients(labels, sizes, seed=seed)[0]
 
 
@@ -180,25 +174,10 @@ def choose_reference(
 ) -> tuple[dict[str, str], list[str]]:
     """Choose up to `n` patients of one label as a reference set for distances.
 
-    Parameters
-    ----------
-    splits : mapping of str to str
-        Patient to split, of this label; `left` has those in no split.
-    disjoint : bool
-        Take only from `left`, which may be fewer than `n`. Else fill up with patients of the test,
-        the validation and, last, the training split.
-
-    Returns
-    -------
-    chosen : dict of str to str
-        Patient to the split that it also stands in, or to "".
-    notes : list of str
-        What the reader should know: fewer than wanted, or how many stand in which split too.
-
-    Raises
-    ------
-    ValueError
-        Fewer than `n` patients although they may overlap, or none left for a disjoint set.
+    `splits` maps patients to their split, `left` has those in none. A disjoint set takes only from
+    `left`, which may be fewer than `n`; else it fills up with patients of the test, the validation
+    and, last, the training split. Returns patient to the split that it stands in too, or to "", and
+    notes on what is fewer or shared; raises ValueError where too few are left.
     """
     chosen = dict.fromkeys(left[:n], "")
     if disjoint and not chosen:
@@ -239,19 +218,9 @@ def choose_cases(
 ) -> tuple[list[T], dict[str, list[T]], list[str]]:
     """Choose one image a patient, split the patients, and choose a reference set of healthy ones.
 
-    Parameters
-    ----------
-    patients, labels : mapping of str to str
-        See `choose_one_per_patient`; `sizes`: see `split_patients`.
-    item : callable
-        ``item(name, split, other)`` makes an entry; `other` is a split that it stands in too, or "".
-
-    Returns
-    -------
-    items : list
-    spares : dict of str to list
-        Label to the items that may replace broken ones, of no split.
-    notes : list of str
+    ``item(name, split, other)`` makes an entry; `other` is a split that it stands in too, or "".
+    Returns the items, label to spare items of no split, and notes; see `choose_one_per_patient`,
+    `split_patients` and `choose_reference`.
     """
     chosen = choose_one_per_patient(patients, labels, seed=seed)
     own = {patient: labels[name] for patient, name in chosen.items()}
