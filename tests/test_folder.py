@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 
 import dicoms
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEGBaseline8Bit, RLELossless
 
 from medbudget import load_images, make_phantoms
 from medbudget.data.folder import prepare_folder
@@ -49,7 +53,6 @@ def shown(root: Path, out: Path, **options) -> torch.Tensor:
 
 def retag(file: Path, **tags) -> None:
     """Change tags without touching the stored pixels."""
-    pydicom = pytest.importorskip("pydicom")
     data = pydicom.dcmread(file)
     for name, value in tags.items():
         setattr(data, name, value)
@@ -70,14 +73,11 @@ def test_dicom_rescale_and_window_tags(tmp_path: Path) -> None:
     assert "tags: -200.5..199.5" in load_manifest(tmp_path / "out")["window"].iloc[0]
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(np.uint8, 8), (np.uint16, 12), (np.int16, 16)])
-def test_monochrome1_is_inverted_after_its_window(tmp_path: Path, dtype, bits: int) -> None:
-    stored = ramp(32, 32, dtype, 7)
-    tags = {"RescaleSlope": 2, "RescaleIntercept": 5, "WindowCenter": 105, "WindowWidth": 151}
+def test_monochrome1_is_inverted_after_its_window(tmp_path: Path) -> None:
+    tags = {"WindowCenter": 105, "WindowWidth": 151, "BitsStored": 12, "HighBit": 11}
     for name, kind in (("m1", "MONOCHROME1"), ("m2", "MONOCHROME2")):
-        file = write_dicom(tmp_path / name / "a.dcm", stored)
-        retag(file, PhotometricInterpretation=kind, BitsStored=bits, HighBit=bits - 1, **tags)
-        assert np.allclose(read(tmp_path / name).values[0], stored.astype(float) * 2 + 5)
+        file = write_dicom(tmp_path / name / "a.dcm", ramp(32, 32, scale=7))
+        retag(file, PhotometricInterpretation=kind, **tags)
     inverted = shown(tmp_path / "m1", tmp_path / "out1")
     plain = shown(tmp_path / "m2", tmp_path / "out2")
     assert (inverted.int() - (255 - plain.int())).abs().max() <= 1
@@ -87,12 +87,6 @@ def test_monochrome1_is_inverted_after_its_window(tmp_path: Path, dtype, bits: i
 
 def compress_lossy(file: Path, comment: str = "") -> None:
     """Turn an uncompressed 8-bit file into JPEG baseline, with a comment in the stream."""
-    pydicom = pytest.importorskip("pydicom")
-    from io import BytesIO
-
-    from pydicom.encaps import encapsulate
-    from pydicom.uid import JPEGBaseline8Bit
-
     data = pydicom.dcmread(file)
     stream = BytesIO()
     image = Image.fromarray(data.pixel_array)
@@ -103,40 +97,25 @@ def compress_lossy(file: Path, comment: str = "") -> None:
     data.save_as(file)
 
 
-@pytest.mark.parametrize("compressor", [None, "JPEG", "JPEG2000", "JPEGLS"])
-def test_lossless_transfer_syntaxes(tmp_path: Path, compressor: str | None) -> None:
-    write_dicom(tmp_path / "a.dcm", ramp(64, 64), compressor=compressor)
-    assert np.array_equal(read(tmp_path).values[0], ramp(64, 64))
-    if compressor:
-        write_dicom(tmp_path / "plain" / "b.dcm", ramp(64, 64))
-        sizes = [p.stat().st_size for p in (tmp_path / "a.dcm", tmp_path / "plain" / "b.dcm")]
-        assert sizes[0] < sizes[1], "it was not compressed"
+OURS = ("JPEG", "JPEG2000", "JPEGLS")  # what write_dicom writes
 
 
-def test_rle_and_lossy_jpeg(tmp_path: Path) -> None:
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.uid import RLELossless
-
+@pytest.mark.parametrize("compressor", [None, *OURS, "RLE", "lossy JPEG"])
+def test_transfer_syntaxes(tmp_path: Path, compressor: str | None) -> None:
     gray = ramp(64, 64, np.uint8, 3)
-    write_dicom(tmp_path / "rle" / "a.dcm", gray)
-    data = pydicom.dcmread(tmp_path / "rle" / "a.dcm")
-    data.compress(RLELossless)
-    data.save_as(tmp_path / "rle" / "a.dcm")
-    assert np.array_equal(read(tmp_path / "rle").values[0], gray)
-    write_dicom(tmp_path / "jpeg" / "a.dcm", gray)
-    compress_lossy(tmp_path / "jpeg" / "a.dcm")
-    gap = np.abs(read(tmp_path / "jpeg").values[0].astype(int) - gray)
-    assert gap.max() <= 12 and gap.mean() < 3
-
-
-def test_colour_dicom(tmp_path: Path) -> None:
-    red = np.zeros((32, 32, 3), np.uint8)
-    red[:, 16:, 0] = 200
-    write_dicom(tmp_path / "in" / "a.dcm", red)
-    shown(tmp_path / "in", tmp_path / "out")
-    image = load_images(next((tmp_path / "out").glob("train/*/*.png")))[0]
-    assert np.array_equal(image.permute(1, 2, 0).numpy(), red)
-    assert load_manifest(tmp_path / "out")["window"].iloc[0] == "as stored (colour)"
+    plain = write_dicom(tmp_path / "plain" / "a.dcm", gray)
+    file = tmp_path / "in" / "a.dcm"
+    write_dicom(file, gray, compressor=compressor if compressor in OURS else None)
+    if compressor == "RLE":
+        data = pydicom.dcmread(file)
+        data.compress(RLELossless)
+        data.save_as(file)
+    elif compressor == "lossy JPEG":
+        compress_lossy(file)
+    values = read(tmp_path / "in").values[0].astype(int)
+    assert np.abs(values - gray).max() <= (12 if compressor == "lossy JPEG" else 0)
+    if compressor in OURS:
+        assert file.stat().st_size < plain.stat().st_size
 
 
 def write_series(folder: Path, n: int = 5, **extra: str) -> None:
@@ -166,13 +145,7 @@ def test_a_series_is_one_volume_in_the_order_of_its_slices(tmp_path: Path) -> No
     assert report.made == 2 and indices == ["1", "3"]
 
 
-def test_images_of_a_series_at_one_position_are_refused(tmp_path: Path) -> None:
-    write_series(tmp_path / "in", 4, **{"0020|0032": "0\\0\\0"})
-    report = prepare_folder(tmp_path / "in", tmp_path / "out", proportions=[1])
-    assert len(report.broken) == 1 and "one position" in report.broken[0][1]
-
-
-@pytest.mark.parametrize("compressor", [None, "JPEG", "JPEG2000", "JPEGLS", "lossy JPEG"])
+@pytest.mark.parametrize("compressor", [None, "JPEG2000", "lossy JPEG"])
 def test_nothing_of_the_patient_is_in_what_is_written(
     tmp_path: Path, compressor: str | None
 ) -> None:
@@ -219,27 +192,6 @@ def write_volume(file: Path, code: str = "LPS", n: int = 4, spacing=(1.0, 1.0, 5
     return values
 
 
-@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mha", "a.nrrd"])
-@pytest.mark.parametrize("code", ["LPS", "RAS", "RPS"])
-def test_volumes_show_as_on_a_light_box_however_they_are_stored(
-    tmp_path: Path, name: str, code: str
-) -> None:
-    values = write_volume(tmp_path / name, code)
-    assert np.array_equal(read(tmp_path).values, values)
-
-
-def test_planes(tmp_path: Path) -> None:
-    values = write_volume(tmp_path / "a.mha", "PIL")
-    native = read(tmp_path)
-    assert native.values.shape == (32, 4, 24), "stored sagittally, so sliced sagittally"
-    assert np.array_equal(read(tmp_path, plane="axial").values, values)
-    coronal = read(tmp_path, plane="coronal")
-    assert np.array_equal(coronal.values[3], values[::-1, 3, :]), "feet below, left on the right"
-    assert coronal.spacing == (5.0, 1.0)
-    with pytest.raises(ValueError, match="native, axial"):
-        read(tmp_path, plane="oblique")
-
-
 def test_pixels_are_made_square(tmp_path: Path) -> None:
     write_volume(tmp_path / "in" / "a.mha", "LIP")
     image = shown(tmp_path / "in", tmp_path / "out", size=64)
@@ -277,6 +229,28 @@ def test_slice_rules(tmp_path: Path) -> None:
     assert "another place" in report.broken[0][1]
 
 
+def test_a_mask_of_another_place_or_spacing_is_refused(tmp_path: Path) -> None:
+    values = np.arange(320, dtype=np.int16).reshape(5, 8, 8)
+    for folder in ("in", "masks"):
+        (tmp_path / folder / "c").mkdir(parents=True)
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "in" / "c" / "v.nii.gz"))
+    changes = (
+        lambda mask: None,
+        lambda mask: mask.SetOrigin((0.5, 0, 0)),
+        lambda mask: mask.SetSpacing((1, 1, 3)),
+        lambda mask: mask.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1)),
+    )
+    for i, change in enumerate(changes):
+        mask = sitk.GetImageFromArray((values == 200).astype(np.uint8))
+        change(mask)
+        sitk.WriteImage(mask, str(tmp_path / "masks" / "c" / "v.nii.gz"))
+        report = prepare_folder(
+            tmp_path / "in", tmp_path / f"out{i}", masks=tmp_path / "masks", slices="mask",
+            proportions=[1], size=64,
+        )  # fmt: skip
+        assert report.made == (i == 0) and ("another grid" in str(report)) == (i > 0)
+
+
 def test_windows(tmp_path: Path) -> None:
     values = np.tile(np.arange(0, 3200, 100, dtype=np.int16), (32, 1))
     values[0, 0] = 30000  # one hot pixel
@@ -307,21 +281,19 @@ def picture(kind: str) -> Image.Image:
     return image.convert("RGB").quantize(256) if kind == "palette" else image.convert(kind)
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "palette", "16-bit"])
-def test_pictures_of_all_modes(tmp_path: Path, suffix: str, kind: str) -> None:
+def test_pictures_of_all_modes(tmp_path: Path, kind: str) -> None:
     (tmp_path / "in").mkdir()
-    picture(kind).save(tmp_path / "in" / f"a.{suffix}")
+    picture(kind).save(tmp_path / "in" / "a.png")
     image = shown(tmp_path / "in", tmp_path / "out")
-    expected = torch.from_numpy(ramp(32, 32, np.uint8, 6)).float()
+    values = ramp(32, 32, np.uint8, 6).astype(float)
     if kind == "16-bit":
-        values = ramp(32, 32, np.uint8, 6).astype(float)
         low, high = np.percentile(values, (0.5, 99.5))
-        expected = torch.from_numpy(((values - low) / (high - low) * 255).clip(0, 255))
+        values = ((values - low) / (high - low) * 255).clip(0, 255)
     if kind == "RGBA":
-        expected[31, 31] = 0
+        values[31, 31] = 0
         assert load_manifest(tmp_path / "out")["window"].iloc[0].endswith("on black")
-    assert (image.float() - expected).abs().max() <= 2
+    assert (image - torch.from_numpy(values)).abs().max() <= 2
 
 
 def test_pictures_that_need_a_decision_are_refused(tmp_path: Path) -> None:
@@ -389,20 +361,15 @@ def test_patients_from_a_pattern_a_table_or_nobody(tmp_path: Path) -> None:
     assert any("36 images are unknown" in note for note in report.notes)
 
 
-def test_per_class_takes_patients(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "in", [f"{c}/{i}.png" for c in "ab" for i in range(8)])
-    report = prepare_folder(tmp_path / "in", tmp_path / "out", size=32, per_class=2)
-    assert set(report.counts.values()) == {2} and len(report.counts) == 6
-    with pytest.raises(ValueError, match="there are 8"):
-        prepare_folder(tmp_path / "in", tmp_path / "x", per_class=5)
-
-
 def test_reference_of_each_class(tmp_path: Path) -> None:
     write_pictures(
         tmp_path / "in", [f"{c}/p{i}_{v}.png" for c in "ab" for i in range(9) for v in "xy"]
     )
     options = {"size": 32, "patient_pattern": r"(\w/p\d)", "reference": 3}
     report = prepare_folder(tmp_path / "in", tmp_path / "out", per_class=2, **options)
+    assert report.counts["train", "a"] == 4
+    with pytest.raises(ValueError, match="there are 9"):
+        prepare_folder(tmp_path / "in", tmp_path / "x", per_class=5, **options)
     assert report.counts["reference", "a"] == report.counts["reference", "b"] == 6
     table = load_manifest(tmp_path / "out")
     assert_patients_kept_together(table)
@@ -439,6 +406,9 @@ def test_wrong_folders_and_tables(tmp_path: Path) -> None:
         prepare_folder(root, tmp_path / "out", patient_pattern="jane")
     with pytest.raises(ValueError, match="no regular expression"):
         prepare_folder(root, tmp_path / "out", patient_pattern="(")
+    for wrong in ((0.5, 0.5, 0.5), (0.6, 0.4), (0.5,), (float("nan"),) * 3):
+        with pytest.raises(ValueError, match="add up to 1"):
+            prepare_folder(root, tmp_path / "out", proportions=wrong)
     table = tmp_path / "t.csv"
     for text, said in (
         ("path,class\na.png,x\n", "no 'file'"),
@@ -463,27 +433,21 @@ def table_of(root: Path, text: str, **options):
     return report, load_manifest(out)
 
 
-def test_a_patient_with_a_space_is_one_patient(tmp_path: Path) -> None:
-    """Excel and SQL's CHAR columns pad: 'P1' and 'P1 ' are one patient, as in DICOM."""
+def test_one_patient_in_several_spellings_is_one_and_that_is_said(tmp_path: Path) -> None:
+    """Excel and SQL's CHAR columns pad; macOS writes accents in two ways; people mix cases."""
     write_pictures(tmp_path / "in", [f"{i}.png" for i in range(40)])
-    rows = [f"{i}.png,a,P{i // 2}{' ' * (i % 2)}" for i in range(40)]
-    report, table = table_of(
-        tmp_path / "in", "\n".join(["file,class,patient", *rows]), key=tmp_path / "key.csv"
-    )
-    assert table["patient"].nunique() == 20 and len(table) == 40
+    patients = [f"{'Pp'[i % 2]}{i // 2}{' ' * (i % 2)}" for i in range(40)]
+    patients[38:] = ["Mu\u0308ller", "M\u00fcller"]
+    rows = [f"{i}.png,a,{patient}" for i, patient in enumerate(patients)]
+    text = "\n".join(["file,class,patient", *rows])
+    report, table = table_of(tmp_path / "in", text, key=tmp_path / "key.csv")
+    assert table["patient"].nunique() == 20 == sum(report.patients.values())
     assert_patients_kept_together(table)
-    assert sum(report.patients.values()) == 20
-    with open(tmp_path / "key.csv", newline="") as file:
-        assert {row["patient"] for row in csv.DictReader(file)} == {f"P{i}" for i in range(20)}
-
-
-def test_a_patient_in_capital_and_small_letters_is_one_and_said(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(40)])
-    rows = [f"{i}.png,a,{'Pp'[i % 2]}{i // 2}" for i in range(40)]
-    report, table = table_of(tmp_path / "in", "\n".join(["file,class,patient", *rows]))
-    assert table["patient"].nunique() == 20
-    assert_patients_kept_together(table)
-    assert any("20 patients are spelled" in n and "0.png and 1.png" in n for n in report.notes)
+    assert any("19 patients are spelled" in n and "0.png and 1.png" in n for n in report.notes)
+    with open(tmp_path / "key.csv", newline="", encoding="utf-8") as file:
+        assert {row["patient"] for row in csv.DictReader(file)} == {
+            "M\u00fcller", *(f"P{i}" for i in range(19)),
+        }  # fmt: skip
 
 
 def test_tables_of_windows_and_excel_fit(tmp_path: Path) -> None:
@@ -499,6 +463,9 @@ def test_tables_of_windows_and_excel_fit(tmp_path: Path) -> None:
     assert "there is Sub/1.PNG" in reasons and "gives it no Class" in reasons
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["labels"] == "t.csv" and settings["patient_pattern"] is None
+    with pytest.raises(ValueError) as raised:  # the pattern as it was typed
+        prepare_folder(tmp_path / "in", tmp_path / "x", patient_pattern=r"^(\d+)_")
+    assert r"pattern ^(\d+)_ does not fit Sub/0.PNG: it is searched" in str(raised.value)
 
 
 def test_a_patient_column_that_is_not_there_is_refused_and_one_that_is_there_is_named(
@@ -510,20 +477,6 @@ def test_a_patient_column_that_is_not_there_is_refused_and_one_that_is_there_is_
         table_of(tmp_path / "in", text, patient_column="patient")
     report, _ = table_of(tmp_path / "in", text)
     assert any("column PatientID is not used" in note for note in report.notes)
-
-
-def test_settings_keep_the_pattern_and_messages_show_it_as_it_was_typed(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "in", [f"a/{i:03d}_x.png" for i in range(6)])
-    pattern = r"(\d+)_"
-    prepare_folder(tmp_path / "in", tmp_path / "out", size=32, patient_pattern=pattern)
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["patient_pattern"] == pattern
-    with pytest.raises(ValueError) as raised:
-        prepare_folder(tmp_path / "in", tmp_path / "out", size=32, patient_pattern=r"(\d+)_x")
-    assert r"patient_pattern ((\d+)_ there, (\d+)_x now)" in str(raised.value)
-    with pytest.raises(ValueError) as raised:
-        prepare_folder(tmp_path / "in", tmp_path / "x", patient_pattern=r"^(\d+)_")
-    assert r"pattern ^(\d+)_ does not fit a/000_x.png: it is searched" in str(raised.value)
 
 
 def test_the_same_pixels_stay_in_one_split_whatever_the_file(tmp_path: Path) -> None:
@@ -604,27 +557,6 @@ def test_what_was_prepared_or_drawn_is_no_input(tmp_path: Path) -> None:
     assert any("synthetic" in note and "left out (1)" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("patient", ["M\u00dcLLER", "\u60a3\u80051"])
-@pytest.mark.parametrize("charset", ["ISO_IR 192", "ISO_IR 100", "GB18030"])
-def test_a_patient_id_in_any_character_set(tmp_path: Path, charset: str, patient: str) -> None:
-    for i in range(4):
-        write_dicom(tmp_path / "in" / "c" / f"{i}.dcm", ramp() + 9 * i, {"0010|0020": f"P{i}"})
-    for name, shift in (("9", 99), ("10", 88)):
-        write_dicom(tmp_path / "in" / "c" / f"{name}.dcm", ramp() + shift, {"0010|0020": "x"})
-        try:
-            patient.encode({"ISO_IR 192": "utf-8", "ISO_IR 100": "latin-1"}.get(charset, "gb18030"))
-        except UnicodeEncodeError:
-            pytest.skip(f"{charset} has no such letters")
-        retag(
-            tmp_path / "in" / "c" / f"{name}.dcm", SpecificCharacterSet=charset, PatientID=patient
-        )
-    report = prepare_folder(
-        tmp_path / "in", tmp_path / "out", proportions=[1], size=32, key=tmp_path / "key.csv"
-    )
-    assert report.made == 6 and report.patients == {("train", "c"): 5}
-    assert patient in (tmp_path / "key.csv").read_text(encoding="utf-8")
-
-
 def test_a_file_name_in_no_character_set_stops_nothing(tmp_path: Path) -> None:
     write_pictures(tmp_path / "in", [f"a/{i}.png" for i in range(6)])
     odd = os.fsdecode(b"\xdcbel.png")
@@ -637,65 +569,21 @@ def test_a_file_name_in_no_character_set_stops_nothing(tmp_path: Path) -> None:
     str(report).encode("utf-8")
 
 
-def test_proportions_add_up(tmp_path: Path) -> None:
-    for wrong in ((0.5, 0.5, 0.5), (0.6, 0.4), (0.5,), (float("nan"),) * 3):
-        with pytest.raises(ValueError, match="add up to 1"):
-            prepare_folder(tmp_path, tmp_path / "out", proportions=wrong)
-
-
 @pytest.mark.realdata
 def test_real_xrays_with_their_patients(real_data: Path, tmp_path: Path) -> None:
-    root = real_data / "chest_xray"
+    root, listed = real_data / "chest_xray", tmp_path / "t.csv"
     if not (root / "index.csv").is_file():
         pytest.skip(f"no chest_xray in {real_data}")
-    report = prepare_folder(root, tmp_path / "out", labels=root / "index.csv", size=64)
-    assert not report.broken and sum(report.counts.values()) == 600
+    head, *lines = (root / "index.csv").read_text().splitlines()
+    listed.write_text("\n".join([head, *lines[::4]]))
+    report = prepare_folder(root, tmp_path / "out", labels=listed, size=64)
+    assert not report.broken and sum(report.counts.values()) == 150
     table = load_manifest(tmp_path / "out")
     assert_patients_kept_together(table)
-    with open(root / "index.csv", newline="") as file:
-        patients = {row["patient"] for row in csv.DictReader(file)}
-    assert table["patient"].nunique() == len(patients)
-    assert report.counts["train", "normal"] > report.counts["val", "normal"] > 40
+    rows = csv.DictReader(listed.read_text().splitlines())
+    assert table["patient"].nunique() == len({row["patient"] for row in rows})
+    assert report.counts["train", "normal"] > report.counts["val", "normal"] > 8
     assert load_images(tmp_path / "out" / "test" / "pneumonia").shape[1:] == (3, 64, 64)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda mask: mask.SetOrigin((0, 0, 1)),
-        lambda mask: mask.SetOrigin((0.5, 0, 0)),
-        lambda mask: mask.SetSpacing((1, 1, 3)),
-        lambda mask: mask.SetDirection((0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1)),
-    ],
-)
-def test_a_mask_of_another_place_or_spacing_is_refused(tmp_path, change) -> None:
-    (tmp_path / "in" / "c").mkdir(parents=True)
-    (tmp_path / "masks" / "c").mkdir(parents=True)
-    values = np.arange(320, dtype=np.int16).reshape(5, 8, 8)
-    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "in" / "c" / "v.nii.gz"))
-    mask = sitk.GetImageFromArray((values == 200).astype(np.uint8))
-    for right in (True, False):
-        if not right:
-            change(mask)
-        sitk.WriteImage(mask, str(tmp_path / "masks" / "c" / "v.nii.gz"))
-        report = prepare_folder(
-            tmp_path / "in", tmp_path / f"out{right}", masks=tmp_path / "masks", slices="mask",
-            proportions=[1], size=64,
-        )  # fmt: skip
-        assert report.made == right
-    assert "its mask has another grid" in report.broken[0][1]
-
-
-def test_a_patient_is_one_however_accents_are_written(tmp_path) -> None:
-    (tmp_path / "in").mkdir()
-    for i in range(2):
-        Image.fromarray(ramp(16, 16, np.uint8, 8 + i)).save(tmp_path / "in" / f"{i}.png")
-    rows = "file,class,patient\n0.png,x,Mu\u0308ller\n1.png,x,M\u00fcller\n"
-    (tmp_path / "t.csv").write_text(rows, encoding="utf-8")
-    report = prepare_folder(
-        tmp_path / "in", tmp_path / "out", labels=tmp_path / "t.csv", proportions=[1], size=64
-    )
-    assert report.patients == {("train", "x"): 1}
 
 
 def write_study(root: Path, name: str, hidden: tuple[str, ...] = ()) -> None:
