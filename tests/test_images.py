@@ -38,11 +38,35 @@ def test_a_tiff_file_with_a_strip_missing_is_refused(tmp_path):
             load_images(tmp_path)
 
 
-def test_gray_becomes_three_equal_channels(tmp_path):
+def test_gray_and_opaque_pictures_are_rgb(tmp_path):
     gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
     write(tmp_path, "a.png", gray)
-    loaded = load_images(tmp_path)
-    assert torch.equal(loaded[0], torch.from_numpy(gray).expand(3, 8, 8))
+    opaque = np.full((8, 8, 4), 255, np.uint8)
+    opaque[..., 0] = 7
+    write(tmp_path, "b.png", opaque)
+    first, second = load_images(tmp_path)
+    assert torch.equal(first, torch.from_numpy(gray).expand(3, 8, 8))
+    assert second[:, 0, 0].tolist() == [7, 255, 255]
+
+
+def test_what_cannot_be_loaded_is_named_with_a_way_out(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_images(tmp_path / "no")
+    (tmp_path / "normal").mkdir()
+    with pytest.raises(ImageError, match=r"no images in .*normal"):
+        load_images(tmp_path)
+    write(tmp_path, "a.png", np.zeros((8, 8, 3), np.uint8))
+    write(tmp_path, "b.png", np.zeros((8, 9, 3), np.uint8))
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ImageError, match="pass size="):
+        load_images(tmp_path)
+    write(tmp_path, "deep.png", np.full((8, 8), 4000, np.uint16))
+    write(tmp_path, "alpha.png", np.zeros((8, 8, 4), np.uint8))
+    (tmp_path / "c.png").write_text("no image")
+    with pytest.raises(ImageError, match="3 of 5") as raised:
+        load_images(tmp_path)
+    for said in ("16-bit", "flatten", "c.png is not a readable image"):
+        assert said in str(raised.value)
 
 
 def test_resize_keeps_the_aspect_and_pads_with_black(tmp_path):
@@ -51,51 +75,6 @@ def test_resize_keeps_the_aspect_and_pads_with_black(tmp_path):
     assert image.shape == (3, 16, 16)
     assert image[:, 4:12].eq(200).all()
     assert image[:, :4].eq(0).all() and image[:, 12:].eq(0).all()
-
-
-def test_empty_folder_and_missing_folder(tmp_path):
-    with pytest.raises(ImageError, match="no images in"):
-        load_images(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_images(tmp_path / "no")
-
-
-def test_a_folder_of_folders_names_them(tmp_path):
-    (tmp_path / "normal").mkdir()
-    with pytest.raises(ImageError, match="normal"):
-        load_images(tmp_path)
-
-
-def test_a_text_file_beside_images_is_passed_over_but_a_broken_image_is_not(tmp_path):
-    write(tmp_path, "a.png", np.zeros((8, 8, 3), np.uint8))
-    (tmp_path / "notes.txt").write_text("hello")
-    assert len(load_images(tmp_path)) == 1
-    (tmp_path / "b.png").write_text("no image")
-    with pytest.raises(ImageError, match=r"1 of 2 .*\n.*b\.png is not a readable image"):
-        load_images(tmp_path)
-
-
-def test_sixteen_bit_and_transparency_are_refused_with_a_way_out(tmp_path):
-    write(tmp_path, "deep.png", np.full((8, 8), 4000, np.uint16))
-    clear = np.zeros((8, 8, 4), np.uint8)
-    write(tmp_path, "alpha.png", clear)
-    with pytest.raises(ImageError, match="2 of 2") as raised:
-        load_images(tmp_path)
-    assert "16-bit" in str(raised.value) and "flatten" in str(raised.value)
-
-
-def test_opaque_alpha_is_dropped(tmp_path):
-    opaque = np.full((8, 8, 4), 255, np.uint8)
-    opaque[..., 0] = 7
-    write(tmp_path, "a.png", opaque)
-    assert load_images(tmp_path)[0, :, 0, 0].tolist() == [7, 255, 255]
-
-
-def test_different_sizes_ask_for_a_size(tmp_path):
-    write(tmp_path, "a.png", np.zeros((8, 8, 3), np.uint8))
-    write(tmp_path, "b.png", np.zeros((8, 9, 3), np.uint8))
-    with pytest.raises(ImageError, match="pass size="):
-        load_images(tmp_path)
 
 
 @pytest.mark.parametrize(

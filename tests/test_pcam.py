@@ -136,8 +136,7 @@ def write_meta(folder: Path, split: str, labels, slide: str = "slide") -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("part", ["x", "y"])
-@pytest.mark.parametrize("rows", [5, 7, 9])
+@pytest.mark.parametrize(("part", "rows"), [("x", 7), ("y", 9)])
 def test_patches_and_labels_of_different_splits_are_refused(folder: Path, part, rows) -> None:
     values = np.resize(raw(folder, "valid"), (rows, 96, 96, 3))
     labels = (np.arange(rows, dtype=np.uint8) % 2).reshape(rows, 1, 1, 1)

@@ -240,7 +240,7 @@ def test_report_counts_patients_and_knows_one_from_many(tmp_path: Path) -> None:
     assert "\\udcdc" in str(Report(tmp_path, {}, 0, 0, (("bad\udcdc", "why"),)))
 
 
-@pytest.mark.parametrize(("edge", "cell"), [(16, 128), (64, 128), (100, 100), (300, 150)])
+@pytest.mark.parametrize(("edge", "cell"), [(16, 128), (100, 100), (300, 150)])
 def test_contact_sheet_has_whole_number_cells_in_the_order_of_the_splits(
     tmp_path: Path, edge: int, cell: int
 ) -> None:
@@ -286,4 +286,4 @@ def test_load_images_finds_what_was_prepared_and_never_the_contact_sheet(tmp_pat
 def test_sizes_out_of_range(tmp_path: Path) -> None:
     for size in (7, 100_000):
         with pytest.raises(ValueError, match=f"from 8 to 4096 pixels, got {size}"):
-            check_settings(size=size, seed=0)
+            check_settings(size=size)
