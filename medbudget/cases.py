@@ -83,7 +83,7 @@ class Cases:
                 f"images of sizes {tuple(self.images.shape[2:])} and "
                 f"{tuple(other.images.shape[2:])} cannot be mixed; load both with one size"
             )
-        both = {
+        both: dict[str, Any] = {
             name: mine + theirs if mine and theirs else ()
             for name in ("names", "patients", "keys")
             for mine, theirs in [(getattr(self, name), getattr(other, name))]
