@@ -4,10 +4,12 @@ Images per second of the generator and of a whole training iteration (both netwo
 spread over its 16 iterations), and the share of the generator's time that goes into its filtered
 non-linearities. On a GPU also channels_last, bfloat16 and torch.compile; there the goal is at most
 twice the published 90 s per 1000 images (A100, batch 32, 512 px, configuration T, mixed precision,
-their own kernels).
+their own kernels). `--memory` counts, without a GPU, how much memory an iteration takes on one: the
+largest sum of all tensors that are alive at the same time, on PyTorch's device without numbers.
 
     python benchmarks/stylegan3.py [--size 64] [--batch 8] [--device cpu] [--record]
     python benchmarks/stylegan3.py --size 512 --batch 32 --device cuda --record
+    python benchmarks/stylegan3.py --size 512 --batch 4 --memory
 """
 
 from __future__ import annotations
@@ -15,16 +17,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from medbudget.results import describe_device, write_result
 from medbudget.stylegan3 import (
     TINY,
     Architecture,
+    Discriminator,
     Generator,
+    StyleGAN3,
     StyleGAN3Settings,
     make_stylegan3,
 )
@@ -97,6 +104,51 @@ def measure(trainer: Trainer, variant: str, batch: int, repeats: int, device: st
     }
 
 
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside the block: alive now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, key)
+
+    def drop(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor):
+                self.add(value)
+        return out
+
+
+def count_memory(size: int, batch: int) -> int:
+    """Return the bytes that an iteration with R1 takes: networks, moments, gradients, activations."""
+    with torch.device("meta"):
+        networks = Generator(Architecture(size)), Discriminator(Architecture(size))
+    settings = StyleGAN3Settings.preset("paper", batch_size=batch, ada_target=0)
+    images = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
+    trainer = Trainer(images, StyleGAN3(*networks, {}), settings, "meta")
+    with MemoryCounter() as counter:
+        for network in (trainer.generator, trainer.discriminator, trainer.average):
+            for tensor in network.state_dict().values():
+                counter.add(tensor)
+        for _ in range(2):  # the moments are there after the first
+            trainer.step = 0
+            trainer.iterate()
+    return counter.peak
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", type=int, default=64, choices=(64, 256, 512, 1024))
@@ -106,7 +158,12 @@ def main() -> None:
     parser.add_argument(
         "--record", action="store_true", help="write results/stylegan3_speed_….json"
     )
+    parser.add_argument("--memory", action="store_true", help="count memory, and end")
     args = parser.parse_args()
+    if args.memory:
+        peak = count_memory(args.size, args.batch) / 2**30
+        print(f"{args.size} px, batch {args.batch}: {peak:.2f} GiB beside the driver's own")
+        return
     architecture = TINY if args.size == 64 else Architecture(size=args.size)
     images = torch.randint(0, 256, (100, 3, args.size, args.size), dtype=torch.uint8)
     settings = StyleGAN3Settings.preset(

@@ -1,7 +1,9 @@
 """StyleGAN3 against known counts, hand-made numbers and its own promise: equivariance."""
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from medbudget.stylegan3 import (
     StyleGAN3Settings,
     make_stylegan3,
     train_stylegan3,
+    training,
     translation_equivariance,
 )
 from medbudget.stylegan3.augment import _shift, adapt, augment
@@ -38,10 +41,8 @@ from medbudget.stylegan3.losses import (
     update_ema,
 )
 from medbudget.stylegan3.model import draw_latents
-from medbudget.stylegan3.networks import (
-    SynthesisLayer,
-    minibatch_std,
-)
+from medbudget.stylegan3.networks import SynthesisLayer, minibatch_std
+from medbudget.stylegan3.training import Trainer
 
 SMALL = Architecture(
     size=32, channel_base=256, channel_max=8, width=8, n_layers=3, margin=4, mbstd_group=2
@@ -385,8 +386,6 @@ def test_the_discriminator_learns_to_tell_and_the_generator_answers(cases):
 def test_what_cannot_be_trained_on_is_refused(cases, monkeypatch):
     with pytest.raises(ValueError, match="must be 64x64 for these networks"):
         train_stylegan3(cases, QUICK, start=make_stylegan3(TINY))
-    from medbudget.stylegan3 import training
-
     monkeypatch.setattr(training, "generator_loss", lambda logits: logits.sum() * float("nan"))
     with pytest.raises(GanError, match="no longer finite"):
         train_stylegan3(cases, QUICK, start=make_stylegan3(SMALL))
@@ -439,3 +438,46 @@ def test_what_is_saved_is_loaded_and_other_files_are_refused(tmp_path):
 def test_a_size_that_is_no_power_of_two_is_refused():
     with pytest.raises(ValueError, match="power of two"):
         Architecture(size=96)
+
+
+# --------------------------------------------------------------------------------- memory
+
+
+def test_the_papers_training_takes_less_than_8_gb_at_512_px():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from stylegan3 import count_memory
+
+    assert 3.5 < count_memory(512, 2) / 2**30 < 3.7, "in parts: the same at any batch"
+
+
+def test_a_batch_in_parts_and_recomputed_layers_learn_the_same(cases, monkeypatch):
+    def train():
+        settings = replace(QUICK, ada_target=0, mbstd_group=1, kimg=0.016)
+        trainer = Trainer(cases, make_stylegan3(SMALL), settings, "cpu")
+        for layer in (*trainer.generator.layers, trainer.generator.to_rgb):
+            layer.recompute = len(trainer.parts) > 1
+        history = [trainer.iterate() for _ in range(4)]
+        return trainer, history
+
+    whole, losses = train()
+    monkeypatch.setattr(training, "images_at_once", lambda size: 3)
+    parts, others = train()
+    assert [len(part) for part in parts.parts] == [3, 1] and len(whole.parts) == 1
+    for mine, theirs in zip(losses, others):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-3)
+    for a, b in zip(whole.generator.parameters(), parts.generator.parameters()):
+        assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_layers_that_are_computed_again_give_the_same_bits():
+    z, grads, magnitudes = torch.randn(2, SMALL.width, generator=seeded()), [], []
+    for again in (False, True):
+        generator = make_stylegan3(SMALL).generator.train()
+        for layer in (*generator.layers, generator.to_rgb):
+            layer.recompute = again
+        generator(z).square().sum().backward()
+        grads.append([p.grad for p in generator.parameters()])
+        magnitudes.append([layer.magnitude for layer in generator.layers])
+    assert all(map(torch.equal, *grads)) and all(map(torch.equal, *magnitudes))

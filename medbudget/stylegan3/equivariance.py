@@ -7,6 +7,7 @@ import math
 import torch
 
 from medbudget.settings import check_seed
+from medbudget.stylegan3.model import images_at_once
 from medbudget.stylegan3.networks import Generator
 
 
@@ -16,26 +17,23 @@ def translation_equivariance(generator: Generator, *, n: int = 16, seed: int = 0
 
     Shifts are random whole numbers of pixels, up to an eighth of the image; only pixels that both
     images have are compared. The peak is 2, the range of the images. The paper reports about 60 dB
-    for trained networks of configuration T, and about 15 dB for StyleGAN2.
-
-    Parameters
-    ----------
-    generator : Generator
-    n : int
-        Pairs of latent and shift.
+    for trained networks of configuration T, and about 15 dB for StyleGAN2. `n` pairs of latent and
+    shift are tried.
     """
     size, training = generator.architecture.size, generator.training
-    device = generator.input.phases.device
+    device, together = generator.input.phases.device, images_at_once(size)
     generator.eval()
     draw = torch.Generator().manual_seed(check_seed(seed))
     z = torch.randn((n, generator.architecture.width), generator=draw).to(device)
     pixels = torch.randint(-(size // 8), size // 8 + 1, (n, 2), generator=draw)
-    w = generator.mapping(z)
-    plain = generator.synthesize(w).double()
-    moved = generator.synthesize(w, shift=pixels.to(device) / size).double()
+    parts = zip(z.split(together), (pixels.to(device) / size).split(together))
+    plain, moved = [], []
+    for w, shift in ((generator.mapping(part), shift) for part, shift in parts):
+        plain.append(generator.synthesize(w).double())
+        moved.append(generator.synthesize(w, shift=shift).double())
     generator.train(training)
     errors = []
-    for a, b, (x, y) in zip(plain, moved, pixels.tolist()):
+    for a, b, (x, y) in zip(torch.cat(plain), torch.cat(moved), pixels.tolist()):
         errors.append((_cut(b, x, y) - _cut(a, -x, -y)).square().flatten())
     return 10 * math.log10(4 / float(torch.cat(errors).mean()))
 

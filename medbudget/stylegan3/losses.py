@@ -30,23 +30,11 @@ def r1_penalty(discriminator: nn.Module, real: torch.Tensor, gamma: float) -> to
 def make_optimizers(
     generator: nn.Module, discriminator: nn.Module, lr: tuple[float, float], r1_every: int
 ) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-    """Return Adam for both; the discriminator's is slowed for its extra, lazy steps.
-
-    Parameters
-    ----------
-    lr : (float, float)
-        Learning rates of generator and discriminator.
-    r1_every : int
-        Iterations between two steps of the penalty.
-    """
+    """Return Adam for both; the discriminator's is slowed for its lazy penalty's extra steps."""
     lazy = r1_every / (r1_every + 1)
     return (
         torch.optim.Adam(generator.parameters(), lr=lr[0], betas=(0.0, 0.99)),
-        torch.optim.Adam(
-            discriminator.parameters(),
-            lr=lr[1] * lazy,
-            betas=(0.0, 0.99**lazy),
-        ),
+        torch.optim.Adam(discriminator.parameters(), lr=lr[1] * lazy, betas=(0.0, 0.99**lazy)),
     )
 
 

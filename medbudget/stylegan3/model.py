@@ -41,17 +41,21 @@ class StyleGAN3:
 
     @torch.inference_mode()
     def sample(
-        self, n: int, *, seed: int = 0, truncation: float = 1.0, batch_size: int = 32
+        self, n: int, *, seed: int = 0, truncation: float = 1.0, batch_size: int | None = None
     ) -> torch.Tensor:
-        """Generate ``(n, 3, size, size) uint8``; image i comes from seed + i, as in `sample`."""
+        """Generate ``(n, 3, size, size) uint8``; image i comes from seed + i, as in `sample`.
+
+        The default `batch_size` is 32 at 64 px and less above: 1 at 512 px, which takes 1.4 GiB.
+        """
         check_seed(seed, n)
-        device = self.generator.input.phases.device
+        device, a = self.generator.input.phases.device, self.generator.architecture
+        batch_size = batch_size or images_at_once(a.size)
         self.generator.eval()
         images = []
         with tqdm(total=n, desc="stylegan3", unit="image") as bar:
             for first in range(0, n, batch_size):
                 seeds = range(seed + first, seed + min(first + batch_size, n))
-                z = draw_latents(seeds, self.generator.architecture.width).to(device)
+                z = draw_latents(seeds, a.width).to(device)
                 images.append(to_uint8(self.generator(z, truncation=truncation)).cpu())
                 bar.update(len(z))
         return torch.cat(images)
@@ -82,18 +86,10 @@ class StyleGAN3:
     def load(
         cls, path: str | os.PathLike[str] = PRETRAINED, *, device: str | torch.device = "cpu"
     ) -> StyleGAN3:
-        """Read what `save` wrote.
+        """Read what `save` wrote: a file, or networks that ship, by name.
 
-        Parameters
-        ----------
-        path : path
-            A file, or the name of networks that ship: ``corpus64``, pretrained on the corpus of
-            the tiny base, or ``prostate_healthy64``, fine-tuned from it on 100 phantoms.
-
-        Raises
-        ------
-        ValueError
-            A file that is not of this kind.
+        ``corpus64`` was pretrained on the corpus of the tiny base, ``prostate_healthy64``
+        fine-tuned from it on 100 phantoms.
         """
         if (shipped := WEIGHTS / f"{path}.safetensors").is_file():
             path = shipped
@@ -103,20 +99,15 @@ class StyleGAN3:
                 names = [key for key in file.keys() if key != "snapshots"]  # noqa: SIM118
                 tensors = {key: file.get_tensor(key).float() for key in names}
             record = about["record"]
-            parts = {
-                name: {
-                    key.removeprefix(f"{name}."): value
-                    for key, value in tensors.items()
-                    if key.startswith(name)
-                }
-                for name in ("generator", "discriminator")
-            }
-            sizes = Architecture(**about["architecture"])
-            generator = build_like(Generator, sizes, parts["generator"])
-            generator.load_state_dict(parts["generator"])
-            sizes = Architecture(**about["discriminator"])
-            discriminator = build_like(Discriminator, sizes, parts["discriminator"])
-            discriminator.load_state_dict(parts["discriminator"])
+            networks = []
+            for kind, head, sizes in (
+                (Generator, "generator.", about["architecture"]),
+                (Discriminator, "discriminator.", about["discriminator"]),
+            ):
+                own = {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
+                network: Any = build_like(kind, Architecture(**sizes), own)
+                network.load_state_dict(own)
+                networks.append(network.to(device).eval())
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -124,7 +115,7 @@ class StyleGAN3:
                 f"{path} holds no StyleGAN3 of medbudget ({type(error).__name__}); give a file "
                 "that StyleGAN3.save wrote, or read an official one with import_official"
             ) from None
-        return cls(generator.to(device).eval(), discriminator.to(device).eval(), record)
+        return cls(networks[0], networks[1], record)
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -163,6 +154,11 @@ def make_stylegan3(
         torch.manual_seed(check_seed(seed))
         g, d = Generator(generator), Discriminator(discriminator or generator)
     return StyleGAN3(g.eval(), d.eval(), {"seed": seed, "images_seen": 0})
+
+
+def images_at_once(size: int) -> int:
+    """Return how many images go through a network at once, so that a GPU of 8 GB holds them."""
+    return max(1, 32 * 64**3 // size**3)
 
 
 def draw_latents(seeds: Any, width: int) -> torch.Tensor:

@@ -9,19 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from medbudget.stylegan3.filters import (
-    TAPS,
-    Rates,
-    design_filter,
-    downsample,
-    make_rates,
-    upsample,
-)
+from medbudget.stylegan3.filters import TAPS, Rates, design_filter, downsample, make_rates, upsample
 
 SLOPE, GAIN = 0.2, math.sqrt(2)
 
@@ -43,10 +38,8 @@ class Architecture:
     mbstd_group: int = 4  # images that share a standard deviation; with 1 it says nothing
 
     def __post_init__(self) -> None:
-        if self.size < 32 or self.size & (self.size - 1):
-            raise ValueError(f"size must be a power of two, 32 at least, got {self.size}")
-        if self.size > 8192:
-            raise ValueError(f"size must be 8192 at most, got {self.size}")
+        if self.size & (self.size - 1) or not 32 <= self.size <= 8192:
+            raise ValueError(f"size must be a power of two from 32 to 8192, got {self.size}")
         if not 3 <= self.n_layers <= 64:
             raise ValueError(f"n_layers must be from 3 to 64, got {self.n_layers}")
         for name in ("channel_base", "channel_max", "width", "mbstd_group"):
@@ -130,40 +123,62 @@ class FourierInput(nn.Module):
         return F.linear(waves, self.weight / math.sqrt(len(self.weight))).permute(0, 3, 1, 2)
 
 
-class SynthesisLayer(nn.Module):
-    """Modulated convolution, bias, and a leaky ReLU between two filters (figure 4b)."""
+class Modulated(nn.Module):
+    """A convolution whose input channels are scaled by w, and by the input's mean square."""
 
     magnitude: torch.Tensor  # mean square of the input: its root keeps scales apart from styles
+    magnitude_images = 20_000.0  # half-life of that mean
+    recompute = False  # compute the layer again in the backward pass, which saves its memory
+
+    def __init__(self, width: int, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.affine = Dense(width, inputs, bias=1.0)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.register_buffer("magnitude", torch.ones(()))
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Map ``(B, inputs, H, W)`` as w ``(B, width)`` says."""
+        if self.training:
+            with torch.no_grad():
+                keep = 0.5 ** (len(x) / self.magnitude_images)
+                self.magnitude.lerp_(x.square().mean(), 1 - keep)
+        scale = self.magnitude.rsqrt()
+        if self.recompute and torch.is_grad_enabled():
+            y = checkpoint(self.compute, x, w, scale, use_reentrant=False, preserve_rng_state=False)
+            return cast(torch.Tensor, y)
+        return self.compute(x, w, scale)
+
+    def compute(self, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class SynthesisLayer(Modulated):
+    """Modulated convolution, bias, and a leaky ReLU between two filters (figure 4b)."""
+
     up_filter: torch.Tensor
     down_filter: torch.Tensor
 
     def __init__(
         self, width: int, inputs: int, outputs: int, margin: int, before: Rates, after: Rates
     ) -> None:
-        super().__init__()
-        self.affine = Dense(width, inputs, bias=1.0)
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-        self.register_buffer("magnitude", torch.ones(()))
-        self.magnitude_images = 20_000.0  # half-life of that mean
+        super().__init__(width, inputs, outputs, 3)
         fine = 2 * max(before.rate, after.rate)  # where the leaky ReLU runs
         self.up, self.down = fine // before.rate, fine // after.rate
-        self.register_buffer(
-            "up_filter",
-            design_filter(TAPS * self.up, before.cutoff, before.half_width, fine),
-        )
-        self.register_buffer(
-            "down_filter",
-            design_filter(TAPS * self.down, after.cutoff, after.half_width, fine),
-        )
+        for name, factor, rates in (
+            ("up_filter", self.up, before),
+            ("down_filter", self.down, after),
+        ):
+            kernel = design_filter(TAPS * factor, rates.cutoff, rates.half_width, fine)
+            self.register_buffer(name, kernel)
         self.canvas = after.rate + 2 * margin
 
-    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Map ``(B, inputs, H, W)`` to ``(B, outputs, canvas, canvas)``."""
         style = self.affine(w)
         square = self.weight.square().sum((2, 3))
         demodulate = (style.square() @ square.T + 1e-8).rsqrt()
-        x = x * (style * _track(self, x))[:, :, None, None]
+        x = x * (style * scale)[:, :, None, None]
         x = F.conv2d(x, self.weight, padding=1)
         return self.activate(x * demodulate[:, :, None, None] + self.bias[:, None, None])
 
@@ -175,35 +190,19 @@ class SynthesisLayer(nn.Module):
         return downsample(x, self.down_filter * math.sqrt(GAIN), self.down)  # on two axes
 
 
-class ToRGB(nn.Module):
+class ToRGB(Modulated):
     """The last, pointwise layer: modulated but not demodulated, no activation."""
 
-    magnitude: torch.Tensor
-
     def __init__(self, width: int, inputs: int, size: int) -> None:
-        super().__init__()
-        self.affine = Dense(width, inputs, bias=1.0)
-        self.weight = nn.Parameter(torch.randn(3, inputs, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(3))
-        self.register_buffer("magnitude", torch.ones(()))
-        self.magnitude_images = 20_000.0
+        super().__init__(width, inputs, 3, 1)
         self.size = size
 
-    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Map ``(B, inputs, H, W)`` to ``(B, 3, size, size)``."""
-        style = self.affine(w) * _track(self, x) / math.sqrt(self.weight.shape[1])
+        style = self.affine(w) * scale / math.sqrt(self.weight.shape[1])
         edge = (x.shape[2] - self.size) // 2
         x = x[:, :, edge : edge + self.size, edge : edge + self.size]
         return F.conv2d(x * style[:, :, None, None], self.weight) + self.bias[:, None, None]
-
-
-def _track(layer: SynthesisLayer | ToRGB, x: torch.Tensor) -> torch.Tensor:
-    """Return one over the root of the input's mean square, first updated when training."""
-    if layer.training:
-        with torch.no_grad():
-            keep = 0.5 ** (len(x) / layer.magnitude_images)
-            layer.magnitude.lerp_(x.square().mean(), 1 - keep)
-    return layer.magnitude.rsqrt()
 
 
 class Generator(nn.Module):
@@ -217,17 +216,12 @@ class Generator(nn.Module):
         self.mapping = Mapping(a.width)
         canvas = rates[0].rate + 2 * a.margin
         self.input = FourierInput(a.width, channels[0], canvas, rates[0])
-        self.layers = nn.ModuleList(
-            SynthesisLayer(
-                a.width,
-                channels[max(i - 1, 0)],
-                channels[i],
-                a.margin,
-                rates[max(i - 1, 0)],
-                rates[i],
-            )
-            for i in range(a.n_layers)
-        )
+        layers = []
+        for i in range(a.n_layers):
+            before = max(i - 1, 0)
+            sizes = (channels[before], channels[i], a.margin)
+            layers.append(SynthesisLayer(a.width, *sizes, rates[before], rates[i]))
+        self.layers = nn.ModuleList(layers)
         self.to_rgb = ToRGB(a.width, channels[a.n_layers - 1], a.size)
 
     def synthesize(self, w: torch.Tensor, *, shift: torch.Tensor | None = None) -> torch.Tensor:
@@ -251,15 +245,9 @@ class Convolution(nn.Module):
     kernel: torch.Tensor
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        size: int,
-        *,
-        bias: bool = True,
-        active: bool = True,
+        self, inputs: int, outputs: int, size: int, *, bias: bool = True, active: bool = True,
         down: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, size, size))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None

@@ -71,6 +71,7 @@ def _read_persistent(meta: Any) -> _Box:
     return _Box(state if isinstance(state, Mapping) else {})
 
 
+_CORES = ("core", "_core")  # of NumPy 1 and 2
 _ALLOWED: dict[str, Any] = {
     "torch_utils.persistence._reconstruct_persistent_obj": _Call(_read_persistent),
     "torch._utils._rebuild_tensor_v2": _Call(_rebuild),
@@ -80,11 +81,8 @@ _ALLOWED: dict[str, Any] = {
     # settings of a training, which are not needed, are read as boxes
     **dict.fromkeys(("dnnlib.util.EasyDict", "collections.OrderedDict", "numpy.dtype"), _Box),
     **dict.fromkeys(("numpy.ndarray", "torch.Size", "torch.device"), _Box),
-    **{
-        f"numpy.{core}.multiarray.{name}": _Box
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    },
+    **dict.fromkeys((f"numpy.{core}.multiarray._reconstruct" for core in _CORES), _Box),
+    **dict.fromkeys((f"numpy.{core}.multiarray.scalar" for core in _CORES), _Box),
     **{str(t): str(t) for t in (torch.float16, torch.float32, torch.float64, torch.int64)},
 }
 
@@ -97,13 +95,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """Return what a pickle holds, executing nothing but the rebuilding of tensors.
-
-    Raises
-    ------
-    RefusedError
-        The pickle names anything else, claims more than it holds, or is none.
-    """
+    """Return what a pickle holds, executing nothing but the rebuilding of tensors."""
     path = Path(path)
     data = path.read_bytes()
     try:
@@ -193,17 +185,8 @@ def _fit(kind: Any, architecture: Architecture, found: dict[str, torch.Tensor], 
 def import_official(path: str | os.PathLike[str]) -> StyleGAN3:
     """Read generator (the running mean) and discriminator of an official StyleGAN3-T file.
 
-    Nothing of the file is run; see `read_pickle`.
-
-    Parameters
-    ----------
-    path : path
-        A pickle of a mapping with ``G_ema`` and ``D``, as the official training writes it. Its
-        weights have a licence of their own: for research only.
-
-    Returns
-    -------
-    StyleGAN3
+    Nothing of the file is run: it is a pickle of a mapping with ``G_ema`` and ``D``, as the
+    official training writes it. Its weights have a licence of their own: for research only.
 
     Raises
     ------
@@ -226,14 +209,9 @@ def import_official(path: str | os.PathLike[str]) -> StyleGAN3:
         raise RefusedError(f"{name} holds no synthesis layers, or no discriminator's blocks")
     size, top = max(sizes), max(layers)
     width = g["mapping.w_avg"].numel() if "mapping.w_avg" in g else 512
+    widest = max(layer.shape[0] for layer in layers.values())
     try:
-        architecture = Architecture(
-            size=size,
-            channel_base=layers[top - 1].shape[0] * size,
-            channel_max=max(layer.shape[0] for layer in layers.values()),
-            width=width,
-            n_layers=top,
-        )
+        architecture = Architecture(size, layers[top - 1].shape[0] * size, widest, width, top)
     except ValueError as error:
         raise RefusedError(f"{name}: {error}") from None
     rgb = f"layers.{top}."
@@ -243,11 +221,10 @@ def import_official(path: str | os.PathLike[str]) -> StyleGAN3:
         if key not in (f"{rgb}up_filter", f"{rgb}down_filter")
     }
     generator = _fit(Generator, architecture, found, f"{name}, G_ema")
-    blocks = sorted({s for s in sizes if s > 4}, reverse=True)
-    found = {}
-    for key, tensor in _rename(d, _DISCRIMINATOR, f"{name}, D").items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.(.*)", key):
-            key = f"blocks.{blocks.index(int(match[1]))}.{match[2]}"
-        found[key] = tensor
+    blocks = {str(one): i for i, one in enumerate(sorted({*sizes} - {4}, reverse=True))}
+    found = {
+        re.sub(r"(?<=^blocks\.)\d+", lambda m: str(blocks[m[0]]), key): tensor
+        for key, tensor in _rename(d, _DISCRIMINATOR, f"{name}, D").items()
+    }
     discriminator = _fit(Discriminator, architecture, found, f"{name}, D")
     return StyleGAN3(generator.eval(), discriminator.eval(), {"data": name})
