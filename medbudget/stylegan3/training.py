@@ -102,8 +102,8 @@ class Trainer:
         together = max(images_at_once(a.size), s.mbstd_group)
         self.parts = torch.arange(s.batch_size).split(together)
         for layer in (*self.generator.layers, self.generator.to_rgb):
-            layer.magnitude_images = s.magnitude_kimg * 1000  # type: ignore[assignment]
-            layer.recompute = a.size > 64  # type: ignore[assignment]
+            layer.magnitude_images = s.magnitude_kimg * 1000
+            layer.recompute = a.size > 64
         rates = (s.lr_generator, s.lr_discriminator)
         self.optimizers = make_optimizers(self.generator, self.discriminator, rates, s.r1_every)
         self.step, self.p, self.signs, self.seconds = 0, 0.0, torch.zeros((), device=device), 0.0
@@ -183,7 +183,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         for part, loss in zip(self.parts, losses):
             share = len(part) / self.settings.batch_size
-            (loss * (weight * share)).backward()  # type: ignore[no-untyped-call]
+            (loss * (weight * share)).backward()
             means.append(loss.detach() * share)
         optimizer.step()
         return torch.stack(means).sum()
