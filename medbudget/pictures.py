@@ -145,7 +145,8 @@ def lengthen_jpeg(stream: bytes) -> bytes:
     """Put data before the end mark of a JPEG stream.
 
     A whole stream is decoded as before, as all of its pixels are known by then. In one that was
-    cut, a decoder takes them for what is missing, so that its pixels change.
+    cut, a decoder takes them for what is missing, so that its pixels change. A progressive stream
+    of which whole scans are missing raises OSError.
     """
     markers = list_jpeg_markers(stream)
     start = max(markers.values(), default=0)
@@ -153,8 +154,18 @@ def lengthen_jpeg(stream: bytes) -> bytes:
     if end < 0:
         return stream
     more = noise = bytes(range(0, 255, 2))
-    scan = max(start, stream.rfind(b"\xff\xda", start, end))
-    restarts = len(re.findall(rb"\xff[\xd0-\xd7]", stream[scan:end]))
+    if place := markers.get(0xC2):  # progressive: each coefficient has to come to its last bit
+        known = set()
+        for scan in re.finditer(b"\xff\xda", stream[start:end]):
+            n = stream[start + scan.start() + 4]
+            header = stream[start + scan.start() + 5 :][: 2 * n + 3]
+            if header[-1] & 15 == 0:
+                ends = range(header[-3], header[-2] + 1)
+                known |= {(component, k) for component in header[: 2 * n : 2] for k in ends}
+        if len(known) < 64 * stream[place + 9]:
+            raise OSError("its compressed data end too early")
+    last = max(start, stream.rfind(b"\xff\xda", start, end))
+    restarts = len(re.findall(rb"\xff[\xd0-\xd7]", stream[last:end]))
     if 0xC3 not in markers:  # GDCM, which reads lossless streams, takes no more restarts
         more += b"\xff%c" % (0xD0 + restarts % 8) + noise
     return stream[:end] + more + stream[end:]
