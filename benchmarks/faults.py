@@ -156,7 +156,7 @@ COMMANDS = {
         "30 steps, a checkpoint every 5",
     ),
     "sample": Command(
-        sample, "medbudget.sampling:_draw", lambda *arguments: arguments[-1][0], 1, "40 images, 16 at once",
+        sample, "medbudget.sampling:draw_images", lambda *arguments: arguments[-1][0], 1, "40 images, 16 at once",
     ),
     "inpaint": Command(
         inpaint, "medbudget.images:to_pil", lambda *_: 0, None, "12 images; starts anew",

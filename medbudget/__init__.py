@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from medbudget.data.phantoms import Phantoms, make_phantoms
     from medbudget.embeddings import Embedding
     from medbudget.images import load_images, save_images
-    from medbudget.inpainting import inpaint, inpaint_to
-    from medbudget.inversion import InversionSettings, invert, invert_to
+    from medbudget.inpainting import inpaint
+    from medbudget.inversion import InversionSettings, invert
     from medbudget.loading import load_base
     from medbudget.masks import ellipse
     from medbudget.metrics import Score, evaluate, frechet_distance
+    from medbudget.outputs import inpaint_to, interpolate_to, invert_to, sample_to
     from medbudget.prompts import parse_prompt
-    from medbudget.sampling import sample, sample_to
+    from medbudget.sampling import sample
     from medbudget.tiny import describe
 
 _MODULES = {  # loaded on first use: torch and diffusers take seconds
@@ -27,13 +28,14 @@ _MODULES = {  # loaded on first use: torch and diffusers take seconds
     "data.phantoms": ("Phantoms", "make_phantoms"),
     "embeddings": ("Embedding",),
     "images": ("load_images", "save_images"),
-    "inpainting": ("inpaint", "inpaint_to"),
-    "inversion": ("InversionSettings", "invert", "invert_to"),
+    "inpainting": ("inpaint",),
+    "inversion": ("InversionSettings", "invert"),
     "loading": ("load_base",),
     "masks": ("ellipse",),
     "metrics": ("Score", "evaluate", "frechet_distance"),
+    "outputs": ("inpaint_to", "interpolate_to", "invert_to", "sample_to"),
     "prompts": ("parse_prompt",),
-    "sampling": ("sample", "sample_to"),
+    "sampling": ("sample",),
     "tiny": ("describe",),
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "inpaint",
     "inpaint_to",
     "interpolate",
+    "interpolate_to",
     "invert",
     "invert_to",
     "load_base",

@@ -118,10 +118,7 @@ class Base:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents ``(N, c, h, w)`` to ``(N, 3, h*f, w*f) uint8`` on the CPU.
 
-        Raises
-        ------
-        NotFiniteError
-            NaN or infinity in latents or pixels: they would become black images.
+        NaN or infinity, which would become black images, raise NotFiniteError.
         """
         self._check_finite(latents, "latents")
         out = []
@@ -133,11 +130,9 @@ class Base:
 
     def _check_finite(self, values: torch.Tensor, name: str) -> torch.Tensor:
         if not values.abs().max() <= LARGEST:
-            problem = (
-                "NaN or infinity" if not values.isfinite().all() else "numbers beyond any image"
-            )
+            found = "NaN or infinity" if not values.isfinite().all() else "numbers beyond any image"
             raise NotFiniteError(
-                f"the {name} hold {problem} (base {self.name} in {str(self.dtype)[6:]}). Ways out: "
+                f"the {name} hold {found} (base {self.name} in {str(self.dtype)[6:]}). Ways out: "
                 "in float16, load the base with dtype=torch.bfloat16 or torch.float32; lower the "
                 "guidance (cfg_scale, weights); train the embedding with a lower learning rate; if "
                 "plain prompts fail too, the base's files are damaged: `medbudget base verify`"
@@ -223,18 +218,12 @@ class Base:
 
     def load_words(self, embeddings: Words) -> list[Embedding]:
         """Return embeddings (or those in files) that fit this base, each under a name of its own."""
-        several = (
-            [embeddings] if isinstance(embeddings, Embedding | str | os.PathLike) else embeddings
-        )
+        if isinstance(embeddings, Embedding | str | os.PathLike):
+            embeddings = [embeddings]
         words: dict[str, Embedding] = {}
-        for item in several:
-            word = item if isinstance(item, Embedding) else self._load_word(item)
+        for item in embeddings:
+            word = item if isinstance(item, Embedding) else Embedding.load(item)
             word.check_fits(self.width, self.name)
-            if word.vectors.abs().max() > LARGEST:
-                raise ValueError(
-                    f"embedding {word.token} holds numbers up to {word.vectors.abs().max():.0e}: its "
-                    "training diverged; train again with a lower learning rate"
-                )
             self.check_token(word.token)
             same, reason = compare_origin(word, self)
             if same is False:
@@ -249,16 +238,6 @@ class Base:
                 )
             words[word.token] = word
         return list(words.values())
-
-    @staticmethod
-    def _load_word(path: str | os.PathLike[str]) -> Embedding:
-        if not isinstance(path, str | os.PathLike):
-            raise TypeError(f"an embedding is an Embedding or a file of one, got {type(path)}")
-        if TOKEN.fullmatch(os.fspath(path)):
-            raise ValueError(
-                f"{path} is the name of a word, not the word: pass Embedding.load(its file)"
-            )
-        return Embedding.load(path)
 
     def check_token(self, token: str) -> None:
         """Raise ValueError if `token` already means something in the vocabulary."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from medbudget.base import Base
+from medbudget.base import Base, Word
 from medbudget.embeddings import Embedding
 from medbudget.progress import tqdm
 from medbudget.sampling import sample
+from medbudget.settings import check_number
 
 
 def interpolate(
     base: Base,
-    a: Embedding,
-    b: Embedding,
+    a: Word,
+    b: Word,
     *,
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     method: str = "and",
@@ -53,20 +53,33 @@ def interpolate(
     >>> {share: tuple(images.shape) for share, images in axis.items()}
     {0.0: (1, 3, 64, 64), 0.5: (1, 3, 64, 64), 1.0: (1, 3, 64, 64)}
     """
+    return {
+        share: sample(base, prompt, embeddings=words, **options)
+        for share, (prompt, words) in tqdm(
+            axis_prompts(base, a, b, weights, method).items(), desc="axis", unit="weight"
+        )
+    }
+
+
+def axis_prompts(
+    base: Base, a: Word, b: Word, weights: Sequence[float], method: str
+) -> dict[float, tuple[str, list[Embedding]]]:
+    """Return the prompt and the embeddings of each share of `b`."""
     if method not in ("and", "vectors"):
         raise ValueError(f"unknown method {method!r}; allowed are 'and', 'vectors'")
-    if not weights or not all(math.isfinite(w) for w in weights):
-        raise ValueError(f"weights must be finite numbers such as 0.25, got {list(weights)}")
+    if not weights:
+        raise ValueError("weights must be numbers such as 0, 0.5, 1, got none")
+    for weight in weights:
+        check_number("a weight", weight)
     a, b = base.load_words([a, b])
-    if method == "vectors" and a.vectors.shape != b.vectors.shape:
+    if method == "and":
+        return {float(w): (f"{a.token}:{1 - w!r} AND {b.token}:{w!r}", [a, b]) for w in weights}
+    if a.vectors.shape != b.vectors.shape:
         raise ValueError(
             f"{a.token} has shape {tuple(a.vectors.shape)}, {b.token} {tuple(b.vectors.shape)}: "
             "only embeddings of equal shape can be mixed; use method='and'"
         )
-    axis = {}
-    for w in tqdm(weights, desc=f"{a.token} to {b.token}", unit="weight"):
-        prompt, words = f"{a.token}:{1 - w!r} AND {b.token}:{w!r}", [a, b]
-        if method == "vectors":
-            prompt, words = "<mixed>", [Embedding((1 - w) * a.vectors + w * b.vectors, "<mixed>")]
-        axis[float(w)] = sample(base, prompt, embeddings=words, **options)
-    return axis
+    hashes = [e.record["image_hashes"] for e in (a, b) if "image_hashes" in e.record]
+    record = {"image_hashes": " ".join(hashes)} if hashes else {}
+    mixed = {w: (1 - w) * a.vectors + w * b.vectors for w in map(float, weights)}
+    return {w: ("<mixed>", [Embedding(v, "<mixed>", record=record)]) for w, v in mixed.items()}

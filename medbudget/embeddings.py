@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 
 from medbudget.files import check_writable, write_bytes
+from medbudget.prompts import TOKEN
 from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise, write_torch
 
 MAX_VECTORS = 74
-_TOKEN = re.compile(r"<[^<>\s/\\]+>")
+LARGEST = 1e4  # that a trained vector may hold; words of the vocabulary are under 1
 MAX_BYTES = 64 * 2**20
-
-
-META = "medbudget"
+META = "medbudget"  # key of what we note beside the vectors, in .safetensors and .pt
+WIDTHS = {96: "tiny", 768: "SD 1.x", 1024: "SD 2.x"}
 
 
 class EmbeddingError(ValueError):
@@ -31,7 +31,7 @@ class EmbeddingError(ValueError):
 
 def check_token(token: str) -> str:
     """Return `token` if it is ``<name>`` without spaces or path separators, else raise."""
-    if not _TOKEN.fullmatch(token) or not token.isprintable() or len(token) > 200:
+    if not TOKEN.fullmatch(token) or not token.isprintable() or len(token) > 200:
         plain = "".join(c for c in token[:60] if c.isprintable())
         bare = re.sub(r"[<>\s/\\]+", "-", plain).strip("-") or "name"
         raise EmbeddingError(
@@ -45,34 +45,17 @@ def check_token(token: str) -> str:
 class Embedding:
     """Vectors for one token.
 
-    Attributes
-    ----------
-    vectors : torch.Tensor
-        ``(n, d) float32``, 1 <= n <= 74; d is the text encoder's width (96 tiny, 768 SD 1, 1024 SD 2).
-    token : str
-        ``<name>``, what a prompt writes to use the vectors.
-    step : int
-        Training steps done.
-    base, base_hash : str
-        Name and hash of the base it was trained on ("" where the file does not tell).
-    data : str
-        A note on the training images.
-    record : dict
-        Settings, seed, library version and the loss history, as JSON values.
-
-    Raises
-    ------
-    EmbeddingError
-        Wrong shape, no or too many vectors, NaN or infinity, all-zero rows, a token not in <>.
+    Shapes without vectors or with more than 74, NaN, infinity, numbers beyond 10,000, rows of zeros
+    and a token that is not ``<name>`` raise EmbeddingError.
     """
 
-    vectors: torch.Tensor
-    token: str
-    step: int = 0
-    base: str = ""
+    vectors: torch.Tensor  # (n, d) float32; d is 96 for tiny, 768 for SD 1.x, 1024 for SD 2.x
+    token: str  # <name>, what a prompt writes to use the vectors
+    step: int = 0  # training steps done
+    base: str = ""  # that it was trained on; "" where the file does not tell
     base_hash: str = ""
-    data: str = ""
-    record: dict[str, Any] = field(default_factory=dict)
+    data: str = ""  # a note on the training images
+    record: dict[str, Any] = field(default_factory=dict)  # settings, history, image hashes: JSON
 
     def __post_init__(self) -> None:
         check_token(self.token)
@@ -101,44 +84,33 @@ class Embedding:
     def load(cls, path: str | os.PathLike[str], *, token: str | None = None) -> Embedding:
         """Read safetensors (ours, diffusers', A1111's), A1111 ``.pt`` or diffusers ``.bin``.
 
-        Nothing in the file is executed; see `medbudget.torchfiles`.
-
-        Parameters
-        ----------
-        token : str, optional
-            Use this token in place of the file's own.
-
-        Raises
-        ------
-        FileNotFoundError
-        EmbeddingError
-            Not an embedding, truncated, or with code in it.
+        Nothing in the file is executed; see `medbudget.torchfiles`. `token` replaces the file's
+        own. What is no embedding, truncated, or has code in it raises EmbeddingError.
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no embedding file {path}")
+            hint = ", which is the name of a word: pass its file" if TOKEN.match(path.name) else ""
+            raise FileNotFoundError(f"no embedding file {path}{hint}")
         if path.stat().st_size > MAX_BYTES:
             raise EmbeddingError(
                 f"{path} has {path.stat().st_size / 2**20:.0f} MiB; an embedding has under 1: "
                 "this looks like a checkpoint of a whole model"
             )
-        if path.suffix == ".safetensors":
-            tensors, meta = _read_safetensors(path)
-        elif path.suffix in (".pt", ".bin", ".pth"):
-            tensors, meta = _read_pickle(path), {}
-        else:
+        readers = dict.fromkeys((".pt", ".bin", ".pth"), _read_pickle)
+        readers[".safetensors"] = _read_safetensors
+        if path.suffix not in readers:
             raise EmbeddingError(
                 f"{path.name}: unknown ending {path.suffix!r}; allowed are .safetensors, .pt, .bin"
             )
         try:
-            return _from_tensors(tensors, meta, path, token)
+            return _from_tensors(*readers[path.suffix](path), path, token)
         except EmbeddingError as error:
             raise EmbeddingError(f"{path.name}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``.safetensors`` (vectors and provenance), A1111 ``.pt`` or diffusers ``.bin``.
 
-        Written atomically. Only safetensors keeps the whole provenance.
+        Written atomically. A ``.bin`` keeps no provenance: it can hold nothing but the vectors.
 
         Examples
         --------
@@ -167,52 +139,44 @@ class Embedding:
         return replace(self, token=token)
 
     def check_finite(self) -> None:
-        """Raise `EmbeddingError` if the vectors hold NaN or infinity."""
-        if not torch.isfinite(self.vectors).all():
-            rows = (~torch.isfinite(self.vectors)).any(1).nonzero().flatten().tolist()
+        """Raise `EmbeddingError` if the vectors hold NaN, infinity or numbers of no trained word."""
+        if not self.vectors.abs().max() <= LARGEST:
+            rows = (~(self.vectors.abs() <= LARGEST)).any(1).nonzero().flatten().tolist()
             raise EmbeddingError(
-                f"embedding {self.token} holds NaN or infinity in vectors {rows[:5]}: the training "
-                "that made it diverged; train again with a lower learning rate, in bfloat16 or "
-                "float32"
+                f"embedding {self.token} holds NaN, infinity or numbers beyond {LARGEST:g} in "
+                f"vectors {rows[:5]}: its training diverged; train again with a lower learning "
+                "rate, in bfloat16 or float32"
             )
 
     def check_fits(self, width: int, base: str) -> None:
         """Raise `EmbeddingError` if the vectors' width is not the base's, or they are not finite."""
         self.check_finite()
-        if self.vectors.shape[1] != width:
-            kinds = {96: "tiny", 768: "SD 1.x", 1024: "SD 2.x"}
-            made = kinds.get(self.vectors.shape[1], "another base")
-            fits = kinds.get(width, f"{width}-wide")
+        own = self.vectors.shape[1]
+        if own != width:
             raise EmbeddingError(
-                f"embedding {self.token} has width {self.vectors.shape[1]}, which does not fit base "
-                f"{base} ({width}): it was made for {made}; load a {fits} embedding or another base"
+                f"embedding {self.token} has width {own}, which does not fit base {base} ({width}): "
+                f"it was made for {WIDTHS.get(own, 'another base')}; load a "
+                f"{WIDTHS.get(width, f'{width}-wide')} embedding or another base"
             )
 
 
+def _describe(e: Embedding) -> str:
+    about = {key: value for key, value in vars(e).items() if key != "vectors"}
+    return json.dumps(about, ensure_ascii=False)
+
+
 def _write_safetensors(e: Embedding) -> bytes:
-    about = {
-        "token": e.token,
-        "step": e.step,
-        "base": e.base,
-        "base_hash": e.base_hash,
-        "data": e.data,
-        "record": e.record,
-    }
     # One metadata key: safetensors writes several in random order, and equal embeddings should be
     # equal files. diffusers' load_textual_inversion takes the one tensor's key as the token.
-    meta = {META: json.dumps(about, ensure_ascii=False)}
-    return save_safetensors({e.token: e.vectors}, metadata=meta)
+    return save_safetensors({e.token: e.vectors}, metadata={META: _describe(e)})
 
 
 def _write_a1111(e: Embedding) -> bytes:
     content = {
-        "string_to_token": {"*": 265},
-        "string_to_param": {"*": e.vectors},
-        "name": e.token.strip("<>"),
-        "step": e.step,
-        "sd_checkpoint": e.base_hash,
-        "sd_checkpoint_name": e.base,
-    }
+        "string_to_token": {"*": 265}, "string_to_param": {"*": e.vectors},
+        "name": e.token.strip("<>"), "step": e.step, "sd_checkpoint": e.base_hash,
+        "sd_checkpoint_name": e.base, META: _describe(e),
+    }  # fmt: skip
     return write_torch(content)
 
 
@@ -220,23 +184,22 @@ def _write_diffusers(e: Embedding) -> bytes:
     return write_torch({e.token: e.vectors})
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, (file.metadata() or {}).get(META)
     except (SafetensorError, OSError, ValueError) as error:
         with open(path, "rb") as file:
             head = file.read(1024)
-        if head.startswith((b"PK", b"\x80")):
-            raise EmbeddingError(
-                f"{path.name} holds what a .pt or .bin file holds: give it that ending"
-            ) from None
         reason = recognise(head) or f"it is no whole safetensors file ({error})"
-        raise EmbeddingError(f"{path.name} is refused: {reason}; fetch or train it again") from None
+        advice = "fetch or train it again"
+        if head.startswith((b"PK", b"\x80")):
+            reason, advice = "it holds what a .pt or .bin file holds", "give it that ending"
+        raise EmbeddingError(f"{path.name} is refused: {reason}; {advice}") from None
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
+def _read_pickle(path: Path) -> tuple[dict[str, Any], Any]:
     try:
         content = read_torch(path)
     except RefusedError as error:
@@ -246,15 +209,11 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise EmbeddingError(f"{path.name} holds a {type(content).__name__}, not an embedding")
-    return content
+    return content, content.pop(META, None)
 
 
-def _from_tensors(
-    content: dict[str, Any], meta: Mapping[str, str], path: Path, token: str | None
-) -> Embedding:
-    about = _read_about(meta)
-    base, base_hash = str(about.get("base", "")), str(about.get("base_hash", ""))
-    step = int(about.get("step", 0))
+def _from_tensors(content: dict[str, Any], noted: Any, path: Path, token: str | None) -> Embedding:
+    about = _read_about(noted)
     if "string_to_param" in content:  # A1111
         params = content["string_to_param"]
         if isinstance(params, Mapping):  # the original repository stored a ParameterDict
@@ -262,14 +221,9 @@ def _from_tensors(
         if not isinstance(params, Mapping) or len(params) != 1:
             raise EmbeddingError("an A1111 embedding must hold exactly one token")
         vectors = next(iter(params.values()))
-        keys = ("name", "sd_checkpoint_name", "sd_checkpoint")
-        name, base, base_hash = (_read_text(content, key) for key in keys)
-        name = name or path.stem
-        step = content.get("step") or 0
-        if not isinstance(step, int) or not 0 <= step < 2**53:
-            raise EmbeddingError(
-                f"its step count is {step!r:.60}, not a whole number; fetch or train it again"
-            )
+        name = content.get("name") or path.stem
+        keys = {"base": "sd_checkpoint_name", "base_hash": "sd_checkpoint", "step": "step"}
+        about = {own: content.get(key) for own, key in keys.items()} | about
     elif "emb_params" in content:  # A1111's safetensors layout
         vectors, name = content["emb_params"], path.stem
     elif len(content) == 1:  # ours, and diffusers' learned_embeds
@@ -285,38 +239,32 @@ def _from_tensors(
         check_tensors([vectors], path.stat().st_size)
     except RefusedError as error:
         raise EmbeddingError(f"it is refused: {error}") from None
-    if vectors.ndim == 1:
-        vectors = vectors[None]
-    if not isinstance(name, str):
-        raise EmbeddingError(f"its token is a {type(name).__name__}, not text")
+    step = about.get("step") or 0
+    if not isinstance(step, int) or not 0 <= step < 2**53:
+        raise EmbeddingError(f"its step count is {step!r:.60}, not a whole number")
+    base, base_hash, data = (_read_text(about, key) for key in ("base", "base_hash", "data"))
     if token is None:
+        name = _read_text({"token": name}, "token")
         bare = re.sub(r"[<>\s/\\]+", "-", name).strip("-")
-        token = name if _TOKEN.fullmatch(name) else f"<{bare}>"
-    return Embedding(
-        vectors=vectors.detach().float(),
-        token=token,
-        step=step,
-        base=base,
-        base_hash=base_hash,
-        data=str(about.get("data", "")),
-        record=about.get("record", {}),
-    )
+        token = name if TOKEN.fullmatch(name) else f"<{bare}>"
+    vectors = vectors.detach().float()
+    vectors = vectors[None] if vectors.ndim == 1 else vectors
+    return Embedding(vectors, token, step, base, base_hash, data, about.get("record", {}))
 
 
-def _read_text(content: Mapping[str, Any], key: str) -> str:
-    value = content.get(key) or ""
-    if not isinstance(value, str) or len(value) > 500:
-        raise EmbeddingError(f"its {key} is no short text; fetch or train it again")
+def _read_text(about: Mapping[str, Any], key: str) -> str:
+    value = about.get(key) or ""
+    if not isinstance(value, str):
+        raise EmbeddingError(f"its {key} is a {type(value).__name__}, not text")
     return value
 
 
-def _read_about(meta: Mapping[str, str]) -> dict[str, Any]:
-    """Return what `_write_safetensors` wrote beside the vectors; empty for other programs' files."""
+def _read_about(noted: Any) -> dict[str, Any]:
+    """Return what we wrote beside the vectors; empty for other programs' files."""
     try:
-        about = json.loads(meta.get(META, "{}"))
+        about = {} if noted is None else json.loads(noted)
         if isinstance(about, dict) and isinstance(about.get("record", {}), dict):
-            int(about.get("step", 0))
             return about
-    except (TypeError, ValueError, OverflowError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
         pass
     raise EmbeddingError("its metadata is damaged; fetch or train it again")

@@ -18,8 +18,11 @@ import torch
 from filelock import FileLock, Timeout
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
+Record: TypeAlias = "Mapping[str, Any]"  # what a file says of its making
+Reader: TypeAlias = "Callable[[Path], Record | None]"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 STALE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what `atomic_path` of a killed process leaves
+OWN = ("seed", "image", "image_hash", "mask_hash")  # differ from image to image of one run
 
 
 class InUseError(RuntimeError):
@@ -36,12 +39,8 @@ def lock_file(path: PathLike) -> Path:
 def hold(path: PathLike | None, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing an output, and remove temporary files of killed ones.
 
-    Parameters
-    ----------
-    path : path or None
-        A file, there or not, or a folder that is there. None: nothing to hold.
-    wait : bool
-        Wait while another process holds it, instead of raising InUseError.
+    `path` is a file, there or not, a folder that is there, or None. With `wait`, wait while another
+    process holds it, instead of raising InUseError.
     """
     if path is None:
         yield
@@ -103,17 +102,22 @@ def write_json(path: PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def check_writable(path: PathLike) -> Path:
-    """Return `path` if a file can be created there, else raise before any work is done.
+def cache_folder() -> Path:
+    """Return the folder of features and downloads: ``$MEDBUDGET_CACHE`` or ``~/.cache/medbudget``."""
+    system = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MEDBUDGET_CACHE") or Path(system) / "medbudget")
 
-    Missing parent folders are made.
-    """
+
+def check_writable(path: PathLike, *, make: bool = True) -> Path:
+    """Return `path` if a file can be created there, else raise; with `make`, make its folder."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent, prefix="."):
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=place, prefix="."):
             pass
     except OSError as error:
         reason = f"{path.parent} is a file" if path.parent.is_file() else error.strerror
@@ -121,38 +125,14 @@ def check_writable(path: PathLike) -> Path:
     return path
 
 
-def cache_folder() -> Path:
-    """Return the folder of features and downloads: ``$MEDBUDGET_CACHE`` or ``~/.cache/medbudget``."""
-    system = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MEDBUDGET_CACHE") or Path(system) / "medbudget")
-
-
 def check_output(
-    path: PathLike,
-    record: Mapping[str, Any] | None = None,
-    read: Callable[[Path], Mapping[str, Any] | None] | None = None,
-    *,
+    path: PathLike, record: Record | None = None, read: Reader | None = None, *,
     overwrite: bool = False,
-) -> bool:
-    """Tell whether an output is there as this call would make it; refuse to replace any other.
+) -> bool:  # fmt: skip
+    """Tell whether a file is there as this call would make it; refuse to replace any other.
 
-    The one rule against overwriting, of all functions and commands that write.
-
-    Parameters
-    ----------
-    path : path
-        A file, there or not.
-    record : mapping, optional
-        What this call would note about the file.
-    read : callable, optional
-        ``read(path)`` returns what is noted about the file that is there, None if nothing is.
-    overwrite : bool
-        Replace whatever is there.
-
-    Raises
-    ------
-    FileExistsError
-        Says which settings differ, if the file says how it was made.
+    The one rule against overwriting, of all functions and commands that write. `record` is what
+    this call notes about the file, and `read` returns what the file that is there says, or None.
     """
     path = Path(path)
     if overwrite or path.is_dir() or not os.path.lexists(path):
@@ -169,6 +149,37 @@ def check_output(
     )
 
 
+def check_folder(
+    folder: PathLike, records: Mapping[str, Record], read: Reader, *, overwrite: bool = False
+) -> list[bool]:
+    """Tell which images of a folder are there as this call would make them, by `check_output`.
+
+    `records` maps file names to what this call notes. Synthetic images that another run left and
+    this one would not replace are refused, even with `overwrite`: both would be scored as one set.
+    Without records, the folder is only tried, and not made.
+    """
+    folder = Path(folder)
+    if not records:
+        check_writable(folder / "0.png", make=False)
+    done = [check_output(folder / x, r, read, overwrite=overwrite) for x, r in records.items()]
+    runs = [_describe_run(record) for record in records.values()]
+    sources = {record.get("image", "") for record in records.values()}
+    for path in folder.glob("*.png") if records else ():
+        stored = None if path.name in records else read(path)
+        if not stored or not stored.get("synthetic"):
+            continue
+        if _describe_run(stored) not in runs or stored.get("image") in sources:
+            raise FileExistsError(
+                f"{path} is of another run and would lie among the new images: choose another "
+                "folder, or remove it"
+            )
+    return done
+
+
+def _describe_run(record: Record) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in OWN}
+
+
 def check_apart(out: PathLike, *inputs: PathLike | None) -> None:
     """Refuse an output folder, or an output's folder, that is an input or lies inside one."""
     place = Path(out).resolve()
@@ -180,7 +191,7 @@ def check_apart(out: PathLike, *inputs: PathLike | None) -> None:
             )
 
 
-def describe_difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def describe_difference(stored: Record, wanted: Record) -> str:
     """Say in words which entries differ: ``steps (25 there, 50 now)``."""
     return ", ".join(
         f"{key} ({stored.get(key)} there, {wanted.get(key)} now)"
@@ -199,7 +210,7 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:12]
 
 
-def hash_settings(settings: Mapping[str, Any]) -> str:
+def hash_settings(settings: Record) -> str:
     """Return 12 hex digits that name the settings, independent of the order of keys."""
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -207,8 +218,5 @@ def hash_settings(settings: Mapping[str, Any]) -> str:
 
 def hash_file(path: PathLike) -> str:
     """Return the SHA-256 of a file's bytes as 64 hex digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

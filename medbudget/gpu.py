@@ -19,10 +19,10 @@ OutOfMemory = torch.cuda.OutOfMemoryError
 
 
 def speed_up(base: Base) -> Base:
-    """Return the same base with a compiled U-Net: equal up to rounding.
+    """Return the same base with a compiled U-Net, equal up to rounding.
 
-    Each shape is compiled at its first step, which takes about a minute; on a GPU, `invert` then
-    replays its step as a CUDA graph. The weights are laid out channels-last, in place.
+    The weights are laid out channels-last, in place. On a GPU, `invert` replays its step as a CUDA
+    graph.
     """
     if base.fast:
         return base
@@ -38,10 +38,7 @@ def speed_up(base: Base) -> Base:
 
 
 def choose_speed(base: Base, fast: bool | None, work: int) -> Base:
-    """Return the base, compiled where `fast` says so or, with None, where it pays.
-
-    It pays on a GPU from `LONG` steps or images (`work`) on.
-    """
+    """Return the base, compiled if `fast`; with None, on a GPU for `LONG` steps or images (`work`)."""
     if fast is None and base.device.type == "cuda" and work >= LONG and not base.fast:
         say(
             f"the U-Net is compiled first, since {work} steps or images are to come: about a "

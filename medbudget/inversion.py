@@ -1,6 +1,6 @@
 """Textual Inversion: find the vectors that make a frozen base draw given images.
 
-Gal et al. 2022 (arXiv 2208.01618), as AUTOMATIC1111's web UI did it for the paper (section 3.2):
+Gal et al. 2022 (arXiv 2208.01618), as AUTOMATIC1111's web UI did it for the paper (section 3.1):
 every image is encoded once, and AdamW changes the ``n x d`` vectors and nothing else.
 """
 
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 
 from medbudget._version import __version__
 from medbudget.base import Base
-from medbudget.embeddings import MAX_VECTORS, Embedding, EmbeddingError, check_token
-from medbudget.files import check_output, hash_tensors, hold
+from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
+from medbudget.files import hash_tensors
 from medbudget.gpu import Stepper, choose_speed
 from medbudget.images import check_images, hash_images
-from medbudget.progress import say, tqdm
+from medbudget.progress import tqdm
 from medbudget.runs import Steps, draw_indices
-from medbudget.settings import SEEDS, Settings
+from medbudget.settings import SEEDS, Settings, check_counts
 
 
 class InversionError(RuntimeError):
@@ -42,9 +42,7 @@ class InversionSettings(Settings):
     batch_size: int = 1  # images a step
     schedule: str = "constant"  # or "linear": falls to zero at the last step
     loss: str = "plain"  # epsilon MSE; or "min_snr": see min_snr_weights
-    init: str = (
-        "*"  # text whose rows are spread over the vectors; or "mean" of all rows, plus noise
-    )
+    init: str = "*"  # text whose rows are spread over the vectors; or "mean" of all, plus noise
     latents: str = "once"  # one posterior sample an image (A1111); or "mean", or "resample"
     seed: int = 0
     checkpoint_every: int = 500  # steps
@@ -76,25 +74,13 @@ def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 
 
 def compute_loss(
-    base: Base,
-    vectors: torch.Tensor,
-    latents: torch.Tensor,
-    t: torch.Tensor,
-    noise: torch.Tensor,
+    base: Base, vectors: torch.Tensor, latents: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
     weights: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Return ``||eps - eps_theta(z_t, t, c(v))||^2``, the mean over all (TI, equation 2).
 
-    Parameters
-    ----------
-    vectors : torch.Tensor
-        ``(n, d)``; the prompt is these rows and nothing else.
-    latents, noise : torch.Tensor
-        ``(B, c, h, w) float32``, scaled latents and unit noise.
-    t : torch.Tensor
-        ``(B,)`` integer timesteps 0..999.
-    weights : torch.Tensor, optional
-        ``(1000,)`` weight of each timestep, on the base's device.
+    The prompt is the `vectors` ``(n, d)`` and nothing else. `latents` (scaled) and `noise` are
+    ``(B, c, h, w) float32``, `t` ``(B,)`` integers 0..999, `weights` ``(1000,)``, one a timestep.
     """
     alpha = base.device_alphas[t].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -177,7 +163,7 @@ def invert(
     fast: bool | None = None,
     data: str = "",
 ) -> Embedding:
-    """Train an embedding for `token` on images, everything else frozen (paper, section 3.2).
+    """Train an embedding for `token` on images, everything else frozen (paper, section 3.1).
 
     Parameters
     ----------
@@ -219,7 +205,9 @@ def invert(
     check_square(images)
     base.latent_shape(images.shape[2])
     settings = (settings or InversionSettings()).complete(base.preset)
-    start = make_init(base, settings) if init_vectors is None else init_vectors.float()
+    start = (
+        make_init(base, settings) if init_vectors is None else torch.as_tensor(init_vectors).float()
+    )
     Embedding(start, token).check_fits(base.width, base.name)
     settings = replace(settings, n_vectors=len(start))
     identity = {
@@ -267,15 +255,11 @@ def invert(
                     "dtype float32, or a higher learning rate"
                 )
     record = {
-        "settings": asdict(settings),
-        "images": len(images),
-        "images_hash": identity["images"],
+        "settings": asdict(settings), "images": len(images), "images_hash": identity["images"],
         "image_hashes": " ".join(hash_images(images)),  # tells a score that it is no test
-        "medbudget": __version__,
-        "device": base.device.type,
-        "seconds": round(time.monotonic() - began, 1),
-        "history": _thin(run.losses),
-    }
+        "medbudget": __version__, "device": base.device.type,
+        "seconds": round(time.monotonic() - began, 1), "history": _thin(run.losses),
+    }  # fmt: skip
     data = data or f"{len(images)} images of {images.shape[2]} px"
     name = Path(base.name).name if Path(base.name).exists() else base.name
     return Embedding(run.vectors.detach(), token, run.step, name, base.hash, data, record)
@@ -311,94 +295,6 @@ def _thin(losses: list[float], points: int = 200) -> dict[str, list[float]]:
     }
 
 
-def invert_to(
-    path: str | os.PathLike[str],
-    base: Base,
-    images: torch.Tensor,
-    *,
-    token: str,
-    settings: InversionSettings | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
-    fast: bool | None = None,
-    data: str = "",
-    overwrite: bool = False,
-) -> Embedding:
-    """Train an embedding into a file, and go on where an earlier call was stopped.
-
-    Without a `checkpoint` of yours, the state is kept as ``PATH.ckpt`` until the word is saved. A
-    file that holds this very word is kept; any other is refused, unless `overwrite` says so. The
-    other parameters are those of `invert`.
-    """
-    path, own = Path(path), checkpoint is None
-    check_square(images)
-    given = settings or InversionSettings()
-    settings = given.complete(base.preset)
-    wanted = {
-        "token": check_token(token), "base": base.hash,
-        "images": hash_tensors({"images": images}), **settings.without("checkpoint_every"),
-    }  # fmt: skip
-    if check_output(path, wanted, _read_identity, overwrite=overwrite):
-        say(f"{path} is there already, made with these settings")
-        return Embedding.load(path)
-    checkpoint = path.with_name(f"{path.name}.ckpt") if checkpoint is None else Path(checkpoint)
-    if checkpoint.resolve() == path.resolve():
-        raise ValueError(f"{path} is to hold the word: name another file for the checkpoint")
-    every, changes = settings.checkpoint_every, ", ".join(sorted(given.given)) or "nothing"
-    if given.given >= set(asdict(settings)):
-        changes = "all"
-    say(
-        f"{len(images)} image{'s' * (len(images) > 1)}, {settings.steps} step{'s' * (settings.steps > 1)} of "
-        f"{settings.batch_size}, learning rate {settings.lr:g} ({settings.schedule}), "
-        f"{settings.n_vectors} vectors on {base.device} (preset {base.preset}; given: {changes})"
-    )
-    say(
-        f"the state is kept in {checkpoint} every {every} steps and at Ctrl-C: the same call goes "
-        "on from there"
-    )
-    if len(images) < 5:
-        say("a word from so few images copies them; the paper's smallest set has 5")
-    times = [time.monotonic()]
-
-    def tell(state: dict[str, Any]) -> None:
-        times.append(time.monotonic())
-        if len(times) == 21 and state["step"] < state["steps"]:
-            pace = (times[-1] - times[1]) / 19
-            say(f"about {format_seconds(pace * (state['steps'] - state['step']))} left")
-        if callback is not None:
-            callback(state)
-
-    with hold(path):
-        word = invert(
-            base, images, token=token, settings=settings, checkpoint=checkpoint, callback=tell,
-            fast=fast, data=data,
-        )  # fmt: skip
-        word.save(path)
-    if own:
-        checkpoint.unlink(missing_ok=True)
-    return word
-
-
-def _read_identity(path: Path) -> dict[str, Any] | None:
-    """Return what a file says of a word's making, None if it says nothing."""
-    try:
-        word = Embedding.load(path)
-        settings = InversionSettings(**word.record["settings"])
-        images = word.record["images_hash"]
-    except (EmbeddingError, KeyError, TypeError, ValueError):
-        return None
-    own = settings.without("checkpoint_every")
-    return {"token": word.token, "base": word.base_hash, "images": images, **own}
-
-
-def format_seconds(seconds: float) -> str:
-    """Write a duration in the unit that fits it."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
-
-
 @torch.inference_mode()
 def compute_image_losses(
     base: Base,
@@ -428,8 +324,7 @@ def compute_image_losses(
         ``(N, draws) float32`` on the CPU.
     """
     check_images(images)
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    check_counts(draws=draws)
     if isinstance(prompt, Embedding):
         prompt = prompt.vectors
     latents = base.encode(images)

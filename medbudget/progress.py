@@ -10,18 +10,13 @@ from typing import Any
 from tqdm.auto import tqdm as _tqdm
 
 
-def is_off() -> bool:
-    """Tell whether the environment says TQDM_DISABLE=1."""
-    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-
-
 def tqdm(*args: Any, **kwargs: Any) -> Any:
     """Return ``tqdm.auto.tqdm``, disabled where the environment says TQDM_DISABLE=1.
 
     It says so now: tqdm itself reads the environment once, when it is imported.
     """
-    kwargs["disable"] = is_off() or kwargs.get("disable", False)
-    return _tqdm(*args, **kwargs)
+    off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    return _tqdm(*args, **{**kwargs, "disable": off or kwargs.get("disable", False)})
 
 
 def say(message: str) -> None:
@@ -29,16 +24,17 @@ def say(message: str) -> None:
     _tqdm.write(message)
 
 
+def count(n: int, noun: str) -> str:
+    """Write ``1 image`` or ``2 images``."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 @contextmanager
-def quiet(on: bool = True) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Show no new bars, in this process and in those that it starts, inside the block."""
-    before = os.environ.get("TQDM_DISABLE")
-    if on:
-        os.environ["TQDM_DISABLE"] = "1"
+    before = os.environ.get("TQDM_DISABLE", "0")
+    os.environ["TQDM_DISABLE"] = "1"
     try:
         yield
     finally:
-        if on:
-            os.environ.pop("TQDM_DISABLE")
-            if before is not None:
-                os.environ["TQDM_DISABLE"] = before
+        os.environ["TQDM_DISABLE"] = before

@@ -10,21 +10,12 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from medbudget.files import atomic_path, check_writable, describe_difference, hold
 from medbudget.progress import tqdm
-
-
-class Run(Protocol):
-    """What a training run offers: the number of steps done, its state, and a way back to one."""
-
-    @property
-    def step(self) -> int: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,14 +34,14 @@ class Steps:
 
     Parameters
     ----------
-    run : Run
-        Its ``step`` must have grown at the end of the loop's body; where it has not, the same step
-        comes again.
+    run : object
+        Has ``step``, the steps done, ``state_dict()`` and ``load_state_dict(state)``. A step comes
+        again where the loop's body has not raised ``step``.
     total : int
         Steps of the whole run.
     checkpoint : path, optional
-        Saved every `every` steps, when the run is stopped, and at the end. If the file exists, the
-        run goes on from it. It is never deleted here.
+        Saved every `every` steps, when the run is stopped, and at the end; never deleted here. If
+        the file exists, the run goes on from it.
     identity : mapping
         Names the run, e.g. ``{"settings": {…}, "base": hash, "images": hash}``. A checkpoint with
         another identity is refused; entries that are mappings are compared one by one.
@@ -84,7 +75,9 @@ class Steps:
 
     def __iter__(self) -> Iterator[int]:
         with hold(self.path):
-            saved = self._resume()
+            if self.path is not None and self.path.exists():
+                self.run.load_state_dict(load_checkpoint(self.path, self.identity))
+            saved = self.run.step
             bar = tqdm(total=self.total, initial=self.run.step, desc=self.desc, unit="step")
             with bar, self._late_signals():
                 while self.run.step < self.total and not self.signals:
@@ -132,21 +125,16 @@ class Steps:
                 temporary.write_bytes(content.getbuffer())
         return self.run.step
 
-    def _resume(self) -> int:
-        if self.path is not None and self.path.exists():
-            self.run.load_state_dict(load_checkpoint(self.path, self.identity))
-        return self.run.step
-
 
 def load_checkpoint(
     path: str | os.PathLike[str], identity: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the state in a checkpoint of `Steps`, on the CPU; refuse one of another identity.
+    """Return the state in a checkpoint of `Steps`, on the CPU.
 
     Raises
     ------
     ValueError
-        A damaged file, or one of another run; says which settings differ.
+        A damaged file, or one of another `identity`; says which settings differ.
     """
     path = Path(path)
     try:
@@ -162,23 +150,18 @@ def load_checkpoint(
             f"{path} is no readable checkpoint ({error}); name another, or remove it to start anew"
         ) from None
     if identity is not None and stored != dict(identity):
+        differ = []
+        for key in dict.fromkeys([*identity, *stored]):
+            old, new = stored.get(key), identity.get(key)
+            if old != new:
+                if isinstance(old, Mapping) and isinstance(new, Mapping):
+                    key = describe_difference(old, new)
+                differ.append(key)
         raise ValueError(
-            f"checkpoint {path} belongs to another run: {_compare(stored, identity)} differ; name "
-            "another checkpoint, or remove this one to start anew"
+            f"checkpoint {path} belongs to another run: {', '.join(differ)} differ; name another "
+            "checkpoint, or remove this one to start anew"
         )
     return state
-
-
-def _compare(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Name what differs: settings with both values, anything else (hashes) by its name alone."""
-    words = []
-    for key in dict.fromkeys([*wanted, *stored]):
-        old, new = stored.get(key), wanted.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            words += [describe_difference(old, new)] if old != new else []
-        elif old != new:
-            words.append(key)
-    return ", ".join(words)
 
 
 def draw_indices(n: int, batch_size: int, step: int, seed: int) -> torch.Tensor:

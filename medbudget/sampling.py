@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 
 from medbudget.base import Base, Words
-from medbudget.files import check_output, hash_tensors, hold
+from medbudget.embeddings import Embedding
+from medbudget.files import hash_tensors
 from medbudget.gpu import choose_speed, draw_in_batches
-from medbudget.images import read_record, save_images
-from medbudget.progress import quiet, say, tqdm
 from medbudget.prompts import parse_prompt, plain_text, unused_tokens
-from medbudget.settings import check_seed
+from medbudget.settings import check_counts, check_number, check_seed
 
 STEPS = {"tiny": 25, "paper": 100}  # by the base's preset
 BATCH = 16
@@ -71,13 +69,7 @@ def guide(
 
 
 def total_guidance(prompt: str, cfg_scale: float) -> float:
-    """Return ``cfg_scale * sum_i w_i``: how far a prompt goes from the unconditional image.
-
-    Examples
-    --------
-    >>> total_guidance("<cardiomegaly>:0.5 AND <pleural_effusion>:0.5 AND <pneumonia>:0.5", 3)
-    4.5
-    """
+    """Return ``cfg_scale * sum_i w_i``: how far a prompt goes from the unconditional image."""
     return cfg_scale * sum(weight for _, weight in parse_prompt(prompt))
 
 
@@ -99,8 +91,7 @@ class Condition:
         cls, base: Base, prompt: str, embeddings: Words, negative: str, cfg_scale: float
     ) -> Condition:
         """Encode a prompt; warn of embeddings that it does not use, and of extreme guidance."""
-        if not math.isfinite(cfg_scale):
-            raise ValueError(f"cfg_scale must be a finite number such as 2, got {cfg_scale}")
+        check_number("cfg_scale", cfg_scale)
         words = base.load_words(embeddings)
         for note in unused_tokens([e.token for e in words], prompt, negative):
             warnings.warn(note, stacklevel=4)
@@ -170,6 +161,22 @@ def draw_noises(
         yield torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
+def draw_images(
+    base: Base, condition: Condition, steps: int, shape: Sequence[int], seeds: range,
+    batch_size: int = BATCH, callback: Callback | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Draw one image for each seed."""
+    sigmas, timesteps = make_sigmas(base.alphas_cumprod, steps)
+
+    def draw(first: int, count: int) -> torch.Tensor:
+        noises = draw_noises(seeds[first : first + count], shape, base.device)
+        x = next(noises) * sigmas[0]
+        tell = add_first(callback, first)
+        return base.decode(denoise(base, x, sigmas, timesteps, condition, noises, callback=tell))
+
+    return draw_in_batches(draw, len(seeds), batch_size, desc="sample")
+
+
 def sample(
     base: Base,
     prompt: str,
@@ -186,7 +193,7 @@ def sample(
     callback: Callback | None = None,
     **others: Any,
 ) -> torch.Tensor:
-    """Generate images from a prompt (paper, section 3.3).
+    """Generate images from a prompt (paper, section 3.1).
 
     Parameters
     ----------
@@ -231,94 +238,13 @@ def sample(
     refuse_options("sample", others)
     steps = default_steps(base) if steps is None else steps
     check_counts(n=n, steps=steps, batch_size=batch_size)
-    seeds = range(check_seed(seed, n), seed + n)
-    shape = base.latent_shape(size)
+    seeds, shape = check_seed(seed, n), base.latent_shape(size)
     condition = Condition.encode(base, prompt, embeddings, negative_prompt, cfg_scale)
     base = choose_speed(base, fast, n)
-    return _draw(base, condition, steps, shape, seeds, batch_size, callback)
+    return draw_images(base, condition, steps, shape, seeds, batch_size, callback)
 
 
-def _draw(
-    base: Base,
-    condition: Condition,
-    steps: int,
-    shape: Sequence[int],
-    seeds: range,
-    batch_size: int = BATCH,
-    callback: Callback | None = None,
-) -> torch.Tensor:
-    """Draw one image for each seed."""
-    sigmas, timesteps = make_sigmas(base.alphas_cumprod, steps)
-
-    def draw(first: int, count: int) -> torch.Tensor:
-        noises = draw_noises(seeds[first : first + count], shape, base.device)
-        x = next(noises) * sigmas[0]
-        tell = add_first(callback, first)
-        return base.decode(denoise(base, x, sigmas, timesteps, condition, noises, callback=tell))
-
-    return draw_in_batches(draw, len(seeds), batch_size, desc="sample")
-
-
-def sample_to(
-    folder: str | os.PathLike[str],
-    base: Base,
-    prompt: str,
-    *,
-    embeddings: Words = (),
-    negative_prompt: str = "",
-    n: int = 16,
-    steps: int | None = None,
-    cfg_scale: float = 2.0,
-    seed: int = 0,
-    size: int | None = None,
-    fast: bool | None = None,
-    overwrite: bool = False,
-) -> list[Path]:
-    """Draw images into PNG files ``00000.png`` …, and go on where an earlier call was stopped.
-
-    Each file records how it was made. Files that are there as this call would make them are kept;
-    any other is refused, unless `overwrite` says so. The other parameters are those of `sample`.
-
-    Returns
-    -------
-    list of Path
-        All `n` files.
-    """
-    folder = Path(folder)
-    steps = default_steps(base) if steps is None else steps
-    check_counts(n=n, steps=steps)
-    if n > 100_000:
-        raise ValueError(f"n must be at most 100000 in one folder, got {n}: use several folders")
-    seeds = range(check_seed(seed, n), seed + n)
-    shape = base.latent_shape(size)
-    words = base.load_words(embeddings)
-    condition = Condition.encode(base, prompt, words, negative_prompt, cfg_scale)
-    if not prompt.strip():
-        say("the prompt is empty: the images show what the base draws without one")
-    settings = {"prompt": prompt, "negative_prompt": negative_prompt, "steps": steps}
-    record = make_record(base, words, **settings, cfg_scale=cfg_scale)
-    if size not in (None, base.size):
-        record |= {"size": size}
-    records = [record | {"seed": own} for own in seeds]
-    paths = [folder / f"{i:05d}.png" for i in range(n)]
-    done = [
-        check_output(path, own, read_record, overwrite=overwrite)
-        for path, own in zip(paths, records)
-    ]
-    base = choose_speed(base, fast, n - sum(done))
-    with hold(folder), tqdm(total=n, desc="sample", unit="image") as bar:
-        for first in range(0, n, BATCH):
-            block = slice(first, min(first + BATCH, n))
-            if not all(done[block]):
-                with quiet():
-                    images = _draw(base, condition, steps, shape, seeds[block])
-                names = [path.stem for path in paths[block]]
-                save_images(images, folder, names=names, records=records[block])
-            bar.update(block.stop - first)
-    return paths
-
-
-def make_record(base: Base, words: Iterable[Any], **settings: Any) -> dict[str, Any]:
+def make_record(base: Base, words: Iterable[Embedding], **settings: Any) -> dict[str, Any]:
     """Return what is written into every synthetic image's file."""
     words = list(words)
     record = {
@@ -334,21 +260,12 @@ def make_record(base: Base, words: Iterable[Any], **settings: Any) -> dict[str, 
 
 def add_first(callback: Callback | None, first: int) -> Callback:
     """Return a callback of `denoise` that also tells the index of the batch's first image."""
-    if callback is None:
-        return lambda state: None
-    return lambda state: callback({**state, "first": first})
+    return lambda state: callback({**state, "first": first}) if callback else None
 
 
 def default_steps(base: Base) -> int:
     """Return the number of steps where none is given: 25 on ``tiny``, else the paper's 100."""
     return STEPS["tiny" if base.preset == "tiny" else "paper"]
-
-
-def check_counts(**counts: int) -> None:
-    """Raise ValueError for a count below 1."""
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def refuse_options(function: str, others: dict[str, Any]) -> None:

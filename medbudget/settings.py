@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator.manual_seed takes
@@ -33,12 +33,10 @@ class Settings:
         for name, allowed in self.CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        types = {f.name: f.type for f in fields(self)}
         for name, (low, high) in self.LIMITS.items():
-            value = getattr(self, name)
-            limit = math.inf if high is None else high
-            if not (low <= value <= limit and math.isfinite(value)):
-                limits = f"at least {low}" if high is None else f"{low} to {high}"
-                raise ValueError(f"{name} must be {limits}, got {value}")
+            high = math.inf if high is None else high
+            check_number(name, getattr(self, name), low, high, whole=types[name] == "int")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -61,8 +59,7 @@ class Settings:
         ``InversionSettings(steps=300).complete("tiny")`` has the batch and the learning rate of
         ``tiny``. Settings that come from `preset` are complete already.
         """
-        given = self.given
-        return self.preset(preset, **{name: getattr(self, name) for name in given})
+        return self.preset(preset, **{name: getattr(self, name) for name in self.given})
 
     @property
     def open_end(self) -> tuple[str, ...]:
@@ -74,16 +71,28 @@ class Settings:
         return {key: value for key, value in asdict(self).items() if key not in names}
 
 
-def check_seed(seed: int, n: int = 1) -> int:
-    """Return `seed` if PyTorch takes it and the `n` - 1 seeds that follow it, else raise."""
-    try:
-        first = operator.index(seed)
-    except TypeError:
-        raise ValueError(f"a seed is a whole number such as 0, got {seed!r}") from None
-    for value in (first, first + n - 1):
-        if not SEEDS[0] <= value <= SEEDS[1]:
-            raise ValueError(
-                f"seed {value} is beyond what PyTorch takes, -2^63 to 2^64 - 1; choose a smaller "
-                "one such as 0"
-            )
-    return first
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, whole: bool = False
+) -> None:
+    """Raise ValueError unless `value` is a finite number from `low` to `high`."""
+    if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a {'whole ' * whole}number, got {value!r}")
+    number: Any = value
+    if not low <= number <= high or abs(number) == math.inf:
+        limits = "a finite number such as 2"
+        if low > -math.inf:
+            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
+        raise ValueError(f"{name} must be {limits}, got {value}")
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ValueError for a count below 1."""
+    for name, value in counts.items():
+        check_number(name, value, 1, whole=True)
+
+
+def check_seed(seed: int, n: int) -> range:
+    """Return the seeds of `n` images, the first of them `seed`, if PyTorch takes them all."""
+    check_number("seed", seed, *SEEDS, whole=True)
+    check_number("the last image's seed", int(seed) + n - 1, *SEEDS)
+    return range(int(seed), int(seed) + n)

@@ -180,6 +180,9 @@ def recognise(first: bytes) -> str:
             "it is a web page, not the file itself: the address leads to a page about the file, or "
             "asks for a login; take the address behind its download button"
         )
+    if re.match(rb'[{\[]\s*["{\[\]}]', start):
+        said = " ".join(first.decode(errors="replace").split())[:80]
+        return f"it is a message of a server ({said}), not the file itself: read it, fetch again"
     return ""
 
 

@@ -22,10 +22,11 @@ from cyclopts.config import Yaml
 
 from medbudget._version import __version__
 from medbudget.cli import bases, embeddings, generate, readers, score, studies
+from medbudget.cli.options import write_settings
 from medbudget.cli.prepare import app as prepare_app
 
 STOPPED = "stopped: the same command goes on from here"
-GOES_ON = ("classify", "inpaint", "invert", "prepare", "sample", "study")
+GOES_ON = ("classify", "inpaint", "interpolate", "invert", "prepare", "sample", "study")
 
 
 def _show_default(value: Any) -> str | None:
@@ -44,27 +45,19 @@ app = App(
     help="Textual Inversion for medical images on a budget. Not for clinical use.",
     version=f"medbudget {__version__}",
     help_format="plaintext",
-    help_epilogue="Every command takes --config FILE: options in YAML, such as sample: {n: 40}.",
+    help_epilogue="Every command takes --config FILE: options in YAML, such as sample: {n: 40}. "
+    "Those in force are written beside what a command makes, as settings.yaml.",
     default_parameter=Parameter(negative=(), show_default=_show_default, converter=_convert),
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(add_to_startup=False)
-app.command(bases.doctor)
-app.command(bases.cache)
-app.command(generate.phantoms)
-app.command(generate.invert)
-app.command(generate.sample)
-app.command(generate.inpaint)
-app.command(generate.describe)
-app.command(score.evaluate)
-app.command(score.membership)
-app.command(score.classify)
-app.command(prepare_app)
-app.command(embeddings.app)
-app.command(embeddings.released_app)
-app.command(bases.app)
-app.command(studies.app)
-app.command(readers.app)
+for _command in (
+    bases.doctor, bases.cache, generate.phantoms, generate.invert, generate.sample,
+    generate.interpolate, generate.inpaint, generate.describe, score.evaluate,
+    score.membership, score.classify, prepare_app, embeddings.app, embeddings.released_app, bases.app,
+    studies.app, readers.app,
+):  # fmt: skip
+    app.command(_command)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,7 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     show, warnings.showwarning = warnings.showwarning, _note
     try:
         app.config = _read_config(arguments)
-        code = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
+        run, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        code = run(*bound.args, **bound.kwargs)
+        write_settings(app, arguments, bound, code if isinstance(code, dict) else {})
     except CycloptsError as error:
         command = " ".join(["medbudget", *(error.command_chain or ()), "--help"])
         code = _report(f"{_explain(error)} ({command})", 2)

@@ -1,8 +1,11 @@
-"""medbudget phantoms, invert, sample, inpaint, describe: make images and words."""
+"""medbudget phantoms, invert, sample, interpolate, inpaint, describe: make images and words.
+
+What a command returns are settings in force that the command line did not give; see `write_settings`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,17 +34,17 @@ def phantoms(
     """
     from medbudget import make_phantoms, save_images
     from medbudget.data.phantoms import KINDS
-    from medbudget.files import check_output
+    from medbudget.files import check_folder
     from medbudget.images import read_record
+    from medbudget.progress import count
 
     labels = tuple(label) if label else (KINDS[kind][0],) if kind in KINDS else ("",)
     drawn = make_phantoms(kind, labels, n, size=size, seed=seed, split=split)
     about = {"phantoms": kind, "split": split, "size": size, "drawn_with": seed}
-    records = [{**about, "labels": list(labels), "number": i} for i in range(n)]
-    for i, record in enumerate(records):
-        check_output(out / f"{i:05d}.png", record, read_record, overwrite=overwrite)
-    save_images(drawn.images, out, records=records)
-    print(f"wrote {n} {kind} phantom{'s' * (n > 1)} ({drawn.labels[0]}, {split}) to {out}")
+    records = {f"{i:05d}.png": {**about, "labels": [*labels], "number": i} for i in range(n)}
+    check_folder(out, records, read_record, overwrite=overwrite)
+    save_images(drawn.images, out, records=[*records.values()])
+    print(f"wrote {count(n, f'{kind} phantom')} ({drawn.labels[0]}, {split}) to {out}")
 
 
 def invert(
@@ -49,9 +52,9 @@ def invert(
     n_vectors: int | None = None, steps: int | None = None, lr: float | None = None,
     batch_size: int | None = None, init: Text | None = None, latents: Text | None = None,
     seed: int = 0, checkpoint: Path | None = None, checkpoint_every: int | None = None,
-    preview_every: int | None = None, log_dir: Path | None = None, overwrite: bool = False,
-    base: BaseOptions = DEFAULT,
-) -> None:  # fmt: skip
+    preview_every: int = 0, samples: int = 8, log_dir: Path | None = None,
+    overwrite: bool = False, base: BaseOptions = DEFAULT,
+) -> dict[str, Any]:  # fmt: skip
     """Train an embedding on a folder of images (Textual Inversion).
 
     Args:
@@ -69,52 +72,24 @@ def invert(
         checkpoint: file to save the state in and to go on from; default: OUT.ckpt until OUT is
             saved
         checkpoint_every: steps between checkpoints
-        preview_every: steps between preview images
+        preview_every: steps between previews in OUT.previews
+        samples: images of the word on the sheet at the end, OUT with the ending .png; 0: no sheet
         log_dir: write TensorBoard events there
-        overwrite: replace OUT if it is there
+        overwrite: replace OUT, its sheet and its previews if they are there
     """
-    from medbudget import InversionSettings, invert_to
+    from medbudget import InversionSettings, invert_to, load_images
     from medbudget.embeddings import check_token
-    from medbudget.files import check_apart, check_writable
+    from medbudget.files import check_apart, check_output, check_writable
+    from medbudget.images import read_record
 
     check_token(token)
     if out.suffix not in (".safetensors", ".pt", ".bin"):
         raise ValueError(f"--out {out}: allowed endings are .safetensors, .pt, .bin")
     check_apart(out, images)
     check_writable(out)
-    loaded = base.load()
-    given: dict[str, Any] = {
-        "n_vectors": n_vectors, "steps": steps, "lr": lr, "batch_size": batch_size, "init": init,
-        "latents": latents, "seed": seed or None, "checkpoint_every": checkpoint_every,
-    }  # fmt: skip
-    settings = InversionSettings(**{k: v for k, v in given.items() if v is not None})
-    pictures = _square(loaded, images)
-    callback, close = _observer(loaded, token, out, preview_every, log_dir)
-    try:
-        word = invert_to(
-            out, loaded, pictures, token=token,
-            settings=settings.complete(preset) if preset else settings,
-            checkpoint=checkpoint, callback=callback, fast=base.fast, overwrite=overwrite,
-            data=f"{len(pictures)} images of folder {images.name}",
-        )  # fmt: skip
-    finally:
-        close()
-    print(f"{out} ({out.stat().st_size / 1024:.0f} kB): {token}, {len(word.vectors)} vectors")
-
-
-def _square(base: Any, images: Path) -> Any:
-    from medbudget import load_images
-
-    return load_images(images, size=base.size)
-
-
-def _observer(
-    base: Any, token: str, out: Path, preview_every: int | None, log_dir: Path | None
-) -> tuple[Callable[[dict[str, Any]], None] | None, Callable[[], None]]:
-    """Return the callback for previews and TensorBoard, and what closes it."""
-    from medbudget import Embedding, save_images
-    from medbudget import sample as draw
-
+    sheet, record = out.with_suffix(".png"), {"sheet of": token}
+    if samples:
+        check_output(sheet, record, read_record, overwrite=overwrite)
     writer: Any = None
     if log_dir is not None:
         try:
@@ -122,28 +97,70 @@ def _observer(
         except ImportError:
             raise ValueError("--log-dir needs TensorBoard: pip install tensorboard") from None
         writer = SummaryWriter(log_dir)
-    if writer is None and not preview_every:
-        return None, lambda: None
 
-    def callback(state: dict[str, Any]) -> None:
+    def log(state: dict[str, Any]) -> None:
+        for name in ("loss", "lr", "grad_norm"):
+            writer.add_scalar(name, state[name], state["step"])
+
+    loaded = base.load()
+    given: dict[str, Any] = {
+        "n_vectors": n_vectors, "steps": steps, "lr": lr, "batch_size": batch_size, "init": init,
+        "latents": latents, "seed": seed or None, "checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    settings = InversionSettings(**{k: v for k, v in given.items() if v is not None})
+    pictures = load_images(images, size=loaded.size)
+    try:
+        word = invert_to(
+            out, loaded, pictures, token=token,
+            settings=settings.complete(preset) if preset else settings,
+            checkpoint=checkpoint, callback=log if writer else None, preview_every=preview_every,
+            fast=base.fast, overwrite=overwrite,
+            data=f"{len(pictures)} images of folder {images.name}",
+        )  # fmt: skip
+    finally:
         if writer is not None:
-            for name in ("loss", "lr", "grad_norm"):
-                writer.add_scalar(name, state[name], state["step"])
-        if preview_every and state["step"] % preview_every == 0:
-            now = Embedding(state["vectors"].clone(), token)
-            images = draw(base, token, embeddings=now, n=4)
-            names = [f"step{state['step']:06d}_{i}" for i in range(len(images))]
-            save_images(images, out.with_name(f"{out.stem}_previews"), names=names)
+            writer.close()
+    print(f"{out} ({out.stat().st_size / 1024:.0f} kB): {token}, {len(word.vectors)} vectors")
+    if samples:
+        _write_sheet(sheet, loaded, word, pictures, samples, record)
+        print(f"look at {sheet}: training images, images of {token}, and what they are nearest to")
+    return word.record.get("settings", {})
 
-    return callback, writer.close if writer is not None else lambda: None
+
+def _write_sheet(
+    path: Path, base: Any, word: Any, images: Any, n: int, record: dict[str, str]
+) -> None:
+    """Draw training images, images of a word, and the training image nearest to each of these."""
+    from medbudget import plots
+    from medbudget import sample as draw
+    from medbudget.files import atomic_path
+    from medbudget.metrics import pixel_neighbours
+
+    drawn = draw(base, word.token, embeddings=word, n=n)
+    distance, index = pixel_neighbours(drawn, images)
+    rows = {"training images": images, word.token: drawn, "nearest training image": images[index]}
+    if (images != images[:, :1]).any():  # one gray panel for each modality
+        colours = ("red", "green", "blue")
+        rows = {
+            f"{label}, {colour}": part[:, [c] * 3]
+            for c, colour in enumerate(colours)
+            for label, part in rows.items()
+        }
+    figure = plots.show_rows(
+        rows, [f"{value:.2f}" for value in distance], columns=n,
+        note=f"{word.token}: synthetic; {base.note or f'base {base.name}'}. Numbers: 1 - correlation "
+        "with the nearest training image, over mirror images and small shifts; 0: a copy",
+    )  # fmt: skip
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"medbudget": json.dumps(record)})
 
 
 def sample(
     prompt: Text, /, *, out: Path, embeddings: Paths = None, n: int = 16, steps: int | None = None,
     cfg_scale: float = 2.0, negative_prompt: Text = "", seed: int = 0, overwrite: bool = False,
     base: BaseOptions = DEFAULT,
-) -> None:  # fmt: skip
-    """Generate images from a prompt; a command that was stopped goes on where it was.
+) -> dict[str, Any]:  # fmt: skip
+    """Generate images from a prompt, and a contact sheet; when stopped, the same command goes on.
 
     Args:
         prompt: e.g. "<mine>" or "<a>:0.5 AND <b>:0.5"
@@ -157,23 +174,54 @@ def sample(
         overwrite: replace other images that are there
     """
     from medbudget import sample_to
-    from medbudget.files import check_writable
-    from medbudget.sampling import total_guidance
+    from medbudget.progress import count
+    from medbudget.sampling import default_steps, total_guidance
 
-    if out.is_dir():
-        check_writable(out / "0.png")
-    loaded = base.load()
+    loaded = _load_base(base, out)
     kept = set(out.glob("*.png"))
     paths = sample_to(
         out, loaded, prompt, embeddings=embeddings or [], negative_prompt=negative_prompt, n=n,
         steps=steps, cfg_scale=cfg_scale, seed=seed, fast=base.fast, overwrite=overwrite,
     )  # fmt: skip
-    count = 0 if overwrite else len(kept & set(paths))
-    there = f", {count} of them kept" if count else ""
-    print(
-        f"{n} synthetic image{'s' * (n > 1)} in {out}{there}; total guidance "
-        f"{total_guidance(prompt, cfg_scale):g}"
-    )
+    same = 0 if overwrite else len(kept & set(paths))
+    there = f", {same} of them kept" if same else ""
+    guidance = total_guidance(prompt, cfg_scale)
+    print(f"{count(n, 'synthetic image')} in {out}{there}; total guidance {guidance:g}")
+    return {"steps": default_steps(loaded)}
+
+
+def interpolate(
+    a: Path, b: Path, /, *, out: Path, weights: Text = "0,0.25,0.5,0.75,1", method: Text = "and",
+    n: int = 4, steps: int | None = None, cfg_scale: float = 2.0, seed: int = 0, gif: bool = False,
+    overwrite: bool = False, base: BaseOptions = DEFAULT,
+) -> dict[str, Any]:  # fmt: skip
+    """Generate images on the way from one embedding to another, with the same noise at each share.
+
+    Args:
+        a: embedding file
+        b: embedding file
+        out: folder for a contact sheet, and for a folder of PNG files for each share
+        weights: shares of B; that of A is the rest to 1
+        method: and: compose predictions, as the paper does; or vectors: mix the embeddings
+        n: images at each share
+        steps: default: 25 on tiny, else 100
+        cfg_scale: classifier-free guidance; paper: 2
+        seed: of the first image; the next ones have the next seeds
+        gif: also write OUT/axis.gif
+        overwrite: replace other images that are there
+    """
+    from medbudget import interpolate_to
+    from medbudget.progress import count
+    from medbudget.sampling import default_steps
+
+    shares = _parse_numbers("--weights", weights, "shares such as 0,0.5,1")
+    loaded = _load_base(base, out)
+    folders = interpolate_to(
+        out, loaded, a, b, weights=shares, method=method, n=n, steps=steps, cfg_scale=cfg_scale,
+        seed=seed, fast=base.fast, gif=gif, overwrite=overwrite,
+    )  # fmt: skip
+    print(f"{count(n, 'synthetic image')} at each of {count(len(folders), 'share')} in {out}")
+    return {"steps": default_steps(loaded)}
 
 
 def inpaint(
@@ -183,7 +231,7 @@ def inpaint(
     overlay: Text = "plain", n: int = 1, steps: int | None = None, cfg_scale: float = 2.0,
     negative_prompt: Text = "", seed: int = 0,
     overwrite: bool = False, base: BaseOptions = DEFAULT,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Repaint what a mask covers: every mask on every image, or a mask for each image.
 
     Args:
@@ -205,8 +253,10 @@ def inpaint(
         seed: the same seed gives the same result
         overwrite: replace other images that are there
     """
+    from medbudget import ellipse as draw
     from medbudget import inpaint_to
-    from medbudget.files import check_writable
+    from medbudget.progress import count
+    from medbudget.sampling import default_steps
 
     if len(mask_and_prompt) != (1 if ellipse else 2):
         raise ValueError(
@@ -215,30 +265,37 @@ def inpaint(
         )
     mask: Any = Path(mask_and_prompt[0])
     if ellipse:
-        mask = {f"ellipse{i}": _parse_ellipse(text) for i, text in enumerate(ellipse)}
-    if out.is_dir():
-        check_writable(out / "0.png")
+        unit = "x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06"
+        numbers = [_parse_numbers("--ellipse", text, unit, 4) for text in ellipse]
+        mask = {f"ellipse{i}": draw(four[:2], four[2:]) for i, four in enumerate(numbers)}
+    loaded = _load_base(base, out)
     paths = inpaint_to(
-        out, base.load(), image, mask, mask_and_prompt[-1], embeddings=embeddings or [],
+        out, loaded, image, mask, mask_and_prompt[-1], embeddings=embeddings or [],
         negative_prompt=negative_prompt, strength=strength, mask_blur=mask_blur, content=content,
         overlay=overlay, steps=steps, cfg_scale=cfg_scale, seed=seed, n=n, save_masks=save_masks,
         overwrite=overwrite,
     )  # fmt: skip
-    print(
-        f"{len(paths)} inpainted image{'s' * (len(paths) > 1)} in {out}: synthetic under their masks"
-    )
+    print(f"{count(len(paths), 'inpainted image')} in {out}: synthetic under their masks")
+    return {"steps": default_steps(loaded)}
 
 
-def _parse_ellipse(text: str) -> Any:
-    from medbudget.inpainting import ellipse
+def _load_base(base: BaseOptions, out: Path) -> Any:
+    """Load a base, once it is sure that files can be written."""
+    from medbudget.files import check_folder
+    from medbudget.images import read_record
 
+    check_folder(out, {}, read_record)
+    return base.load()
+
+
+def _parse_numbers(option: str, text: str, unit: str, n: int | None = None) -> list[float]:
     try:
-        x, y, rx, ry = map(float, text.split(","))
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(
-            f"--ellipse {text!r}: write x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06"
-        ) from None
-    return ellipse((x, y), (rx, ry))
+        numbers = []
+    if not numbers or n not in (None, len(numbers)):
+        raise ValueError(f"{option} {text!r}: write {unit}")
+    return numbers
 
 
 def describe(images: Path, /, *, base: BaseOptions = DEFAULT) -> None:
@@ -248,6 +305,7 @@ def describe(images: Path, /, *, base: BaseOptions = DEFAULT) -> None:
         images: a folder, or one image
     """
     from medbudget import describe as run
+    from medbudget import load_images
 
     loaded = base.load()
-    print(run(loaded, _square(loaded, images)))
+    print(run(loaded, load_images(images, size=loaded.size)))

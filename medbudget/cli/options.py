@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import BoundArguments
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
+
+from medbudget._version import __version__
 
 Text = Annotated[str, Parameter(metavar="TEXT")]
 Paths = Annotated[list[Path] | None, Parameter(consume_multiple=False)]
@@ -70,3 +75,54 @@ class BaseOptions(Machine):
         from medbudget import load_base
 
         return load_base(self.base, device=self.prepare(), fast=bool(self.fast))
+
+
+RECORDED = (
+    "phantoms", "invert", "sample", "interpolate", "inpaint", "evaluate", "classify", "prepare",
+)  # fmt: skip
+NOT_KEPT = ("out", "overwrite", "checkpoint", "log_dir", "pairs", "key")  # differ in a next run
+HEAD = "# medbudget"
+
+
+def write_settings(
+    app: App, arguments: Sequence[str], bound: BoundArguments, in_force: Mapping[str, Any]
+) -> None:
+    """Write the settings of a command beside its output, as --config reads them.
+
+    They are ``settings.yaml`` in a folder, and ``x.settings.yaml`` beside a file ``x.pt``.
+    """
+    import yaml
+
+    from medbudget.files import write_text
+
+    bound.apply_defaults()
+    out, (chain, apps, _) = bound.arguments.get("out"), app.parse_commands(arguments)
+    if not chain or chain[0] not in RECORDED or out is None:
+        return
+    path = out / "settings.yaml" if out.is_dir() else out.with_suffix(".settings.yaml")
+    if path.exists() and not path.read_text(encoding="utf-8").startswith(HEAD):
+        print(f"note: {path} is not medbudget's: the settings are not written", file=sys.stderr)
+        return
+    values = dict(in_force)
+    for key, value in bound.arguments.items():
+        more = vars(value) if isinstance(value, Machine) else {key: value}
+        values |= {k: v for k, v in more.items() if v is not None}
+    options: dict[str, Any] = {}
+    for argument in apps[-1].assemble_argument_collection():
+        key, name = argument.field_info.name, argument.name
+        if name.startswith("--") and key in values and key not in NOT_KEPT:
+            options[name[2:]] = _write_value(values[key])
+    again = shlex.join(["medbudget", *chain, *map(str, bound.args)])
+    again += f" --config {path.name}" + " --out OUT" * (out not in bound.args)
+    for word in reversed(chain):
+        options = {word: options}
+    text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+    write_text(path, f"{HEAD} {__version__}, once more: {again}\n{text}")
+
+
+def _write_value(value: Any) -> Any:
+    """Return a value as an option takes it: numbers in one text, paths as text."""
+    if isinstance(value, list | tuple):
+        numbers = all(isinstance(one, int | float) for one in value)
+        return ",".join(f"{one:g}" for one in value) if numbers else [str(one) for one in value]
+    return value if isinstance(value, bool | int | float) else str(value)

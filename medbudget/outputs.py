@@ -1,0 +1,332 @@
+"""Draw and train into files, and go on where an earlier call was stopped.
+
+What is there as a call would make it is kept; anything else is refused, unless `overwrite` says so.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medbudget.base import Base, Word, Words
+from medbudget.composition import axis_prompts
+from medbudget.embeddings import Embedding, EmbeddingError, check_token
+from medbudget.files import (
+    PathLike,
+    atomic_path,
+    check_apart,
+    check_folder,
+    check_output,
+    hash_tensors,
+    hold,
+)
+from medbudget.gpu import choose_speed
+from medbudget.images import (
+    SHEET,
+    find_images,
+    load_images,
+    make_grid,
+    read_record,
+    save_images,
+    to_pil,
+)
+from medbudget.inpainting import inpaint, pair_masks
+from medbudget.inversion import InversionSettings, check_square, invert
+from medbudget.masks import Mask
+from medbudget.progress import count, quiet, say, tqdm
+from medbudget.sampling import (
+    BATCH,
+    Condition,
+    default_steps,
+    draw_images,
+    make_record,
+    refuse_options,
+    sample,
+)
+from medbudget.settings import check_counts, check_seed
+
+MOST = 100_000  # images in one folder
+IS_SHEET = {"contact_sheet": True}
+INPAINTING = (
+    "negative_prompt", "strength", "mask_blur", "content", "overlay", "steps", "cfg_scale",
+)  # fmt: skip
+
+
+def sample_to(
+    folder: PathLike, base: Base, prompt: str, *, embeddings: Words = (),
+    negative_prompt: str = "", n: int = 16, steps: int | None = None, cfg_scale: float = 2.0,
+    seed: int = 0, size: int | None = None, fast: bool | None = None, overwrite: bool = False,
+) -> list[Path]:  # fmt: skip
+    """Draw images into PNG files ``00000.png`` …, and return their paths.
+
+    Each file records how it was made. ``contact_sheet.png`` shows the first 64. The parameters are
+    those of `sample`.
+    """
+    folder = Path(folder)
+    steps = default_steps(base) if steps is None else steps
+    check_counts(n=n, steps=steps)
+    if n > MOST:
+        raise ValueError(f"n must be at most {MOST} in one folder, got {n}: use several folders")
+    seeds, shape = check_seed(seed, n), base.latent_shape(size)
+    words = base.load_words(embeddings)
+    condition = Condition.encode(base, prompt, words, negative_prompt, cfg_scale)
+    if not prompt.strip():
+        say("the prompt is empty: the images show what the base draws without one")
+    settings = {"prompt": prompt, "negative_prompt": negative_prompt, "steps": steps}
+    record = make_record(base, words, **settings, cfg_scale=cfg_scale)
+    if size not in (None, base.size):
+        record |= {"size": size}
+    records = {f"{i:05d}.png": record | {"seed": own} for i, own in enumerate(seeds)}
+    done = check_folder(folder, records, read_record, overwrite=overwrite)
+    check_output(folder / SHEET, IS_SHEET, read_record, overwrite=overwrite)
+    base = choose_speed(base, fast, n - sum(done))
+
+    def draw(block: slice) -> torch.Tensor:
+        return draw_images(base, condition, steps, shape, seeds[block])
+
+    paths = _save_blocks(folder, records, done, draw, desc="sample")
+    _save_sheet(folder, load_images(paths[:64], size=min(128, size or base.size)))
+    return paths
+
+
+def interpolate_to(
+    folder: PathLike, base: Base, a: Word, b: Word, *,
+    weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), method: str = "and", n: int = 4,
+    gif: bool = False, overwrite: bool = False, **options: Any,
+) -> list[Path]:  # fmt: skip
+    """Draw images on the way from `a` to `b` into a folder for each share of `b`; return these.
+
+    ``contact_sheet.png`` has a row for each image and a column for each share, and ``axis.gif``,
+    if `gif`, goes there and back. The parameters are those of `interpolate`, the others those of
+    `sample_to`.
+    """
+    folder = Path(folder)
+    axis = axis_prompts(base, a, b, weights, method)
+    sheets = [SHEET, "axis.gif"] if gif else [SHEET]
+    for name, read in zip(sheets, (read_record, _read_comment)):
+        check_output(folder / name, IS_SHEET, read, overwrite=overwrite)
+    images = {}
+    for share, (prompt, words) in axis.items():
+        part = folder / f"{share:g}"
+        paths = sample_to(part, base, prompt, embeddings=words, n=n, overwrite=overwrite, **options)
+        images[part] = load_images(paths)
+    columns = torch.stack([*images.values()], 1)
+    _save_sheet(folder, columns[:8].flatten(0, 1), columns=len(axis))
+    if gif:
+        way = [to_pil(make_grid(one, columns=4)) for one in images.values()]
+        with atomic_path(folder / "axis.gif") as temporary:
+            way[0].save(
+                temporary, format="GIF", save_all=True, append_images=way[1:] + way[-2:0:-1],
+                duration=400, loop=0, comment=b"medbudget",
+            )  # fmt: skip
+    return [*images]
+
+
+def inpaint_to(
+    folder: PathLike,
+    base: Base,
+    image: PathLike,
+    mask: Mask | Mapping[str, Mask],
+    prompt: str,
+    *,
+    embeddings: Words = (),
+    seed: int = 0,
+    n: int = 1,
+    save_masks: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> list[Path]:
+    """Repaint image files into PNG files, and return their paths, variants next to each other.
+
+    Each file records how it was made. Originals are never replaced. The `options` are those of
+    `inpaint`.
+
+    Parameters
+    ----------
+    image : path
+        A file or a folder. Images come out in the base's size.
+    mask : mask, path, or mapping of str to mask
+        One for all images; a folder with a mask for each image under its name; or several with
+        names, each for all images.
+    save_masks : bool
+        Write each image's mask to ``FOLDER/masks`` too.
+    """
+    folder = Path(folder)
+    masked = mask if isinstance(mask, str | os.PathLike) else None
+    check_apart(folder, image, masked)
+    files = find_images(image)
+    defaults = signature(inpaint).parameters
+    settings = {key: options.pop(key, defaults[key].default) for key in INPAINTING}
+    refuse_options("inpaint", options)
+    settings["steps"] = settings["steps"] or default_steps(base)
+    check_counts(n=n, steps=settings["steps"])
+    words = base.load_words(embeddings)
+    if not prompt.strip():
+        say("the prompt is empty: the base paints what it would without one")
+    jobs = pair_masks(files, mask, base.size, n)
+    seeds = check_seed(seed, len(jobs))
+    images = load_images(files, size=base.size)
+    record = make_record(base, words, prompt=prompt, **settings)
+    hashes = [hash_tensors({"image": one}) for one in images]
+    records = {
+        f"{name}.png": record
+        | {"seed": own, "image": files[which].name, "image_hash": hashes[which]}
+        | {"mask_hash": hash_tensors({"mask": covered})}
+        for own, (name, which, covered) in zip(seeds, jobs)
+    }
+    mask_records = {
+        name: {"mask_hash": own["mask_hash"]} for name, own in records.items() if save_masks
+    }
+    results = [folder / name for name in records] + [folder / "masks" / x for x in mask_records]
+    originals = [*files, *(find_images(masked) if masked else [])]
+    if replaced := {p.resolve() for p in results} & {p.resolve() for p in originals}:
+        raise ValueError(f"{replaced.pop()} is an original: choose another folder for the results")
+    done = check_folder(folder, records, read_record, overwrite=overwrite)
+    masks_done = [
+        check_output(folder / "masks" / name, own, read_record, overwrite=overwrite)
+        for name, own in mask_records.items()
+    ]
+
+    def stack(block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        _, which, covered = zip(*jobs[block])
+        return images[list(which)], torch.stack(covered)
+
+    def draw(block: slice) -> torch.Tensor:
+        first = seeds[block][0]
+        return inpaint(base, *stack(block), prompt, embeddings=words, seed=first, **settings)
+
+    def draw_masks(block: slice) -> torch.Tensor:
+        return (stack(block)[1] >= 0.5)[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
+
+    if save_masks:
+        _save_blocks(folder / "masks", mask_records, masks_done, draw_masks, desc="masks")
+    return _save_blocks(folder, records, done, draw, desc="inpaint")
+
+
+def _save_blocks(
+    folder: Path, records: Mapping[str, dict[str, Any]], done: Sequence[bool],
+    draw: Callable[[slice], torch.Tensor], *, desc: str,
+) -> list[Path]:  # fmt: skip
+    """Write what ``draw(block)`` returns, for every block of files that is not `done` already."""
+    paths = [folder / name for name in records]
+    with hold(folder), tqdm(total=len(paths), desc=desc, unit="image") as bar:
+        for first in range(0, len(paths), BATCH):
+            block = slice(first, first + BATCH)
+            if not all(done[block]):
+                with quiet():
+                    images = draw(block)
+                names = [path.stem for path in paths[block]]
+                save_images(images, folder, names=names, records=[*records.values()][block])
+            bar.update(len(paths[block]))
+    return paths
+
+
+def _save_sheet(folder: Path, images: torch.Tensor, *, columns: int = 8) -> None:
+    """Write ``contact_sheet.png``, which `load_images` passes over; small images are enlarged."""
+    zoom = max(1, 128 // images.shape[-1])
+    large = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    sheet = make_grid(large, columns=columns)[None]
+    save_images(sheet, folder, names=[Path(SHEET).stem], records=[IS_SHEET])
+
+
+def invert_to(
+    path: PathLike, base: Base, images: torch.Tensor, *, token: str,
+    settings: InversionSettings | None = None, checkpoint: PathLike | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None, preview_every: int = 0,
+    overwrite: bool = False, **options: Any,
+) -> Embedding:  # fmt: skip
+    """Train an embedding into a file.
+
+    Without a `checkpoint` of yours, the state is kept as ``PATH.ckpt`` until the word is saved.
+    Every `preview_every` steps four images of the word go into ``PATH.previews``. The `options`
+    and other parameters are those of `invert`.
+    """
+    path, own = Path(path), checkpoint is None
+    check_square(images)
+    given = settings or InversionSettings()
+    settings = given.complete(base.preset)
+    wanted = {
+        "token": check_token(token), "base": base.hash,
+        "images": hash_tensors({"images": images}), **settings.without("checkpoint_every"),
+    }  # fmt: skip
+    if check_output(path, wanted, _read_identity, overwrite=overwrite):
+        say(f"{path} is there already, made with these settings")
+        return Embedding.load(path)
+    checkpoint = path.with_name(f"{path.name}.ckpt") if checkpoint is None else Path(checkpoint)
+    if checkpoint.resolve() == path.resolve():
+        raise ValueError(f"{path} is to hold the word: name another file for the checkpoint")
+    previews = path.with_name(f"{path.name}.previews")
+    preview = wanted | {"preview": True}
+    for file in previews.glob("*.png"):
+        check_output(file, preview, read_record, overwrite=overwrite)
+    changes = ", ".join(sorted(given.given)) or "nothing"
+    if given.given >= set(asdict(settings)):
+        changes = "all"
+    say(
+        f"{count(len(images), 'image')}, {count(settings.steps, 'step')} of {settings.batch_size}, "
+        f"learning rate {settings.lr:g} ({settings.schedule}), {settings.n_vectors} vectors on "
+        f"{base.device} (preset {base.preset}; given: {changes})"
+    )
+    say(
+        f"the state is kept in {checkpoint} every {count(settings.checkpoint_every, 'step')} and at "
+        "Ctrl-C: the same call goes on from there"
+    )
+    if preview_every:
+        say(f"images of the word go into {previews} every {count(preview_every, 'step')}")
+    if len(images) < 5:
+        say("a word from so few images copies them; the paper's smallest set has 5")
+    times = [time.monotonic()]
+
+    def tell(state: dict[str, Any]) -> None:
+        times.append(time.monotonic())
+        if len(times) == 21 and state["step"] < state["steps"]:
+            pace = (times[-1] - times[1]) / 19
+            say(f"about {_format_seconds(pace * (state['steps'] - state['step']))} left")
+        if preview_every and state["step"] % preview_every == 0:
+            now = Embedding(state["vectors"].clone(), token)
+            with quiet():
+                drawn = make_grid(sample(base, token, embeddings=now, n=4))[None]
+            save_images(drawn, previews, names=[f"step{state['step']:06d}"], records=[preview])
+        if callback is not None:
+            callback(state)
+
+    with hold(path):
+        word = invert(
+            base, images, token=token, settings=settings, checkpoint=checkpoint, callback=tell,
+            **options,
+        )  # fmt: skip
+        word.save(path)
+    if own:
+        checkpoint.unlink(missing_ok=True)
+    return word
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    """Return what a file says of a word's making, None if it says nothing."""
+    try:
+        word = Embedding.load(path)
+        settings = InversionSettings(**word.record["settings"])
+        images = word.record["images_hash"]
+    except (EmbeddingError, KeyError, TypeError, ValueError):
+        return None
+    own = settings.without("checkpoint_every")
+    return {"token": word.token, "base": word.base_hash, "images": images, **own}
+
+
+def _read_comment(path: Path) -> Mapping[str, Any] | None:
+    """Return `IS_SHEET` for a GIF of ours."""
+    return IS_SHEET if b"medbudget" in path.read_bytes()[:2000] else None
+
+
+def _format_seconds(seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
