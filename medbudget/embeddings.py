@@ -196,7 +196,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any]:
         advice = "fetch or train it again"
         if head.startswith((b"PK", b"\x80")):
             reason, advice = "it holds what a .pt or .bin file holds", "give it that ending"
-        raise EmbeddingError(f"{path.name} is refused: {reason}; {advice}") from None
+        raise EmbeddingError(f"{reason}; {advice}") from None
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Any], Any]:
@@ -204,11 +204,11 @@ def _read_pickle(path: Path) -> tuple[dict[str, Any], Any]:
         content = read_torch(path)
     except RefusedError as error:
         raise EmbeddingError(
-            f"{path.name} is refused: {error}. Only tensors are read, code in a file is never run; "
-            "fetch or train it again, or get it as .safetensors"
+            f"{error}. Only tensors are read, code in a file is never run; fetch or train it again, "
+            "or get it as .safetensors"
         ) from None
     if not isinstance(content, dict):
-        raise EmbeddingError(f"{path.name} holds a {type(content).__name__}, not an embedding")
+        raise EmbeddingError(f"it holds a {type(content).__name__}, not an embedding")
     return content, content.pop(META, None)
 
 
@@ -238,7 +238,7 @@ def _from_tensors(content: dict[str, Any], noted: Any, path: Path, token: str | 
     try:
         check_tensors([vectors], path.stat().st_size)
     except RefusedError as error:
-        raise EmbeddingError(f"it is refused: {error}") from None
+        raise EmbeddingError(str(error)) from None
     step = about.get("step") or 0
     if not isinstance(step, int) or not 0 <= step < 2**53:
         raise EmbeddingError(f"its step count is {step!r:.60}, not a whole number")

@@ -27,7 +27,7 @@ from medbudget.sampling import (
     make_sigmas,
     refuse_options,
 )
-from medbudget.settings import check_counts, check_number, check_seed
+from medbudget.settings import check_counts, check_number, list_seeds
 
 CONTENTS = ("original", "fill", "noise", "zeros")
 OVERLAYS = ("plain", "a1111")
@@ -134,7 +134,7 @@ def inpaint(
         under = fill_masked(images.expand(pairs, -1, -1, -1), soft.expand(pairs, -1, -1))
     means, stds = base.encode_posterior(under)
     order = torch.arange(pairs).repeat_interleave(n)
-    seeds = check_seed(seed, len(order))
+    seeds = list_seeds(seed, len(order))
     reach = (2 * soft).clamp(max=1) if overlay == "a1111" else soft
 
     def draw(first: int, count: int) -> torch.Tensor:

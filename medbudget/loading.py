@@ -456,7 +456,12 @@ def _assemble(parts: Parts, name: str, device: torch.device, dtype: torch.dtype)
     plain = device.type == "cpu" and dtype == torch.float32 and size <= 64
     unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
     digest = hash_weights(vae, unet, text_encoder)
-    for module in (vae, unet, text_encoder):
+    for part, module in (("VAE", vae), ("U-Net", unet), ("text encoder", text_encoder)):
+        if not all(torch.stack(p.aminmax()).isfinite().all() for p in module.parameters()):
+            raise BaseError(
+                f"{name}: weights of the {part} are NaN or infinity, which would draw black images: "
+                "fetch or train it again"
+            )
         nn.Module.to(module, device, dtype)  # diffusers' own warns of any cast
         module.eval().requires_grad_(False)
     return Base(

@@ -16,6 +16,7 @@ from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 
 from medbudget.images import check_images, fit_square
 from medbudget.pictures import ImageError, open_picture
+from medbudget.settings import check_number
 
 BLUR_AT = 512  # pixels of the images for which `mask_blur` is given
 Mask: TypeAlias = "torch.Tensor | npt.NDArray[Any] | str | os.PathLike[str]"
@@ -196,8 +197,7 @@ def blur_masks(masks: torch.Tensor, mask_blur: float) -> torch.Tensor:
 
     The Gaussian is cut at 4 standard deviations: farther out a mask is exactly 0.
     """
-    if not (math.isfinite(mask_blur) and mask_blur >= 0):
-        raise ValueError(f"mask_blur must be 0 or a positive number of pixels, got {mask_blur}")
+    check_number("mask_blur", mask_blur, 0)
     sigma = mask_blur * masks.shape[-1] / BLUR_AT
     if sigma == 0:
         return masks

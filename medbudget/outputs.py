@@ -50,7 +50,7 @@ from medbudget.sampling import (
     refuse_options,
     sample,
 )
-from medbudget.settings import check_counts, check_seed
+from medbudget.settings import check_counts, list_seeds
 
 MOST = 100_000  # images in one folder
 IS_SHEET = {"contact_sheet": True}
@@ -74,7 +74,7 @@ def sample_to(
     check_counts(n=n, steps=steps)
     if n > MOST:
         raise ValueError(f"n must be at most {MOST} in one folder, got {n}: use several folders")
-    seeds, shape = check_seed(seed, n), base.latent_shape(size)
+    seeds, shape = list_seeds(seed, n), base.latent_shape(size)
     words = base.load_words(embeddings)
     condition = Condition.encode(base, prompt, words, negative_prompt, cfg_scale)
     if not prompt.strip():
@@ -171,7 +171,7 @@ def inpaint_to(
     if not prompt.strip():
         say("the prompt is empty: the base paints what it would without one")
     jobs = pair_masks(files, mask, base.size, n)
-    seeds = check_seed(seed, len(jobs))
+    seeds = list_seeds(seed, len(jobs))
     images = load_images(files, size=base.size)
     record = make_record(base, words, prompt=prompt, **settings)
     hashes = [hash_tensors({"image": one}) for one in images]

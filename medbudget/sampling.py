@@ -16,7 +16,7 @@ from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
 from medbudget.gpu import choose_speed, draw_in_batches
 from medbudget.prompts import parse_prompt, plain_text, unused_tokens
-from medbudget.settings import check_counts, check_number, check_seed
+from medbudget.settings import check_counts, check_number, list_seeds
 
 STEPS = {"tiny": 25, "paper": 100}  # by the base's preset
 BATCH = 16
@@ -238,7 +238,7 @@ def sample(
     refuse_options("sample", others)
     steps = default_steps(base) if steps is None else steps
     check_counts(n=n, steps=steps, batch_size=batch_size)
-    seeds, shape = check_seed(seed, n), base.latent_shape(size)
+    seeds, shape = list_seeds(seed, n), base.latent_shape(size)
     condition = Condition.encode(base, prompt, embeddings, negative_prompt, cfg_scale)
     base = choose_speed(base, fast, n)
     return draw_images(base, condition, steps, shape, seeds, batch_size, callback)

@@ -91,8 +91,14 @@ def check_counts(**counts: int) -> None:
         check_number(name, value, 1, whole=True)
 
 
-def check_seed(seed: int, n: int) -> range:
-    """Return the seeds of `n` images, the first of them `seed`, if PyTorch takes them all."""
+def check_seed(seed: int, n: int = 1) -> int:
+    """Return `seed` if PyTorch takes it and the `n` - 1 seeds that follow it, else raise."""
     check_number("seed", seed, *SEEDS, whole=True)
     check_number("the last image's seed", int(seed) + n - 1, *SEEDS)
-    return range(int(seed), int(seed) + n)
+    return int(seed)
+
+
+def list_seeds(seed: int, n: int) -> range:
+    """Return the seeds of `n` images, the first of them `seed`; see `check_seed`."""
+    first = check_seed(seed, n)
+    return range(first, first + n)

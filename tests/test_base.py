@@ -6,7 +6,8 @@ import torch
 
 from medbudget import Embedding, describe, load_base, make_phantoms
 from medbudget.bases import BaseError
-from medbudget.loading import TINY
+from medbudget.loading import TINY, load_parts
+from medbudget.tiny import FOLDER, SPECS, load_trained
 
 IMAGES = make_phantoms("chest", "healthy", 18).images
 
@@ -78,6 +79,24 @@ def test_sd2_without_weights_names_the_ways_out(monkeypatch, tmp_path):
     monkeypatch.setenv("MEDBUDGET_SD2", str(tmp_path / "none"))
     with pytest.raises(BaseError, match="not a folder"):
         load_base("sd2")
+
+
+def test_weights_that_are_nan_are_refused_at_once(monkeypatch):
+    parts = load_parts("small-random")
+    next(parts.unet.parameters()).data[0] = float("nan")
+    monkeypatch.setattr("medbudget.loading.load_parts", lambda name: parts)
+    with pytest.raises(BaseError, match="weights of the U-Net are NaN or infinity"):
+        load_base("small-random", device="cpu")
+
+
+def test_shipped_embeddings_belong_to_the_shipped_base(tiny):
+    assert len(list(FOLDER.glob("*"))) == len(SPECS) == 15
+    for kind, label, n_vectors, cases in SPECS:
+        word = load_trained(kind, label, tiny, n_vectors=n_vectors, cases=cases)
+        assert word.vectors.shape == (n_vectors, 96) and word.token == f"<{label}>"
+        assert word.record["images"] == cases and word.history["loss"]
+    with pytest.raises(ValueError, match=r"for the base 'tiny', this one is 'sd2'.*load_word"):
+        load_trained("prostate", "tumour", replace(tiny, name="sd2"))
 
 
 def test_cuda_without_a_gpu_is_an_error():

@@ -5,7 +5,7 @@ promise                                        test
 =============================================  ================================================
 a word: two runs, equal bytes                  here
 a word: stopped or killed, resumed             test_inversion (interrupted, killed)
-images: drawn twice, equal bytes               test_sampling (do_not_depend_on_their_batch)
+images: drawn twice, equal bytes               here
 images: block by block, equal bytes            here
 sample: stopped and started again              test_cli (goes_on_where_it_was)
 preparation: one process or two                test_prepare (two_workers)
@@ -99,6 +99,7 @@ def test_words_and_images_are_those_of_earlier_versions(tiny):
 
 
 def test_blocks_of_one_size_have_equal_bytes_however_they_are_called(tiny, whole):
+    assert whole.equal(sample(tiny, "<x>", n=8, **DRAW))
     together = sample(tiny, "<x>", n=8, batch_size=4, **DRAW)
     seeds = (DRAW["seed"], DRAW["seed"] + 4)
     parts = [sample(tiny, "<x>", n=4, **{**DRAW, "seed": seed}) for seed in seeds]

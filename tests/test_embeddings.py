@@ -38,6 +38,7 @@ def test_safetensors_keeps_everything_under_one_megabyte(tmp_path):
 def test_other_formats_keep_the_vectors(tmp_path, ending):
     back = Embedding.load(make().save(tmp_path / f"x{ending}"))
     assert torch.equal(back.vectors, VECTORS) and back.token == "<x>"
+    assert back.record == (make().record if ending == ".pt" else {})
 
 
 def test_a1111_layout_is_what_a1111_reads(tmp_path):
@@ -95,6 +96,7 @@ def test_numpy_scalars_are_read_as_numbers(tmp_path, kind):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git-lfs pointer"),
         (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "web page"),
         (b"\xef\xbb\xbf<HTML><head></head></HTML>", "web page"),
+        (b'{"error": "Repository Not Found"}\n', "message of a server .*Repository Not Found"),
         (b"", "empty|whole safetensors"),
     ],
 )
@@ -109,7 +111,9 @@ def test_numbers_that_no_float32_holds_and_later_damage_are_found():
         Embedding(torch.full((1, 4), 1e300, dtype=torch.float64), "<x>")
     word = Embedding(VECTORS.clone(), "<x>")
     word.vectors[2, 3] = float("nan")
-    with pytest.raises(EmbeddingError, match=r"<x> holds NaN or infinity in vectors \[2\]"):
+    with pytest.raises(
+        EmbeddingError, match=r"<x> holds NaN, infinity or numbers beyond 10000 in vectors \[2\]"
+    ):
         word.check_fits(1024, "sd2")
 
 

@@ -299,52 +299,6 @@ def test_seeds_at_the_ends_of_what_torch_takes(tiny, seed):
         replace(FEW, seed=seed * 3)
 
 
-# ------------------------------------------------------------------- into a file
-
-
-def test_invert_to_keeps_the_state_until_the_word_is_saved(tiny, tmp_path, capsys):
-    path, settings = tmp_path / "x.safetensors", replace(FEW, steps=30)
-    whole = run(tiny, settings)
-
-    def stop(state):
-        if state["step"] == 25:
-            signal.raise_signal(signal.SIGINT)
-
-    options = {"token": "<x>", "settings": settings}
-    with pytest.raises(KeyboardInterrupt, match=r"stopped at step 25 of 30.*x\.safetensors\.ckpt"):
-        invert_to(path, tiny, IMAGES, callback=stop, **options)
-    said = capsys.readouterr().out
-    assert "6 images, 30 steps of 2, learning rate 0.01 (constant), 4 vectors on cpu" in said
-    assert f"the state is kept in {path}.ckpt every 2 steps and at Ctrl-C" in said
-    assert re.search(r"about \d+ seconds left", said)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors.ckpt"]
-    steps = []
-    word = invert_to(path, tiny, IMAGES, callback=lambda s: steps.append(s["step"]), **options)
-    assert steps == [26, 27, 28, 29, 30] and torch.equal(word.vectors, whole.vectors)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
-    again = invert_to(path, tiny, IMAGES, callback=lambda s: steps.append(s["step"]), **options)
-    assert len(steps) == 5 and torch.equal(again.vectors, whole.vectors)
-
-
-def test_invert_to_replaces_no_other_word(tiny, tmp_path):
-    path, two = tmp_path / "x.safetensors", replace(FEW, steps=2)
-    first = invert_to(path, tiny, IMAGES, token="<x>", settings=two)
-    content = path.read_bytes()
-    with pytest.raises(FileExistsError, match=r"token \(<x> there, <y> now\)"):
-        invert_to(path, tiny, IMAGES, token="<y>", settings=two)
-    with pytest.raises(FileExistsError, match="made with other settings: images"):
-        invert_to(path, tiny, IMAGES[:5], token="<x>", settings=two)
-    first.save(tmp_path / "x.pt")
-    with pytest.raises(FileExistsError, match="is there already; choose another place"):
-        invert_to(tmp_path / "x.pt", tiny, IMAGES, token="<x>", settings=two)
-    assert path.read_bytes() == content
-    invert_to(path, tiny, IMAGES, token="<y>", settings=two, overwrite=True)
-    assert Embedding.load(path).token == "<y>"
-    own = tmp_path / "mine.ckpt"  # a checkpoint of one's own stays, for a longer run
-    invert_to(tmp_path / "z.pt", tiny, IMAGES, token="<z>", settings=two, checkpoint=own)
-    assert own.exists()
-
-
 # ------------------------------------------------------------------- float16, memory, speed
 
 

@@ -123,14 +123,14 @@ def invert(
     print(f"{out} ({out.stat().st_size / 1024:.0f} kB): {token}, {len(word.vectors)} vectors")
     if samples:
         _write_sheet(sheet, loaded, word, pictures, samples, record)
-        print(f"look at {sheet}: training images, images of {token}, and what they are nearest to")
+        print(f"look at {sheet}: images of {token}, what they are nearest to, training images")
     return word.record.get("settings", {})
 
 
 def _write_sheet(
     path: Path, base: Any, word: Any, images: Any, n: int, record: dict[str, str]
 ) -> None:
-    """Draw training images, images of a word, and the training image nearest to each of these."""
+    """Draw images of a word, the training image nearest to each, and other training images."""
     from medbudget import plots
     from medbudget import sample as draw
     from medbudget.files import atomic_path
@@ -138,7 +138,7 @@ def _write_sheet(
 
     drawn = draw(base, word.token, embeddings=word, n=n)
     distance, index = pixel_neighbours(drawn, images)
-    rows = {"training images": images, word.token: drawn, "nearest training image": images[index]}
+    rows = {word.token: drawn, "nearest training image": images[index], "training images": images}
     if (images != images[:, :1]).any():  # one gray panel for each modality
         colours = ("red", "green", "blue")
         rows = {
