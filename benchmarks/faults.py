@@ -67,7 +67,7 @@ def medbudget(*arguments: object) -> None:
 def invert(given: Path, out: Path) -> None:
     medbudget("invert", given / "a", "--token", "<x>", "--out", out / "x.safetensors",
               "--steps", 30, "--batch-size", 2, "--n-vectors", 4,
-              "--checkpoint", out / "x.ckpt", "--checkpoint-every", 5)  # fmt: skip
+              "--checkpoint", out / "x.ckpt", "--checkpoint-every", 5, "--samples", 0)  # fmt: skip
 
 
 def sample(given: Path, out: Path) -> None:
@@ -156,7 +156,8 @@ COMMANDS = {
         "30 steps, a checkpoint every 5",
     ),
     "sample": Command(
-        sample, "medbudget.sampling:draw_images", lambda *arguments: arguments[-1][0], 1, "40 images, 16 at once",
+        sample, "medbudget.outputs:draw_images", lambda *arguments: arguments[-1][0], 1,
+        "40 images, 16 at once",
     ),
     "inpaint": Command(
         inpaint, "medbudget.images:to_pil", lambda *_: 0, None, "12 images; starts anew",

@@ -1,5 +1,4 @@
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from medbudget import (
     Embedding,
     InversionSettings,
     invert,
-    invert_to,
     load_base,
     make_phantoms,
     sample,
