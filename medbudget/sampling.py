@@ -69,7 +69,11 @@ def guide(
 
 
 def total_guidance(prompt: str, cfg_scale: float) -> float:
-    """Return ``cfg_scale * sum_i w_i``: how far a prompt goes from the unconditional image."""
+    """Return ``cfg_scale * sum_i w_i``: how far a prompt goes from the unconditional image.
+
+    >>> total_guidance("<cardiomegaly>:0.5 AND <pleural_effusion>:0.5 AND <pneumonia>:0.5", 3)
+    4.5
+    """
     return cfg_scale * sum(weight for _, weight in parse_prompt(prompt))
 
 
