@@ -56,22 +56,19 @@ def _numbers(type_: Any, tokens: Any) -> list[float]:
 def _annotate(parameter: inspect.Parameter) -> inspect.Parameter:
     """Give a function's parameter the name, the type and the help of an option."""
     name, annotation = parameter.name, parameter.annotation
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"help": HELP[name]} if name in HELP else {}  # else the docstring's
     if name == "proportions":
-        name, annotation = "split", list[float]
-        options = {"name": "--split", "converter": _numbers, "n_tokens": 1, "metavar": "TEXT"}
+        annotation = list[float]
+        more = {"name": "--split", "converter": _numbers, "n_tokens": 1, "metavar": "TEXT"}
+        options = {"help": HELP["split"], **more}
     elif annotation in (str, str | None):
-        options = {"metavar": "TEXT"}
+        options["metavar"] = "TEXT"
     elif "PathLike" in str(annotation):
-        optional = parameter.default is None
-        annotation = Path | None if optional else Path
+        annotation = Path | None if parameter.default is None else Path
     elif name == "workers":
-        parameter = parameter.replace(default=None)
-        annotation = int | None
+        parameter, annotation = parameter.replace(default=None), int | None
     elif name == "disjoint":
-        options = {"negative": "--overlap"}
-    if name in HELP:
-        options["help"] = HELP[name]
+        options["negative"] = "--overlap"
     kind = parameter.kind
     if parameter.default is parameter.empty:
         kind = parameter.KEYWORD_ONLY if name == "out" else parameter.POSITIONAL_ONLY

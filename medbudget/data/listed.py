@@ -30,17 +30,8 @@ def list_by_table(
 ) -> list[Entry]:
     """Return the sources that a table lists; a row without a file becomes one with a problem.
 
-    Parameters
-    ----------
-    columns : (str, str, str or None)
-        Of file, class and patient; None takes ``patient`` where there is one.
-    notes, broken : list
-        Get what the reader should know, and rows without a class.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No such table, columns that it does not have, a file in two classes, no file that is there.
+    `columns` are those of file, class and patient, where None takes ``patient`` if it is there.
+    `notes` gets what the reader should know, `broken` the rows without a class.
     """
     rows = read_table(table)
     file, label, patient = _choose_columns(table, [*rows[0]] if rows else [], columns, notes)

@@ -110,20 +110,16 @@ def _open(file: Path, part: str, shown: Path | None = None) -> Any:
         else:
             shape = (EDGE, EDGE, 3) if part == "x" else (1,) * (data.ndim - 1)
             whole = data.dtype.kind in "iu" and data.dtype.itemsize <= 8
+            if data.shape[1:] == shape and whole and len(data) <= 2**22:
+                return opened
             problem = (
-                ""
-                if data.shape[1:] == shape and whole and len(data) <= 2**22
-                else (
-                    f"holds {part} of shape {data.shape} {data.dtype}; expected "
-                    f"(N, {', '.join(map(str, shape))}) whole numbers, N up to {2**22:,}"
-                )
+                f"holds {part} of shape {data.shape} {data.dtype}; expected "
+                f"(N, {', '.join(map(str, shape))}) whole numbers, N up to {2**22:,}"
             )
     except Exception as error:  # HDF5 has many ways to be damaged
         problem = f"is damaged ({type(error).__name__}): download it again"
-    if problem:
-        opened.close()
-        raise OSError(f"{shown or file} {problem}")
-    return opened
+    opened.close()
+    raise OSError(f"{shown or file} {problem}")
 
 
 def _read_rows(data: Any, rows: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from medbudget.data import resample
 from medbudget.data.items import SIZES
 from medbudget.data.picai_files import (
     GLAND,
@@ -31,21 +32,6 @@ from medbudget.data.picai_files import (
     read_marksheet,
 )
 from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
-from medbudget.data.resample import (
-    CENTRE,
-    GRID,
-    PERCENTILES,
-    SPACING,
-    EmptyMask,
-    check_order,
-    cut_paper,
-    cut_physical,
-    read_mask,
-    read_sequence,
-    shift,
-    target_grid,
-    to_array,
-)
 from medbudget.data.splits import SPLITS, choose_cases
 from medbudget.files import check_apart
 from medbudget.images import from_pil, hash_pixels
@@ -206,10 +192,14 @@ def prepare_picai(
     )  # fmt: skip
     chosen = {one.name for group in (items, *spares.values()) for one in group}
     settings = {
-        "dataset": "picai",
-        **{"seed": seed, "per_class": per_class, "reference": reference, "disjoint": disjoint},
-        **asdict(view),
-        "grid": dict(spacing_mm=SPACING, voxels=GRID, percentiles=PERCENTILES, centre=CENTRE),
+        **{"dataset": "picai", "seed": seed, "per_class": per_class},
+        **{"reference": reference, "disjoint": disjoint, **asdict(view)},
+        "grid": dict(
+            spacing_mm=resample.SPACING,
+            voxels=resample.GRID,
+            percentiles=resample.PERCENTILES,
+            centre=resample.CENTRE,
+        ),
     }
     make = partial(_make, images=images, labels=labels, view=view)
     notes = [
@@ -239,20 +229,17 @@ def _count(names: Iterable[str], what: str) -> list[str]:
 
 
 def measure_shift(images: str | os.PathLike[str], case_id: str) -> dict[str, tuple[float, ...]]:
-    """Tell how far ``geometry="paper"`` shifts each sequence against T2W, from the headers alone.
+    """Tell how far ``geometry="paper"`` shifts "adc" and "hbv" against T2W, from the headers alone.
 
-    Returns
-    -------
-    dict of str to tuple of float
-        "adc" and "hbv" to millimetres along T2W's slices, rows and columns: what the paper's crop
-        shows in its centre, relative to what T2W's crop shows there.
+    In millimetres along T2W's slices, rows and columns: what the paper's crop shows in its centre,
+    relative to what T2W's crop shows there.
     """
     t2w = find_t2w(Path(images), case_id)
-    middle = (np.array(GRID) - 1) / 2 * np.array(SPACING)
+    middle = (np.array(resample.GRID) - 1) / 2 * np.array(resample.SPACING)
     centres = {}
     for name in SEQUENCES:
-        volume = read_sequence(t2w.with_name(f"{case_id}_{name}.mha"), f"sequence {name}")
-        centres[name] = np.array(shift(*target_grid(volume), middle))
+        volume = resample.read_sequence(t2w.with_name(f"{case_id}_{name}.mha"), f"sequence {name}")
+        centres[name] = np.array(resample.shift(*resample.target_grid(volume), middle))
         if name == "t2w":
             axes = np.reshape(volume.GetDirection(), (3, 3))
     return {
@@ -271,7 +258,8 @@ def _make(item: Item, *, images: Path, labels: Path, view: View) -> Made:
         window=case.window,
         slice_index=case.slice_index,
         spacing=case.spacing,
-        crop=" x ".join(map(str, GRID[1:])) + f" px of {SPACING[1]} mm, {view.geometry}",
+        crop=" x ".join(map(str, resample.GRID[1:]))
+        + f" px of {resample.SPACING[1]} mm, {view.geometry}",
         masks={"tumour": case.tumour, "gland": case.gland},
         pixels=case.pixels,
     )
@@ -282,24 +270,26 @@ def _load(
 ) -> Case:
     names = SEQUENCES if view.sequences == "all" else SEQUENCES[:1]
     files = {name: t2w.with_name(f"{study.case_id}_{name}.mha") for name in names}
-    volumes = {name: read_sequence(file, f"sequence {name}") for name, file in files.items()}
+    volumes = {
+        name: resample.read_sequence(file, f"sequence {name}") for name, file in files.items()
+    }
     for name, volume in volumes.items():
-        values = to_array(volume)
+        values = resample.to_array(volume)
         if values.min() == values.max():
             raise BrokenCase(f"sequence {name} has the one value {values.min():g}")
     if int(np.abs(np.reshape(volumes["t2w"].GetDirection(), (3, 3))[:, 2]).argmax()) != 2:
         raise BrokenCase("T2W is not an axial volume")
-    check_order(to_array(volumes["t2w"]))
+    resample.check_order(resample.to_array(volumes["t2w"]))
     gland = f"{GLAND}/{study.case_id}.nii.gz"
-    masks = {"gland": read_mask(labels / gland, 1, volumes["t2w"])}
+    masks = {"gland": resample.read_mask(labels / gland, 1, volumes["t2w"])}
     sources = [*(file.relative_to(images).as_posix() for file in files.values()), gland]
     if lesions:
         lesion, masks["tumour"] = _read_lesion(labels, lesions, volumes["t2w"])
         sources.append(lesion)
     if view.geometry == "physical":
-        planes, shapes, index, ranges = cut_physical(volumes, masks, view.window)
+        planes, shapes, index, ranges = resample.cut_physical(volumes, masks, view.window)
     else:
-        planes, shapes, index, ranges = cut_paper(volumes, masks)
+        planes, shapes, index, ranges = resample.cut_paper(volumes, masks)
     edges = (view.size, view.size)
     picture = np.stack([planes[name] for name in names], axis=-1).repeat(3 // len(names), axis=-1)
     outlines = {
@@ -315,10 +305,13 @@ def _load(
         gland=outlines["gland"],
         label=LABELS.index(study.label),
         slice_index=index,
-        spacing=(SPACING[1] * GRID[1] / view.size, SPACING[2] * GRID[2] / view.size),
+        spacing=(
+            resample.SPACING[1] * resample.GRID[1] / view.size,
+            resample.SPACING[2] * resample.GRID[2] / view.size,
+        ),
         window=f"{view.window}: {said}",
         sources=tuple(sources),
-        pixels=hash_pixels(to_array(volumes["t2w"])),
+        pixels=hash_pixels(resample.to_array(volumes["t2w"])),
     )
 
 
@@ -326,7 +319,7 @@ def _read_lesion(labels: Path, files: tuple[str, ...], t2w: sitk.Image) -> tuple
     """Return the first mask with a significant lesion; an expert's may show harmless ones only."""
     for file in files:
         try:
-            return file, read_mask(labels / file, LESIONS[os.path.dirname(file)], t2w)
-        except EmptyMask as error:
+            return file, resample.read_mask(labels / file, LESIONS[os.path.dirname(file)], t2w)
+        except resample.EmptyMask as error:
             empty = error
     raise empty
