@@ -59,20 +59,6 @@ def retag(file: Path, **tags) -> None:
     data.save_as(file)
 
 
-def test_dicom_rescale_and_window_tags(tmp_path: Path) -> None:
-    file = write_dicom(tmp_path / "in" / "a.dcm", ramp())
-    retag(file, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=[0, 99], WindowWidth=[401, 1])
-    pixels = read(tmp_path / "in")
-    assert np.allclose(pixels.values[0], ramp().astype(float) * 2 - 1000)
-    # PS3.3 C.11.2.1.2 with c = 0 and w = 401: black up to -200.5, white above 199.5
-    assert [(w.low, w.high) for w in pixels.windows] == [(-200.5, 199.5)]
-    image = shown(tmp_path / "in", tmp_path / "out")
-    low, high = pixels.values[0] <= -200.5, pixels.values[0] > 199.5
-    inner = image[4:28]
-    assert inner[torch.from_numpy(low)].max() == 0 and inner[torch.from_numpy(high)].min() == 255
-    assert "tags: -200.5..199.5" in load_manifest(tmp_path / "out")["window"].iloc[0]
-
-
 def test_monochrome1_is_inverted_after_its_window(tmp_path: Path) -> None:
     tags = {"WindowCenter": 105, "WindowWidth": 151, "BitsStored": 12, "HighBit": 11}
     for name, kind in (("m1", "MONOCHROME1"), ("m2", "MONOCHROME2")):
@@ -116,33 +102,6 @@ def test_transfer_syntaxes(tmp_path: Path, compressor: str | None) -> None:
     assert np.abs(values - gray).max() <= (12 if compressor == "lossy JPEG" else 0)
     if compressor in OURS:
         assert file.stat().st_size < plain.stat().st_size
-
-
-def write_series(folder: Path, n: int = 5, **extra: str) -> None:
-    """Write a series whose file names run against the order of its slices."""
-    for k in range(n):
-        tags = {
-            **PERSON,
-            "0020|000e": "1.2.3.4",
-            "0020|0032": f"0\\0\\{3 * k}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
-            "0008|0060": "MR",
-            **extra,
-        }
-        write_dicom(folder / f"{n - k:03d}.dcm", ramp() + 100 * k, tags)
-
-
-def test_a_series_is_one_volume_in_the_order_of_its_slices(tmp_path: Path) -> None:
-    write_series(tmp_path / "in")
-    (source,) = one(tmp_path / "in")
-    assert len(source.files) == 5 and source.patient == ID
-    values = read_pixels(tmp_path / "in", source).values
-    assert values[:, 0, 0].tolist() == [0, 100, 200, 300, 400]
-    report = prepare_folder(
-        tmp_path / "in", tmp_path / "out", proportions=[1], size=32, slices="every:2"
-    )
-    indices = load_manifest(tmp_path / "out")["slice_index"].tolist()
-    assert report.made == 2 and indices == ["1", "3"]
 
 
 @pytest.mark.parametrize("compressor", [None, "JPEG2000", "lossy JPEG"])
@@ -190,14 +149,6 @@ def write_volume(file: Path, code: str = "LPS", n: int = 4, spacing=(1.0, 1.0, 5
     file.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(sitk.DICOMOrient(image, code), str(file))
     return values
-
-
-def test_pixels_are_made_square(tmp_path: Path) -> None:
-    write_volume(tmp_path / "in" / "a.mha", "LIP")
-    image = shown(tmp_path / "in", tmp_path / "out", size=64)
-    high = int((image.float().std(dim=1) > 0).sum())
-    assert abs(high - 64 * 20 / 32) <= 1, "4 slices of 5 mm against 32 columns of 1 mm"
-    assert load_manifest(tmp_path / "out")["spacing"].iloc[0] == "0.5 x 0.5"
 
 
 def test_slice_rules(tmp_path: Path) -> None:
@@ -433,6 +384,13 @@ def table_of(root: Path, text: str, **options):
     return report, load_manifest(out)
 
 
+def test_a_patient_column_that_is_not_named_is_said(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(6)])
+    text = "\n".join(["file,class,PatientID", *(f"{i}.png,a,P{i}" for i in range(6))])
+    report, _ = table_of(tmp_path / "in", text)
+    assert any("column PatientID is not used" in note for note in report.notes)
+
+
 def test_one_patient_in_several_spellings_is_one_and_that_is_said(tmp_path: Path) -> None:
     """Excel and SQL's CHAR columns pad; macOS writes accents in two ways; people mix cases."""
     write_pictures(tmp_path / "in", [f"{i}.png" for i in range(40)])
@@ -466,17 +424,6 @@ def test_tables_of_windows_and_excel_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as raised:  # the pattern as it was typed
         prepare_folder(tmp_path / "in", tmp_path / "x", patient_pattern=r"^(\d+)_")
     assert r"pattern ^(\d+)_ does not fit Sub/0.PNG: it is searched" in str(raised.value)
-
-
-def test_a_patient_column_that_is_not_there_is_refused_and_one_that_is_there_is_named(
-    tmp_path: Path,
-) -> None:
-    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(6)])
-    text = "\n".join(["file,class,PatientID", *(f"{i}.png,a,P{i}" for i in range(6))])
-    with pytest.raises(ValueError, match=r"no 'patient'.*--patient-column"):
-        table_of(tmp_path / "in", text, patient_column="patient")
-    report, _ = table_of(tmp_path / "in", text)
-    assert any("column PatientID is not used" in note for note in report.notes)
 
 
 def test_the_same_pixels_stay_in_one_split_whatever_the_file(tmp_path: Path) -> None:
