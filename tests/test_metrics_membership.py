@@ -23,6 +23,7 @@ def test_losses_of_a_model_that_remembers_and_one_that_does_not():
     said = metrics.judge_membership([remembers, forgets])
     assert said.startswith("the word gives its training images away: Membership AUC (loss) is 0.9")
     assert "cannot tell members from others" in metrics.judge_membership([forgets])
+    assert "rough: only 4 images" in metrics.judge_membership([attack([1] * 4, [2] * 4)])
     # ten images of each patient, all alike, tell as much as one of them
     few = attack(inside[:20], outside[:20])
     patients = np.repeat([f"p{i}" for i in range(20)], 10)
@@ -57,6 +58,6 @@ def test_images_that_the_word_records_are_known(tiny):
     record = {"image_hashes": " ".join(hash_images(images[:2]))}
     word = Embedding(WORD.vectors, "<w>", record=record)
     scores = metrics.membership_test(tiny, word, images[:3], images[3:], draws=1)
-    assert scores[0].remark == "1 of 3 members are not recorded in the word"
+    assert scores[0].remark == "1 of 3 members are not recorded in the word; only 3 images"
     with pytest.raises(ValueError, match="2 of the 3 other images are members"):
         metrics.membership_test(tiny, word, images[3:], images[:3], draws=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -234,7 +233,7 @@ def evaluate(
                 paired=paired, repeats=repeats, seed=seed,
             )  # fmt: skip
     if leaks := find_leaks(given, made, first, sets.get("train")):
-        scores = [s if s.name.endswith(FLOOR) else _add_remark(s, leaks) for s in scores]
+        scores = [s if s.name.endswith(FLOOR) else s.remarked(leaks) for s in scores]
     if "train" in sets:
         spaces: list[str | Extractor] = ["pixels"]
         spaces += [e for e in extractors if e.name != "layout"][:1]
@@ -244,10 +243,6 @@ def evaluate(
             )
             scores += found.scores()
     return scores
-
-
-def _add_remark(score: Score, remark: str) -> Score:
-    return replace(score, remark="; ".join(filter(None, (remark, score.remark))))
 
 
 def _compare(
@@ -267,5 +262,5 @@ def _compare(
             normalize, f"{p} ({len(test.null)} {'paired ' if paired else ''}permutations)",
             "below 0: nearer to the real images than the other set",
         )  # fmt: skip
-        scores.append(_add_remark(score, p))
+        scores.append(score.remarked(p))
     return scores

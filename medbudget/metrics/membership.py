@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from medbudget.inversion import compute_image_losses
 from medbudget.metrics.auc import bootstrap_auc, delong
 from medbudget.metrics.frechet import Groups
 from medbudget.metrics.image_sets import Source, load_sets
-from medbudget.metrics.scores import Score
+from medbudget.metrics.scores import FEW, Score
 
 
 def membership_inference(
@@ -63,6 +62,7 @@ def membership_inference(
         interval=estimate.interval,
         n=(len(sets[0]), len(sets[1])),
         note=f"members vs others; 0.5: the loss tells nothing; {estimate.method} interval",
+        remark=f"only {few} images" if (few := min(map(len, sets))) < FEW else "",
     )
 
 
@@ -119,14 +119,10 @@ def membership_test(
         for prompt in (word, "")
     )
     attacks = {"loss": losses, "difference": [a - b for a, b in zip(losses, without)]}
-    about: dict[str, Any] = {
-        "extractor": f"base {base.name}",
-        "extractor_hash": base.hash,
-        "remark": remark,
-    }
+    scores = [membership_inference(*a, groups=groups, name=name) for name, a in attacks.items()]
     return [
-        replace(membership_inference(*pair, groups=groups, name=name), **about)
-        for name, pair in attacks.items()
+        replace(score, extractor=f"base {base.name}", extractor_hash=base.hash).remarked(remark)
+        for score in scores
     ]
 
 
@@ -135,5 +131,6 @@ def judge_membership(scores: list[Score]) -> str:
     sharp = [s for s in scores if s.interval and s.interval[0] > 0.5]
     if sharp:
         best = max(sharp, key=lambda score: score.value)
-        return f"the word gives its training images away: {best.name} is {best.value:.2f}"
+        rough = f" (rough: only {best.smallest} images)" * (best.smallest < FEW)
+        return f"the word gives its training images away: {best.name} is {best.value:.2f}{rough}"
     return "this attack cannot tell members from others; a stronger one may"

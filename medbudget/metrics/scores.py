@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from medbudget.files import write_text
@@ -67,6 +67,10 @@ class Score:
         rule = f"normalisation: {self.normalisation}" if self.normalisation != "none" else ""
         parts = (f"{head}, n = {self.sizes}", self.remark, features, rule, self.note)
         return "; ".join(filter(None, parts))
+
+    def remarked(self, remark: str) -> Score:
+        """Return the score with a remark before its own."""
+        return replace(self, remark="; ".join(filter(None, (remark, self.remark))))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
