@@ -100,8 +100,8 @@ def membership_test(
         An image that is in both sets, or among the `others` and recorded as trained on.
     """
     base.load_words([word])  # refuses what does not fit this base
-    sets = load_sets({"train": members, "others": others}, size=base.size)
-    inside, outside = sets["train"], sets["others"]
+    sets = load_sets({"train": members, "other": others}, size=base.size)
+    inside, outside = sets["train"], sets["other"]
     trained = set(str(word.record.get("image_hashes", "")).split())
     if shared := sum(digest in {*inside.hashes, *trained} for digest in outside.hashes):
         raise ValueError(
