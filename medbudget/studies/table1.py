@@ -123,17 +123,23 @@ def make_table1(p: Plan) -> Study:
     if uses_phantoms(p) or "floor" in p.sources:
         floor = _plan_score(p, (plan_cases(p, "floor", s.n),), real)
     about = (
-        f"{p.describe(uses_phantoms(p))} One setting at a time is changed from "
-        f"{s.steps} sampling steps, CFG {s.cfg_scale:g}, {s.vectors} vectors and {s.cases} cases; "
-        f"n = {s.n} generated against {s.n} real. p: permutation test of the first distance "
-        "against the unchanged configuration, images paired by seed. The paper's FID and MFID have "
-        "other features, images and n: compare directions, not values."
+        f"{_describe(p)} n = {s.n} generated against {s.n} real. p: permutation test of the first "
+        "distance against the unchanged configuration, images paired by seed. The paper's FID and "
+        "MFID have other features, images and n: compare directions, not values."
     )
     return Study(tuple(rows), about, floor)
 
 
+def _describe(p: Plan) -> str:
+    s = p.s
+    return (
+        f"{p.describe(uses_phantoms(p))} One setting at a time is changed from {s.steps} sampling "
+        f"steps, CFG {s.cfg_scale:g}, {s.vectors} vectors and {s.cases} cases."
+    )
+
+
 def make_figure5(p: Plan) -> Study:
     """Figure 5: the same seeds on every line of Table 1, without the scores."""
-    study = make_table1(p)
-    rows = tuple(replace(row, score=None, compare=None) for row in study.rows)
-    return replace(study, rows=rows, floor=None, extra=(plan_cases(p, "reference", p.s.n),))
+    study, real = make_table1(p), plan_cases(p, "reference", p.s.n)
+    rows = tuple(replace(row, score=None, compare=None, paper={}) for row in study.rows)
+    return Study(rows, _describe(p), extra=(real,))
