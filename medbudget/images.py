@@ -42,17 +42,9 @@ def check_images(images: torch.Tensor, *, name: str = "images") -> torch.Tensor:
 def load_image(path: str | os.PathLike[str], *, size: int | None = None) -> torch.Tensor:
     """Load one 8-bit image file as ``(3, H, W) uint8``; gray becomes three equal channels.
 
-    Parameters
-    ----------
-    size : int, optional
-        Pixels of the longest edge after an antialiased (Lanczos) resize; the rest is padded with
-        black to a square. ``None`` keeps the file's own size.
-
-    Raises
-    ------
-    ImageError
-        What `open_picture` refuses, more than 8 bits a channel, or real transparency: each would
-        need a decision (intensity window, background) that must not be taken silently.
+    With a `size`, the longest edge gets so many pixels (Lanczos, antialiased), and the rest is
+    padded with black to a square. `ImageError` is raised for what `open_picture` refuses, more than
+    8 bits a channel, or transparency: what needs a decision is not decided in silence.
     """
     try:
         image, _ = open_picture(path)

@@ -68,17 +68,22 @@ def test_never_reads_a_whole_file(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert max(read) == 2 and sum(read) == 8
 
 
+def assert_patches(out: Path, rows, values: np.ndarray, labels: torch.Tensor) -> None:
+    """Each written image is the patch that its name says, in the folder of its label."""
+    for row in rows.itertuples():
+        index = int(Path(row.file).stem.split("_")[1])
+        assert labels[index] == pcam.LABELS.index(row.label)
+        image = load_images(out / row.file)[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(image, values[index])
+        assert row.sources.endswith(f"_x.h5[{index}]")
+
+
 def test_prepares_random_training_patches_of_both_classes(folder: Path, tmp_path: Path) -> None:
     report = prepare_pcam(folder, tmp_path / "out", size=96, per_class=5)
     table = load_manifest(tmp_path / "out")
     assert report.counts == {("train", "normal"): 5, ("train", "metastasis"): 5}
     assert set(table["split"]) == {"train"}
-    values, labels = raw(folder), load_labels(folder, "train")
-    for row in table.itertuples():
-        index = int(Path(row.file).stem.split("_")[1])
-        assert labels[index] == pcam.LABELS.index(row.label)
-        image = load_images(tmp_path / "out" / row.file)[0].permute(1, 2, 0).numpy()
-        assert np.array_equal(image, values[index])
+    assert_patches(tmp_path / "out", table, raw(folder), load_labels(folder, "train"))
     other = prepare_pcam(folder, tmp_path / "other", size=96, per_class=5, seed=1)
     assert other.made == 10
     assert list(load_manifest(tmp_path / "other")["file"]) != list(table["file"])
@@ -108,13 +113,7 @@ def test_reference_patches_are_of_the_validation_split(folder: Path, tmp_path: P
     assert report.counts["reference", "normal"] == report.counts["reference", "metastasis"] == 3
     table = load_manifest(tmp_path / "out")
     extra = table[table["split"] == "reference"]
-    values, labels = raw(folder, "valid"), load_labels(folder, "val")
-    for row in extra.itertuples():
-        index = int(Path(row.file).stem.split("_")[1])
-        assert row.sources == f"camelyonpatch_level_2_split_valid_x.h5[{index}]"
-        assert labels[index] == pcam.LABELS.index(row.label)
-        image = load_images(tmp_path / "out" / row.file)[0].permute(1, 2, 0).numpy()
-        assert np.array_equal(image, values[index])
+    assert_patches(tmp_path / "out", extra, raw(folder, "valid"), load_labels(folder, "val"))
     with pytest.raises(ValueError, match="official val split: normal: 9 wanted for reference"):
         prepare_pcam(folder, tmp_path / "x", per_class=2, reference=9)
     with pytest.raises(ValueError, match="lies inside the input"):

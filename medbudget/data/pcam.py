@@ -59,16 +59,10 @@ def _name(split: str, what: str) -> str:
 
 
 def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
-    """Open one official file: an `h5py.File`, to be closed by the caller.
+    """Open the patches ("x") or labels ("y") of a split: an `h5py.File`, closed by the caller.
 
     A file that lies there only as ``.h5.gz`` is first unpacked beside it, once, and its MD5 sum is
-    compared with the official one.
-
-    Parameters
-    ----------
-    split : {"train", "val", "test"}
-    part : {"x", "y"}
-        Patches or labels. If the other part is there too, it must have as many rows.
+    compared with the official one. If the other part is there too, it must have as many rows.
     """
     files = {p: Path(folder) / _name(split, f"{p}.h5") for p in "xy"}
     file, other = files[part], "y" if part == "x" else "x"
@@ -238,19 +232,22 @@ def prepare_pcam(
         "(medbudget.data.pcam.iterate_patches; medbudget classify takes the .h5 file)"
     ]
     taken: dict[str, Item] = {}
-    items = _choose_patches(folder, "train", "train", per_class, seed, allow_fewer, taken, notes)
+    choose = partial(
+        _choose_patches, folder, seed=seed, allow_fewer=allow_fewer, taken=taken, notes=notes
+    )
+    items = choose("train", "train", per_class)
     if reference:
-        items += _choose_patches(
-            folder, "reference", "val", reference, seed, allow_fewer, taken, notes
-        )
-    settings = {"dataset": "pcam", "size": size, "seed": seed, "per_class": per_class}
-    settings["reference"] = reference
+        items += choose("reference", "val", reference)
+    settings = {
+        "dataset": "pcam", "size": size, "seed": seed, "per_class": per_class,
+        "reference": reference,
+    }  # fmt: skip
     make = partial(_make, folder=folder, size=size)
     return prepare_items(items, make, out, settings=settings, notes=notes, workers=workers)
 
 
 def _choose_patches(
-    folder: Path, split: str, source: str, n: int, seed: int, allow_fewer: bool,
+    folder: Path, split: str, source: str, n: int, *, seed: int, allow_fewer: bool,
     taken: dict[str, Item], notes: list[str],
 ) -> list[Item]:  # fmt: skip
     """Choose n random patches of each class of an official split, for a split of ours.
