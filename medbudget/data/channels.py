@@ -130,6 +130,8 @@ def read_channels(root: Path, source: Source, first: Pixels) -> list[Pixels]:
     import SimpleITK as sitk
 
     def volume(pixels: Pixels, values: object) -> sitk.Image:
+        if np.ndim(values) != 3 or len(pixels.frame) != 12 or pixels.spacing is None:
+            raise BrokenCase("a channel has colours, or no position and spacing in the patient")
         image = sitk.GetImageFromArray(np.ascontiguousarray(values))
         image.SetOrigin(pixels.frame[:3])
         image.SetDirection(pixels.frame[3:])
@@ -139,9 +141,6 @@ def read_channels(root: Path, source: Source, first: Pixels) -> list[Pixels]:
     channels = []
     for other in source.others:
         pixels = read_pixels(root, other)
-        for one in (first, pixels):
-            if one.values.ndim != 3 or len(one.frame) != 12 or one.spacing is None:
-                raise BrokenCase("a channel has colours, or no position and spacing in the patient")
         grid = volume(first, first.values)
         known = np.ones(pixels.values.shape, np.uint8)
         if pixels.padding is not None:
