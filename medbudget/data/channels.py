@@ -12,7 +12,7 @@ import numpy as np
 from medbudget.data.decoding import get_number, get_numbers, get_text, quiet, read_dataset
 from medbudget.data.dicom import find_plane, measure_axes
 from medbudget.data.prepare import BrokenCase
-from medbudget.data.volumes import Pixels, Source, read_pixels
+from medbudget.data.volumes import Array, Pixels, Source, read_pixels
 
 B_VALUE = re.compile(r"(?<![a-z])b(?:v(?:al(?:ue)?)?)?[-_= ]?(\d{1,4})(?!\d)")
 COMPUTED = re.compile(r"bval|calc|hbv|high.?b")  # a map of a high b-value, where no number is told
@@ -129,7 +129,7 @@ def read_channels(root: Path, source: Source, first: Pixels) -> list[Pixels]:
     """
     import SimpleITK as sitk
 
-    def volume(pixels: Pixels, values: object) -> sitk.Image:
+    def volume(pixels: Pixels, values: Array) -> sitk.Image:
         if np.ndim(values) != 3 or len(pixels.frame) != 12 or pixels.spacing is None:
             raise BrokenCase("a channel has colours, or no position and spacing in the patient")
         image = sitk.GetImageFromArray(np.ascontiguousarray(values))
