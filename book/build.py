@@ -92,7 +92,20 @@ def stage() -> list[Path]:
 
             text = fill_page(name, page.read_text(encoding="utf-8"), *folders)
             page.write_text(text, encoding="utf-8")
+    put_numbers(folders)
     return sorted((STAGE / "notebooks").glob("*.ipynb"))
+
+
+def put_numbers(folders: tuple[Path, ...]) -> None:
+    """Put the recorded numbers into the sentences of the staged pages and chapters."""
+    from findings import MARK, fill_numbers, read_numbers
+
+    pages = [*(STAGE / "book").glob("*.md"), *(STAGE / "notebooks").glob("*.ipynb")]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    marked = {page: text for page, text in texts.items() if MARK.search(text)}
+    numbers = read_numbers(folders) if marked else {}
+    for page, text in marked.items():
+        page.write_text(fill_numbers(text, numbers, page.name), encoding="utf-8")
 
 
 def set_buttons() -> None:
@@ -192,6 +205,7 @@ def run_chapter(notebook: Path, parameters: Mapping[str, Any]) -> str | None:
             kernel_name="python3",
             progress_bar=False,
             log_output=False,
+            extra_arguments=["--IPKernelApp.log_level=40"],  # not that its port is unencrypted
         )
         return clean_notebook(notebook)
     except Exception as error:  # whatever a chapter raises, the others should still run
@@ -364,14 +378,15 @@ def main() -> int:
         if not wanted:
             continue
         said = "".join(f" -p {key} {value}" for key, value in given.items())
-        print(f"running {name}{said} …", flush=True)
+        print(f"running {name}{said} …", end=" ", flush=True)
         start = time.monotonic()
         error = run_chapter(notebook, given)
         seconds[name] = round(time.monotonic() - start, 1)
         if error:
             failed.append(name)
-            print(f"{error}\n{name} FAILED after {seconds[name]:.0f} s", flush=True)
+            print(f"\n{error}\n{name} FAILED after {seconds[name]:.0f} s", flush=True)
         else:
+            print(f"{seconds[name]:.0f} s", flush=True)
             write_entry(path, notebook, seconds[name])
     (BUILD / "timings.json").write_text(json.dumps(seconds, indent=1) + "\n")
     if arguments.record and not failed:

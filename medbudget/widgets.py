@@ -29,6 +29,7 @@ from medbudget.reader import ReaderStudy
 from medbudget.sampling import sample, total_guidance
 
 EDGE = 384  # screen pixels of an image that is drawn on
+SHOWN = 160  # screen pixels of an image in a row of frames
 DELAY = 0.4  # seconds without a change before sampling starts
 Stroke = tuple[list[list[float]], float]  # points and radius, in fractions of the image's edge
 
@@ -53,7 +54,8 @@ def _embed(png: bytes) -> str:
 # the output: a page of the book has no kernel to ask
 _SHOW = (
     "for (const [i, frame] of this.closest('figure').querySelectorAll('[data-frame]').entries())"
-    " frame.hidden = i != this.value"
+    " { frame.hidden = i != this.value;"
+    " if (!frame.hidden) this.setAttribute('aria-valuetext', frame.dataset.place) }"
 )
 
 
@@ -91,20 +93,21 @@ def show_frames(
     if not alt.strip() or not caption.strip():
         raise ValueError("alt and caption must say what the frames show")
     say = html.escape
+    wide = SHOWN * min(columns, *map(len, frames.values()))
     parts = []
     for i, (place, images) in enumerate(frames.items()):
-        png = _to_png(check_images(images), columns=columns)
+        png = _to_png(check_images(images), columns=columns, edge=images.shape[-1])
         hidden = "" if i == start else " hidden"
         parts.append(
-            f'<div data-frame="{i}"{hidden}><img src="{_embed(png)}" '
-            f'alt="{say(f"{alt} {label}: {place}.")}" '
-            'style="image-rendering: pixelated; background: #fff">'
+            f'<div data-frame="{i}" data-place="{say(place)}"{hidden}><img src="{_embed(png)}" '
+            f'alt="{say(f"{alt} {label}: {place}.")}" style="width: {wide}px; max-width: 100%">'
             f"<div>{say(label)}: <strong>{say(place)}</strong></div></div>"
         )
     return HTML(
         '<figure class="medbudget-frames" style="margin: 1em 0">'
         f'{"".join(parts)}<input type="range" min="0" max="{len(frames) - 1}" step="1" '
-        f'value="{start}" aria-label="{say(label)}" style="width: {EDGE}px; max-width: 100%" '
+        f'value="{start}" aria-label="{say(label)}" aria-valuetext="{say(list(frames)[start])}" '
+        f'style="width: {EDGE}px; max-width: 100%" '
         f'oninput="{say(_SHOW)}"><figcaption>{say(caption)}</figcaption></figure>'
     )
 

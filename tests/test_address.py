@@ -37,6 +37,8 @@ def copy_book(folder: Path, address: str = ADDRESS) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("README.md", "CITATION.cff", "_config.yml", "pyproject.toml"):
         shutil.copyfile(ROOT / name, folder / name)
+    (folder / "results").symlink_to(ROOT / "results")
+    shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
     project = folder / "pyproject.toml"
     text = project.read_text(encoding="utf-8")
     text = re.sub(r'^(# )?Repository = ".*"$', "", text, flags=re.MULTILINE)
@@ -114,7 +116,6 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
     figure = "import matplotlib.pyplot as plt\nplt.plot([n_patients, size])\nplt.show()"
     notebook.cells.append(nbformat.v4.new_code_cell(figure, id="figure"))
     nbformat.write(notebook, path)
-    (folder / "results").symlink_to(ROOT / "results")
     (folder / ".gitignore").write_text("_build\n__pycache__\n", encoding="utf-8")
     name = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
     for command in (["init", "-q"], ["add", "."], [*name, "commit", "-qm", "x"]):

@@ -329,6 +329,27 @@ def test_guidance_is_the_librarys(scale: float) -> None:
     assert guide(torch.tensor(1.0), torch.tensor(3.0), 2.0) == 5
 
 
+@pytest.mark.parametrize("steps", [2, 7])
+def test_euler_ancestral_is_the_librarys(tiny, steps: int) -> None:
+    from medbudget import sampling
+
+    euler_ancestral, denoised = equation("euler_ancestral"), equation("denoised")
+    told, shape = tiny.text("red ellipse"), tiny.latent_shape()
+    sigmas, times = sampling.make_sigmas(tiny.alphas_cumprod, steps)
+    condition = sampling.Condition.encode(tiny, "red ellipse", (), "", 1.0)
+    ours, theirs = (sampling.draw_noises([3, 4], shape) for _ in range(2))
+    want = sampling.denoise(tiny, next(theirs) * sigmas[0], sigmas, times, condition, theirs)
+    with torch.inference_mode():
+        x = euler_ancestral(
+            next(ours) * sigmas[0],
+            sigmas,
+            times,
+            lambda x, sigma, t: denoised(tiny, x, sigma, t, told),
+            ours,
+        )
+    torch.testing.assert_close(x, want, rtol=0, atol=1e-5)
+
+
 def test_frechet_distance_is_the_librarys() -> None:
     from medbudget import frechet_distance
 

@@ -37,7 +37,8 @@ def test_frames_travel_in_the_output_with_alt_text():
         FRAMES, label="share of <b>", alt="Gray squares.", caption="Synthetic.", start=1
     ).data
     assert len(re.findall(r"<img src=\"data:image/png;base64,", text)) == 3
-    assert text.count(" hidden>") == 2 and '<div data-frame="1"><img' in text
+    assert text.count(" hidden>") == 2 and 'data-frame="1" data-place="50 %"><img' in text
+    assert 'aria-valuetext="50 %"' in text
     assert 'alt="Gray squares. share of &lt;b&gt;: 50 %."' in text
     assert "<b>" not in text and "http" not in text and "<script" not in text
 
