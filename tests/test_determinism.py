@@ -4,7 +4,8 @@
 promise                                        test
 =============================================  ================================================
 a word: two runs, equal bytes                  here
-a word: stopped or killed, resumed             test_inversion (interrupted, killed)
+a word: stopped, resumed                       test_inversion (interrupted)
+a word: killed, resumed                        test_faults (killed_command)
 images: drawn twice, equal bytes               here
 images: block by block, equal bytes            here
 sample: stopped and started again              test_cli (goes_on_where_it_was)
@@ -107,12 +108,12 @@ def test_blocks_of_one_size_have_equal_bytes_however_they_are_called(tiny, whole
     assert apart(together, whole).max() <= 1
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 5])
 def test_other_batches_differ_by_one_gray_level_at_most(tiny, whole, batch_size):
     assert apart(whole, sample(tiny, "<x>", n=8, batch_size=batch_size, **DRAW)).max() <= 1
 
 
-@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("threads", [2])
 def test_other_thread_counts_differ_by_one_gray_level_at_most(tiny, whole, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

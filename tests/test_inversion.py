@@ -1,8 +1,4 @@
-import os
 import signal
-import subprocess
-import sys
-import time
 import warnings
 from dataclasses import replace
 
@@ -19,7 +15,6 @@ from medbudget import (
 )
 from medbudget.inversion import (
     InversionError,
-    _draw,
     _Run,
     compute_loss,
     make_init,
@@ -64,15 +59,12 @@ def test_only_the_vectors_are_trained(tiny):
 
 def test_one_step_is_adamws_first(tiny):
     # Adam's first step moves every coordinate by lr * g / (|g| + eps), whatever the gradient
-    start = make_init(tiny, FEW)
-    moved = run(tiny, replace(FEW, steps=1)).vectors - start
-    gradient = []
-
-    def keep(state):
-        gradient.append(state["grad_norm"])
-
-    run(tiny, replace(FEW, steps=1), callback=keep)
-    assert gradient[0] > 0
+    norms = []
+    moved = run(
+        tiny, replace(FEW, steps=1), callback=lambda s: norms.append(s["grad_norm"])
+    ).vectors
+    moved = moved - make_init(tiny, FEW)
+    assert norms[0] > 0
     assert moved.abs().max() <= 0.01 * 1.0001 and moved.abs().median() > 0.0099
 
 
@@ -103,7 +95,7 @@ def test_min_snr_weights_rise_with_the_noise(tiny):
 
 
 def test_training_lowers_the_loss_on_its_images(tiny):
-    e = run(tiny, replace(FEW, steps=40, lr=0.05))
+    e = run(tiny, replace(FEW, steps=12, lr=0.1))
     z = tiny.encode(IMAGES)
     t = torch.full((6,), 700)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
@@ -136,16 +128,6 @@ def test_prompt_with_the_token_equals_the_bare_vectors(tiny):
         bare = tiny.text(vectors)
         prompt = tiny.text("<x>", embeddings=[Embedding(vectors, "<x>")])
     assert torch.equal(bare, prompt)
-
-
-def test_every_image_is_seen_once_an_epoch():
-    settings = replace(FEW, batch_size=2)
-    epoch = [int(i) for step in range(3) for i in _draw(settings, step, 6, (1, 2, 2))[0]]
-    assert sorted(epoch) == list(range(6))
-    later = [int(i) for step in range(3, 6) for i in _draw(settings, step, 6, (1, 2, 2))[0]]
-    assert sorted(later) == list(range(6)) and later != epoch
-    one = _draw(replace(FEW, batch_size=5), 0, 2, (1, 2, 2))[0]
-    assert len(one) == 5
 
 
 def test_init(tiny):
@@ -186,44 +168,6 @@ def test_interrupted_and_resumed_gives_the_same_bytes(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.ckpt"]
 
 
-KILLED = """
-import os, sys, torch
-torch.set_num_threads(1)
-from medbudget import InversionSettings, invert, load_base, make_phantoms
-settings = InversionSettings(n_vectors=4, steps=30, lr=0.01, batch_size=2, checkpoint_every=2)
-def tell(state):
-    print(state["step"], flush=True)
-e = invert(load_base("tiny", device="cpu"), make_phantoms("prostate", "tumour", 6).images,
-           token="<x>", settings=settings, checkpoint=sys.argv[1], callback=tell)
-e.save(sys.argv[2])
-"""
-
-
-@pytest.mark.slow
-def test_killed_with_signal_9_and_resumed_gives_the_same_bytes(tmp_path):
-    def start(name):
-        command = [sys.executable, "-c", KILLED, tmp_path / f"{name}.ckpt", tmp_path / f"{name}.pt"]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=dict(os.environ)
-        )
-
-    whole = start("whole")
-    whole.communicate(timeout=300)
-    killed = start("killed")
-    for line in killed.stdout:
-        if int(line) >= 11:
-            time.sleep(0.05)
-            killed.send_signal(signal.SIGKILL)
-            break
-    killed.wait()
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed.pt").exists()
-    resumed = start("killed")
-    lines, _ = resumed.communicate(timeout=300)
-    assert 10 <= int(lines.split()[0]) <= 30
-    a, b = (Embedding.load(tmp_path / f"{name}.pt").vectors for name in ("whole", "killed"))
-    assert torch.equal(a, b)
-
-
 def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
     path = tmp_path / "run.ckpt"
     run(tiny, replace(FEW, steps=2), checkpoint=path)
@@ -254,12 +198,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
     assert len(load_checkpoint(path)["losses"]) == 2
 
 
-def test_vectors_that_never_move_are_an_error_and_moving_ones_are_not(tiny, monkeypatch):
-    long = replace(FEW, steps=101, batch_size=1)
-    assert run(tiny, long).step == 101
+def test_vectors_that_never_move_are_an_error(tiny, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: None)
-    with pytest.raises(InversionError, match="after 100 steps the vectors have not moved"):
-        run(tiny, long)
+    with pytest.raises(InversionError, match="after 2 steps the vectors have not moved"):
+        run(tiny, replace(FEW, steps=2, batch_size=1))
 
 
 @pytest.mark.parametrize(
@@ -267,8 +209,9 @@ def test_vectors_that_never_move_are_an_error_and_moving_ones_are_not(tiny, monk
     [
         ({"n_vectors": 75}, "1 to 74"),
         ({"n_vectors": 0}, "1 to 74"),
-        ({"steps": 0}, "steps"),
-        ({"lr": -1.0}, "lr"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
+        ({"lr": -1.0}, "lr must be 1e-12 to 1000.0, got -1.0"),
+        ({"lr": "0.1"}, "lr must be a number, got '0.1'"),
         ({"latents": "never"}, "once, mean, resample"),
         ({"loss": "l1"}, "plain, min_snr"),
     ],
@@ -291,8 +234,7 @@ def test_settings_that_are_not_given_follow_the_base(tiny):
 
 @pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
 def test_seeds_at_the_ends_of_what_torch_takes(tiny, seed):
-    settings = replace(FEW, steps=2, seed=seed, init="mean")
-    assert torch.equal(run(tiny, settings).vectors, run(tiny, settings).vectors)
+    assert run(tiny, replace(FEW, steps=1, seed=seed, init="mean")).step == 1
     with pytest.raises(ValueError, match="seed must be"):
         replace(FEW, seed=seed * 3)
 
@@ -418,7 +360,7 @@ def test_a_fast_base_without_a_compiler_trains_and_draws_the_same(monkeypatch):
         fast = small(fast=True)
     slow = small()
     assert fast.fast and not slow.fast and fast.hash == slow.hash
-    losses = [run(base, replace(FEW, steps=20)).history["loss"] for base in (fast, slow)]
+    losses = [run(base, replace(FEW, steps=5)).history["loss"] for base in (fast, slow)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-4)
     a, b = (sample(base, "a", n=2, steps=3).int() for base in (fast, slow))
     assert int((a - b).abs().max()) <= 1
