@@ -73,10 +73,7 @@ def brush_mask(
 ) -> torch.Tensor:
     """Return the mask of strokes with a round brush, ``(size, size) float32`` of 0 and 1.
 
-    Parameters
-    ----------
-    strokes : iterable of (points, radius)
-        Points ``(x, y)`` and the brush's radius in fractions of the image's edge.
+    A stroke is points ``(x, y)`` and the brush's radius, in fractions of the image's edge.
     """
     line = (torch.arange(size) + 0.5) / size
     x, y = line[None, :], line[:, None]
@@ -94,47 +91,36 @@ def brush_mask(
 def read_mask(path: str | os.PathLike[str], *, size: int | None = None) -> torch.Tensor:
     """Read a mask file as ``(H, W) float32``, from 0 (keep) to 1 (repaint).
 
-    White on black, labels 0 and 1, one colour on black, or one colour on transparency.
-
-    Parameters
-    ----------
-    size : int, optional
-        Fit it into a square of that size, as `load_image` fits an image.
-
-    Raises
-    ------
-    ImageError
-        Several colours, shades all over (a picture) or more than 8 bits.
+    White on black, labels 0 and 1, one colour on black, or one colour on transparency; several
+    colours, shades all over (a picture) and more than 8 bits raise ImageError. With `size`, it is
+    fitted into a square as `load_image` fits an image.
     """
     try:
         image, _ = open_picture(path)
     except ImageError as error:
         raise ImageError(f"{path} {error}") from None
-    advice = "a mask is white where to repaint, black elsewhere, 8 bits"
-    if image.mode not in ("L", "RGB", "RGBA"):
-        raise ImageError(f"{path} has more than 8 bits; {advice}")
+    problem = "" if image.mode in ("L", "RGB", "RGBA") else "more than 8 bits"
     pixels = np.asarray(image.convert("RGBA"))
     colours = np.unique(pixels[pixels[..., 3] > 0][:, :3], axis=0)
     gray = pixels[..., 0]
     if image.mode == "RGBA":
-        if len(colours) > 1:
-            raise ImageError(
-                f"{path} has transparent pixels and {len(colours)} colours: which of them is the "
-                f"mask? {advice}"
-            )
         gray = pixels[..., 3]
+        if len(colours) > 1:
+            problem = f"transparent pixels and {len(colours)} colours: which of them is the mask?"
     elif (colours != colours[:, :1]).any():
-        if len(colours) > 2 or colours[0].any():  # they are sorted: black comes first
-            raise ImageError(
-                f"{path} has {len(colours)} colours: which of them is the mask? {advice}"
-            )
         gray = np.where((pixels[..., :3] == 0).all(-1), 0, 255)
+        if len(colours) > 2 or colours[0].any():  # they are sorted: black comes first
+            problem = f"{len(colours)} colours: which of them is the mask?"
     elif gray.max() == 1:
         gray = gray * 255
     elif 0 < gray.max() < 128:
-        raise ImageError(f"{path} is dark everywhere, or has labels up to {gray.max()}; {advice}")
+        problem = f"no white, or labels up to {gray.max()}"
     elif ((gray > 25) & (gray < 230)).mean() > 0.5:
-        raise ImageError(f"{path} has shades all over: a picture, not a mask; {advice}")
+        problem = "shades all over: a picture, not a mask"
+    if problem:
+        raise ImageError(
+            f"{path} has {problem}; a mask is white where to repaint, black elsewhere, 8 bits"
+        )
     mask = Image.fromarray(gray.astype(np.uint8))
     if size is not None:
         mask = fit_square(mask, size)
@@ -151,11 +137,6 @@ def check_masks(mask: Mask, size: int | None = None) -> torch.Tensor:
         see `read_mask`.
     size : int, optional
         Pixels to bring square masks to (antialiased, so that borders become soft).
-
-    Raises
-    ------
-    ValueError
-        Another shape, values out of range, or a mask that covers nothing.
     """
     if isinstance(mask, str | os.PathLike):
         mask = read_mask(mask)
@@ -206,13 +187,7 @@ def blur_masks(masks: torch.Tensor, mask_blur: float) -> torch.Tensor:
 
 
 def latent_masks(masks: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Resize blurred masks to the latent grid and round them: ``(M, 1, h, w) float32`` of 0 and 1.
-
-    Raises
-    ------
-    ValueError
-        A mask that has no latent cell of its own.
-    """
+    """Resize blurred masks to the latent grid and round them: ``(M, 1, h, w) float32`` of 0 and 1."""
     small = F.interpolate(masks[:, None], size=tuple(shape), mode="bicubic", antialias=True)
     small = small.round().clamp(0, 1)
     for i, one in enumerate(small):
@@ -252,12 +227,7 @@ def seam_ratio(images: torch.Tensor, mask: Mask) -> npt.NDArray[np.float64]:
     directions, mean of the channels) on the border, two pixels wide, over that of the pixels up to
     three away from it on both sides.
 
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(N, 3, H, H) uint8``.
-    mask : array, tensor or path
-        One mask for all images or one for each; see `check_masks`.
+    `images` are ``(N, 3, H, H) uint8``; one mask for all of them or one for each.
     """
     check_images(images)
     masks = check_masks(mask, images.shape[-1]).numpy() >= 0.5

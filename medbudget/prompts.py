@@ -11,6 +11,7 @@ _AND = re.compile(r"\bAND\b")  # A1111's: `<a>AND<b>` has two parts, `sAND` has 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _BEFORE = re.compile(rf"({_NUMBER})\s*\*\s*", re.DOTALL)
 _ESCAPED = re.compile(r"\\([()\[\]:<>\\])")
+_SIGN = re.compile(r"[()\[\]<>]")
 _HIDDEN = "\0"  # stands for every sign of a token or an escape where borders are looked for
 
 
@@ -41,15 +42,8 @@ def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tupl
     emphasis, which this sampler does not have) and single ``<`` or ``>`` are errors, and a
     backslash makes plain text of each: ``\(``, ``\:``, ``\<``.
 
-    Parameters
-    ----------
-    tokens : iterable of str, optional
-        The loaded tokens, ``<name>``; any other one in the prompt is an error.
-
-    Raises
-    ------
-    PromptError
-        The message says what to write, and a caret marks the place.
+    Tokens that are not among `tokens`, if these are given, are errors too. PromptError says what to
+    write, and a caret marks the place.
 
     Examples
     --------
@@ -74,19 +68,12 @@ def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tupl
 
 
 def plain_text(text: str) -> str:
-    """Return a prompt without parts and weights, such as a negative one, as the base reads it.
-
-    Raises
-    ------
-    PromptError
-        Parts or a weight: they would be read as words.
-    """
+    """Return a prompt without parts and weights, such as a negative one, as the base reads it."""
     hidden = _hide(text)
     if match := re.search(rf"{_AND.pattern}|:(?=\s*{_NUMBER}\s*$)", hidden):
         problem = "a negative prompt has no parts and weights: leave AND and :weight out"
         raise _fail(text, match.start(), problem)
-    if match := re.search(r"[()\[\]<>]", hidden):
-        raise _refuse_sign(text, match.start())
+    _check_signs(text, hidden, 0, len(text))
     return _ESCAPED.sub(r"\1", text)
 
 
@@ -95,9 +82,7 @@ def _parse_part(text: str, hidden: str, start: int, end: int) -> tuple[str, floa
     start += len(text[start:end]) - len(text[start:end].lstrip())
     end = start + len(text[start:end].rstrip())
     colon = hidden.find(":", start, end)
-    sign = re.compile(r"[()\[\]<>]").search(hidden, start, end)
-    if sign:
-        raise _refuse_sign(text, sign.start())
+    _check_signs(text, hidden, start, end)
     before = _BEFORE.match(hidden, start, end)
     number, where, first, last = "1", start, start, end
     if colon >= 0:
@@ -109,12 +94,9 @@ def _parse_part(text: str, hidden: str, start: int, end: int) -> tuple[str, floa
     elif before:
         number, first = before[1], before.end()
     if not re.fullmatch(_NUMBER, number) or not math.isfinite(float(number)):
-        raise _fail(
-            text,
-            where,
-            "a weight must be a finite number such as 0.5, found "
-            f"{repr(number) if number else 'nothing'} after ':'; a colon in the text is written \\:",
-        )
+        got = repr(number) if number else "nothing"
+        problem = f"a weight must be a finite number such as 0.5, found {got} after ':'"
+        raise _fail(text, where, f"{problem}; a colon in the text is written \\:")
     words = text[first:last].strip()
     if not words:
         raise _fail(text, start, f"the weight {number} has no text beside it")
@@ -139,27 +121,25 @@ def _check_spelling(text: str, start: int, end: int) -> None:
     raise _fail(text, where, f"a weight stands behind its part: write {words.strip()}:{share}")
 
 
-def _refuse_sign(text: str, place: int) -> PromptError:
-    sign = text[place]
-    if sign in "<>":
-        problem = "a token is written <name>, without spaces and slashes"
-    else:
+def _check_signs(text: str, hidden: str, start: int, end: int) -> None:
+    if sign := _SIGN.search(hidden, start, end):
         problem = (
             "brackets are emphasis in A1111, which this sampler does not have; weigh whole parts "
             "with AND, e.g. `a:1.3 AND b`"
         )
-    return _fail(text, place, f"{problem}. For the sign itself write \\{sign}")
+        if sign[0] in "<>":
+            problem = "a token is written <name>, without spaces and slashes"
+        raise _fail(text, sign.start(), f"{problem}. For the sign itself write \\{sign[0]}")
 
 
 def _check_tokens(text: str, known: list[str]) -> None:
     for match in TOKEN.finditer(text):
         if match[0] not in known:
-            raise _fail(
-                text,
-                match.start(),
+            problem = (
                 f"unknown token {match[0]} in the prompt; loaded are: {', '.join(known) or 'none'}. "
-                "Load its file with --embeddings FILE (Python: embeddings=[Embedding.load(…)])",
+                "Load its file with --embeddings FILE (Python: embeddings=[Embedding.load(…)])"
             )
+            raise _fail(text, match.start(), problem)
 
 
 def unused_tokens(tokens: Iterable[str], *prompts: str) -> list[str]:

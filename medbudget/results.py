@@ -45,14 +45,9 @@ def describe_device() -> str:
 
 
 def write_result(
-    name: str,
-    values: Mapping[str, Any],
-    *,
-    command: str,
-    base_hash: str | None = None,
-    device: str | None = None,
-    folder: str | os.PathLike[str] | None = None,
-) -> Path:
+    name: str, values: Mapping[str, Any], *, command: str, base_hash: str | None = None,
+    device: str | None = None, folder: str | os.PathLike[str] | None = None,
+) -> Path:  # fmt: skip
     """Record measured values as ``results/NAME.json``, with what is needed to measure them again.
 
     Parameters
@@ -62,43 +57,24 @@ def write_result(
     command : str
         The line that makes this file, from the repository's root.
     base_hash : str, optional
-        `Base.hash` of the base on whose weights the values depend; None where they depend on none
-        (speed, memory, what survives a kill).
+        `Base.hash` of the base on whose weights the values depend; None where they depend on none.
     device : str, optional
         Default `describe_device`.
-    folder : path, optional
-        Default `results_folder`.
     """
     path = check_writable(Path(folder or results_folder()) / f"{name}.json")
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-        "base_hash": base_hash,
-        "device": device or describe_device(),
-        "values": dict(values),
-    }
-    write_json(path, record)
+    today = datetime.date.today().isoformat()
+    record = (today, command, base_hash, device or describe_device(), dict(values))
+    write_json(path, dict(zip(RESULT_KEYS, record)))
     return path
 
 
 def load_result(
     name: str, *, base_hash: str | None = None, folder: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
-    """Return the values recorded as ``results/NAME.json``, or refuse them.
+    """Return the values recorded as ``results/NAME.json``.
 
-    Parameters
-    ----------
-    base_hash : str, optional
-        `Base.hash` of the base at hand: needed for results that depend on one.
-
-    Raises
-    ------
-    FileNotFoundError
-        No such result; the message lists those there are.
-    StaleResultError
-        Measured on another base than the one at hand.
-    ValueError
-        A file that is not a recorded result.
+    Results that depend on a base are refused (`StaleResultError`) unless `base_hash` is that of
+    the base at hand.
     """
     path = Path(folder or results_folder()) / f"{name}.json"
     if not path.is_file():
@@ -111,7 +87,7 @@ def load_result(
             f"{path} is not a recorded result: it must have the keys {', '.join(RESULT_KEYS)} in "
             f"this order, and has {found}; write it with medbudget.results.write_result"
         )
-    if record["base_hash"] is not None and record["base_hash"] != base_hash:
+    if record["base_hash"] not in (None, base_hash):
         raise StaleResultError(
             f"{path.name} was measured on a base with hash {record['base_hash']}, the one at hand "
             f"has {base_hash}; measure it again: {record['command']}"

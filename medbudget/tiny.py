@@ -40,10 +40,7 @@ N_WORDS = 1 + sum(grid * grid for grid in GRIDS)
 def compute_numbers(images: torch.Tensor) -> torch.Tensor:
     """Return the six numbers of every visual word of images, ``(N, 60, 6) float32``, about [-1, 1].
 
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(N, 3, H, W) uint8``; other sizes than 64 x 64 are area-averaged to 64 x 64 first.
+    Images ``(N, 3, H, W) uint8`` of another size are area-averaged to 64 x 64 first.
     """
     x = images.float() / 255
     if x.shape[-2:] != (64, 64):
@@ -65,33 +62,8 @@ def _box(x: torch.Tensor, width: int) -> torch.Tensor:
     return F.avg_pool2d(F.pad(x, (pad,) * 4, mode="reflect"), width, stride=1)
 
 
-def nearest_words(numbers: torch.Tensor, grain: torch.Tensor, cells: torch.Tensor) -> str:
-    """Return the sentence of the centroids nearest to `numbers`.
-
-    Parameters
-    ----------
-    numbers : torch.Tensor
-        ``(60, 6)``, see `compute_numbers`.
-    grain, cells : torch.Tensor
-        Centroids ``(n_grain, 6)`` and ``(n_cells, 6)``; the i-th is called ``g000i`` or ``v000i``.
-    """
-    first = int(torch.cdist(numbers[:1], grain).argmin())
-    rest = torch.cdist(numbers[1:], cells).argmin(1).tolist()
-    return " ".join([f"g{first:04d}", *(f"v{i:04d}" for i in rest)])
-
-
 def describe(base: Base, images: torch.Tensor | Sequence[torch.Tensor]) -> str:
-    """Write the visual words of an image, or of the mean of several: a prompt for ``tiny``.
-
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(N, 3, H, W) uint8``; with N > 1 the words of their mean numbers.
-
-    Raises
-    ------
-    BaseError
-        The base has no visual words.
+    """Write the visual words of images ``(N, 3, H, W) uint8``, or of their mean: a prompt for tiny.
 
     Examples
     --------
@@ -108,7 +80,11 @@ def describe(base: Base, images: torch.Tensor | Sequence[torch.Tensor]) -> str:
     if not isinstance(images, torch.Tensor):
         images = torch.stack(list(images))
     numbers = compute_numbers(check_images(images)).mean(0)
-    return nearest_words(numbers, base.words["grain"].float(), base.words["cells"].float())
+    nearest = {
+        name: torch.cdist(own, base.words[name].float()).argmin(1).tolist()
+        for name, own in (("grain", numbers[:1]), ("cells", numbers[1:]))
+    }
+    return " ".join([f"g{nearest['grain'][0]:04d}", *(f"v{i:04d}" for i in nearest["cells"])])
 
 
 def path_of(kind: str, label: str, n_vectors: int, cases: int) -> Path:
@@ -130,14 +106,7 @@ def find_trained(kind: str, label: str, *, n_vectors: int = VECTORS, cases: int 
 def load_trained(
     kind: str, label: str, base: Base, *, n_vectors: int = VECTORS, cases: int = CASES
 ) -> Embedding:
-    """Return the shipped embedding of a phantom class, with its training record.
-
-    Raises
-    ------
-    ValueError
-        Another base than `tiny`, none for this class, or one trained on other weights than `base`
-        has.
-    """
+    """Return the shipped embedding of a phantom class, with its training record."""
     if base.name != "tiny":
         raise ValueError(
             f"the embeddings in the package are for the base 'tiny', this one is {base.name!r}: "
