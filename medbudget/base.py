@@ -175,11 +175,6 @@ class Base:
 
         ``<token>`` in a prompt stands for the loaded embedding of that name. Gradients flow to
         vectors.
-
-        Raises
-        ------
-        ValueError
-            An unknown token, more than 75 positions, or vectors of another width.
         """
         limit = self.text_encoder.config.max_position_embeddings
         tok, words = self.tokenizer, {e.token: e for e in self.load_words(embeddings)}

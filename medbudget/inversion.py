@@ -297,31 +297,16 @@ def _thin(losses: list[float], points: int = 200) -> dict[str, list[float]]:
 
 @torch.inference_mode()
 def compute_image_losses(
-    base: Base,
-    prompt: str | torch.Tensor | Embedding,
-    images: torch.Tensor,
-    *,
-    draws: int = 8,
+    base: Base, prompt: str | torch.Tensor | Embedding, images: torch.Tensor, *, draws: int = 8,
     seed: int = 0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Return the training loss of every image under a prompt: what membership inference looks at.
 
     Draw k has the same noise for all images, and the time ``(k + 1/2) / draws`` of the schedule,
     so that two sets of images, or two prompts, can be compared.
 
-    Parameters
-    ----------
-    prompt : str, torch.Tensor or Embedding
-        A plain prompt, "" for none, or an embedding or its vectors ``(n, d)``.
-    images : torch.Tensor
-        ``(N, 3, H, W) uint8``.
-    draws : int
-        Times and noises for each image.
-
-    Returns
-    -------
-    torch.Tensor
-        ``(N, draws) float32`` on the CPU.
+    `prompt` is a plain one, "" for none, or an embedding or its vectors ``(n, d)``. For images
+    ``(N, 3, H, W) uint8``, ``(N, draws) float32`` on the CPU is returned.
     """
     check_images(images)
     check_counts(draws=draws)

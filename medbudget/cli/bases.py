@@ -98,47 +98,38 @@ def doctor() -> None:
     import torch
 
     from medbudget.bases import BaseError, list_sources
-    from medbudget.loading import TINY, load_base
+    from medbudget.loading import load_base
 
     problems: list[str] = []
-    names = ("medbudget", "torch", "torchvision", "diffusers", "transformers", "timm", "numpy")
     print(f"Python {platform.python_version()} on {platform.platform()}")
-    for name in names:
+    for name in ("medbudget", "torch", "torchvision", "diffusers", "transformers", "timm", "numpy"):
         try:
             print(f"  {name} {version(name)}")
         except PackageNotFoundError:
             problems.append(f"{name} is not installed: pip install {name}")
     if torch.cuda.is_available():
-        free, total = (value / 2**30 for value in torch.cuda.mem_get_info())
-        print(f"GPU {torch.cuda.get_device_name()}: {free:.1f} of {total:.1f} GiB free")
-        # benchmarks/results/gpu.json
+        free, total = (part / 2**30 for part in torch.cuda.mem_get_info())
+        print(f"GPU {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free")
         print(
-            "  SD 2.0 at 512 px in bfloat16, batch 1, took 3.1 GiB for invert and 3.1 GiB for sample "
-            "on an H200; where memory is short, batches are halved and training recomputes"
+            "  Stable Diffusion 2.0 at 512 px in bfloat16, batch 1, took 3.1 GiB for invert and 3.1 "
+            "GiB for sample on an H200; where memory is short, batches are halved and training "
+            "recomputes"
         )
         if free < 3.1:
             problems.append("too little GPU memory: close other programs, or use --base tiny")
     else:
         print("GPU none: everything runs on the CPU; --base tiny is made for that")
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        print(
-            f"CPU {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.1f} GiB memory"
-        )
+    pages = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    )
+    memory = f", {pages / 2**30:.1f} GiB memory" if pages else ""
+    print(f"CPU {os.cpu_count()} cores, {torch.get_num_threads()} threads{memory}")
     print(f"disk {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
     try:
         tiny = load_base("tiny", device="cpu")
-        print(
-            f"base tiny: ready, hash {tiny.hash}, {tiny.size} px; training at batch 8 takes 2 GiB of memory"
-        )
-    except BaseError as error:
-        problems.append(f"base tiny in {TINY}: {error}")
-    try:
+        print(f"base tiny: ready, hash {tiny.hash}, {tiny.size} px; training takes 2 GiB of memory")
         here = next((f"{s}, {p}" for s, p, _ in list_sources("sd20") if p is not None), None)
         print(f"base sd20: {here or 'not here; medbudget base fetch gets it (5 GB)'}")
     except BaseError as error:
-        problems.append(f"{error}: correct or unset it")
-    for problem in problems:
-        print(f"! {problem}")
-    if not problems:
-        print("no problems found")
+        problems.append(str(error))
+    print("\n".join(f"! {problem}" for problem in problems) or "no problems found")

@@ -24,13 +24,16 @@ def show(file: File, /, *, base: Text | None = None) -> None:
 
     e = Embedding.load(file)
     norms = e.vectors.norm(dim=1)
-    print(f"token   {e.token}")
-    print(f"shape   {tuple(e.vectors.shape)} (vectors, width)")
-    print(f"step    {e.step}")
-    print(f"norms   mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}")
-    print(f"base    {e.base or 'unknown'} (hash {e.base_hash or 'unknown'})")
-    print(f"data    {e.data or 'unknown'}")
-    print(f"file    {file.stat().st_size / 1024:.0f} kB")
+    for name, value in (
+        ("token", e.token),
+        ("shape", f"{tuple(e.vectors.shape)} (vectors, width)"),
+        ("step", e.step),
+        ("norms", f"mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}"),
+        ("base", f"{e.base or 'unknown'} (hash {e.base_hash or 'unknown'})"),
+        ("data", e.data or "unknown"),
+        ("file", f"{file.stat().st_size / 1024:.0f} kB"),
+    ):
+        print(f"{name:<7} {value}")
     if base is not None:
         loaded = load_base(base)
         e.check_fits(loaded.width, loaded.name)

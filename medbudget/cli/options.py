@@ -39,12 +39,12 @@ class Machine:
         import torch
 
         from medbudget.results import count_cores
+        from medbudget.settings import check_number
 
         if self.device is not None and self.device.split(":")[0] not in ("cpu", "cuda", "mps"):
             raise ValueError(f"--device {self.device}: allowed are cpu, cuda, cuda:1 …, mps")
         if self.threads is not None:
-            if self.threads < 1:
-                raise ValueError(f"--threads must be at least 1, got {self.threads}")
+            check_number("--threads", self.threads, 1)
             torch.set_num_threads(self.threads)
         elif hasattr(os, "getloadavg") and "OMP_NUM_THREADS" not in os.environ:
             load, cores = os.getloadavg()[0], count_cores()
