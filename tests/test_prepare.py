@@ -70,6 +70,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
+@pytest.mark.filterwarnings("ignore:.*pixels of another one")
 def test_writes_images_masks_manifest_settings_and_contact_sheet(tmp_path: Path) -> None:
     report = prepare_items(ITEMS, make, tmp_path / "out", settings=SETTINGS)
     assert report.made == 12 and report.kept == 0 and not report.broken
@@ -111,6 +112,7 @@ def test_two_workers_give_the_same_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+@pytest.mark.filterwarnings("ignore:.*pixels of another one")
 def test_killed_and_resumed_leaves_nothing_half_written(tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     run = partial(prepare_items, ITEMS, partial(slow, log=log), out, settings=SETTINGS, workers=2)
