@@ -25,7 +25,7 @@ COLAB, BINDER = "https://colab.research.google.com", "https://mybinder.org"
 BADGE = re.compile(r"^\[!\[Open in Colab\]\(.*\n\n", re.MULTILINE)
 CLONE = re.compile(r"^git clone .*\n", re.MULTILINE)
 CODE = re.compile(r"^repository-code: .*\n", re.MULTILINE)
-SOURCE = re.compile(r'^    source = ".*"$', re.MULTILINE)
+SOURCE = re.compile(r'(MEDBUDGET_SOURCE"\) or) ".*?"')
 
 
 def read_address(root: Path = ROOT) -> str:
@@ -88,9 +88,9 @@ def remove_badge(text: str) -> str:
 def _change_notebook(text: str, address: str, name: str) -> str:
     notebook = json.loads(text)
     _set_badge(notebook, make_badge(address, name))
-    source = f"medbudget @ git+{address}" if address else "medbudget"
+    source = f"medbudget @ git+{address}" if address else ""
     setup = next(c for c in notebook["cells"] if "google.colab" in "".join(c["source"]))
-    _put(setup, SOURCE.sub(f'    source = "{source}"', "".join(setup["source"])))
+    _put(setup, SOURCE.sub(f'\\1 "{source}"', "".join(setup["source"])))
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 

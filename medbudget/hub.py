@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medbudget.base import Base
 from medbudget.bases import ID, is_offline, known_base
 from medbudget.embeddings import Embedding, EmbeddingError
 from medbudget.files import atomic_path, cache_folder, check_writable, write_text
+from medbudget.tiny import load_trained
 
 PAPER_URL = (
     "https://github.com/brambozz/medical-diffusion-on-a-budget/raw/"
@@ -245,3 +247,19 @@ def load_word(kind: str, label: str, folder: str | os.PathLike[str] = "") -> Emb
         raise ValueError(f"the authors released no embedding of {kind} {label}; they have: {known}")
     path = fetch_paper_embedding(_AUTHORS[kind, label], cache_folder() / "embeddings")
     return Embedding.load(path, token=f"<{label}>")
+
+
+def find_word(kind: str, label: str, base: Base, place: str | os.PathLike[str] = "") -> Embedding:
+    """Return the word for a class on a base: yours, the package's for `tiny`, or the authors'.
+
+    Parameters
+    ----------
+    kind, label, place
+        See `load_word`; `place` may also be the embedding's file.
+    base : Base
+    """
+    if place and Path(place).is_file():
+        return Embedding.load(place)
+    if base.name == "tiny" and not place:
+        return load_trained(kind, label, base)
+    return load_word(kind, label, place)

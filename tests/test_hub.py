@@ -193,3 +193,12 @@ def test_the_chapters_take_the_authors_words_unless_they_are_given_a_folder(monk
     assert len(hub.load_word("prostate", "tumour", tmp_path).vectors) == 4 and len(asked) == 3
     with pytest.raises(ValueError, match="no embedding of chest tumour; they have: prostate"):
         hub.load_word("chest", "tumour")
+
+
+def test_a_word_is_the_readers_the_packages_or_the_authors(tiny, paper, tmp_path):
+    mine = MINE.save(tmp_path / "prostate_tumour.safetensors")
+    assert len(hub.find_word("prostate", "tumour", tiny, mine).vectors) == 4
+    assert len(hub.find_word("prostate", "tumour", tiny, tmp_path).vectors) == 4
+    assert hub.find_word("prostate", "tumour", tiny).base_hash == tiny.hash
+    real = load_base("sd20", device="cpu")
+    assert hub.find_word("prostate", "tumour", real).base_hash == hub.PAPER_CHECKPOINT

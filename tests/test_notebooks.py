@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import types
 from heapq import heappop, heappush
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot
 import pytest
 import torch
 import yaml
@@ -209,6 +213,38 @@ def test_setup_is_the_same_in_every_chapter() -> None:
     assert len({cells(path, "code")[0].source for path in NOTEBOOKS}) == 1
 
 
+@pytest.mark.parametrize(
+    ("importable", "named", "address", "uploaded", "source"),
+    [
+        (True, "x.whl", "medbudget @ git+https://a.org/b/c", {}, None),
+        (False, "x.whl", "medbudget @ git+https://a.org/b/c", {}, "x.whl"),
+        (False, "", "medbudget @ git+https://a.org/b/c", {}, "medbudget @ git+https://a.org/b/c"),
+        (False, "", "", {"medbudget-1-py3-none-any.whl": b""}, "medbudget-1-py3-none-any.whl"),
+        (False, "", "", {}, RuntimeError),  # the dialog was closed
+    ],
+)
+def test_setup_on_colab_installs_what_is_named_or_uploaded(
+    monkeypatch: pytest.MonkeyPatch, importable: bool, named: str, address: str,
+    uploaded: dict[str, bytes], source: Any,
+) -> None:  # fmt: skip
+    """Never the bare name: nobody owns it in the package index."""
+    colab: Any = types.ModuleType("google.colab")
+    colab.files = types.SimpleNamespace(upload=lambda: uploaded)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: importable or None)
+    monkeypatch.setenv("MEDBUDGET_SOURCE", named)
+    runs: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: runs.append(command))
+    text = cells(NOTEBOOKS[0], "code")[0].source
+    text = re.sub(r'(MEDBUDGET_SOURCE"\) or) ".*?"', f'\\1 "{address}"', text)
+    if source is RuntimeError:
+        with pytest.raises(RuntimeError, match="choose medbudget's wheel, or set MEDBUDGET_SOURCE"):
+            exec(text, {})  # noqa: S102
+    else:
+        exec(text, {})  # noqa: S102
+    assert [command[-1] for command in runs] == ([source] if isinstance(source, str) else [])
+
+
 # with `preset="paper"`: what a chapter has made once it has planned, or what stops it
 PLANNED = {"01_data_preparation": "case"}
 STOPS = {"12_model_card": "unknown base 'paper': allowed are 'tiny'"}
@@ -243,6 +279,70 @@ def test_the_papers_preset_stops_before_any_download_and_says_what_to_do(
             if PLANNED.get(path.stem) in namespace:
                 return
     raise AssertionError(f"{path.stem} neither stops nor plans under preset 'paper'")
+
+
+# own images for the paper's preset; `paper_base` says what lies where
+OWN: dict[str, dict[str, Any]] = {
+    "00": {"folder": "images"}, "02": {"folder": "images"},
+    "03": {"folder": "images", "embedding_file": "cache/embeddings/prostate_neg.pt"},
+    "04": {"folder": "images", "embedding_file": "cache/embeddings/prostate_pos.pt"},
+    "05": {"folder": "images", "n_cases": 6},
+    "06": {"folder": "data/prostate"}, "07": {"n_images": 3}, "08": {"image_folder": "images"},
+    "09": {"folder": "images", "n_cases": 6, "n_heldout": 6, "n_few": 2, "draws": 1},
+    "10": {"folder": "data/own/train", "learned": "tumour"},
+}  # fmt: skip
+REFUSED = "{} is for phantoms and the base tiny"
+
+
+@pytest.mark.parametrize(
+    "number", [p.stem[:2] for p in NOTEBOOKS if p.stem[:2] not in ("01", "11", "12")]
+)
+def test_a_chapter_runs_to_its_end_under_the_papers_preset(
+    number: str, paper: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On Stable Diffusion 2.0 in small, from images of the reader's own, with counts cut."""
+    from medbudget import hub, metrics, tiny
+    from medbudget.classifier import ClassifierSettings
+    from medbudget.inversion import InversionSettings
+    from medbudget.stylegan3 import StyleGAN3Settings
+
+    def refuse(name: str) -> Any:
+        def call(*args: Any, **options: Any) -> None:
+            raise AssertionError(REFUSED.format(name))
+
+        return call
+
+    for kind, few in (
+        (InversionSettings, {"steps": 2}), (ClassifierSettings, {"steps": 2, "batch_size": 8}),
+        (StyleGAN3Settings, {"kimg": 0.008}),
+    ):  # fmt: skip
+        monkeypatch.setitem(kind.PRESETS, "paper", few)
+    for module, name in (
+        (hub, "load_trained"), (tiny, "load_trained"), (metrics, "disease_score"),
+        (metrics, "disease_axis"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, refuse(name))
+    monkeypatch.chdir(tmp_path)
+    if number == "08":  # its masks need a finer grid of latents
+        finer = Path(shutil.copytree(paper.snapshot, tmp_path / "base"))
+        config = finer / "unet" / "config.json"
+        content = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps({**content, "sample_size": 16}), encoding="utf-8")
+        monkeypatch.setenv("MEDBUDGET_SD2", str(finer))
+    (path,) = (p for p in NOTEBOOKS if p.stem.startswith(number))
+    own = OWN.get(number, {})
+    places = {
+        k: str(paper.hub.parent / v) for k, v in own.items() if k.endswith(("folder", "file"))
+    }
+    namespace: dict[str, Any] = {}
+    with mpl.rc_context():
+        for cell in cells(path, "code"):
+            exec(compile(cell.source, f"{path.stem}:{cell.id}", "exec"), namespace)  # noqa: S102
+            if "parameters" in tags(cell):
+                few = FEW | {"repeats": 20, "draws": 20}
+                namespace |= {name: few[name] for name in namespace.keys() & few.keys()}
+                namespace |= {"preset": "paper", **own, **places}
+        mpl.pyplot.close("all")
 
 
 def run_script(script: Path, said: Path) -> None:

@@ -70,6 +70,7 @@ class StyleGAN3Settings(Settings):
             "kimg": 24, "batch_size": 8, "gamma": 0.2, "ada_kimg": 25, "mbstd_group": 4,
             "magnitude_kimg": 5, "snapshot_kimg": 2,
         },
+        "colab": {"kimg": 10},
         "paper": {},
     }  # fmt: skip
 
