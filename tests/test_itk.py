@@ -79,34 +79,18 @@ def test_colour_volumes(tmp_path):
     assert np.array_equal(values_of(tmp_path / "b.nrrd"), colour)
 
 
-@pytest.mark.parametrize("part", [0.99, 0.5, 0.1, 0.01])
-def test_a_cut_stream_is_refused(tmp_path, part):
-    for suffix in (".nii.gz", ".mha", ".nrrd"):
-        path = write(tmp_path / f"a{suffix}", packed=True)
-        content = path.read_bytes()
-        path.write_bytes(content[: int(len(content) * part)])
-        with pytest.raises(BrokenCase):
-            read_volume(path)
-
-
-@pytest.mark.parametrize("missing", [1, 2, 100, 400])
-@pytest.mark.parametrize("suffix", [".nii", ".mha", ".nrrd", ".nhdr", ".mhd"])
-def test_a_file_short_by_a_few_bytes_is_refused(tmp_path, suffix, missing):
-    path = write(tmp_path / f"a{suffix}")
-    data = path.with_suffix(".raw") if suffix in (".nhdr", ".mhd") else path
-    data.write_bytes(data.read_bytes()[:-missing])
-    with pytest.raises(BrokenCase, match="truncated"):
-        read_volume(path)
-
-
 @pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd", ".nhdr", ".mhd"])
-def test_a_flipped_bit_in_a_stream_gives_the_right_pixels_or_an_error(tmp_path, suffix):
-    path = write(tmp_path / f"a{suffix}", packed=True)
+def test_a_damaged_stream_gives_the_right_pixels_or_an_error(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", V[:3], packed=True)
     right, rng = values_of(path), np.random.default_rng(0)
     names = {".nhdr": "a.raw.gz", ".mhd": "a.zraw"}
     data = path.with_name(names.get(suffix, path.name))
     whole, refused = data.read_bytes(), 0
-    for place in rng.integers(400, len(whole) - 1, 60):
+    for part in (0.99, 0.5, 0.1, 0.01):
+        data.write_bytes(whole[: int(len(whole) * part)])
+        with pytest.raises(BrokenCase):
+            read_volume(path)
+    for place in rng.integers(400, len(whole) - 1, 40):
         changed = bytearray(whole)
         changed[place] ^= 1 << int(rng.integers(8))
         data.write_bytes(changed)
@@ -114,7 +98,18 @@ def test_a_flipped_bit_in_a_stream_gives_the_right_pixels_or_an_error(tmp_path, 
             assert np.array_equal(values_of(path), right)
         except BrokenCase:
             refused += 1
-    assert refused >= 55
+    assert refused >= 36
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".mha", ".nrrd", ".nhdr", ".mhd"])
+def test_a_file_short_by_a_few_bytes_is_refused(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", V[:3])
+    data = path.with_suffix(".raw") if suffix in (".nhdr", ".mhd") else path
+    whole = data.read_bytes()
+    for missing in (1, 2, 100, 400):
+        data.write_bytes(whole[:-missing])
+        with pytest.raises(BrokenCase, match="truncated"):
+            read_volume(path)
 
 
 def test_a_wrong_size_of_the_compressed_data_does_no_harm(tmp_path):
@@ -141,34 +136,25 @@ def test_detached_nrrd_data(tmp_path, encoding, skip):
         read_volume(tmp_path / "a.nhdr")
 
 
-@pytest.mark.parametrize(
-    ("slope", "intercept", "right"),
-    [
-        (1, 0, (1, 0)), (2, -3, (2, -3)), (0.37, 0, (0.37, 0)), (1, 7, (1, 7)), (0, 7, (1, 0)),
-        (np.nan, 0, (1, 0)), (np.nan, np.nan, (1, 0)), (np.inf, 2, (1, 0)), (-1, 0, (-1, 0)),
-    ],
-)  # fmt: skip
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_slope_and_intercept_of_nifti(tmp_path, slope, intercept, right, suffix):
+def test_slope_and_intercept_of_nifti(tmp_path, suffix):
     """A slope of 0 means none (nifti1.h); one that is not finite is none, as nibabel has it."""
     nib.save(nib.Nifti1Image(V.T, LPS), tmp_path / "a.nii")
-    content = bytearray((tmp_path / "a.nii").read_bytes())
-    content[112:120] = struct.pack("<ff", slope, intercept)
-    pack = gzip.compress if suffix == ".nii.gz" else bytes
-    (tmp_path / f"b{suffix}").write_bytes(pack(bytes(content)))
-    found = values_of(tmp_path / f"b{suffix}")
-    assert np.allclose(found, V * np.float32(right[0]) + right[1])
-    if right == (1, 0):
-        assert found.dtype == np.int16
-
-
-def test_an_intercept_that_is_no_number_is_refused(tmp_path):
-    nib.save(nib.Nifti1Image(V.T, LPS), tmp_path / "a.nii")
-    content = bytearray((tmp_path / "a.nii").read_bytes())
-    content[112:120] = struct.pack("<ff", 2, np.nan)
-    (tmp_path / "a.nii").write_bytes(content)
-    with pytest.raises(BrokenCase, match="scl_inter"):
-        read_volume(tmp_path / "a.nii")
+    content, pack = bytearray((tmp_path / "a.nii").read_bytes()), gzip.compress
+    for slope, intercept, right in (
+        (1, 0, (1, 0)), (2, -3, (2, -3)), (0.37, 0, (0.37, 0)), (1, 7, (1, 7)), (0, 7, (1, 0)),
+        (np.nan, np.nan, (1, 0)), (np.inf, 2, (1, 0)), (-1, 0, (-1, 0)), (2, np.nan, None),
+    ):  # fmt: skip
+        content[112:120] = struct.pack("<ff", slope, intercept)
+        path = tmp_path / f"b{suffix}"
+        path.write_bytes(pack(content) if suffix == ".nii.gz" else content)
+        if right is None:
+            with pytest.raises(BrokenCase, match="scl_inter"):
+                read_volume(path)
+            continue
+        found = values_of(path)
+        assert np.allclose(found, V * np.float32(right[0]) + right[1])
+        assert found.dtype == np.int16 or right != (1, 0)
 
 
 def test_nifti_of_other_kinds(tmp_path):
