@@ -115,7 +115,7 @@ def pack(frame, syntax, folder):
 
 
 @pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEG2000Lossless, JPEGLSLossless, RLELossless])
-def test_compressed_frames_that_are_damaged_missing_or_of_another_size(tmp_path, syntax):
+def test_compressed_frames_that_are_damaged_missing_or_of_another_size(tmp_path, syntax, capfd):
     streams = [pack(frame, syntax, tmp_path) for frame in NOISE]
 
     def read(fragments, n=3, **tags):
@@ -124,6 +124,7 @@ def test_compressed_frames_that_are_damaged_missing_or_of_another_size(tmp_path,
 
     assert np.array_equal(read(streams), NOISE)
     assert np.array_equal(read(streams[:1], 1), NOISE[:1])
+    assert "Corrupt" not in capfd.readouterr().err
     half, first = len(streams[0]) // 4 * 2, streams[0]
     if syntax != RLELossless:  # RLE frames are of one fragment each (PS3.5 A.4.2)
         assert np.array_equal(read([first[:half], first[half:]], 1), NOISE[:1])

@@ -43,18 +43,15 @@ def read_volume(path: str | os.PathLike[str]) -> sitk.Image:
     -------
     SimpleITK.Image
         2-D or 3-D, of one value a pixel or of 8-bit RGB; NIfTI's slope and intercept are applied.
-        A 2-D NIfTI slice becomes a 3-D image, so that it keeps its direction.
+        A 2-D NIfTI slice becomes a 3-D image, so that it keeps its direction. The metadata have the
+        key "no spacing" where the header states none.
 
     Raises
     ------
     BrokenCase
         It is cut, damaged, of more than three dimensions, or made to use up the memory.
     """
-    return read_stated(Path(path))[0]
-
-
-def read_stated(path: Path) -> tuple[sitk.Image, bool]:
-    """Read a volume as `read_volume` does, and tell whether its header states a spacing."""
+    path = Path(path)
     unpack = _unpack_nifti if path.suffix.lower() in (".nii", ".gz") else _unpack_text_header
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +70,9 @@ def read_stated(path: Path) -> tuple[sitk.Image, bool]:
         )
     while image.GetDimension() > 3:
         image = image[(*[slice(None)] * (image.GetDimension() - 1), 0)]
-    return image, stated
+    if not stated:
+        image.SetMetaData("no spacing", "")
+    return image
 
 
 def _open(file: Path) -> sitk.ImageFileReader:

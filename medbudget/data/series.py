@@ -88,10 +88,7 @@ def read_header(path: Path, file: str) -> Header | str:
 def join_series(root: Path, headers: Sequence[Header], said: dict[str, list[str]]) -> list[Source]:
     """Join DICOM files of one series to volumes where their headers say that they are one.
 
-    Parameters
-    ----------
-    said : dict
-        Gets what was done, and a file of each series to which it was done.
+    `said` gets what was done, and a file of each series to which it was done.
     """
     series: dict[str, list[Header]] = {}
     for header in headers:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from medbudget.data import dicom
 from medbudget.data.items import BrokenCase
-from medbudget.data.itk import VOLUMES, read_stated, read_volume
+from medbudget.data.itk import VOLUMES, read_volume
 from medbudget.data.pixels import TURNS, Array, Pixels, Window, turn
 from medbudget.data.series import Header, Source, join_series, read_header, separate
 from medbudget.pictures import SUFFIXES as PICTURES
@@ -181,13 +181,13 @@ def _find_ends(pixels: Pixels) -> Array:
 def _read_itk(path: Path) -> Pixels:
     import SimpleITK as sitk
 
-    image, stated = read_stated(path)
+    image = read_volume(path)
     values, steps = sitk.GetArrayFromImage(image), image.GetSpacing()
     if not np.isfinite(values).all():
         raise BrokenCase("it has values that are infinite or not a number")
     return Pixels(
         values[None] if image.GetDimension() == 2 else values,
-        spacing=(steps[1], steps[0]) if stated else None,
+        spacing=None if "no spacing" in image.GetMetaDataKeys() else (steps[1], steps[0]),
         frame=(*image.GetOrigin(), *image.GetDirection()),
         steps=steps,
     )
