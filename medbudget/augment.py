@@ -81,49 +81,15 @@ def draw_augmentation(
     )
 
 
-def _each(values: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
-def flip(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """Flip left and right where `which` ``(B,) bool`` says so: ``(B, C, H, W)`` both ways."""
-    return torch.where(_each(which), images.flip(3), images)
-
-
-def add_noise(
-    images: torch.Tensor, variance: torch.Tensor, *, generator: torch.Generator
-) -> torch.Tensor:
-    """Add Gaussian noise of `variance` ``(B,)`` and clip to [0, 1]."""
-    noise = torch.randn(images.shape, generator=generator, device=images.device)
-    return noise.mul_(_each(variance.sqrt())).add_(images).clamp_(0, 1)
-
-
-def adjust_gamma(images: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """Raise images in [0, 1] to the power `gamma` ``(B,)``."""
-    return images ** _each(gamma)
-
-
 def warp(
-    images: torch.Tensor,
-    *,
-    angle: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    images: torch.Tensor, *, angle: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor,
     distortion: torch.Tensor,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Rotate, scale and shift about the centre, then distort radially: one bilinear resampling.
 
     With d from the centre as a share of the width, output at d shows what the moved image has at
     d (1 + k |d|^2 + k |d|^4). What lies outside is mirrored at the centre of the border pixels.
-
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(B, C, H, W)`` float.
-    angle, scale, distortion : torch.Tensor
-        ``(B,)``, see `Draws`.
-    shift : torch.Tensor
-        ``(B, 2)``.
+    Images are ``(B, C, H, W)`` floats; the draws are those of `Draws`.
     """
     height, width = images.shape[2:]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
@@ -151,20 +117,6 @@ def warp(
     )  # fmt: skip
 
 
-def adjust_contrast(
-    images: torch.Tensor, contrast: torch.Tensor, brightness: torch.Tensor
-) -> torch.Tensor:
-    """Multiply by `contrast`, add `brightness` (both ``(B,)``), clip to [0, 1]."""
-    return (images * _each(contrast)).add_(_each(brightness)).clamp_(0, 1)
-
-
-def drop_channel(images: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """Set channel `dropped` ``(B,) int64`` of each sample to 0; -1 drops none."""
-    channels = torch.arange(images.shape[1], device=images.device)
-    keep = channels != dropped[:, None]
-    return images * keep[:, :, None, None].to(images.dtype)
-
-
 def augment(
     images: torch.Tensor, settings: Augmentation = HEAVY, *, generator: torch.Generator
 ) -> torch.Tensor:
@@ -179,11 +131,6 @@ def augment(
     -------
     torch.Tensor
         As `images`, in [0, 1]; `images` itself is left as it is.
-
-    Raises
-    ------
-    ValueError
-        Images that are not float and four-dimensional, or on another device.
     """
     if not images.is_floating_point() or images.ndim != 4:
         raise ValueError(
@@ -196,19 +143,25 @@ def augment(
             "torch.Generator(images.device)"
         )
     draws = draw_augmentation(len(images), settings, generator=generator)
+
+    def each(values: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, 1, 1, 1)
+
     if settings.flip:
-        images = flip(images, draws.flip)
+        images = torch.where(each(draws.flip), images.flip(3), images)
     if settings.noise:
-        images = add_noise(images, draws.variance, generator=generator)
+        noise = torch.randn(images.shape, generator=generator, device=images.device)
+        images = noise.mul_(each(draws.variance.sqrt())).add_(images).clamp_(0, 1)
     if settings.gamma < 1:
-        images = adjust_gamma(images, draws.gamma)
+        images = images ** each(draws.gamma)
     if settings.shift or settings.scale or settings.rotate or settings.distortion:
         images = warp(
             images, angle=draws.angle, scale=draws.scale, shift=draws.shift,
             distortion=draws.distortion,
         )  # fmt: skip
     if settings.contrast or settings.brightness:
-        images = adjust_contrast(images, draws.contrast, draws.brightness)
+        images = (images * each(draws.contrast)).add_(each(draws.brightness)).clamp_(0, 1)
     if settings.drop_channel:
-        images = drop_channel(images, draws.dropped)
+        keep = torch.arange(images.shape[1], device=images.device) != draws.dropped[:, None]
+        images = images * keep[:, :, None, None].to(images.dtype)
     return images

@@ -112,16 +112,9 @@ class Classifier:
     def test(self, cases: Cases) -> tuple[npt.NDArray[np.float64], Score]:
         """Predict test cases and note in the record that they have been seen.
 
-        Returns
-        -------
-        probabilities, score
-            ``(N,)``, and the AUC with DeLong's interval. The note says how often these cases were
-            tested with this classifier; a test counts once, before anything is chosen by it.
-
-        Raises
-        ------
-        ValueError
-            Cases that it was trained or validated on.
+        Return probabilities ``(N,)``, and the AUC with DeLong's interval. Its note says how often
+        these cases were tested with this classifier; a test counts once, before anything is chosen
+        by it. Cases that it was trained or validated on raise ValueError.
         """
         key = hash_tensors({"images": cases.images})
         for split in ("train", "val"):
@@ -133,8 +126,7 @@ class Classifier:
         probabilities = self.predict(cases.images)
         estimate = delong(cases.labels.numpy(), probabilities)
         note = "DeLong interval; tested once" if times == 1 else f"tested {times} times"
-        positive = int(cases.labels.sum())
-        n = (len(cases) - positive, positive)
+        n = (int((cases.labels == 0).sum()), int((cases.labels == 1).sum()))
         return probabilities, Score("AUC", estimate.value, estimate.interval, n, note=note)
 
 
@@ -145,18 +137,9 @@ def saliency(
 
     The maps of a stage are weighed by the mean of the logit's slope over each map, and summed.
 
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(N, 3, H, W) uint8``.
-    stage : int
-        Whose output is weighed; earlier stages have finer grids and see less of the image.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(N, size, size)`` from 0 to 1, 1 at the image's own maximum; all 0 where nothing speaks
-        for class 1. A map of what the network used, not of where a disease is.
+    Images ``(N, 3, H, W) uint8`` give maps ``(N, size, size)`` from 0 to 1, 1 at the image's own
+    maximum; all 0 where nothing speaks for class 1: what the network used, not where a disease is.
+    Earlier stages than the last have finer grids and see less of the image.
     """
     check_images(images)
     s, network = classifier.settings, classifier.network.eval()
@@ -170,22 +153,18 @@ def saliency(
     (slope,) = torch.autograd.grad(logit.sum(), maps)
     cam = (slope.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu().detach()
     cam = F.interpolate(cam, (s.size, s.size), mode="bilinear")[:, 0]
-    scaled: npt.NDArray[np.float32] = (
-        (cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu().numpy()
-    )
+    scaled: npt.NDArray[np.float32]
+    scaled = (cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu().numpy()
     return scaled
 
 
 def _autocast(device: torch.device, precision: str) -> tuple[Any, torch.dtype]:
     if precision == "auto":
-        kind = torch.float32
-        if device.type == "cuda":
-            kind = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    else:
-        kind = getattr(torch, precision)
-    if kind == torch.float32:
-        return nullcontext(), kind
-    return torch.autocast(device.type, kind), kind
+        half = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else ""
+        precision = half or ("float16" if device.type == "cuda" else "float32")
+    kind = getattr(torch, precision)
+    context = nullcontext() if kind == torch.float32 else torch.autocast(device.type, kind)
+    return context, kind
 
 
 def _predict(
@@ -203,6 +182,9 @@ def _predict(
 
 class Training:
     """A training in progress: network, optimizer, and the weights of the best validation."""
+
+    PARTS = ("network", "optimizer", "scaler")
+    PLAIN = ("step", "history", "best", "recent")
 
     def __init__(self, settings: ClassifierSettings, device: torch.device) -> None:
         self.network = make_network(settings).to(device)
@@ -227,14 +209,14 @@ class Training:
         self.recent.append(loss.detach())
         self.step += 1
 
-    def validate(self, value: float) -> float:
+    def validate(self, auc: float) -> float:
         """Note the AUC of this step, keep the weights if it is the best, return the mean loss."""
         loss = self.mean_loss()
         self.recent = []
-        if not self.best or value > max(self.history["aucs"]):
+        if not self.best or auc > max(self.history["aucs"]):
             self.best = {key: v.detach().clone() for key, v in self.network.state_dict().items()}
-        for key, one in (("steps", self.step), ("losses", loss), ("aucs", value)):
-            self.history[key].append(one)
+        for key, value in (("steps", self.step), ("losses", loss), ("aucs", auc)):
+            self.history[key].append(value)
         return loss
 
     def mean_loss(self) -> float:
@@ -249,16 +231,15 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         self.mean_loss()
-        parts = {
-            name: getattr(self, name).state_dict() for name in ("network", "optimizer", "scaler")
-        }
-        return parts | {name: getattr(self, name) for name in ("step", "history", "best", "recent")}
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return parts | {name: getattr(self, name) for name in self.PLAIN}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("network", "optimizer", "scaler"):
+        for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.step, self.history, self.best = state["step"], state["history"], state["best"]
-        self.recent = [loss.to(self.network.mean.device) for loss in state["recent"]]
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        self.recent = [loss.to(self.network.mean.device) for loss in self.recent]
 
 
 def train_classifier(
@@ -282,10 +263,7 @@ def train_classifier(
     callback : callable, optional
         Called after every validation with ``{"step", "steps", "loss", "auc"}``.
 
-    Raises
-    ------
-    RuntimeError
-        A loss that is not finite.
+    A loss that is not finite raises RuntimeError.
     """
     place = find_device(device)
     s = settings or choose_settings(device=place)
@@ -296,11 +274,9 @@ def train_classifier(
         resize(cases.images.to(place), s.size, antialias=s.antialias) for cases in (train, val)
     )
     labels, truth = train.labels.to(place), val.labels.numpy()
-    identity = {
-        "settings": s.without("steps", "checkpoint_every"),
-        "train": hash_tensors({"images": train.images, "labels": train.labels}),
-        "val": hash_tensors({"images": val.images, "labels": val.labels}),
-    }
+    identity: dict[str, Any] = {"settings": s.without("steps", "checkpoint_every")}
+    for name, cases in (("train", train), ("val", val)):
+        identity[name] = hash_tensors({"images": cases.images, "labels": cases.labels})
     start = time.monotonic()
     for step in Steps(
         run, s.steps, checkpoint=checkpoint, identity=identity, every=s.checkpoint_every,

@@ -1,5 +1,7 @@
 """Augmentation: every operation against a slow reference, and what a batch must never do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,19 +10,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 from torchvision.transforms import functional as T
 
-from medbudget.augment import (
-    HEAVY,
-    NONE,
-    Augmentation,
-    add_noise,
-    adjust_contrast,
-    adjust_gamma,
-    augment,
-    draw_augmentation,
-    drop_channel,
-    flip,
-    warp,
-)
+from medbudget.augment import HEAVY, NONE, Augmentation, augment, draw_augmentation, warp
 
 
 def gen(seed=0):
@@ -80,36 +70,34 @@ def test_warp_turns_shifts_and_enlarges_as_its_words_say():
     )
 
 
+def one_change(images, **strength):
+    """Return what one kind of change made of images, and what was drawn."""
+    settings = replace(NONE, **strength)
+    drawn = draw_augmentation(len(images), settings, generator=gen(5))
+    return augment(images, settings, generator=gen(5)), drawn
+
+
 def test_pointwise_operations_agree_with_torchvision_and_numpy():
-    images = pictures()
-    gamma = torch.tensor([0.1, 0.5, 1.0])
-    got = adjust_gamma(images, gamma)
-    for image, g, mine in zip(images, gamma, got):
-        assert torch.allclose(mine, T.adjust_gamma(image, float(g)), atol=1e-6)
-    assert torch.equal(flip(images, torch.tensor([True, False, True]))[0], T.hflip(images[0]))
-    contrast, brightness = torch.tensor([0.8, 1.0, 1.2]), torch.tensor([-0.2, 0.0, 0.2])
-    got = adjust_contrast(images, contrast, brightness)
-    for i in range(3):
-        want = np.clip(images[i].numpy() * float(contrast[i]) + float(brightness[i]), 0, 1)
-        assert np.allclose(got[i].numpy(), want, atol=1e-6)
-    assert torch.equal(got[1], images[1])
-    noisy = add_noise(images, torch.tensor([0.0, 0.01, 0.1]), generator=gen(5))
-    noise = torch.randn(images.shape, generator=gen(5))
-    assert torch.equal(noisy[0], images[0])
-    assert torch.allclose(noisy[2], (images[2] + 0.1**0.5 * noise[2]).clamp(0, 1), atol=1e-6)
-
-
-def test_one_channel_or_none_is_dropped():
-    images = pictures() + 0.01
-    dropped = drop_channel(images, torch.tensor([1, -1, 2]))
-    assert dropped[0, 1].abs().sum() == 0 and dropped[2, 2].abs().sum() == 0
-    assert torch.equal(dropped[1], images[1]) and torch.equal(dropped[0, 0], images[0, 0])
-
-
-def test_noise_has_the_variance_that_was_drawn():
+    images = pictures(8)
+    bright, drawn = one_change(images, gamma=0.1)
+    for image, exponent, mine in zip(images, drawn.gamma, bright):
+        assert torch.allclose(mine, T.adjust_gamma(image, float(exponent)), atol=1e-6)
+    flipped, drawn = one_change(images, flip=0.5)
+    for image, flip, mine in zip(images, drawn.flip, flipped):
+        assert torch.equal(mine, T.hflip(image) if flip else image)
+    assert 0 < int(drawn.flip.sum()) < 8
+    changed, drawn = one_change(images, contrast=0.2, brightness=0.2)
+    for image, factor, offset, mine in zip(images, drawn.contrast, drawn.brightness, changed):
+        want = np.clip(image.numpy() * float(factor) + float(offset), 0, 1)
+        assert np.allclose(mine.numpy(), want, atol=1e-6)
+    dropped, drawn = one_change(images + 0.01, drop_channel=0.8)
+    for image, channel, mine in zip(images + 0.01, drawn.dropped, dropped):
+        for i in range(3):
+            assert torch.equal(mine[i], torch.zeros(20, 24) if i == channel else image[i])
     gray = torch.full((2, 3, 64, 64), 0.5)
-    noisy = add_noise(gray, torch.tensor([0.0025, 0.01]), generator=gen())
-    assert noisy.var((1, 2, 3)).tolist() == pytest.approx([0.0025, 0.01], rel=0.05)
+    noisy, drawn = one_change(gray, noise=0.02)
+    assert noisy.var((1, 2, 3)).tolist() == pytest.approx(drawn.variance.tolist(), rel=0.05)
+    assert one_change(gray, noise=0.1)[0].min() == 0, "clipped"
 
 
 @given(seed=st.integers(0, 2**31), n=st.integers(1, 5))

@@ -71,29 +71,16 @@ def test_testing_twice_is_visible(splits, trained):
         trained.test(splits[1])
 
 
-def test_same_seed_same_scores_and_another_seed_others(splits):
-    train, val, test = splits
-    a, b = (train_classifier(train, val, FAST).predict(test.images) for _ in range(2))
-    assert np.array_equal(a, b)
-    c = train_classifier(train, val, replace(FAST, seed=1)).predict(test.images)
-    assert not np.array_equal(a, c)
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("how", [Killed, KeyboardInterrupt])
-def test_a_killed_run_goes_on_and_gives_the_same_test_scores(splits, tmp_path, how):
+def test_a_stopped_run_goes_on_and_gives_the_same_test_scores(splits, tmp_path):
     train, val, test = splits
     whole = train_classifier(train, val, FAST)
     path = tmp_path / "run.ckpt"
 
     def kill(state):
         if state["step"] == 9:  # after the checkpoint of step 6, before that of step 9
-            raise how
+            raise KeyboardInterrupt
 
-    with pytest.raises(how):
+    with pytest.raises(KeyboardInterrupt):
         train_classifier(train, val, FAST, checkpoint=path, callback=kill)
     steps = []
     resumed = train_classifier(
@@ -101,7 +88,10 @@ def test_a_killed_run_goes_on_and_gives_the_same_test_scores(splits, tmp_path, h
     )
     assert steps == [9, 12]
     assert resumed.record["history"] == whole.record["history"]
-    assert np.array_equal(resumed.predict(test.images), whole.predict(test.images))
+    scores = whole.predict(test.images)
+    assert np.array_equal(resumed.predict(test.images), scores)
+    other = train_classifier(train, val, replace(FAST, seed=1))
+    assert not np.array_equal(other.predict(test.images), scores)
     with pytest.raises(ValueError, match="another run: train differ"):
         train_classifier(dots(16, 5), val, FAST, checkpoint=path)
     path.write_bytes(b"no checkpoint")
@@ -215,19 +205,19 @@ def test_missing_resnet_weights_say_what_to_do(monkeypatch, tmp_path):
 
 
 def test_saliency_is_the_weighted_sum_of_maps_by_hand():
-    """The slopes of Grad-CAM by finite differences, on a grid of 4 x 4."""
+    """The slopes of Grad-CAM by finite differences, 16 maps of 32 x 32."""
     settings = replace(FAST, size=64)
     network = make_network(settings).eval().double()
-    images = dots(2, 3, size=64).images
-    maps = saliency(Classifier(network, settings, ("a", "b")), images, stage=4)
+    images = dots(1, 3, size=64).images
+    maps = saliency(Classifier(network, settings, ("a", "b")), images, stage=1)
     shown = 0
     with torch.no_grad():
-        features = network.run(network.normalize(images.double() / 255), stop=5)
+        features = network.run(network.normalize(images.double() / 255), stop=2)
 
         def logits(x):
-            return network.decide(network.run(x, start=5))[:, 1]
+            return network.decide(network.run(x, start=2))[:, 1]
 
-        step = 1e-4
+        step = 1e-7
         weights = torch.zeros(features.shape[:2], dtype=torch.float64)
         for channel in range(features.shape[1]):
             move = torch.zeros_like(features)
