@@ -62,7 +62,8 @@ floors:
 	$(PYTHON) -m venv --clear _build/floors
 	$(PYTHON) book/floors.py > _build/floors.txt
 	_build/floors/bin/python -m pip install --requirement _build/floors.txt
-	PYTHONPATH=. OMP_NUM_THREADS=1 _build/floors/bin/python -m pytest -m "not slow and not browser" $(ARGS)
+	_build/floors/bin/python -m pip install --no-deps --editable .
+	OMP_NUM_THREADS=1 _build/floors/bin/python -m pytest -m "not slow and not browser" $(ARGS)
 
 # Wheel and source distribution in dist/, tried in a clean environment outside the checkout.
 release: $(STAMP)
