@@ -9,7 +9,8 @@ import re
 import tomllib
 from pathlib import Path
 
-EXTRA = ("pytest", "pytest-xdist", "hypothesis", "pyyaml", "nibabel", "tensorboard")  # what the tests need
+# what the tests need
+EXTRA = ("pytest", "pytest-xdist", "hypothesis", "pyyaml", "nibabel", "tensorboard")
 
 
 def list_floors(pyproject: str) -> list[str]:

@@ -105,7 +105,7 @@ def run_stage(monkeypatch, *arguments: str) -> None:
 
 def test_training_goes_on_from_the_package(tmp_path, monkeypatch):
     """Corpus, latents, two and then one more step of the U-Net, export: the autoencoder stays."""
-    pytest.importorskip("timm", minversion="1.0.27")  # Muon with a learning rate of its own for the rest
+    pytest.importorskip("timm", minversion="1.0.27")  # Muon with two learning rates
     weights = tmp_path / "weights"
     shutil.copytree(export.WEIGHTS, weights)
     monkeypatch.setattr(export, "WEIGHTS", weights)
