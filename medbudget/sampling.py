@@ -79,14 +79,11 @@ def total_guidance(prompt: str, cfg_scale: float) -> float:
 
 @dataclass(frozen=True)
 class Condition:
-    """An encoded prompt: text states ``(1, 77, d)`` with weights, and what to guide away from.
+    """An encoded prompt: text states with weights, and what to guide away from."""
 
-    `negative` is None where its weight is zero.
-    """
-
-    contexts: Sequence[torch.Tensor]
+    contexts: Sequence[torch.Tensor]  # (1, 77, d) each
     weights: Sequence[float]
-    negative: torch.Tensor | None
+    negative: torch.Tensor | None  # None where its weight is zero
     cfg_scale: float
 
     @classmethod

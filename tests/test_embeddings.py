@@ -41,13 +41,6 @@ def test_other_formats_keep_the_vectors(tmp_path, ending):
     assert back.record == (make().record if ending == ".pt" else {})
 
 
-def test_a1111_layout_is_what_a1111_reads(tmp_path):
-    content = torch.load(make().save(tmp_path / "x.pt"), weights_only=True)
-    assert content["string_to_token"] == {"*": 265}
-    assert torch.equal(content["string_to_param"]["*"], VECTORS)
-    assert (content["name"], content["step"]) == ("x", 7)
-
-
 @pytest.mark.parametrize("ending", [".pt", ".bin"])
 def test_a1111s_check_of_archives_lets_ours_pass(tmp_path, ending):
     """Its modules/safe.py at d050bb7: names of entries, then of what the pickle calls."""
@@ -68,7 +61,11 @@ def test_a1111s_check_of_archives_lets_ours_pass(tmp_path, ending):
         "torch FloatStorage",
         "torch._utils _rebuild_tensor_v2",
     }
-    assert torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=True)
+    if ending == ".pt":  # as A1111 reads it
+        assert content["string_to_token"] == {"*": 265}
+        assert torch.equal(content["string_to_param"]["*"], VECTORS)
+        assert (content["name"], content["step"]) == ("x", 7)
     assert path.read_bytes() == make().save(tmp_path / f"y{ending}").read_bytes()
 
 
@@ -82,7 +79,7 @@ def test_files_of_the_original_repository_are_read(tmp_path):
     assert torch.equal(back.vectors, VECTORS[:3]) and back.token == "<e>"
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16, int])
+@pytest.mark.parametrize("kind", [np.int64, np.uint16, int])
 def test_numpy_scalars_are_read_as_numbers(tmp_path, kind):
     content = {"string_to_param": {"*": VECTORS[:2]}, "name": "n", "step": kind(50_000)}
     torch.save({**content, "loss": np.float64(0.25), "stop": np.bool_(True)}, tmp_path / "e.pt")

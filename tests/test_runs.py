@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from medbudget.files import InUseError, hold
 from medbudget.runs import Steps, Stopped, draw_indices, load_checkpoint
 from medbudget.settings import Settings
 
@@ -104,6 +103,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path):
     resumed, steps = walk(7, path)
     assert steps == [3, 4, 5, 6] and torch.equal(resumed.place, whole.place)
     assert [p.name for p in path.parent.iterdir()] == ["x.ckpt"]
+    torch.save({"step": 3}, tmp_path / "y.ckpt")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        walk(4, tmp_path / "y.ckpt")
     assert walk(7, path)[1] == []
     assert walk(9, path)[1] == [7, 8]
 
@@ -152,7 +154,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path):
     assert walk(4, path, identity=mine)[1] == [2, 3]
 
 
-@pytest.mark.parametrize("place", [0, 1, 30, 400, 700, -700, -70, -1])
+@pytest.mark.parametrize("place", [0, 30, 700, -700, -1])
 @pytest.mark.parametrize("how", ["cut", "flip"])
 def test_a_damaged_checkpoint_is_refused_or_harmless(tmp_path, how, place):
     path = tmp_path / "x.ckpt"
@@ -167,19 +169,6 @@ def test_a_damaged_checkpoint_is_refused_or_harmless(tmp_path, how, place):
         assert "no readable checkpoint" in str(error) and "remove it to start anew" in str(error)
     else:
         assert how == "flip" and state["step"] == 4 and torch.equal(state["place"], want)
-
-
-def test_a_file_of_numbers_is_no_checkpoint(tmp_path):
-    torch.save({"step": 3}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="no readable checkpoint"):
-        walk(4, tmp_path / "x.ckpt")
-
-
-def test_two_processes_do_not_write_one_checkpoint(tmp_path):
-    path = tmp_path / "x.ckpt"
-    with hold(path), pytest.raises(InUseError, match=r"x\.ckpt is being written"):
-        walk(4, path)
-    assert not path.exists()
 
 
 def test_every_image_is_seen_once_an_epoch():
