@@ -196,7 +196,8 @@ def refuse(name: str, reason: str) -> None:
 def refuse_others(folder: Path, name: str) -> None:
     """Raise `BaseError` with the true reason if a folder holds no Stable Diffusion 1.x or 2.x.
 
-    Only small files are read: ``model_index.json`` and the configurations.
+    Only small files are read: ``model_index.json`` and the configurations. The name counts if it is
+    a repository's; a folder may be called what its owner likes.
     """
     index, unet = (_read_json(folder / f) for f in ("model_index.json", "unet/config.json"))
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
@@ -207,7 +208,7 @@ def refuse_others(folder: Path, name: str) -> None:
         refuse(name, _OTHERS["StableDiffusionXL"])
     origins = [str(c.get("_name_or_path", "")).split("/")[-1] for c in (index, unet)]
     planned = str(scheduler.get("_class_name", "")).removesuffix("Scheduler")
-    for word in (kind, name, *origins, planned):
+    for word in (kind, "" if Path(name).exists() else name, *origins, planned):
         refuse_distilled(name, word)
     refuse(name, _DISTILLED if unet.get("time_cond_proj_dim") else "")
     if unet.get("mid_block_type", "") is None:

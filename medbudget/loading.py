@@ -6,13 +6,14 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from medbudget.base import Base
@@ -202,7 +203,7 @@ def load_folder(folder: Path, name: str) -> Parts:
     from transformers import AutoTokenizer, CLIPTextModel
     from transformers.utils import logging as transformers_logging
 
-    refuse_others(folder, Path(name).name if Path(name).exists() else name)
+    refuse_others(folder, name)
     if missing := list_missing(folder):
         raise BaseError(f"{folder} lacks {', '.join(missing)}; a base needs {', '.join(PARTS)}")
     bars = transformers_logging.is_progress_bar_enabled()
@@ -219,7 +220,7 @@ def load_folder(folder: Path, name: str) -> Parts:
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         config = folder / "scheduler" / "scheduler_config.json"
         stated = json.loads(config.read_text(encoding="utf-8")).get("prediction_type") or ""
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, BaseError):
             raise
         raise BaseError(f"{folder} cannot be loaded ({error})") from error
@@ -257,6 +258,8 @@ def _load_network(kind: Any, folder: Path, **options: Any) -> Any:
             if reason := recognise(opened.read(1024)):
                 raise BaseError(f"{folder / file}: {reason}")
     safe = file.endswith(".safetensors")
+    if kind.__name__ == "CLIPTextModel":
+        _refuse_doubles(_list_tensors(folder / file), str(folder))
     options |= {"variant": variant, "use_safetensors": safe, "local_files_only": True}
     network, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(map(str, info["missing_keys"]))
@@ -275,6 +278,28 @@ def _load_network(kind: Any, folder: Path, **options: Any) -> Any:
     return network
 
 
+def _list_tensors(path: Path) -> list[str]:
+    """Return the names of the tensors in a file of weights, or in its parts by their index."""
+    if not path.is_file():
+        index = path.with_name(f"{path.name}.index.json").read_text(encoding="utf-8")
+        return list(json.loads(index)["weight_map"])
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as opened:
+            return list(opened.keys())
+    return list(read_torch(path, mapped=True))
+
+
+def _refuse_doubles(keys: Iterable[str], name: str) -> None:
+    """Refuse tensors of a text encoder that stand there with and without transformers' prefix."""
+    keys = set(keys)
+    if doubles := sorted(key for key in keys if f"text_model.{key}" in keys):
+        raise BaseError(
+            f"{name} holds {len(doubles)} tensors of its text encoder twice, e.g. {doubles[0]} and "
+            f"text_model.{doubles[0]}: which of them counts is not known. Remove one kind, or get "
+            "the base from its source again"
+        )
+
+
 # --------------------------------------------------------------------------- single files
 
 
@@ -291,7 +316,6 @@ def compute_a1111_hash(path: str | os.PathLike[str]) -> str:
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of an LDM checkpoint, memory-mapped; nothing in the file is executed."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -370,6 +394,7 @@ def load_single_file(path: Path) -> Parts:
         text = ldm.convert_open_clip_checkpoint(text_encoder, state, prefix=TEXT_KEY)
     else:
         text = ldm.convert_ldm_clip_checkpoint(state)
+    _refuse_doubles(text, path.name)
     if not hasattr(text_encoder, "text_model"):  # flat since transformers 5.6
         text = {key.removeprefix("text_model."): value for key, value in text.items()}
     converted = (

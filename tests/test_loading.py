@@ -454,6 +454,12 @@ def drop_one(tensors):
     return dict(list(tensors.items())[1:])
 
 
+def double(tensors):
+    """Return a text encoder's tensors under both names that transformers gave them."""
+    flat = {key.removeprefix("text_model."): value for key, value in tensors.items()}
+    return flat | {f"text_model.{key}": value + 1 for key, value in flat.items()}
+
+
 @pytest.mark.parametrize(
     ("part", "change", "problem"),
     [
@@ -463,6 +469,7 @@ def drop_one(tensors):
         ("text_encoder", lambda t: {f"other.{k}": v for k, v in t.items()}, "lacks .*CLIPTextModel's"),
         ("unet", lambda t: {**t, "more.weight": torch.ones(1)}, "1 of .*more.weight"),
         ("text_encoder", lambda t: {**t, "encoder.layers.99.x": torch.ones(1)}, "layers.99"),
+        ("text_encoder", double, "twice, e.g. .* and text_model"),
     ],
 )  # fmt: skip
 def test_a_network_of_which_a_part_would_stay_random_is_refused(tmp_path, part, change, problem):
