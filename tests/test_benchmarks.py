@@ -107,7 +107,7 @@ def test_the_readme_has_the_recorded_times_of_the_chapters(timings):
     seconds = {}
     if record.is_file():
         seconds = json.loads(record.read_text(encoding="utf-8"))["values"]["seconds"]
-        assert set(seconds) == {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
+        assert set(seconds) <= {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
     assert timings.fill_readme(readme, seconds) == readme, "python book/build.py --fresh --record"
     row = "| a | [00_x](notebooks/00_x.ipynb), [01_y](notebooks/01_y.ipynb) | `c` | ? | ? | s |"
     filled = timings.fill_readme(row, {"00_x": 9.6, "01_y": 61})
