@@ -7,9 +7,9 @@ import json
 import pytest
 from safetensors.torch import save_file
 
-from medbudget import make_phantoms, save_images
+from medbudget import make_phantoms
 from medbudget.metrics import disease_score
-from medbudget.studies import Store, in_order, make_study, run, study_settings, write_report
+from medbudget.studies import Store, in_order, make_study
 from medbudget.studies.tasks import ensure
 
 
@@ -62,27 +62,3 @@ def test_scores_and_rise_are_those_of_the_images(study, tmp_path):
     assert low["disease score"]["value"] < 0 < high["disease score"]["value"]
     steps = scores["metastasis"] - scores["normal"]
     assert rise["difference"] == pytest.approx(steps.mean()) and rise["p_value"] < 1e-6
-
-
-def test_prepared_folders_give_axes_to_each_disease_without_a_score_of_phantoms(tiny, tmp_path):
-    for name in ("no_finding", "cardiomegaly", "pneumonia"):
-        images = make_phantoms("chest", "healthy", 3, seed=len(name)).images
-        save_images(images, tmp_path / "train" / name)
-    few = {"steps": 1, "batch_size": 1, "n_vectors": 2}
-    settings = study_settings(
-        "interpolation", "paper", cases=3, size=64, base="tiny", steps=1, overrides=few, n=2,
-        grid={"share": (0.0, 0.5)},
-    )  # fmt: skip
-    study = make_study(
-        "interpolation", "paper", base_hash=tiny.hash, sources={"chest": tmp_path},
-        settings=settings,
-    )  # fmt: skip
-    groups = dict.fromkeys(row.group for row in study.rows)
-    assert list(groups) == ["cardiomegaly, CFG 2", "pneumonia, CFG 2"]
-    assert {task.kind for task in in_order(study.tasks)} == {"images", "embedding", "block"}
-    assert "isease score" not in study.about and "the images given" in study.about
-    store = study.store(tmp_path / "store")
-    run(study.tasks, store)
-    text = (write_report(study, store, tmp_path / "page").parent / "report.md").read_text("utf-8")
-    assert "| axis | share |\n| --- | --- |\n| cardiomegaly, CFG 2 | 0 |" in text
-    assert "missing" not in text

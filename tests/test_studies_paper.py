@@ -79,6 +79,9 @@ def test_table1_has_fid_mfid_and_both_z_scored_beside_the_papers(study, tmp_path
 def test_axes_go_to_every_disease_that_was_prepared(study):
     code, error, report = study("interpolation")
     assert code == 0 and "missing" not in report, error
+    assert (
+        "isease score" not in report and "the images given" in report
+    )  # scores know phantoms only
     for axis in ("positive", "cardiomegaly", "pleural_effusion", "pneumonia", "metastasis"):
         assert f"| {axis}, CFG 2 | 0.5 |" in report
 
