@@ -91,14 +91,14 @@ def write_settings(
 
     They are ``settings.yaml`` in a folder, and ``x.settings.yaml`` beside a file ``x.pt``.
     """
-    import yaml
-
-    from medbudget.files import write_text
-
     bound.apply_defaults()
     out, (chain, apps, _) = bound.arguments.get("out"), app.parse_commands(arguments)
     if not chain or chain[0] not in RECORDED or out is None:
         return
+    import yaml
+
+    from medbudget.files import write_text
+
     path = out / "settings.yaml" if out.is_dir() else out.with_suffix(".settings.yaml")
     if path.exists() and not path.read_text(encoding="utf-8").startswith(HEAD):
         print(f"note: {path} is not medbudget's: the settings are not written", file=sys.stderr)
