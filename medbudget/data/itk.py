@@ -148,8 +148,8 @@ def _unpack_text_header(path: Path, target: Path) -> tuple[Path, bool]:
     lines = line.sub(b"", head[: end.end() if end else None])
     last = b"ElementDataFile = LOCAL\n" if meta else b"encoding: raw\n\n"
     target = target.with_suffix(".mha" if meta else ".nrrd")
-    with open(target, "wb") as file:
-        file.writelines((lines.rstrip(b"\r\n"), b"\n", last, content))
+    with open(target, "wb") as plain_file:
+        plain_file.writelines((lines.rstrip(b"\r\n"), b"\n", last, content))
     return target, bool(spacings & fields.keys())
 
 
