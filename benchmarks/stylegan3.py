@@ -163,6 +163,12 @@ def main() -> None:
     if args.memory:
         peak = count_memory(args.size, args.batch) / 2**30
         print(f"{args.size} px, batch {args.batch}: {peak:.2f} GiB beside the driver's own")
+        if args.record:
+            values = {"size": args.size, "batch": args.batch, "gib": round(peak, 2)}
+            command = f"python benchmarks/stylegan3.py --size {args.size} --batch {args.batch}"
+            write_result(
+                "stylegan3_memory", values, command=f"{command} --memory --record", device="meta"
+            )
         return
     architecture = TINY if args.size == 64 else Architecture(size=args.size)
     images = torch.randint(0, 256, (100, 3, args.size, args.size), dtype=torch.uint8)

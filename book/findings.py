@@ -201,6 +201,7 @@ def machines(folders: tuple[Path, ...]) -> dict[str, str]:
     soak = read_values("soak", folders)["rows"]
     stopped = sum(row[kind] for row in rows for kind in ("error", "hang", "crash"))
     return {
+        "stylegan3.memory": str(read_values("stylegan3_memory", folders)["gib"]),
         "gpu.device": gpu["device"].replace("NVIDIA ", ""),
         "gpu.minutes": f"{gpu['goals']['50,000 steps at batch 1, minutes']['measured']:.1f}",
         "gpu.step": f"{ms['TI: ours, fast (compiled, CUDA graph)']:.0f}",

@@ -26,7 +26,7 @@ STATED = {  # and where each comes from
         "guidance": "1 2",
     },
     "reliability": {"gray levels": "256", "limits of the trial": "10 100,000", "a format": "2000"},
-    "timings": {"names": "2.0 512", "batch": "1"},
+    "timings": {"names": "2.0 512", "batches": "1 4", "a card": "8"},
     "ethics": {"the paper": "100 36 50", "cases": "5 20", "licences and names": "4.0 2.0"},
 }
 
