@@ -28,9 +28,9 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from medbudget import Embedding, InversionSettings, invert, load_base, make_phantoms, sample
+from medbudget.architectures import build_networks, read_architectures
 from medbudget.base import Base
 from medbudget.files import write_json
-from medbudget.loading import build_networks, read_architectures
 from medbudget.results import describe_device
 
 GOALS = {

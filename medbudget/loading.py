@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from medbudget.architectures import (
+    Parts,
+    build_tokenizer,
+    make_random_parts,
+    noise_schedule,
+    read_architectures,
+)
 from medbudget.base import Base
 from medbudget.bases import (
     ID,
@@ -25,36 +27,17 @@ from medbudget.bases import (
     find_base,
     known_base,
     list_missing,
-    refuse,
-    refuse_channels,
-    refuse_distilled,
     refuse_others,
     unknown_base,
 )
+from medbudget.checkpoints import FILES, load_single_file, refuse_doubles
 from medbudget.files import hash_tensors
 from medbudget.gpu import speed_up
-from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise
+from medbudget.torchfiles import read_torch, recognise
 
-SD = Path(__file__).parent / "sd"
 TINY = Path(__file__).parent / "weights" / "tiny"
 RANDOM = "-random"
-FILES = (".ckpt", ".safetensors")
 PREDICTIONS = ("epsilon", "v_prediction")
-
-
-@dataclass
-class Parts:
-    """What a source gives: networks in float32 on the CPU, tokenizer, noise schedule."""
-
-    vae: Any
-    unet: Any
-    text_encoder: Any
-    tokenizer: Any
-    alphas_cumprod: torch.Tensor
-    prediction: str = ""  # "": not stated
-    checkpoint_hash: str = ""
-    note: str = ""
-    words: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def load_base(
@@ -134,66 +117,6 @@ def load_parts(name: str) -> Parts:
     raise unknown_base(name)
 
 
-# --------------------------------------------------------------------------- architecture
-
-
-@cache
-def read_architectures() -> dict[str, Any]:
-    """Return the shipped configurations: ``sd1``, ``sd2`` and ``small``."""
-    return json.loads((SD / "architectures.json").read_text(encoding="utf-8"))
-
-
-def noise_schedule() -> torch.Tensor:
-    """Return Stable Diffusion's ``alphas_cumprod (1000,)``: scaled linear, .00085 to .012."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
-    return torch.cumprod(1.0 - betas, dim=0)
-
-
-def build_networks(architecture: Mapping[str, Any], device: str = "cpu") -> tuple[Any, Any, Any]:
-    """Return VAE, U-Net and text encoder of an architecture; on ``meta`` they take no memory."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.device(device):
-        vae = AutoencoderKL(**architecture["vae"])
-        unet = UNet2DConditionModel(**architecture["unet"])
-        return vae, unet, CLIPTextModel(CLIPTextConfig(**architecture["text_encoder"]))
-
-
-def make_random_parts(architecture: Mapping[str, Any], seed: int = 0) -> Parts:
-    """Draw an architecture's weights: PyTorch's default init, which keeps activations finite."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        networks = build_networks(architecture)
-    tokenizer = build_tokenizer(architecture["pad_token"])
-    return Parts(*networks, tokenizer, noise_schedule(), "epsilon", note="random weights")
-
-
-@cache
-def build_tokenizer(pad_token: str) -> Any:
-    """Return CLIP's tokenizer from the shipped merges (OpenAI's CLIP, MIT).
-
-    SD 1 and 2 share it but for padding: ``<|endoftext|>`` in SD 1, ``!`` (token 0) in SD 2.
-    """
-    from transformers import CLIPTokenizer
-
-    with gzip.open(SD / "clip_bpe_merges.txt.gz", "rt", encoding="utf-8") as file:
-        merges = [(a, b) for a, b in (line.split() for line in file)]
-    # CLIP numbers bytes as GPT-2 does: the printable ones first, then the rest in order
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-
-    class Tokenizer(CLIPTokenizer):
-        # named as a special token, "!" would no longer be tokenized as a word of a prompt
-        pad_token_id = words.index(pad_token)
-
-    vocabulary = {word: i for i, word in enumerate(words)}
-    options: Any = {"vocab": vocabulary, "merges": merges, "model_max_length": 77}
-    return Tokenizer(**options)
-
-
 # --------------------------------------------------------------------------- folders
 
 
@@ -259,7 +182,7 @@ def _load_network(kind: Any, folder: Path, **options: Any) -> Any:
                 raise BaseError(f"{folder / file}: {reason}")
     safe = file.endswith(".safetensors")
     if kind.__name__ == "CLIPTextModel":
-        _refuse_doubles(_list_tensors(folder / file), str(folder))
+        refuse_doubles(_list_tensors(folder / file), str(folder))
     options |= {"variant": variant, "use_safetensors": safe, "local_files_only": True}
     network, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(map(str, info["missing_keys"]))
@@ -287,154 +210,6 @@ def _list_tensors(path: Path) -> list[str]:
         with safe_open(path, "pt") as opened:
             return list(opened.keys())
     return list(read_torch(path, mapped=True))
-
-
-def _refuse_doubles(keys: Iterable[str], name: str) -> None:
-    """Refuse tensors of a text encoder that stand there with and without transformers' prefix."""
-    keys = set(keys)
-    if doubles := sorted(key for key in keys if f"text_model.{key}" in keys):
-        raise BaseError(
-            f"{name} holds {len(doubles)} tensors of its text encoder twice, e.g. {doubles[0]} and "
-            f"text_model.{doubles[0]}: which of them counts is not known. Remove one kind, or get "
-            "the base from its source again"
-        )
-
-
-# --------------------------------------------------------------------------- single files
-
-
-def compute_a1111_hash(path: str | os.PathLike[str]) -> str:
-    """Return A1111's old hash of a checkpoint file: 8 hex digits over 64 KiB at offset 1 MiB.
-
-    It stands in its embeddings as ``sd_checkpoint``; of Stable Diffusion 2.0's
-    ``512-base-ema.ckpt`` it is 09dd2ae4. The same weights in another file have another one.
-    """
-    with open(path, "rb") as file:
-        file.seek(0x100000)
-        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-
-
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of an LDM checkpoint, memory-mapped; nothing in the file is executed."""
-    from safetensors.torch import load_file
-
-    try:
-        with open(path, "rb") as file:
-            if reason := recognise(file.read(1024)):
-                raise RefusedError(reason)
-        content = (
-            load_file(path) if path.suffix == ".safetensors" else read_torch(path, mapped=True)
-        )
-        state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-        if not isinstance(state, Mapping):
-            raise RefusedError("it holds no state dict; a Stable Diffusion checkpoint has one")
-        state = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-        check_tensors(state.values(), path.stat().st_size)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise BaseError(
-            f"{path.name} is truncated or no checkpoint of tensors alone ({error}); code in a file "
-            "is never run: fetch it again, or get it as .safetensors"
-        ) from None
-    return state
-
-
-UNET_KEY, TEXT_KEY = "model.diffusion_model.", "cond_stage_model.model."
-CROSS_KEY = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-_OTHER_KEYS = {  # starts of a file's keys, and what they say
-    "conditioner.embedders.": "is Stable Diffusion XL: it has two text encoders, for each of which a "
-    "word would need vectors of its own",
-    f"{UNET_KEY}joint_blocks.": "is Stable Diffusion 3: a transformer that predicts a flow",
-    f"{UNET_KEY}double_blocks.": "is Flux: a transformer that predicts a flow",
-    "double_blocks.": "is Flux: a transformer that predicts a flow",
-    "control_model.": "is a ControlNet, which steers a base",
-    "lora_": "is a LoRA: changes to a base, without the base itself",
-    "string_to_param": "is an embedding: pass it with --embeddings",
-    "emb_params": "is an embedding: pass it with --embeddings",
-}
-
-
-def _guess_architecture(state: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
-    """Find the shipped architecture whose text encoder and U-Net have the file's widths."""
-    refuse_distilled(name, Path(name).stem)
-    for start, reason in _OTHER_KEYS.items():
-        refuse(name, reason if any(key.startswith(start) for key in state) else "")
-    first, cross = state.get(f"{UNET_KEY}input_blocks.0.0.weight"), state.get(UNET_KEY + CROSS_KEY)
-    if first is None or cross is None:
-        raise BaseError(
-            f"{name} is no whole Stable Diffusion 1 or 2 checkpoint: it has no "
-            f"{UNET_KEY}{CROSS_KEY}. LoRA, SDXL and U-Net-only files cannot serve as a base"
-        )
-    refuse_channels(name, first.shape[1])
-    kinds = read_architectures()
-    for kind in kinds.values():
-        unet = kind["unet"]
-        if cross.shape == (unet["block_out_channels"][0], unet["cross_attention_dim"]):
-            return kind
-    widths = ", ".join(f"{k['unet']['cross_attention_dim']} ({k['title']})" for k in kinds.values())
-    raise BaseError(
-        f"{name} reads texts of width {cross.shape[1]}; known are {widths}. Convert it to a folder "
-        "in diffusers' layout and load that"
-    )
-
-
-def load_single_file(path: Path) -> Parts:
-    """Load an LDM checkpoint (``.ckpt``, ``.safetensors``) with shipped configurations, offline.
-
-    SD 1 carries CLIP's text encoder, SD 2 OpenCLIP's, of which the last layer is not used.
-    """
-    # from_single_file would not say which tensors a file lacks, nor read Lightning's checkpoints
-    from diffusers.loaders import single_file_utils as ldm
-
-    if path.suffix not in FILES:
-        raise BaseError(f"{path.name}: a single-file base ends in {' or '.join(FILES)}")
-    state = read_checkpoint(path)
-    architecture = _guess_architecture(state, path.name)
-    vae, unet, text_encoder = build_networks(architecture, "meta")
-    if any(key.startswith(TEXT_KEY) for key in state):
-        text = ldm.convert_open_clip_checkpoint(text_encoder, state, prefix=TEXT_KEY)
-    else:
-        text = ldm.convert_ldm_clip_checkpoint(state)
-    _refuse_doubles(text, path.name)
-    if not hasattr(text_encoder, "text_model"):  # flat since transformers 5.6
-        text = {key.removeprefix("text_model."): value for key, value in text.items()}
-    converted = (
-        (vae, ldm.convert_ldm_vae_checkpoint(state, vae.config)),
-        (unet, ldm.convert_ldm_unet_checkpoint(state, unet.config)),
-        (text_encoder, text),
-    )
-    for network, tensors in converted:
-        wanted = network.state_dict()
-        if missing := sorted(set(wanted) - set(tensors)):
-            raise BaseError(
-                f"{path.name} lacks {len(missing)} tensors of {type(network).__name__}, e.g. "
-                f"{missing[0]}: it is not a whole {architecture['title']} checkpoint"
-            )
-        chosen = {key: tensors[key].to(torch.float32) for key in wanted}
-        try:
-            network.load_state_dict(chosen, assign=True)
-        except RuntimeError as error:
-            raise BaseError(f"{path.name} does not fit {architecture['title']}: {error}") from None
-        _make_buffers(network)
-    tokenizer = build_tokenizer(architecture["pad_token"])
-    found = compute_a1111_hash(path)
-    row = known_base(found)
-    if row:
-        unet.register_to_config(sample_size=row.size // 8)
-    stated = row.prediction if row else ""
-    return Parts(vae, unet, text_encoder, tokenizer, noise_schedule(), stated, found)
-
-
-def _make_buffers(network: nn.Module) -> None:
-    """Fill what a network computes itself and no checkpoint stores: position numbers."""
-    for module in network.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                assert name == "position_ids", name
-                numbers = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-                module.register_buffer(name, numbers, persistent=False)
-
-
-# --------------------------------------------------------------------------- putting together
 
 
 class _Halved(dict[str, torch.Tensor]):

@@ -227,7 +227,7 @@ def main(folder):
     import torch
 
     from medbudget import Embedding
-    from medbudget.loading import load_single_file
+    from medbudget.checkpoints import load_single_file
     from medbudget.stylegan3 import StyleGAN3, import_official
 
     torch.set_num_threads(1)

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from medbudget import Embedding, make_phantoms
+from medbudget.architectures import SD, build_networks, noise_schedule, read_architectures
 from medbudget.data import chexpert, layouts, pcam, picai
 from medbudget.data.folder import prepare_folder
 from medbudget.hub import PAPER_CHECKPOINT, PAPER_EMBEDDINGS
 from medbudget.images import save_images
-from medbudget.loading import SD, build_networks, noise_schedule, read_architectures
 
 REPOSITORY = "stabilityai/stable-diffusion-2-base"
 COMMIT = "d" * 40

@@ -18,20 +18,21 @@ from safetensors.torch import load_file, save_file
 from medbudget import (
     Embedding,
     InversionSettings,
+    checkpoints,
     invert,
     load_base,
     loading,
     make_phantoms,
     sample,
 )
-from medbudget.bases import BaseError
-from medbudget.loading import (
+from medbudget.architectures import (
     build_networks,
     build_tokenizer,
-    hash_weights,
-    measure_prediction,
+    noise_schedule,
     read_architectures,
 )
+from medbudget.bases import BaseError
+from medbudget.loading import hash_weights, measure_prediction
 from medbudget.verify import verify_base
 
 TEXTS = (
@@ -73,7 +74,7 @@ def test_shipped_architectures_have_the_published_sizes():
 
 
 def test_the_schedule_is_stable_diffusions(tiny):
-    torch.testing.assert_close(loading.noise_schedule(), tiny.alphas_cumprod, rtol=1e-5, atol=0)
+    torch.testing.assert_close(noise_schedule(), tiny.alphas_cumprod, rtol=1e-5, atol=0)
 
 
 def test_random_weights_are_seeded_and_said_to_be_random():
@@ -235,7 +236,8 @@ def small(monkeypatch, **changes):
     for key, value in changes.items():
         part, name = key.split("__") if "__" in key else (None, key)
         (kind[part] if part else kind)[name] = value
-    monkeypatch.setattr(loading, "read_architectures", lambda: {"small": kind})
+    for module in (loading, checkpoints):
+        monkeypatch.setattr(module, "read_architectures", lambda: {"small": kind})
     return fit_output(load_base("small-random", device="cpu"), 1, 0.5)
 
 
@@ -406,7 +408,7 @@ class Evil:
 def test_a_checkpoints_code_never_runs(tmp_path, capsys, monkeypatch):
     torch.save({"state_dict": {}, "x": Evil()}, tmp_path / "evil.ckpt")
     with pytest.raises(BaseError, match="code in a file is never run"):
-        loading.read_checkpoint(tmp_path / "evil.ckpt")
+        checkpoints.read_checkpoint(tmp_path / "evil.ckpt")
     assert "ran" not in capsys.readouterr().out
     # official files hold a class of PyTorch Lightning as a key; it is read as an inert one
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
@@ -418,7 +420,7 @@ def test_a_checkpoints_code_never_runs(tmp_path, capsys, monkeypatch):
     assert pickle.dumps(module.ModelCheckpoint)  # it could be imported while writing
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
-    assert list(loading.read_checkpoint(tmp_path / "official.ckpt")) == ["a"]
+    assert list(checkpoints.read_checkpoint(tmp_path / "official.ckpt")) == ["a"]
 
 
 def test_a_half_base_is_refused(tmp_path, tiny):

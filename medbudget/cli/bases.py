@@ -18,8 +18,9 @@ app = App(name="base", help="Where bases come from; fetch and verify them.")
 @app.command(name="list")
 def list_bases() -> None:
     """List the bases by name, and which of them are on this machine."""
+    from medbudget.architectures import read_architectures
     from medbudget.bases import KNOWN, list_sources
-    from medbudget.loading import RANDOM, TINY, read_architectures
+    from medbudget.loading import RANDOM, TINY
 
     print(f"tiny          {'ready' if (TINY / 'unet').is_dir() else 'missing'}, in the package")
     for row in KNOWN:
