@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch.func import functional_call
 
-from medbudget.bases import compare_origin
 from medbudget.embeddings import Embedding
 from medbudget.images import check_images
+from medbudget.known import compare_origin
 from medbudget.prompts import TOKEN
 
 PIXELS = 16 * 128 * 128  # that the VAE handles at once: 16 images of 128 px, one of 512

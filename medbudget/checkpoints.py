@@ -19,7 +19,8 @@ from medbudget.architectures import (
     noise_schedule,
     read_architectures,
 )
-from medbudget.bases import BaseError, known_base, refuse, refuse_channels, refuse_distilled
+from medbudget.bases import refuse, refuse_channels, refuse_distilled
+from medbudget.known import BaseError, known_base
 from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise
 
 FILES = (".ckpt", ".safetensors")

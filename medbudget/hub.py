@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from medbudget.base import Base
-from medbudget.bases import ID, is_offline, known_base
+from medbudget.bases import ID, is_offline
 from medbudget.embeddings import Embedding, EmbeddingError
 from medbudget.files import atomic_path, cache_folder, check_writable, write_text
+from medbudget.known import known_base
 from medbudget.tiny import load_trained
 
 PAPER_URL = (

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from medbudget.base import Base
-from medbudget.bases import BaseError
 from medbudget.data.phantoms import KINDS
 from medbudget.embeddings import Embedding
 from medbudget.images import check_images
+from medbudget.known import BaseError
 
 FOLDER = Path(__file__).parent / "weights" / "embeddings"
 VECTORS, CASES = 64, 100

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from medbudget.base import Base
-from medbudget.bases import BaseError, KnownBase, identify, known_base, record_verified
 from medbudget.data.phantoms import make_phantoms
+from medbudget.known import BaseError, KnownBase, identify, known_base, record_verified
 from medbudget.loading import correlate_with_noise, measure_prediction
 
 PROMPT = "a photograph of an astronaut riding a horse"

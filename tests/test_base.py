@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from medbudget import Embedding, describe, load_base, make_phantoms
-from medbudget.bases import BaseError
+from medbudget.known import BaseError
 from medbudget.loading import TINY, load_parts
 from medbudget.tiny import FOLDER, SPECS, load_trained
 

