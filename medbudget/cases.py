@@ -19,6 +19,7 @@ from medbudget.images import (
     check_twins,
     find_images,
     hash_pixels,
+    is_prepared,
     load_images,
 )
 from medbudget.progress import tqdm
@@ -120,6 +121,8 @@ def load_cases(
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if is_prepared(root):
+        raise ValueError(f"{root} was made by `medbudget prepare`; name a split in it: {names}")
     if len(names) != 2:
         raise ValueError(
             f"{root} has {len(names)} class folders ({', '.join(names[:5]) or 'none'}); two are "

@@ -156,6 +156,7 @@ def check_folder(
 
     `records` maps file names to what this call notes. Synthetic images that another run left and
     this one would not replace are refused, even with `overwrite`: both would be scored as one set.
+    So are images that nothing of ours made, such as the held-out ones.
     Without records, the folder is only tried, and not made.
     """
     folder = Path(folder)
@@ -164,9 +165,14 @@ def check_folder(
     done = [check_output(folder / x, r, read, overwrite=overwrite) for x, r in records.items()]
     runs = [_describe_run(record) for record in records.values()]
     sources = {record.get("image", "") for record in records.values()}
-    for path in folder.glob("*.png") if records else ():
-        stored = None if path.name in records else read(path)
-        if not stored or not stored.get("synthetic"):
+    for path in _list_images(folder) if records else ():
+        stored = {} if path.name in records else read(path)
+        if stored is None:
+            raise FileExistsError(
+                f"{path} is none of the images that this call draws, and would be taken for one: "
+                "choose another folder"
+            )
+        if not stored.get("synthetic"):
             continue
         if _describe_run(stored) not in runs or stored.get("image") in sources:
             raise FileExistsError(
@@ -174,6 +180,13 @@ def check_folder(
                 "folder, or remove it"
             )
     return done
+
+
+def _list_images(folder: Path) -> list[Path]:
+    from medbudget.images import SHEET, SUFFIXES  # Pillow takes a while
+
+    files = [path for path in sorted(folder.glob("[!.]*.*")) if path.name != SHEET]
+    return [path for path in files if path.suffix.lower() in SUFFIXES]
 
 
 def _describe_run(record: Record) -> dict[str, Any]:

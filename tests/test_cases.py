@@ -36,6 +36,14 @@ def test_folders_become_cases_and_either_class_can_be_the_positive(tmp_path, spl
     assert torch.equal(other.images[other.labels == 0], cases.images[cases.labels == 1])
 
 
+def test_of_a_prepared_folder_a_split_is_asked_for(tmp_path):
+    settings = '{"medbudget": "0.1.0", "dataset": "folder", "selection": "1"}'
+    (tmp_path / "prepared/train").mkdir(parents=True)
+    (tmp_path / "prepared/settings.json").write_text(settings)
+    with pytest.raises(ValueError, match=r"name a split in it: \['train'\]"):
+        load_cases(tmp_path / "prepared")
+
+
 def test_folders_that_cannot_be_are_refused_with_a_reason(tmp_path, splits):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_cases(tmp_path / "nothing")

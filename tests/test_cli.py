@@ -37,7 +37,11 @@ def test_the_main_job(medbudget, tmp_path):
     assert Image.open(tmp_path / "x.png").height > 9 * 128  # three rows for each modality
     command = ("sample", "<x>", "--embeddings", out, "--out", made, "--n", 4, "--steps", 2)
     code, said, _ = medbudget(*command)
-    assert code == 0 and said == f"4 synthetic images in {made}; total guidance 2\n"
+    assert (
+        code == 0
+        and said
+        == f"4 synthetic images in {made}; total guidance 2\nlook at {made / 'contact_sheet.png'}\n"
+    )
     assert "4 of them kept" in medbudget(*command)[1]
     assert len(load_images(made)) == 4 and (made / "contact_sheet.png").exists()
     code, said, _ = medbudget("evaluate", real, made, "--out", tmp_path / "s.json")

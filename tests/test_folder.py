@@ -139,6 +139,7 @@ def test_nothing_of_the_patient_is_in_what_is_written(
     assert "cannot be detected" in notes and "6 DICOM images say" in notes
     with pytest.raises(ValueError, match="meant to be shared"):
         prepare_folder(tmp_path / "in", out, size=32, key=out / "key.csv")
+    assert prepare_folder(tmp_path / "in", out, size=32, key=key).kept == 6  # the same key
 
 
 def write_volume(file: Path, code: str = "LPS", n: int = 4, spacing=(1.0, 1.0, 5.0)) -> np.ndarray:
@@ -382,6 +383,26 @@ def table_of(root: Path, text: str, **options):
     out = root.parent / "out"
     report = prepare_folder(root, out, labels=root.parent / "t.csv", size=32, **options)
     return report, load_manifest(out)
+
+
+def test_a_key_replaces_no_other_file(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", [f"a/{i}.png" for i in range(3)])
+    other = tmp_path / "labels.csv"
+    other.write_text("precious", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="not the key of these images"):
+        prepare_folder(tmp_path / "in", tmp_path / "out", size=32, key=other)
+    assert other.read_text(encoding="utf-8") == "precious" and not (tmp_path / "out").exists()
+
+
+def test_a_table_without_rows_or_with_a_row_without_a_file_is_called_so(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", [f"{i}.png" for i in range(3)])
+    with pytest.raises(ValueError, match="has no rows"):
+        table_of(tmp_path / "in", "file,class,patient\n")
+    text = "file,class\n" + "".join(f"{i}.png,a\n" for i in range(3)) + ",a\n"
+    report, _ = table_of(tmp_path / "in", text, proportions=[1])
+    assert [reason for _, reason in report.broken] == [
+        ": listed in the table, but its row names no file"
+    ]
 
 
 def test_a_patient_column_that_is_not_named_is_said(tmp_path: Path) -> None:

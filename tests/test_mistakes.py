@@ -89,6 +89,21 @@ def test_no_command_replaces_what_it_did_not_make(medbudget, refused, tmp_path, 
     assert "size (64 there, 32 now)" in refused("phantoms", tmp_path / "p", "--size", 32)
 
 
+@pytest.mark.parametrize("name", ["p00001_001.png", "scan.JPG"])
+def test_nothing_is_drawn_among_images_that_are_none_of_ours(refused, tmp_path, name):
+    held_out = tmp_path / "test"
+    held_out.mkdir()
+    to_pil(torch.zeros(3, 64, 64, dtype=torch.uint8)).save(held_out / name)
+    before, source = contents(held_out), fill(tmp_path / "in")
+    for command in (
+        ("sample", "red ground", "--n", 1, "--steps", 2),
+        ("inpaint", source, "red ground", *ELLIPSE),
+    ):
+        for more in ((), ("--overwrite",)):
+            said = refused(*command, "--out", held_out, *more)
+            assert f"{name} is none of the images" in said and contents(held_out) == before
+
+
 def test_a_word_of_tiny_fits_no_other_program_and_one_of_sd_does(medbudget, word, tmp_path):
     _, said, _ = medbudget("embedding", "convert", word, tmp_path / "w.pt")
     assert "96 wide" in said and "no other program can use it" in said

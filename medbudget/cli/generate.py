@@ -174,6 +174,7 @@ def sample(
         overwrite: replace other images that are there
     """
     from medbudget import sample_to
+    from medbudget.images import SHEET
     from medbudget.progress import count
     from medbudget.sampling import default_steps, total_guidance
 
@@ -187,6 +188,7 @@ def sample(
     there = f", {same} of them kept" if same else ""
     guidance = total_guidance(prompt, cfg_scale)
     print(f"{count(n, 'synthetic image')} in {out}{there}; total guidance {guidance:g}")
+    print(f"look at {out / SHEET}")
     return {"steps": default_steps(loaded)}
 
 

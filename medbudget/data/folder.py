@@ -199,6 +199,8 @@ def prepare_folder(
         render_item, root=root, masks=None if masks is None else Path(masks), plane=plane,
         window=window, size=size,
     )  # fmt: skip
+    if key is not None:
+        _write_key(Path(key), entries, numbers, write=False)
     report = prepare_items(
         items, make, out, settings=settings, notes=notes, workers=workers, broken=broken
     )
@@ -334,11 +336,20 @@ def _choose_rules(slices: str, n: int) -> list[str | int]:
     return list(range(min(step // 2, n - 1), n, step)) if n else ["middle"]  # it cannot be read
 
 
-def _write_key(key: Path, entries: Sequence[Entry], numbers: Mapping[str, str]) -> None:
+def _write_key(
+    key: Path, entries: Sequence[Entry], numbers: Mapping[str, str], *, write: bool = True
+) -> None:
+    """Write which number is which patient, over nothing but the same key."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("number", "patient", "file"))
     rows = [(numbers[e.group], e.patient, e.source.files[0]) for e in entries if e.group in numbers]
     writer.writerows(sorted(rows))
+    content = text.getvalue().encode("utf-8", "backslashreplace")
     check_writable(key)
-    write_text(key, text.getvalue().encode("utf-8", "backslashreplace").decode())
+    if key.exists() and key.read_bytes() != content:
+        raise FileExistsError(
+            f"{key} is there already, and is not the key of these images: choose another place"
+        )
+    if write:
+        write_text(key, content.decode())

@@ -34,7 +34,9 @@ def list_by_table(
     `notes` gets what the reader should know, `broken` the rows without a class.
     """
     rows = read_table(table)
-    file, label, patient = _choose_columns(table, [*rows[0]] if rows else [], columns, notes)
+    if not rows:
+        raise ValueError(f"{table} has no rows below its first line")
+    file, label, patient = _choose_columns(table, [*rows[0]], columns, notes)
     listing = Listing(root)
     listed: dict[str, tuple[str, str]] = {}
     absent: list[tuple[str, str, str, str]] = []

@@ -61,6 +61,8 @@ class Listing:
         own = self.root.resolve()
         text = name.strip().replace("\\", "/").removeprefix(f"{own.as_posix()}/")
         parts = [part for part in text.split("/") if part not in ("", ".")]
+        if not text:
+            return "", "its row names no file"
         if ".." in parts or not parts:
             return "", "its path leads out of the folder"
         if not text.startswith("/") and (self.root / Path(*parts)).exists():
