@@ -80,7 +80,7 @@ class Base:
 
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents of a square image of `size` pixels."""
-        size = size or self.size
+        size = self.size if size is None else size
         step = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if size % step or size < step:
             raise ValueError(

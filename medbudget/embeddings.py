@@ -247,6 +247,8 @@ def _from_tensors(content: dict[str, Any], noted: Any, path: Path, token: str | 
         name = _read_text({"token": name}, "token")
         bare = re.sub(r"[<>\s/\\]+", "-", name).strip("-")
         token = name if TOKEN.fullmatch(name) else f"<{bare}>"
+    if vectors.is_complex():
+        raise EmbeddingError(f"vectors must be real numbers, got {vectors.dtype}")
     vectors = vectors.detach().float()
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     return Embedding(vectors, token, step, base, base_hash, data, about.get("record", {}))

@@ -92,6 +92,8 @@ class Condition:
         cls, base: Base, prompt: str, embeddings: Words, negative: str, cfg_scale: float
     ) -> Condition:
         """Encode a prompt; warn of embeddings that it does not use, and of extreme guidance."""
+        if not isinstance(prompt, str):
+            raise TypeError(f"a prompt is one text, got {prompt!r}; call once for each")
         check_number("cfg_scale", cfg_scale)
         words = base.load_words(embeddings)
         for note in unused_tokens([e.token for e in words], prompt, negative):

@@ -185,6 +185,12 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_complex_vectors_lose_no_part_in_silence(tmp_path):
+    torch.save({"<x>": torch.ones(2, 96, dtype=torch.complex64)}, tmp_path / "x.bin")
+    with pytest.raises(EmbeddingError, match="must be real numbers, got"):
+        Embedding.load(tmp_path / "x.bin")
+
+
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 def test_a_truncated_file_is_refused(tmp_path, ending):
     path = make().save(tmp_path / f"x{ending}")

@@ -127,6 +127,13 @@ def test_callback_sees_every_step_of_every_block(tiny):
 WIDE = Embedding(torch.ones(1, 768), "<sd1>")
 
 
+def test_a_list_of_prompts_and_a_size_of_0_are_refused(tiny):
+    with pytest.raises(TypeError, match="a prompt is one text"):
+        sample(tiny, ["red ground"], n=1, steps=1)
+    with pytest.raises(ValueError, match="size 0 does not fit"):
+        sample(tiny, "red ground", n=1, steps=1, size=0)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "problem"),
     [
