@@ -167,7 +167,7 @@ def check_folder(
     sources = {record.get("image", "") for record in records.values()}
     for path in _list_images(folder) if records else ():
         stored = {} if path.name in records else read(path)
-        if stored is None:
+        if stored is None or "prepared" in stored:  # by `medbudget prepare`
             raise FileExistsError(
                 f"{path} is none of the images that this call draws, and would be taken for one: "
                 "choose another folder"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from medbudget import Embedding, save_images
+from medbudget.data.folder import prepare_folder
 from medbudget.images import read_record, to_pil
 
 
@@ -94,6 +95,9 @@ def test_nothing_is_drawn_among_images_that_are_none_of_ours(refused, tmp_path, 
     held_out = tmp_path / "test"
     held_out.mkdir()
     to_pil(torch.zeros(3, 64, 64, dtype=torch.uint8)).save(held_out / name)
+    if name.startswith("p0"):
+        prepare_folder(fill(tmp_path / "raw", 1), tmp_path / "made", size=64, proportions=[1])
+        held_out = tmp_path / "made/train/all"
     before, source = contents(held_out), fill(tmp_path / "in")
     for command in (
         ("sample", "red ground", "--n", 1, "--steps", 2),
