@@ -138,3 +138,10 @@ def test_equal_images_of_one_patient_count_once():
     own = [str(i) for i in range(40)]
     alone = frechet_interval(x, y, groups=(own, None)).se
     assert alone == pytest.approx(frechet_interval(x, y).se)
+
+
+def test_images_of_one_patient_have_no_interval():
+    from medbudget.metrics.frechet import variance_by_group
+
+    with pytest.raises(ValueError, match="are of one patient: a score's interval needs"):
+        variance_by_group(np.array([1.0, 2.0]), ["P1", "P1"])

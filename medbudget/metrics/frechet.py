@@ -185,9 +185,12 @@ def variance_by_group(values: Array, groups: Groups = None) -> float:
         return float(values.var(ddof=1))
     n = len(values)
     member, count = _members(groups)
-    if len(member) != n or count < 2:
+    if len(member) != n:
+        raise ValueError(f"{len(member)} patients' names for {n} images")
+    if count < 2:
         raise ValueError(
-            f"{len(member)} patients' names, {count} of them different, for {n} images"
+            f"all {n} images of a set, or of a half of it for the floor, are of one patient: a "
+            "score's interval needs images of more patients"
         )
     sums = np.bincount(member, values - values.mean())
     return float((sums**2).sum() / n * count / (count - 1))
