@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medbudget.files import atomic_path
-from medbudget.pictures import SUFFIXES, ImageError, describe_passed_over, open_picture
+from medbudget.pictures import SUFFIXES, TRANSPARENT, ImageError, describe_passed_over, open_picture
 
 SHEET = "contact_sheet.png"
 
@@ -56,9 +56,7 @@ def load_image(path: str | os.PathLike[str], *, size: int | None = None) -> torc
             "are allowed: choose an intensity window with `medbudget prepare folder`"
         )
     if image.mode == "RGBA":
-        raise ImageError(
-            f"{path} has transparent pixels; flatten it onto the background that you want"
-        )
+        raise ImageError(f"{path} {TRANSPARENT}")
     image = image.convert("RGB")
     return from_pil(image if size is None else fit_square(image, size))
 

@@ -29,6 +29,7 @@ DOCUMENTS = (
     ".db", ".xlsx", ".xls", ".ods", ".py", ".lock", ".pt", ".bin", ".safetensors", ".ckpt",
 )  # fmt: skip
 NAMES = ("README", "LICENSE", "LICENCE")
+TRANSPARENT = "has transparent pixels; flatten it onto the background that you want"
 
 
 class ImageError(ValueError):

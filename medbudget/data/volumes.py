@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from medbudget.data import dicom
 from medbudget.data.items import BrokenCase
@@ -18,7 +17,7 @@ from medbudget.data.itk import VOLUMES, read_volume
 from medbudget.data.pixels import TURNS, Array, Pixels, Window, turn
 from medbudget.data.series import Header, Source, join_series, read_header, separate
 from medbudget.pictures import SUFFIXES as PICTURES
-from medbudget.pictures import ImageError, describe_passed_over, open_picture
+from medbudget.pictures import TRANSPARENT, ImageError, describe_passed_over, open_picture
 
 __all__ = [
     "PLANES", "VOLUMES", "Array", "Pixels", "Source", "Window", "find_sources", "read_mask",
@@ -201,7 +200,5 @@ def _read_picture(path: Path) -> Pixels:
             raise BrokenCase("not an image that can be read (truncated?)") from None
         raise BrokenCase(f"it {error}") from None
     if image.mode == "RGBA":
-        flat = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        flat.alpha_composite(image)
-        return Pixels(np.asarray(flat.convert("RGB"))[None], note="on black")
+        raise BrokenCase(f"it {TRANSPARENT}")
     return Pixels(np.asarray(image)[None], inverted=inverted)
