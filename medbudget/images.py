@@ -106,7 +106,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
         hint = f"; it has the folders {inner[:5]}: name one of them" if inner else ""
         hint += f"; it has {others}" if others else ""
         raise ImageError(
-            f"no images in {folder} ({len(entries)} other entries); "
+            f"no images in {folder} (other entries: {len(entries)}); "
             f"allowed are {', '.join(SUFFIXES)}{hint}. DICOM files and volumes become images with "
             "`medbudget prepare folder`"
         )

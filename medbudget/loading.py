@@ -71,6 +71,8 @@ def load_base(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BaseError("no CUDA device is available here; use device='cpu' (CLI: --device cpu)")
+    if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
+        raise unknown_base(str(name_or_path))
     name = os.fspath(name_or_path)
     parts = load_parts(name)
     if dtype is None:

@@ -218,6 +218,12 @@ def test_a_folder_of_git_lfs_pointers_says_so(tmp_path):
         load_base(folder, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_what_is_no_name_is_an_unknown_base(name):
+    with pytest.raises(BaseError, match="unknown base"):
+        load_base(name)
+
+
 def test_a_base_that_drew_the_golden_picture_is_known_by_whatever_name(tiny):
     word, base = Embedding(torch.ones(1, 96), "<x>", base_hash="09dd2ae4"), replace(tiny, name="a")
     assert compare_origin(word, base)[0] is None

@@ -127,7 +127,7 @@ def doctor() -> None:
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     )
     memory = f", {pages / 2**30:.1f} GiB memory" if pages else ""
-    print(f"CPU {os.cpu_count()} cores, {torch.get_num_threads()} threads{memory}")
+    print(f"CPU {os.cpu_count()} cores, threads: {torch.get_num_threads()}{memory}")
     print(f"disk {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
     try:
         tiny = load_base("tiny", device="cpu")

@@ -263,7 +263,7 @@ def inpaint(
     if len(mask_and_prompt) != (1 if ellipse else 2):
         raise ValueError(
             "write either IMAGE MASK PROMPT, or IMAGE PROMPT --ellipse x,y,rx,ry; found "
-            f"{len(mask_and_prompt)} arguments after IMAGE and {len(ellipse or [])} ellipses"
+            f"{len(mask_and_prompt)} arguments after IMAGE and {count(len(ellipse or []), 'ellipse')}"
         )
     mask: Any = Path(mask_and_prompt[0])
     if ellipse:
