@@ -58,7 +58,7 @@ def test_listed_files_are_found_however_they_are_spelled(tmp_path: Path) -> None
         ("/etc/passwd", "not in the folder"),
         ("c.jpg", "not in the folder; there is c.png"),
         ("gone.png", "not in the folder"),
-        ("", "leads out"),
+        ("", "names no file"),
     ):
         path, reason = find(spelled)
         assert path == "" and why in reason, (spelled, reason)
