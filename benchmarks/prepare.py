@@ -198,7 +198,7 @@ def images_a_second(n: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         root = layouts.write_chexpert(place, n, pixels=320)
-        folder = layouts.write_pcam(place, {"train": 4 * n, "valid": 4 * n, "test": 8})
+        folder = layouts.write_pcam(place / "patches", {"train": 4 * n, "valid": 4 * n, "test": 8})
         options: dict[str, Any] = {"per_class": n, "allow_fewer": True}
         for label, run in (
             ("chexpert", partial(chexpert.prepare_chexpert, root, place / "x", **options)),
