@@ -5,20 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from pretraining.phantoms.drawing import (
-    Array,
-    Mask,
-    blend,
-    clouds,
-    draw_letter,
-    draw_lines,
-    ellipse,
-    field,
-    inside,
-    lens,
-    place,
-    tube,
-)
+from medbudget.data.phantoms.drawing import Array, Mask, blend, field, inside, place
+from pretraining.phantoms.drawing import clouds, draw_letter, draw_lines, ellipse, lens, tube
 
 
 def draw_chest(rng: np.random.Generator, size: int, labels: tuple[str, ...]) -> tuple[Array, Mask]:

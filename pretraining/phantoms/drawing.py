@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-Array = NDArray[np.floating]
-Mask = NDArray[np.bool_]
-
-
-@lru_cache(maxsize=8)
-def axes(size: int) -> tuple[Array, Array]:
-    """Return pixel centres as a row ``(1, size)`` and a column ``(size, 1)``."""
-    line = (np.arange(size, dtype=np.float32) + 0.5) / size
-    return line[None, :], line[:, None]
-
-
-@lru_cache(maxsize=32)
-def _spline(size: int, knots: int) -> Array:
-    """Return weights ``(size, knots)`` of smooth interpolation, with unit power in each row."""
-    at = (np.arange(size, dtype=np.float32) + 0.5) / size * (knots - 1)
-    weight = np.exp(-0.5 * ((at[:, None] - np.arange(knots)) / 0.6) ** 2)
-    return (weight / np.sqrt((weight**2).sum(1, keepdims=True))).astype(np.float32)
-
-
-def field(rng: np.random.Generator, size: int, knots: int) -> Array:
-    """Draw a smooth random field ``(size, size)``, mean 0, variance 1, about `knots` bumps wide."""
-    spline = _spline(size, knots)
-    return spline @ rng.standard_normal((knots, knots)).astype(np.float32) @ spline.T
+from medbudget.data.phantoms.drawing import Array, axes, field
 
 
 def clouds(rng: np.random.Generator, size: int, first: int, octaves: int = 4) -> Array:
@@ -39,19 +14,6 @@ def clouds(rng: np.random.Generator, size: int, first: int, octaves: int = 4) ->
         0.55**k * field(rng, size, min(first * 2**k, size // 2) + 1) for k in range(octaves)
     )
     return total / np.sqrt(sum(0.55 ** (2 * k) for k in range(octaves)))
-
-
-def place(
-    size: int, angle: float, shift: tuple[float, float], scale: float = 1.0
-) -> tuple[Array, Array]:
-    """Return unit coordinates of a body that is turned by `angle` (radians), shifted and scaled."""
-    x, y = axes(size)
-    dx, dy = x - 0.5 - shift[0], y - 0.5 - shift[1]
-    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
-    return (
-        (cos * dx + sin * dy + 0.5).astype(np.float32),
-        (cos * dy - sin * dx + 0.5).astype(np.float32),
-    )
 
 
 def ellipse(
@@ -69,16 +31,6 @@ def ellipse(
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
     u, v = np.abs(cos * dx + sin * dy) / a, np.abs(cos * dy - sin * dx) / b
     return ((u**power + v**power) ** (1 / power) - 1) * min(a, b)
-
-
-def inside(distance: Array, soft: float) -> Array:
-    """Return the cover from 0 to 1, which changes over `soft` around distance 0."""
-    return np.clip(0.5 - distance / soft, 0, 1)
-
-
-def blend(image: Array, value: float | Array, cover: Array) -> Array:
-    """Paint `value` over an image where `cover` is 1."""
-    return image + (value - image) * cover
 
 
 def lens(distance: Array, depth: float) -> Array:

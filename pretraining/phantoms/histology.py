@@ -5,16 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from pretraining.phantoms.drawing import (
-    Array,
-    Mask,
-    axes,
-    clouds,
-    draw_lines,
-    ellipse,
-    field,
-    inside,
-)
+from medbudget.data.phantoms.drawing import Array, Mask, axes, field, inside
+from pretraining.phantoms.drawing import clouds, draw_lines, ellipse
 
 HAEMATOXYLIN = np.array([0.66, 0.70, 0.30], np.float32)[:, None, None]  # optical density in RGB
 EOSIN = np.array([0.09, 0.95, 0.30], np.float32)[:, None, None]

@@ -5,18 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
-from pretraining.phantoms.drawing import (
-    Array,
-    Mask,
-    axes,
-    blend,
-    clouds,
-    draw_lines,
-    ellipse,
-    field,
-    inside,
-    place,
-)
+from medbudget.data.phantoms.drawing import Array, Mask, axes, blend, field, inside, place
+from pretraining.phantoms.drawing import clouds, draw_lines, ellipse
 
 # T2W, ADC, DWI from 0 to 1
 TISSUE = {
