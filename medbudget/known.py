@@ -16,6 +16,19 @@ class BaseError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Golden:
+    """A picture that a test of diffusers draws with the original weights, in float32."""
+
+    values: tuple[float, ...]  # of the last 3 x 3 pixels, blue
+    test: str  # the file under tests/pipelines of diffusers' repository, and the test
+    prompt: str = "a photograph of an astronaut riding a horse"
+    sampler: str = "pndm"  # or lms, or dpmpp_2m (DPM-Solver++(2M), Karras' sigmas)
+    steps: int = 3
+    noise: str = "numpy"  # RandomState(0), or torch: Generator().manual_seed(0)
+    tolerance: float = 7e-3
+
+
+@dataclass(frozen=True)
 class KnownBase:
     """A row of the table of known bases."""
 
@@ -27,8 +40,7 @@ class KnownBase:
     prediction: str  # epsilon or v_prediction
     a1111: tuple[str, ...]  # A1111's old hashes of its checkpoints
     expect: str
-    # what diffusers' own test of these weights draws: the last 3 x 3 blue values (see verify.py)
-    golden: tuple[float, ...] = ()
+    golden: Golden | None = None  # None: no test of diffusers proves these weights
 
 
 # The original repositories of SD 2.x were removed in November 2025 (huggingface/diffusers#12874).
@@ -42,8 +54,10 @@ KNOWN = (
         ),
         1024, 512, "epsilon", ("09dd2ae4",),
         "the paper's base; the authors' embeddings are for it",
-        # tests/pipelines/stable_diffusion_2/test_stable_diffusion.py, test_stable_diffusion_pndm
-        (0.49493, 0.47896, 0.40798, 0.54214, 0.53212, 0.48202, 0.47656, 0.46329, 0.48506),
+        Golden(
+            (0.49493, 0.47896, 0.40798, 0.54214, 0.53212, 0.48202, 0.47656, 0.46329, 0.48506),
+            "stable_diffusion_2/test_stable_diffusion.py, test_stable_diffusion_default_ddim",
+        ),
     ),
     KnownBase(
         "sd21-base", "Stable Diffusion 2.1 (base, 512 px)",
@@ -54,6 +68,12 @@ KNOWN = (
         ),
         1024, 512, "epsilon", ("47c8ec7d",),
         "takes SD 2 embeddings; images differ from the paper's",
+        Golden(  # until diffusers 0.34
+            (0.113817, 0.121129, 0.138946, 0.125496, 0.124496, 0.108315, 0.115629, 0.108678, 0.10499),
+            "stable_diffusion_k_diffusion/test_stable_diffusion_k_diffusion.py, "
+            "test_stable_diffusion_karras_sigmas",
+            "A painting of a squirrel eating a burger", "dpmpp_2m", 15, "torch", 1e-2,
+        ),
     ),
     KnownBase(
         "sd21", "Stable Diffusion 2.1 (768 px)",
@@ -63,6 +83,9 @@ KNOWN = (
         ),
         1024, 768, "v_prediction", ("4bdfc29c",),
         "predicts v; twice the memory and time of 512 px",
+        # None: stable_diffusion_2/test_stable_diffusion_v_pred.py draws 2.1 in float16 only, with a
+        # tolerance of .05 (test_stable_diffusion_v_pred_upcast_attention), or compares with arrays
+        # that must be downloaded; its float32 values are those of 2.0 at 768 px
     ),
     KnownBase(
         "sd15", "Stable Diffusion 1.5",
@@ -72,14 +95,21 @@ KNOWN = (
         ),
         768, 512, "epsilon", ("81761151", "a9263745"),
         "the most common one; SD 2 embeddings do not fit it",
+        Golden(  # the same weights, run by ONNX: so a wider tolerance than the test's .001
+            (0.2306, 0.1959, 0.1593, 0.6549, 0.6394, 0.5408, 0.5065, 0.6010, 0.6161),
+            "stable_diffusion/test_onnx_stable_diffusion.py, test_inference_k_lms",
+            "open neural network exchange", "lms", 10,
+        ),
     ),
     KnownBase(
         "sd14", "Stable Diffusion 1.4",
         (("CompVis/stable-diffusion-v1-4", "main"),),
         768, 512, "epsilon", ("7460a6fa",),
         "takes SD 1 embeddings",
-        # tests/pipelines/stable_diffusion/test_stable_diffusion.py, test_stable_diffusion_1_4_pndm
-        (0.57400, 0.47841, 0.31625, 0.63583, 0.58306, 0.55056, 0.50825, 0.56306, 0.55748),
+        Golden(
+            (0.57400, 0.47841, 0.31625, 0.63583, 0.58306, 0.55056, 0.50825, 0.56306, 0.55748),
+            "stable_diffusion/test_stable_diffusion.py, test_stable_diffusion_1_4_pndm",
+        ),
     ),
 )  # fmt: skip
 ALIASES = {"sd2": "sd20"}

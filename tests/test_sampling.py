@@ -3,14 +3,23 @@ import sys
 import types
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from medbudget import Embedding, load_base, sample
+from medbudget import Embedding, load_base, sample, verify
 from medbudget.base import NotFiniteError
-from medbudget.sampling import ancestral_step, draw_noises, guide, make_sigmas, total_guidance
+from medbudget.known import KNOWN
+from medbudget.sampling import (
+    Condition,
+    ancestral_step,
+    draw_noises,
+    guide,
+    make_sigmas,
+    total_guidance,
+)
 
 VECTORS = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
 MINE = Embedding(VECTORS, "<mine>")
@@ -48,6 +57,39 @@ def test_sigmas_and_ancestral_steps_equal_k_diffusions(tiny):
         denoised = model(x, sigmas[i].expand(2))
         x = ancestral_step(x, denoised, float(sigmas[i]), float(sigmas[i + 1]), noises[i])
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_sampler_of_a_golden_picture_equals_k_diffusions(tiny):
+    external = pytest.importorskip("k_diffusion.external")
+    k = pytest.importorskip("k_diffusion.sampling")
+    denoiser = external.DiscreteEpsDDPMDenoiser(
+        tiny.predict_noise, tiny.alphas_cumprod, quantize=False
+    )
+    empty, text = tiny.text(""), tiny.text("red ground")
+
+    def model(x, sigma):
+        away, to = denoiser(x, sigma, context=empty), denoiser(x, sigma, context=text)
+        return away + 7.5 * (to - away)
+
+    sigmas = k.get_sigmas_karras(5, float(denoiser.sigmas[0]), float(denoiser.sigmas[-1]))
+    noise = torch.randn(1, *tiny.latent_shape(), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = k.sample_dpmpp_2m(model, noise * sigmas[0], sigmas, disable=True)
+    ours = verify.sample_dpmpp_2m(tiny, noise, Condition.encode(tiny, "red ground", (), "", 7.5), 5)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("row", [row for row in KNOWN if row.golden], ids=lambda row: row.name)
+def test_each_golden_picture_can_be_drawn(tiny, row, monkeypatch):
+    monkeypatch.setattr(verify, "GUIDANCE", 1.5)  # more of it, and tiny's pixels leave [0, 1]
+    values = {
+        colour: verify.draw_golden(tiny, replace(row.golden, prompt=f"{colour} ground"), size=64)
+        for colour in ("black", "white")
+    }
+    assert all(
+        drawn.shape == (9,) and 0 <= drawn.min() and drawn.max() <= 1 for drawn in values.values()
+    )
+    assert np.abs(values["black"] - values["white"]).max() > 0.05
 
 
 def test_guidance_identities():

@@ -57,8 +57,8 @@ def verify(name: Text, /, *, known: Text = "", device: Text | None = None) -> in
 
     Args:
         name: tiny, sd20 …, owner/name, a folder or a file
-        known: the known base that it should be, e.g. sd20: draws its golden picture, a minute on a
-            CPU
+        known: the known base that it should be, e.g. sd20: draws its golden picture, one to four
+            minutes on a CPU
         device: cpu or cuda; default: cuda if there is one
     """
     import torch
