@@ -5,7 +5,7 @@
 # make floors install the lowest versions that pyproject.toml allows, and run the quick tests with them
 # make release   wheel and source distribution into dist/, tried in a clean environment
 # Both set up .venv with PYTHON (3.11 or later) on the first call and install nothing on the next.
-# ARGS goes to pytest (make test) or to the book's build script (make book ARGS=00_quickstart).
+# ARGS goes to pytest (make test) or to the book's build script (make book ARGS=00_ten_pictures).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -105,7 +105,7 @@ def apply_address(root: Path = ROOT) -> dict[Path, str]:
     if address:
         title, rest = readme.split("\n\n", 1)
         clone = f"git clone {address} && cd {address.rpartition('/')[2]}\n"
-        readme = f"{title}\n\n{make_badge(address, '00_quickstart.ipynb')}{rest}"
+        readme = f"{title}\n\n{make_badge(address, '00_ten_pictures.ipynb')}{rest}"
         readme = readme.replace("```bash\nmake book", f"```bash\n{clone}make book", 1)
         citation = citation.replace("\nlicense:", f'\nrepository-code: "{address}"\nlicense:', 1)
     texts |= {root / "README.md": readme, root / "CITATION.cff": citation}

@@ -83,7 +83,9 @@ def stage() -> list[Path]:
             target = STAGE / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, target)
-    set_buttons()
+    from pages import put_numbers, set_buttons
+
+    set_buttons(STAGE, ROOT)
     folders = (ROOT / "benchmarks" / "results", ROOT / "results")
     for name in ("timings", "reliability"):
         page = STAGE / "book" / f"{name}.md"
@@ -92,43 +94,8 @@ def stage() -> list[Path]:
 
             text = fill_page(name, page.read_text(encoding="utf-8"), *folders)
             page.write_text(text, encoding="utf-8")
-    put_numbers(folders)
+    put_numbers(STAGE, folders)
     return sorted((STAGE / "notebooks").glob("*.ipynb"))
-
-
-def put_numbers(folders: tuple[Path, ...]) -> None:
-    """Put the recorded numbers into the sentences of the staged pages and chapters."""
-    from findings import MARK, fill_numbers, read_numbers
-
-    pages = [*(STAGE / "book").glob("*.md"), *(STAGE / "notebooks").glob("*.ipynb")]
-    texts = {page: page.read_text(encoding="utf-8") for page in pages}
-    marked = {page: text for page, text in texts.items() if MARK.search(text)}
-    numbers = read_numbers(folders) if marked else {}
-    for page, text in marked.items():
-        page.write_text(fill_numbers(text, numbers, page.name), encoding="utf-8")
-
-
-def set_buttons() -> None:
-    """Give the staged book the buttons that need the repository's address, if one is known."""
-    import yaml
-    from address import read_address, remove_badge, turn_on_buttons
-
-    if not (ROOT / "pyproject.toml").is_file():
-        return
-    address = read_address(ROOT)
-    if not address:
-        print(
-            "note: no buttons to the repository, to edit or to launch a page: fill in `Repository` "
-            "under [project.urls] in pyproject.toml for them",
-            flush=True,
-        )
-        return
-    path = STAGE / "_config.yml"
-    config = turn_on_buttons(yaml.safe_load(path.read_text(encoding="utf-8")), address)
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    for notebook in (STAGE / "notebooks").glob("*.ipynb"):  # the page has a button in its place
-        text = remove_badge(notebook.read_text(encoding="utf-8"))
-        notebook.write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- chapters
@@ -304,6 +271,9 @@ def build_site() -> bool:
     command = [sys.executable, "-c", start, "build", os.fspath(STAGE)]
     command += ["--path-output", os.fspath(ROOT), "-W", "-n", "--keep-going", "--quiet"]
     done = subprocess.run(command, env={**read_date(), **os.environ})
+    from pages import redirect_pages
+
+    redirect_pages(SITE)
     return done.returncode == 0 and (SITE / "index.html").exists()
 
 
@@ -324,7 +294,7 @@ def build_site_if_changed(surroundings: dict[str, Any]) -> tuple[bool, bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("chapters", nargs="*", help="run only these, e.g. 00_quickstart")
+    parser.add_argument("chapters", nargs="*", help="run only these, e.g. 00_ten_pictures")
     parser.add_argument("--fresh", action="store_true", help="run them even if the cache has them")
     parser.add_argument(
         "--record",
@@ -388,6 +358,11 @@ def main() -> int:
         else:
             print(f"{seconds[name]:.0f} s", flush=True)
             write_entry(path, notebook, seconds[name])
+    from pages import lead_with_picture
+
+    for notebook in notebooks:
+        if notebook.stem in seconds and notebook.stem not in failed:
+            lead_with_picture(notebook)
     (BUILD / "timings.json").write_text(json.dumps(seconds, indent=1) + "\n")
     if arguments.record and not failed:
         record_times(seconds)

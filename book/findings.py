@@ -1,8 +1,10 @@
 """Put measured numbers into the book's sentences: ``{{ name }}`` in a page, replaced by the build.
 
 Each number is read from a recorded result, or computed from the paper's by the library, so that no
-sentence can go stale; a verdict is a word chosen by the test that it reports.
-``python book/findings.py`` prints all names with their values.
+sentence can go stale; a verdict is a word chosen by the test that it reports. A chapter is also read
+without a build, so its marks hold their number: ``<!-- name -->.66<!-- / -->``.
+``python book/findings.py`` prints all names with their values; ``--write`` brings the chapters up
+to date, also where ``{{ name }}`` was written.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "results", ROOT / "benchmarks" / "results")
-MARK = re.compile(r"\{\{ ([\w.]+) \}\}")
+MARK = re.compile(r"\{\{ ([\w.]+) \}\}|<!-- ([\w.]+) -->(?:(?!<!--).)*<!-- / -->")
 LEVEL = 0.05  # of every test in the book
 PAPER = {"preferred": 36, "pairs": 50, "alone": 0.780, "added": 0.803, "cases": 100}  # 4.1, 4.2
 AGREEMENT = 0.95  # a generous guess at how far two classifiers agree: the paper does not say
@@ -219,22 +222,54 @@ def machines(folders: tuple[Path, ...]) -> dict[str, str]:
     }
 
 
-def fill_numbers(text: str, numbers: Mapping[str, str], page: str) -> str:
-    """Replace every ``{{ name }}`` of a page.
+def badge(agrees: bool | None) -> str:
+    """Return a verdict on the paper's claim: True agrees, False is opposite, None shows nothing."""
+    kind, text = {
+        True: ("agrees", "agrees with the paper"),
+        False: ("opposite", "opposite to the paper"),
+        None: ("none", "no evidence"),
+    }[agrees]
+    return f'<span class="verdict {kind}">{text}</span>'
+
+
+def find_names(text: str) -> set[str]:
+    """Return the names of all numbers that a page names."""
+    return {match[1] or match[2] for match in MARK.finditer(text)}
+
+
+def fill_numbers(text: str, numbers: Mapping[str, str], page: str, *, keep: bool = False) -> str:
+    """Replace every mark of a page by its number, within the mark if the mark should be kept.
 
     Raises
     ------
     ValueError
         The page names a number that no recorded result gives.
     """
-    if unknown := sorted(set(MARK.findall(text)) - set(numbers)):
+    if unknown := sorted(find_names(text) - set(numbers)):
         raise ValueError(
             f"{page} names {', '.join(unknown)}, which book/findings.py does not read; "
             f"it has: {', '.join(numbers)}"
         )
-    return MARK.sub(lambda match: numbers[match[1]], text)
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        value = numbers[name]
+        if page.endswith(".ipynb"):  # stands within a string of JSON
+            value = json.dumps(value, ensure_ascii=False)[1:-1]
+        return f"<!-- {name} -->{value}<!-- / -->" if keep else value
+
+    return MARK.sub(fill, text)
 
 
 if __name__ == "__main__":
-    for key, value in read_numbers().items():
-        print(f"{key:<24}{value}")
+    found = read_numbers()
+    if "--write" in sys.argv:
+        for chapter in sorted((ROOT / "notebooks").glob("*.ipynb")):
+            content = chapter.read_text(encoding="utf-8")
+            filled = fill_numbers(content, found, chapter.name, keep=True)
+            if filled != content:
+                chapter.write_text(filled, encoding="utf-8")
+                print(f"brought up to date: {chapter.name}")
+    else:
+        for key, value in found.items():
+            print(f"{key:<24}{value}")

@@ -19,7 +19,7 @@ pytest.importorskip("jupyter_book", reason="needs the `book` extra")
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "https://github.com/someone/budget"
-CHAPTER = "01_data_preparation"
+CHAPTER = "11_data_preparation"
 COLAB = (
     f"https://colab.research.google.com/github/someone/budget/blob/main/notebooks/{CHAPTER}.ipynb"
 )
@@ -68,7 +68,7 @@ def test_an_address_goes_everywhere_and_leaves_no_trace(
     assert f' or "medbudget @ git+{ADDRESS}"  # ' in notebook.cells[2].source
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert f"git clone {ADDRESS} && cd budget\nmake book" in readme
-    assert readme.count(f"]({COLAB.replace(CHAPTER, '00_quickstart')})") == 1
+    assert readme.count(f"]({COLAB.replace(CHAPTER, '00_ten_pictures')})") == 1
     assert f'repository-code: "{ADDRESS}"\n' in (folder / "CITATION.cff").read_text("utf-8")
     copy = copy_book(tmp_path / "none", address="")
     for path, text in texts.items():

@@ -61,11 +61,11 @@ def test_what_runs_out_of_memory_or_time_is_named_not_dropped(monkeypatch):
 def test_the_page_shows_every_record_and_says_what_is_missing(timings, tmp_path):
     page = (ROOT / "book" / "timings.md").read_text(encoding="utf-8")
     real = timings.fill_page("timings", page, ROOT / "benchmarks" / "results", ROOT / "results")
-    real = timings.fill_chapters(real, {"00_quickstart": 41.7})
+    real = timings.fill_chapters(real, {"00_ten_pictures": 41.7})
     assert "diffusers' way, ms per step" in real and "<!--" not in real
     gpu = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8"))
     assert f"| invert, counted GiB | {gpu['counted']['invert, counted GiB']} |" in real
-    assert "| [](../notebooks/00_quickstart.ipynb) | 42 |" in real
+    assert "| [](../notebooks/00_ten_pictures.ipynb) | 42 |" in real
     assert "ran no chapter" in timings.fill_chapters(page, {})
     empty = timings.fill_page("timings", page, tmp_path)
     assert empty.count("Not measured yet") == 3

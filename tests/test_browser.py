@@ -174,7 +174,7 @@ def test_the_quickstart_runs_top_to_bottom_in_jupyterlab(
 
 def run_quickstart(browser: Browser, lab: tuple[str, Path]) -> None:
     """Run the first chapter in JupyterLab and look at all that it shows."""
-    notebook = nbformat.read(ROOT / "notebooks" / "00_quickstart.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / "00_ten_pictures.ipynb", as_version=4)
     (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     small = "n_cases, n_vectors, steps, n_images, sampling_steps = 8, 4, 3, 4, 2"
     cell.source += f"\n{small}\nimport os\nos.environ['TQDM_DISABLE'] = '0'  # a bar is a widget"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from heapq import heappop, heappush
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PLOTS = re.compile(r"\b(show_images|show_rows|plot_\w+)\(")
 FENCE = re.compile(r"^(`{3,}|:{3,}).*?^\1\s*$", re.DOTALL | re.MULTILINE)
 DROPDOWN = re.compile(r"^:{3,}\{dropdown\}.*?^:{3,}\s*$", re.DOTALL | re.MULTILINE)
-MAX_LINES = {"equation": 15, "imports": 34}
+MAX_LINES = {"equation": 20, "imports": 34}
 
 # small enough for a test; every chapter has its own part of these
 FEW = {
@@ -63,7 +64,7 @@ def prose(path: Path) -> str:
 
 
 def solutions(path: Path) -> list[str]:
-    _, exercises = prose(path).split("## Exercises")
+    _, exercises = prose(path).split("\n## Exercises")
     found = []
     for dropdown in DROPDOWN.findall(exercises):
         found += re.findall(r"^```python\n(.*?)^```", dropdown, flags=re.DOTALL | re.MULTILINE)
@@ -102,7 +103,17 @@ def test_name_is_two_digits_and_snake_case(path: Path) -> None:
     assert re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem)
 
 
-def test_opens_with_the_only_title_a_claim_and_a_table(path: Path) -> None:
+def rewritten(path: Path) -> bool:
+    return "## Quiz" in prose(path)
+
+
+def section(path: Path, heading: str) -> str:
+    """Return the text between a heading and the next one of its level."""
+    _, _, text = prose(path).partition(f"\n## {heading}\n")
+    return text.partition("\n## ")[0]
+
+
+def test_opens_with_the_only_title_a_picture_a_summary_and_a_table(path: Path) -> None:
     titles = re.findall(r"^# .+", FENCE.sub("", prose(path)), flags=re.MULTILINE)
     first = read(path).cells[0]
     assert first.cell_type == "markdown"
@@ -110,7 +121,36 @@ def test_opens_with_the_only_title_a_claim_and_a_table(path: Path) -> None:
     table = first.source.lower()
     assert "|---" in table
     for row in ("paper", "cpu", "gpu", "download", "licence"):
-        assert re.search(rf"^\| *[^|]*{row}", table, flags=re.MULTILINE), f"no row on {row}"
+        assert re.search(rf"^\|.*{row}", table, flags=re.MULTILINE), f"nothing on {row}"
+    if rewritten(path):
+        assert "**In one minute.**" in first.source
+        carriers = [c for c in cells(path, "code") if "carries" in tags(c)]
+        if "<!-- picture -->" in first.source:  # where the build puts the figure of that cell
+            assert len(carriers) == 1 and PLOTS.search(carriers[0].source)
+        else:
+            assert "![" in first.source and not carriers
+
+
+def test_findings_are_told_in_sentences(path: Path) -> None:
+    if not rewritten(path):
+        return
+    text = prose(path)
+    found = re.findall(r"^\*Finding:\* (.+)", text, flags=re.MULTILINE)
+    assert len(found) >= 3 and "*What to see:*" not in text
+    for sentence in found:
+        assert not re.match(r"([Ww]hether|[Ww]hich|[Hh]ow|[Cc]ompare)\b", sentence), sentence
+    assert len(re.findall(r"^- ", section(path, "Take-aways"), flags=re.MULTILINE)) == 3
+    answers = re.findall(r"^:{3,}\{dropdown\} .+", section(path, "Quiz"), flags=re.MULTILINE)
+    assert 3 <= len(answers) <= 5
+    for kind in ("Predict", "Run", "Change", "Judge"):
+        assert f"**{kind}.**" in section(path, "Exercises"), f"no exercise of the kind {kind}"
+
+
+def test_code_is_not_cut_off_on_the_page(path: Path) -> None:
+    if rewritten(path):
+        lines = [line for cell in cells(path, "code") for line in cell.source.splitlines()]
+        lines += [line for solution in solutions(path) for line in solution.splitlines()]
+        assert not [line for line in lines if len(line) > 79]
 
 
 def test_says_what_the_reader_will_do_in_three_bullets(path: Path) -> None:
@@ -148,7 +188,10 @@ def test_code_cells_are_short_and_parse(path: Path) -> None:
     for cell in cells(path, "code"):
         if "hide-input" in tags(cell):
             continue
-        limit = next((MAX_LINES[tag] for tag in tags(cell) if tag in MAX_LINES), 12)
+        limit = next(
+            (MAX_LINES[tag] for tag in tags(cell) if tag in MAX_LINES),
+            16 if rewritten(path) else 25,
+        )
         assert len(cell.source.splitlines()) <= limit, cell.source
         ast.parse(cell.source)
 
@@ -183,30 +226,37 @@ def test_warns(path: Path) -> None:
 
 def test_has_exercises_with_solutions_that_parse(path: Path) -> None:
     found = solutions(path)
-    assert 2 <= len(found) <= 3
+    assert 2 <= len(found) <= 4
     assert prose(path).count("{dropdown} Solution") == len(found)
     for solution in found:
         ast.parse(solution)
 
 
+def closing(path: Path) -> str:
+    heading = "## Beside the paper" if rewritten(path) else "## We did"
+    _, found, text = prose(path).partition(heading)
+    assert found, f"no section {heading}"
+    return text
+
+
 def test_closes_with_the_papers_number_beside_this_runs(path: Path) -> None:
-    last = prose(path).split("## We did")
-    assert len(last) == 2
-    assert "paper" in last[1] and "{cite" in last[1]
+    assert "paper" in closing(path) and "{cite" in closing(path)
 
 
 def test_every_chapter_leads_to_the_next() -> None:
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    files = [c["file"] for part in contents["parts"] for c in part["chapters"]]
-    chapters = [file for file in files if file.startswith("notebooks/")][:-1]  # the card is no step
-    assert chapters[0].endswith("00_quickstart") and len(chapters) == len(NOTEBOOKS) - 1
-    for file in chapters:
-        following = (
-            files[files.index(file) + 1].replace("notebooks/", "").replace("book", "../book")
-        )
-        closing = prose(ROOT / f"{file}.ipynb").split("## We did")[1]
-        _, _, end = closing.partition("Next")
-        assert f"[]({following}." in end, f"{file} does not lead to {following}"
+    files = [Path(c["file"]).name for part in contents["parts"][:-1] for c in part["chapters"]]
+    chapters = [name for name in files if (ROOT / "notebooks" / f"{name}.ipynb").is_file()]
+    appendices = {Path(c["file"]).name for c in contents["parts"][-1]["chapters"]}
+    assert {p.stem for p in NOTEBOOKS} <= {*chapters, *appendices}
+    for name, following in pairwise(chapters):
+        _, _, end = closing(ROOT / "notebooks" / f"{name}.ipynb").partition("Next")
+        assert f"]({following}." in end, f"{name} does not lead to {following}"
+
+
+def test_links_carry_words(path: Path) -> None:
+    """JupyterLab and Colab show nothing in the place of an empty one."""
+    assert "[](" not in prose(path)
 
 
 def test_setup_is_the_same_in_every_chapter() -> None:
@@ -246,8 +296,8 @@ def test_setup_on_colab_installs_what_is_named_or_uploaded(
 
 
 # with `preset="paper"`: what a chapter has made once it has planned, or what stops it
-PLANNED = {"01_data_preparation": "case"}
-STOPS = {"12_model_card": "unknown base 'paper': allowed are 'tiny'"}
+PLANNED = {"11_data_preparation": "case"}
+STOPS = {"15_model_card": "unknown base 'paper': allowed are 'tiny'"}
 WAYS_OUT = 'set MEDBUDGET_SD2 to|512-base-ema.ckpt|HF_HUB_OFFLINE|5.2 GB|`preset = "tiny"`|doctor'
 
 
@@ -284,18 +334,18 @@ def test_the_papers_preset_stops_before_any_download_and_says_what_to_do(
 # own images for the paper's preset; `paper_base` says what lies where
 OWN: dict[str, dict[str, Any]] = {
     "00": {"folder": "images"}, "02": {"folder": "images"},
-    "03": {"folder": "images", "embedding_file": "cache/embeddings/prostate_neg.pt"},
-    "04": {"folder": "images", "embedding_file": "cache/embeddings/prostate_pos.pt"},
-    "05": {"folder": "images", "n_cases": 6},
-    "06": {"folder": "data/prostate"}, "07": {"n_images": 3}, "08": {"image_folder": "images"},
-    "09": {"folder": "images", "n_cases": 6, "n_heldout": 6, "n_few": 2, "draws": 1},
-    "10": {"folder": "data/own/train", "learned": "tumour"},
+    "04": {"folder": "images", "embedding_file": "cache/embeddings/prostate_neg.pt"},
+    "03": {"folder": "images", "embedding_file": "cache/embeddings/prostate_pos.pt"},
+    "08": {"folder": "images", "n_cases": 6},
+    "07": {"folder": "data/prostate"}, "05": {"n_images": 3}, "06": {"image_folder": "images"},
+    "10": {"folder": "images", "n_cases": 6, "n_heldout": 6, "n_few": 2, "draws": 1},
+    "12": {"folder": "data/own/train", "learned": "tumour"},
 }  # fmt: skip
 REFUSED = "{} is for phantoms and the base tiny"
 
 
 @pytest.mark.parametrize(
-    "number", [p.stem[:2] for p in NOTEBOOKS if p.stem[:2] not in ("01", "11", "12")]
+    "number", [p.stem[:2] for p in NOTEBOOKS if p.stem[:2] not in ("11", "13", "15")]
 )
 def test_a_chapter_runs_to_its_end_under_the_papers_preset(
     number: str, paper: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -323,7 +373,7 @@ def test_a_chapter_runs_to_its_end_under_the_papers_preset(
     ):  # fmt: skip
         monkeypatch.setattr(module, name, refuse(name))
     monkeypatch.chdir(tmp_path)
-    if number == "08":  # its masks need a finer grid of latents
+    if number == "06":  # its masks need a finer grid of latents
         finer = Path(shutil.copytree(paper.snapshot, tmp_path / "base"))
         config = finer / "unet" / "config.json"
         content = json.loads(config.read_text(encoding="utf-8"))
@@ -381,7 +431,7 @@ def test_chapter_and_solutions_run_in_small_and_in_silence(path: Path, tmp_path:
 @pytest.mark.slow
 def test_nbconvert_executes_a_chapter(tmp_path: Path) -> None:
     pytest.importorskip("nbconvert", reason="needs the `book` extra")
-    notebook = read(ROOT / "notebooks" / "01_data_preparation.ipynb")
+    notebook = read(ROOT / "notebooks" / "11_data_preparation.ipynb")
     (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     cell.source += "\nn_patients, size = 6, 32"
     last = max(i for i, c in enumerate(notebook.cells[:12]) if PLOTS.search(c.source))
