@@ -65,7 +65,7 @@ def test_an_address_goes_everywhere_and_leaves_no_trace(
     assert module.apply_address(folder) == {}
     notebook = nbformat.read(folder / "notebooks" / f"{CHAPTER}.ipynb", as_version=4)
     assert f"]({COLAB})" in notebook.cells[0].source
-    assert f' or "medbudget @ git+{ADDRESS}"  # ' in notebook.cells[2].source
+    assert f' or "medbudget @ git+{ADDRESS}"\n' in notebook.cells[2].source
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert f"git clone {ADDRESS} && cd budget\nmake book" in readme
     assert readme.count(f"]({COLAB.replace(CHAPTER, '00_ten_pictures')})") == 1
