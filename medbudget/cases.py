@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,6 @@ from medbudget.data.prepare import load_manifest
 from medbudget.images import (
     ImageError,
     check_images,
-    check_twins,
     find_images,
     hash_pixels,
     is_prepared,
@@ -245,4 +244,29 @@ def check_drawn(cases: Cases, name: str) -> None:
             f"{', '.join(map(cases.name, empty[:3]))}{', …' if len(empty) > 3 else ''}): sampling "
             "that ended in NaN leaves such images; draw them again in float32 or bfloat16, or "
             "remove them"
+        )
+
+
+def check_twins(images: Iterable[tuple[str, str, str, str]]) -> None:
+    """Refuse images that stand in two splits or in two classes, pixel for pixel, by name.
+
+    `images` are split, class, name and `hash_pixels` of each.
+    """
+    first: dict[str, tuple[str, str, str]] = {}
+    leaks, contradictions = [], []
+    for split, label, name, key in images:
+        other = first.setdefault(key, (split, label, name))
+        if other[0] != split:
+            leaks.append(f"{split}: {name} is {other[0]}: {other[2]}")
+        elif other[1] != label:
+            contradictions.append(f"{split}: {name} is {other[2]}")
+    if pairs := leaks or contradictions:
+        more = f", and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        where, why = "classes", "no class can be right for both; keep each in one"
+        if leaks:
+            where = "splits"
+            why = "a test on them is worth nothing; split by patient: `medbudget prepare folder`"
+        raise ValueError(
+            f"{len(pairs)} images are in two {where}, pixel for pixel "
+            f"({'; '.join(pairs[:3])}{more}): {why}"
         )

@@ -22,7 +22,6 @@ Record: TypeAlias = "Mapping[str, Any]"  # what a file says of its making
 Reader: TypeAlias = "Callable[[Path], Record | None]"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 STALE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what `atomic_path` of a killed process leaves
-OWN = ("seed", "image", "image_hash", "mask_hash")  # differ from image to image of one run
 
 
 class InUseError(RuntimeError):
@@ -147,50 +146,6 @@ def check_output(
     raise FileExistsError(
         f"{path} {reason}; choose another place, or add --overwrite (overwrite=True) to replace it"
     )
-
-
-def check_folder(
-    folder: PathLike, records: Mapping[str, Record], read: Reader, *, overwrite: bool = False
-) -> list[bool]:
-    """Tell which images of a folder are there as this call would make them, by `check_output`.
-
-    `records` maps file names to what this call notes. Synthetic images that another run left and
-    this one would not replace are refused, even with `overwrite`: both would be scored as one set.
-    So are images that nothing of ours made, such as the held-out ones.
-    Without records, the folder is only tried, and not made.
-    """
-    folder = Path(folder)
-    if not records:
-        check_writable(folder / "0.png", make=False)
-    done = [check_output(folder / x, r, read, overwrite=overwrite) for x, r in records.items()]
-    runs = [_describe_run(record) for record in records.values()]
-    sources = {record.get("image", "") for record in records.values()}
-    for path in _list_images(folder) if records else ():
-        stored = {} if path.name in records else read(path)
-        if stored is None or "prepared" in stored:  # by `medbudget prepare`
-            raise FileExistsError(
-                f"{path} is none of the images that this call draws, and would be taken for one: "
-                "choose another folder"
-            )
-        if not stored.get("synthetic"):
-            continue
-        if _describe_run(stored) not in runs or stored.get("image") in sources:
-            raise FileExistsError(
-                f"{path} is of another run and would lie among the new images: choose another "
-                "folder, or remove it"
-            )
-    return done
-
-
-def _list_images(folder: Path) -> list[Path]:
-    from medbudget.images import SHEET, SUFFIXES  # Pillow takes a while
-
-    files = [path for path in sorted(folder.glob("[!.]*.*")) if path.name != SHEET]
-    return [path for path in files if path.suffix.lower() in SUFFIXES]
-
-
-def _describe_run(record: Record) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in OWN}
 
 
 def check_apart(out: PathLike, *inputs: PathLike | None) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from medbudget.files import atomic_path
+from medbudget.files import PathLike, Record, atomic_path, check_output, check_writable
 from medbudget.pictures import SUFFIXES, TRANSPARENT, ImageError, describe_passed_over, open_picture
 
 SHEET = "contact_sheet.png"
+OWN = ("seed", "image", "image_hash", "mask_hash")  # differ from image to image of one run
 
 
 def check_images(images: torch.Tensor, *, name: str = "images") -> torch.Tensor:
@@ -39,7 +40,7 @@ def check_images(images: torch.Tensor, *, name: str = "images") -> torch.Tensor:
     return images
 
 
-def load_image(path: str | os.PathLike[str], *, size: int | None = None) -> torch.Tensor:
+def load_image(path: PathLike, *, size: int | None = None) -> torch.Tensor:
     """Load one 8-bit image file as ``(3, H, W) uint8``; gray becomes three equal channels.
 
     With a `size`, the longest edge gets so many pixels (Lanczos, antialiased), and the rest is
@@ -83,7 +84,7 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+def find_images(folder: PathLike) -> list[Path]:
     """Return the image files directly in `folder`, sorted by name.
 
     Of a folder that ``medbudget prepare`` made, these are the training images, where they are of
@@ -115,7 +116,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     return images
 
 
-def is_prepared(folder: str | os.PathLike[str]) -> bool:
+def is_prepared(folder: PathLike) -> bool:
     """Tell whether ``medbudget prepare`` made this folder."""
     try:
         settings = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
@@ -147,9 +148,7 @@ def _choose_class(folder: Path) -> Path:
     return folder / training[0]
 
 
-def load_images(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, size: int | None = None
-) -> torch.Tensor:
+def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = None) -> torch.Tensor:
     """Load a folder or a list of files, in order of their names or as listed.
 
     All files are loaded; a warning counts those that have the pixels of another one, since each
@@ -213,35 +212,6 @@ def load_images(
     return torch.stack(images)
 
 
-def check_twins(images: Iterable[tuple[str, str, str, str]]) -> None:
-    """Refuse images that stand in two splits or in two classes, pixel for pixel, by name.
-
-    `images` are split, class, name and `hash_pixels` of each.
-    """
-    first: dict[str, tuple[str, str, str]] = {}
-    leaks, contradictions = [], []
-    for split, label, name, key in images:
-        other = first.setdefault(key, (split, label, name))
-        if other[0] != split:
-            leaks.append(f"{split}: {name} is {other[0]}: {other[2]}")
-        elif other[1] != label:
-            contradictions.append(f"{split}: {name} is {other[2]}")
-    if pairs := leaks or contradictions:
-        more = f", and {len(pairs) - 3} more" if len(pairs) > 3 else ""
-        where, why = "classes", "no class can be right for both; keep each in one"
-        if leaks:
-            where, why = (
-                "splits",
-                (
-                    "a test on them is worth nothing; split by patient, e.g. with medbudget prepare folder"
-                ),
-            )
-        raise ValueError(
-            f"{len(pairs)} images are in two {where}, pixel for pixel "
-            f"({'; '.join(pairs[:3])}{more}): {why}"
-        )
-
-
 def hash_pixels(image: Any) -> str:
     """Hash shape and pixels of an image, a tensor or an array: equal for equal pixels."""
     values = np.ascontiguousarray(image)
@@ -255,7 +225,7 @@ def hash_images(images: Iterable[torch.Tensor]) -> list[str]:
 
 def save_images(
     images: torch.Tensor,
-    folder: str | os.PathLike[str],
+    folder: PathLike,
     *,
     names: Iterable[str] | None = None,
     records: Sequence[dict[str, Any]] | None = None,
@@ -301,6 +271,47 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except Exception:  # a damaged file can raise anything
         return None
     return found if isinstance(found, dict) else None
+
+
+def check_folder(
+    folder: PathLike, records: Mapping[str, Record], *, overwrite: bool = False
+) -> list[bool]:
+    """Tell which images of a folder are there as this call would make them, by `check_output`.
+
+    `records` maps file names to what this call notes. Synthetic images that another run left and
+    this one would not replace are refused, even with `overwrite`: both would be scored as one set.
+    So are images that nothing of ours made, such as the held-out ones.
+    Without records, the folder is only tried, and not made.
+    """
+    folder = Path(folder)
+    if not records:
+        check_writable(folder / "0.png", make=False)
+    done = [
+        check_output(folder / x, r, read_record, overwrite=overwrite) for x, r in records.items()
+    ]
+    runs = [_describe_run(record) for record in records.values()]
+    sources = {record.get("image", "") for record in records.values()}
+    for path in sorted(folder.glob("[!.]*.*")) if records else ():
+        if path.name == SHEET or path.suffix.lower() not in SUFFIXES:
+            continue
+        stored = {} if path.name in records else read_record(path)
+        if stored is None or "prepared" in stored:  # by `medbudget prepare`
+            raise FileExistsError(
+                f"{path} is none of the images that this call draws, and would be taken for one: "
+                "choose another folder"
+            )
+        if not stored.get("synthetic"):
+            continue
+        if _describe_run(stored) not in runs or stored.get("image") in sources:
+            raise FileExistsError(
+                f"{path} is of another run and would lie among the new images: choose another "
+                "folder, or remove it"
+            )
+    return done
+
+
+def _describe_run(record: Record) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in OWN}
 
 
 def make_grid(images: torch.Tensor, *, columns: int = 8, gap: int = 2) -> torch.Tensor:

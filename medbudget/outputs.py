@@ -22,7 +22,6 @@ from medbudget.files import (
     PathLike,
     atomic_path,
     check_apart,
-    check_folder,
     check_output,
     hash_tensors,
     hold,
@@ -30,6 +29,7 @@ from medbudget.files import (
 from medbudget.gpu import choose_speed
 from medbudget.images import (
     SHEET,
+    check_folder,
     find_images,
     load_images,
     make_grid,
@@ -84,7 +84,7 @@ def sample_to(
     if size not in (None, base.size):
         record |= {"size": size}
     records = {f"{i:05d}.png": record | {"seed": own} for i, own in enumerate(seeds)}
-    done = check_folder(folder, records, read_record, overwrite=overwrite)
+    done = check_folder(folder, records, overwrite=overwrite)
     check_output(folder / SHEET, IS_SHEET, read_record, overwrite=overwrite)
     base = choose_speed(base, fast, n - sum(done))
 
@@ -188,7 +188,7 @@ def inpaint_to(
     originals = [*files, *(find_images(masked) if masked else [])]
     if replaced := {p.resolve() for p in results} & {p.resolve() for p in originals}:
         raise ValueError(f"{replaced.pop()} is an original: choose another folder for the results")
-    done = check_folder(folder, records, read_record, overwrite=overwrite)
+    done = check_folder(folder, records, overwrite=overwrite)
     masks_done = [
         check_output(folder / "masks" / name, own, read_record, overwrite=overwrite)
         for name, own in mask_records.items()

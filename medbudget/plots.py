@@ -56,10 +56,8 @@ def use_style() -> None:
     IPython crops figures to their ink by default, which shifts images off whole screen pixels.
     """
     mpl.rcParams.update(STYLE)  # type: ignore[arg-type]
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return
+    from IPython import get_ipython
+
     if hasattr(get_ipython(), "kernel"):
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -207,11 +205,9 @@ def plot_loss(
         steps = curve.get("step", range(1, len(curve["loss"]) + 1))
         (line,) = axes.plot(steps, curve["loss"], linewidth=1, alpha=0.3)
         n = max(1, len(curve["loss"]) // 10)
-        x, y = (
-            np.convolve(values, np.full(n, 1 / n), "valid") for values in (steps, curve["loss"])
-        )
-        label = f"{label}, mean of {n}" if label else f"mean of {n}"
-        axes.plot(x, y, label=label, linewidth=2, color=line.get_color())
+        x, y = (np.convolve(v, np.full(n, 1 / n), "valid") for v in (steps, curve["loss"]))
+        name = f"{label}, mean of {n}" if label else f"mean of {n}"
+        axes.plot(x, y, label=name, linewidth=2, color=line.get_color())
     axes.set(xlabel="step", ylabel="loss (noise MSE)")
     axes.legend()
     return figure
@@ -230,14 +226,10 @@ def plot_scores(
     """
     if not scores:
         raise ValueError("no scores to plot; pass a mapping of label to Score")
-    kinds = {
-        (s.extractor or s.name, s.extractor_hash, s.resize, s.normalisation)
-        for s in scores.values()
-    }
+    every = scores.values()
+    kinds = {(s.extractor or s.name, s.extractor_hash, s.resize, s.normalisation) for s in every}
     if len(kinds) > 1:
-        raise ValueError(
-            f"these scores cannot be compared: {sorted(kinds)}; plot one kind at a time"
-        )
+        raise ValueError(f"scores of several kinds cannot be compared: {sorted(kinds)}")
     figure, axes = _axes(title, note, height=0.9 + 0.4 * len(scores))
     lowest = 0.0
     for place, score in enumerate(scores.values()):
@@ -292,10 +284,7 @@ def plot_curves(
         lengths = {key: len(values) for key, values in curve.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"curve {label!r} has parts of different lengths: {lengths}")
-        colour, marker = (
-            PALETTE[i % len(PALETTE)],
-            "os^DvPX"[i % 7],
-        )  # told apart without colour too
+        colour, marker = PALETTE[i % len(PALETTE)], "os^DvPX"[i % 7]  # shapes differ too
         axes.plot(curve["x"], curve["y"], marker + "-", color=colour, label=label, markersize=5)
         if "low" in curve:
             axes.vlines(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.6)
@@ -312,8 +301,8 @@ def plot_curves(
 
 def _unfold(scores: Mapping[float, Score]) -> dict[str, Any]:
     """Return the curve of scores along an axis."""
-    low, high = zip(*(score.interval or (score.value,) * 2 for score in scores.values()))
     values = [score.value for score in scores.values()]
+    low, high = zip(*(score.interval or (score.value,) * 2 for score in scores.values()))
     return {"x": list(scores), "y": values, "low": low, "high": high}
 
 

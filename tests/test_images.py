@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from medbudget import load_images, save_images
+from medbudget.cases import check_twins
 from medbudget.data.volumes import Source, read_pixels
-from medbudget.images import ImageError, check_twins, hash_pixels, load_image, make_grid
+from medbudget.images import ImageError, hash_pixels, load_image, make_grid
 
 
 def write(folder, name, array, mode=None):

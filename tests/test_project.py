@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -213,3 +215,62 @@ def test_the_colab_cell_pins_nothing() -> None:
         assert re.search(r' or "(medbudget @ git\+https://[\w./-]+)?"\n', setup), path.stem
         for replacing in ("--upgrade", "-U", "--force", "constraints", "torch"):
             assert replacing not in command, (path.stem, replacing)
+
+
+def list_imports(path: Path, modules: set[str]) -> tuple[set[str], set[str]]:
+    """Return the modules of ours that a file imports: all, and those inside functions.
+
+    Imports for type checkers alone are left out.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    checking = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    typed = {inner for node in checking for inner in ast.walk(node)}
+    every, hidden = set(), set()
+    for node in set(ast.walk(tree)) - typed:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [part if part in modules else str(node.module) for part in parts]
+        ours = modules & {*names}
+        every |= ours
+        hidden |= set() if node in tree.body else ours
+    return every, hidden
+
+
+def find_modules(package: Path) -> dict[str, Path]:
+    parts = {
+        path: path.relative_to(package.parent).with_suffix("") for path in package.rglob("*.py")
+    }
+    return {".".join(p.parts).removesuffix(".__init__"): path for path, p in parts.items()}
+
+
+def test_files_import_downward_and_hide_no_import() -> None:
+    modules = find_modules(ROOT / "medbudget")
+    imports = {name: list_imports(path, {*modules}) for name, path in modules.items()}
+    TopologicalSorter({n: every - {n} for n, (every, _) in imports.items()}).prepare()  # no circle
+    # commands import what they need when they run, so that help is fast
+    hidden = {n: inside for n, (_, inside) in imports.items() if inside and ".cli" not in n}
+    assert not hidden
+
+
+def test_the_test_of_imports_sees_a_hidden_one(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("from medbudget import b\n\ndef f():\n    import medbudget.c\n")
+    ours = {"medbudget", "medbudget.b", "medbudget.c"}
+    assert list_imports(tmp_path / "a.py", ours) == (
+        {"medbudget.b", "medbudget.c"},
+        {"medbudget.c"},
+    )
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    lengths = {
+        path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "medbudget").rglob("*.py")
+    }
+    assert not {path: n for path, n in lengths.items() if n > 350}

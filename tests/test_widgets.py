@@ -13,11 +13,11 @@ pytest.importorskip("ipywidgets")
 
 from medbudget import Embedding, make_phantoms
 from medbudget.images import load_images, save_images
+from medbudget.live import Live
 from medbudget.masks import brush_mask
 from medbudget.reader import ReaderStudy
 from medbudget.widgets import (
     Inpainter,
-    Live,
     MaskPainter,
     PromptMixer,
     show_frames,

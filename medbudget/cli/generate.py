@@ -34,15 +34,14 @@ def phantoms(
     """
     from medbudget import make_phantoms, save_images
     from medbudget.data.phantoms import KINDS
-    from medbudget.files import check_folder
-    from medbudget.images import read_record
+    from medbudget.images import check_folder
     from medbudget.progress import count
 
     labels = tuple(label) if label else (KINDS[kind][0],) if kind in KINDS else ("",)
     drawn = make_phantoms(kind, labels, n, size=size, seed=seed, split=split)
     about = {"phantoms": kind, "split": split, "size": size, "drawn_with": seed}
     records = {f"{i:05d}.png": {**about, "labels": [*labels], "number": i} for i in range(n)}
-    check_folder(out, records, read_record, overwrite=overwrite)
+    check_folder(out, records, overwrite=overwrite)
     save_images(drawn.images, out, records=[*records.values()])
     print(f"wrote {count(n, f'{kind} phantom')} ({drawn.labels[0]}, {split}) to {out}")
 
@@ -283,10 +282,9 @@ def inpaint(
 
 def _load_base(base: BaseOptions, out: Path) -> Any:
     """Load a base, once it is sure that files can be written."""
-    from medbudget.files import check_folder
-    from medbudget.images import read_record
+    from medbudget.images import check_folder
 
-    check_folder(out, {}, read_record)
+    check_folder(out, {})
     return base.load()
 
 

@@ -10,7 +10,6 @@ import csv
 import io
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from medbudget.data.channels import check_channels, join_channels
 from medbudget.data.compare import check_classes, inspect, join_twins, leave_out, veil
-from medbudget.data.listed import Entry, list_by_table
+from medbudget.data.listed import Entry, list_by_table, name_patients
 from medbudget.data.prepare import Item, Report, check_settings, prepare_items
 from medbudget.data.render import parse_window, render_item
 from medbudget.data.splits import (
@@ -149,7 +148,7 @@ def prepare_folder(
         entries = [Entry(source, _class_of(source), source.patient) for source in sources]
     else:
         entries = list_by_table(root, Path(labels), sources, columns, notes, broken)
-    entries = _name_patients(root, entries, patient_pattern, notes)
+    entries = name_patients(root, entries, patient_pattern, notes)
     work, every = partial(inspect, root=root, plane=plane), [entry.source for entry in entries]
     facts = {
         source.files: fact
@@ -239,55 +238,6 @@ def _class_of(source: Source) -> str:
     """Return the first folder of a path, or "all"."""
     parts = Path(source.files[0]).parts
     return parts[0] if len(parts) > 1 else "all"
-
-
-def _name_patients(
-    root: Path, entries: Sequence[Entry], pattern: str | None, notes: list[str]
-) -> list[Entry]:
-    """Give every entry a patient: by the pattern, as known, or its own path."""
-    named = [*entries]
-    if pattern is not None:
-        try:
-            expression = re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"patient pattern {pattern} is no regular expression: {error}"
-            ) from None
-        if expression.groups < 1:
-            raise ValueError(f"patient pattern {pattern} needs a group in parentheses")
-        for i, entry in enumerate(entries):
-            match = expression.search(entry.source.files[0])
-            if not match or not (match[1] or "").strip():
-                raise ValueError(
-                    f"patient pattern {pattern} does not fit {entry.source.files[0]}: it is "
-                    f"searched in this path below {root}, folders and ending included"
-                )
-            named[i] = replace(entry, patient=match[1].strip())
-    if unknown := sum(not entry.patient for entry in named):
-        notes.append(
-            f"the patient{'s' if unknown > 1 else ''} of {unknown} "
-            f"image{'s are' if unknown > 1 else ' is'} unknown, and each counts as its own: if one "
-            "patient has several, name them (a column of the table, or --patient-pattern), or "
-            "splits will leak"
-        )
-    spellings: dict[str, dict[str, str]] = {}  # patient to each spelling, and a file that has it
-    for entry in named:
-        same = spellings.setdefault(_fold(entry.patient), {})
-        same.setdefault(unicodedata.normalize("NFC", entry.patient), entry.source.files[0])
-    if several := [[*same.values()] for same in spellings.values() if len(same) > 1]:
-        notes.append(
-            f"{len(several)} patient{'s are' if len(several) > 1 else ' is'} spelled in capital and "
-            f"in small letters, and each counts as one, such as that of {' and '.join(several[0][:2])}"
-        )
-    return [
-        replace(e, patient=min(spellings[_fold(e.patient)]) or f"file:{e.source.files[0]}")
-        for e in named
-    ]
-
-
-def _fold(patient: str) -> str:
-    """Write a patient in one way, whatever the letter case and the form of accents."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", patient).casefold())
 
 
 def _list_items(

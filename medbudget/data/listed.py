@@ -1,9 +1,11 @@
-"""Match the rows of a reader's table with the images of a folder."""
+"""Give the images of a folder classes and patients: from the rows of a table, or from paths."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medbudget.data.tables import Listing, read_table
@@ -109,3 +111,52 @@ def _choose_columns(
     if chosen[2] is None and near:
         notes.append(f"column {near[0]} is not used: --patient-column names that of the patients")
     return str(chosen[0]), str(chosen[1]), chosen[2] or ""
+
+
+def name_patients(
+    root: Path, entries: Sequence[Entry], pattern: str | None, notes: list[str]
+) -> list[Entry]:
+    """Give every entry a patient: by the pattern, as known, or its own path."""
+    named = [*entries]
+    if pattern is not None:
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"patient pattern {pattern} is no regular expression: {error}"
+            ) from None
+        if expression.groups < 1:
+            raise ValueError(f"patient pattern {pattern} needs a group in parentheses")
+        for i, entry in enumerate(entries):
+            match = expression.search(entry.source.files[0])
+            if not match or not (match[1] or "").strip():
+                raise ValueError(
+                    f"patient pattern {pattern} does not fit {entry.source.files[0]}: it is "
+                    f"searched in this path below {root}, folders and ending included"
+                )
+            named[i] = replace(entry, patient=match[1].strip())
+    if unknown := sum(not entry.patient for entry in named):
+        notes.append(
+            f"the patient{'s' if unknown > 1 else ''} of {unknown} "
+            f"image{'s are' if unknown > 1 else ' is'} unknown, and each counts as its own: if one "
+            "patient has several, name them (a column of the table, or --patient-pattern), or "
+            "splits will leak"
+        )
+    spellings: dict[str, dict[str, str]] = {}  # patient to each spelling, and a file that has it
+    for entry in named:
+        same = spellings.setdefault(_fold(entry.patient), {})
+        same.setdefault(unicodedata.normalize("NFC", entry.patient), entry.source.files[0])
+    if several := [[*same.values()] for same in spellings.values() if len(same) > 1]:
+        notes.append(
+            f"{len(several)} patient{'s are' if len(several) > 1 else ' is'} spelled in capital and "
+            f"in small letters, and each counts as one, such as that of {' and '.join(several[0][:2])}"
+        )
+    return [
+        replace(e, patient=min(spellings[_fold(e.patient)]) or f"file:{e.source.files[0]}")
+        for e in named
+    ]
+
+
+def _fold(patient: str) -> str:
+    """Write a patient in one way, whatever the letter case and the form of accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", patient).casefold())
