@@ -1,5 +1,6 @@
 # make test   install, then format, lint, type and unit tests
 # make book   install, then run every chapter and build the site
+# make figures  fetch the figures that the paper's authors published; needs internet
 # make links  ask the addresses of other sites whether they are still there; needs internet
 # make fuzz   install, then read 100,000 damaged files of every format
 # make floors install the lowest versions that pyproject.toml allows, and run the quick tests with them
@@ -22,7 +23,7 @@ export MALLOC_TOP_PAD_ ?= 1073741824
 # Threads that wait give the core to others: beside another busy process, spinning costs tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help test book links fuzz floors format clean constraints release
+.PHONY: help test book figures links fuzz floors format clean constraints release
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +46,11 @@ test: $(STAMP)
 
 book: $(STAMP)
 	$(BIN)/python book/build.py $(ARGS)
+
+# Seven synthetic images of the authors' repository, about 10 MB; without them the book has
+# placeholders. `MEDBUDGET_FIGURES=1 make book` fetches them too.
+figures: $(STAMP)
+	$(BIN)/python book/figures.py
 
 links: $(STAMP)
 	$(BIN)/python book/links.py

@@ -358,11 +358,13 @@ def main() -> int:
         else:
             print(f"{seconds[name]:.0f} s", flush=True)
             write_entry(path, notebook, seconds[name])
+    from figures import place_figures
     from pages import lead_with_picture
 
     for notebook in notebooks:
         if notebook.stem in seconds and notebook.stem not in failed:
             lead_with_picture(notebook)
+    place_figures(STAGE, ROOT / "book" / "authors")
     (BUILD / "timings.json").write_text(json.dumps(seconds, indent=1) + "\n")
     if arguments.record and not failed:
         record_times(seconds)
