@@ -176,7 +176,8 @@ def place_figures(stage: Path, folder: Path = FOLDER) -> None:
             print(f"note: {problem}", flush=True)
     licensed = is_whole(folder / "LICENSE", LICENCE)
     missing = set()
-    for name in sorted({match["name"] for text in texts.values() for match in IMAGE.finditer(text)}):
+    named = {match["name"] for text in texts.values() for match in IMAGE.finditer(text)}
+    for name in sorted(named):
         source, target = folder / f"{name}.png", stage / "book" / "authors" / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         if licensed and is_whole(source, FIGURES[name]):
