@@ -214,15 +214,24 @@ def plot_loss(
 
 
 def plot_scores(
-    scores: Mapping[str, Score], *, title: str | None = None, note: str | None = None
+    scores: Mapping[str, Score],
+    *,
+    marks: Mapping[str, float] | None = None,
+    colours: Mapping[str, str] | None = None,
+    title: str | None = None,
+    note: str | None = None,
 ) -> Figure:
-    """Plot scores of one kind with their intervals, one line each, from the top.
+    """Plot scores of one kind with their intervals, one below the other.
 
     Parameters
     ----------
     scores : mapping of str to Score
         Label to score. All must come from the same extractor, resize rule and normalisation:
         others cannot be compared.
+    marks : mapping of str to float, optional
+        Label to the place of a vertical line of reference, e.g. the floor.
+    colours : mapping of str to str, optional
+        Label to colour, of `scores` and of `marks`; scores are blue otherwise, lines gray.
     """
     if not scores:
         raise ValueError("no scores to plot; pass a mapping of label to Score")
@@ -230,12 +239,13 @@ def plot_scores(
     kinds = {(s.extractor or s.name, s.extractor_hash, s.resize, s.normalisation) for s in every}
     if len(kinds) > 1:
         raise ValueError(f"scores of several kinds cannot be compared: {sorted(kinds)}")
-    figure, axes = _axes(title, note, height=0.9 + 0.4 * len(scores))
+    marks, colours = marks or {}, colours or {}
+    figure, axes = _axes(title, note, height=0.9 + 0.4 * len(scores) + 0.25 * bool(marks))
     lowest = 0.0
     for place, score in enumerate(scores.values()):
         low, high = score.interval or (score.value, score.value)
         lowest = min(lowest, low)
-        colour = PALETTE[place % len(PALETTE)]
+        colour = colours.get(list(scores)[place], PALETTE[0])
         axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
         axes.plot([score.value], [place], "o", color=colour)
         interval = f" ({low:.3g} to {high:.3g})" if score.interval else ""
@@ -244,7 +254,11 @@ def plot_scores(
             textcoords="offset points", va="center", color=GRAY,
         )  # fmt: skip
     axes.set_yticks(range(len(scores)), list(scores))
-    axes.set_ylim(len(scores) - 0.4, -0.6)
+    axes.set_ylim(len(scores) - 0.4, -1.2 if marks else -0.6)
+    for label, x in marks.items():
+        colour, place = colours.get(label, GRAY), axes.get_xaxis_transform()
+        axes.axvline(x, color=colour, linewidth=1.5, linestyle="--", zorder=0)
+        axes.text(x, 0.99, f" {label}", transform=place, va="top", color=colour, size=9)
     if lowest < 0:
         axes.axvline(0, color=GRAY, linewidth=1)
     else:
@@ -263,6 +277,8 @@ def plot_curves(
     xlabel: str,
     ylabel: str,
     log: bool = False,
+    marks: Mapping[str, float] | None = None,
+    colours: Mapping[str, str] | None = None,
     title: str | None = None,
     note: str | None = None,
 ) -> Figure:
@@ -275,6 +291,10 @@ def plot_curves(
         length; or label to the `Score` at each x, as of `medbudget.metrics.disease_axis`.
     log : bool
         Logarithmic x axis with a tick at every x.
+    marks : mapping of str to float, optional
+        Label to the height of a horizontal line of reference, e.g. guessing.
+    colours : mapping of str to str, optional
+        Label to colour, of `curves` and of `marks`.
     """
     if not curves or not all(curves.values()):
         raise ValueError("no curves to plot; pass a mapping of label to {'x': …, 'y': …}")
@@ -288,6 +308,10 @@ def plot_curves(
         axes.plot(curve["x"], curve["y"], marker + "-", color=colour, label=label, markersize=5)
         if "low" in curve:
             axes.vlines(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.6)
+    for label, y in (marks or {}).items():
+        colour, place = (colours or {}).get(label, GRAY), axes.get_yaxis_transform()
+        axes.axhline(y, color=colour, linewidth=1.5, linestyle="--", zorder=0)
+        axes.text(0.01, y, label, transform=place, va="bottom", color=colour, size=9)
     if log:
         ticks = sorted({x for curve in drawn.values() for x in curve["x"]})
         axes.set_xscale("log")

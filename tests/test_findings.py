@@ -81,6 +81,14 @@ def test_a_verdict_follows_its_test(tmp_path: Path) -> None:
         assert findings.table1(folders)["table1.cases.10"] == want
 
 
+def test_a_claim_has_evidence_only_where_its_test_shows_some() -> None:
+    judge = findings.table2.__globals__["judge"]
+    up, down = ({"difference": d, "p_value": 0.01} for d in (0.1, -0.1))
+    assert "agrees" in judge(up) and "opposite" in judge(up, -1)
+    assert "opposite" in judge(down) and "agrees" in judge(down, -1)
+    assert "no evidence" in judge({"difference": 0.1, "p_value": 0.06})
+
+
 def test_the_first_page_was_drawn_with_this_base(tiny: object) -> None:
     text = (BOOK / "first_page.html").read_text(encoding="utf-8")
     assert f"<!-- base {tiny.hash} -->" in text, "run python book/first_page.py"  # type: ignore[attr-defined]

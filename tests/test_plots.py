@@ -97,6 +97,24 @@ def test_scores_show_value_interval_and_a_common_n() -> None:
         plots.plot_scores({"a": score(1), "b": score(1, name="FID")})
 
 
+def test_lines_of_reference_stand_where_they_are_named() -> None:
+    colours = {"floor": "#123456", "TI": "#D55E00"}
+    figure = plots.plot_scores(
+        {"TI": score(480, (450, 510)), "other": score(37)}, marks={"floor": 40}, colours=colours
+    )
+    first, _, second, *rest = figure.axes[0].lines
+    assert (first.get_color(), second.get_color()) == ("#D55E00", plots.PALETTE[0])
+    assert list(rest[-1].get_xdata()) == [40, 40] and rest[-1].get_color() == "#123456"
+    assert "floor" in texts(figure)
+    curves = {"AUC": {"x": [5, 100], "y": [1, 0.7]}}
+    figure = plots.plot_curves(
+        curves, xlabel="cases", ylabel="AUC", marks={"guessing": 0.5}, colours={"AUC": "#111111"}
+    )
+    curve, line = figure.axes[0].lines
+    assert curve.get_color() == "#111111" and list(line.get_ydata()) == [0.5, 0.5]
+    assert "guessing" in texts(figure)
+
+
 def test_curves_have_bars_and_a_tick_for_each_n() -> None:
     curve = {"x": [8, 16, 64], "y": [3, 2, 1], "low": [2, 1, 0], "high": [4, 3, 2]}
     figure = plots.plot_curves({"floor": curve}, xlabel="n", ylabel="FD", log=True, note="phantoms")
