@@ -304,7 +304,8 @@ def plot_curves(
         lengths = {key: len(values) for key, values in curve.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"curve {label!r} has parts of different lengths: {lengths}")
-        colour, marker = PALETTE[i % len(PALETTE)], "os^DvPX"[i % 7]  # shapes differ too
+        colour = (colours or {}).get(label, PALETTE[i % len(PALETTE)])
+        marker = "os^DvPX"[i % 7]  # told apart without colour too
         axes.plot(curve["x"], curve["y"], marker + "-", color=colour, label=label, markersize=5)
         if "low" in curve:
             axes.vlines(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.6)
