@@ -53,13 +53,15 @@ def paper(paper_base, monkeypatch):
     from dataclasses import replace
 
     from medbudget import hub
+    from medbudget.files import hash_file
 
     for name, value in paper_base.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MEDBUDGET_SD2", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(paper_base.hub))
-    known = tuple(replace(word, sha256="") for word in hub.PAPER_EMBEDDINGS)  # others' vectors
-    monkeypatch.setattr(hub, "PAPER_EMBEDDINGS", known)
+    words = paper_base.cache / "embeddings"  # with other vectors than the authors'
+    known = [replace(e, sha256=hash_file(words / f"{e.name}.pt")) for e in hub.PAPER_EMBEDDINGS]
+    monkeypatch.setattr(hub, "PAPER_EMBEDDINGS", tuple(known))
     return paper_base
 
 

@@ -354,6 +354,7 @@ def test_a_chapter_runs_to_its_end_under_the_papers_preset(
     from medbudget import hub, metrics, tiny
     from medbudget.classifier import ClassifierSettings
     from medbudget.inversion import InversionSettings
+    from medbudget.sampling import Condition
     from medbudget.stylegan3 import StyleGAN3Settings
 
     def refuse(name: str) -> Any:
@@ -372,6 +373,14 @@ def test_a_chapter_runs_to_its_end_under_the_papers_preset(
         (metrics, "disease_axis"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, refuse(name))
+    said: list[str] = []
+    encode = Condition.encode
+
+    def listen(base: Any, prompt: str, *rest: Any) -> Any:
+        said.append(prompt)
+        return encode(base, prompt, *rest)
+
+    monkeypatch.setattr(Condition, "encode", listen)
     monkeypatch.chdir(tmp_path)
     if number == "06":  # its masks need a finer grid of latents
         finer = Path(shutil.copytree(paper.snapshot, tmp_path / "base"))
@@ -393,6 +402,9 @@ def test_a_chapter_runs_to_its_end_under_the_papers_preset(
                 namespace |= {name: few[name] for name in namespace.keys() & few.keys()}
                 namespace |= {"preset": "paper", **own, **places}
         mpl.pyplot.close("all")
+    assert not [prompt for prompt in said if " ground" in prompt]  # tiny's language
+    if number == "02":
+        assert {*hub.TEXT_PROMPTS} <= {*said}
 
 
 def run_script(script: Path, said: Path) -> None:

@@ -6,6 +6,7 @@ asks for a truly clean one.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -96,3 +97,33 @@ def test_the_wheel_works_outside_the_checkout(files: tuple[Path, Path], tmp_path
     draw = ["--embeddings", "x.safetensors", "--out", "made", "--n", "2", "--steps", "2"]
     call([command, "sample", "<x>", *draw], tmp_path)
     assert len(list((tmp_path / "made").glob("0*.png"))) == 2
+
+
+@pytest.mark.network
+def test_the_setup_cell_works_among_colabs_packages(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Several GB; MEDBUDGET_COLAB_PYTHON names a Python of Colab's version."""
+    own = os.environ.get("MEDBUDGET_COLAB_PYTHON", "python3.13")
+    if not shutil.which(own):
+        pytest.skip(f"no {own}; set MEDBUDGET_COLAB_PYTHON")
+    call([own, "-m", "venv", tmp_path / "venv"], tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    listed = ROOT / "tests" / "colab.txt"
+    call([python, "-m", "pip", "install", "--quiet", "--requirement", listed], tmp_path)
+    before = {*call([python, "-m", "pip", "freeze"], tmp_path).split("\n")}
+    chapter = json.loads(next((ROOT / "notebooks").glob("00_*.ipynb")).read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == "code"]
+    code = [
+        "import os, sys, types",
+        "sys.modules['google.colab'] = types.ModuleType('google.colab')",
+        f"os.environ['MEDBUDGET_SOURCE'] = {str(files[1])!r}",
+        *cells[:3],
+        "print(medbudget.__file__, preset, invert)",
+        "from medbudget import widgets",
+    ]
+    (tmp_path / "cells.py").write_text("\n".join(code), encoding="utf-8")
+    said = call([python, "cells.py"], tmp_path)
+    assert f"medbudget {medbudget.__version__} on" in said and str(tmp_path / "venv") in said
+    after = {*call([python, "-m", "pip", "freeze"], tmp_path).split("\n")}
+    assert [line.split("==")[0] for line in before - after] == ["filelock"]  # all else is as it was
