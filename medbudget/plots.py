@@ -1,31 +1,39 @@
 """Figures: everything decorative, so that notebooks show only ideas. Computes nothing.
 
-Pixels are shown as they are: nearest neighbour, a whole number of screen pixels each, and the fixed
-gray window 0..255, on an opaque white face. A `note` names what the figure was made with.
+All have an opaque white face; a `note` names what the figure was made with. In charts, phantoms and
+real images are gray or black, synthetic images blue, those of a rival orange.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from medbudget.images import check_images
+from medbudget.panels import (
+    DPI,
+    GRAY,
+    SEQUENCES,
+    show_images,
+    show_panels,
+    show_rows,
+    split_channels,
+)
 
 if TYPE_CHECKING:
     from medbudget.metrics.scores import Score
 
+__all__ = [
+    "GRAY", "PALETTE", "SEQUENCES", "plot_curves", "plot_histograms", "plot_loss", "plot_scores",
+    "show_images", "show_panels", "show_rows", "split_channels", "use_style",
+]  # fmt: skip
+
 # Okabe and Ito 2008: told apart with all common kinds of colour blindness
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GRAY = "#595959"  # 7:1 on white
-DPI = 128
-CELL, GAP, MARGIN = 128, 4, 6  # figure pixels: target edge of an image, between and around them
 
 STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
@@ -64,129 +72,6 @@ def use_style() -> None:
         set_matplotlib_formats("png", bbox_inches=None, facecolor="white")
 
 
-def show_images(
-    images: torch.Tensor,
-    titles: Sequence[str] | None = None,
-    *,
-    columns: int = 8,
-    title: str | None = None,
-    note: str | None = None,
-) -> Figure:
-    """Show images in reading order.
-
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(N, 3, H, W) uint8``.
-    titles : sequence of str, optional
-        One short line above each image.
-    columns : int
-        Images in a row, at least 1.
-    title, note : str, optional
-        Above and below the whole; the note says what the images are, e.g. "synthetic; tiny base".
-    """
-    check_images(images)
-    _check_columns(columns, titles, len(images), "images")
-    return _draw([(None, part) for part in images.split(columns)], titles, title, note)
-
-
-def show_rows(
-    rows: Mapping[str, torch.Tensor],
-    titles: Sequence[str] | None = None,
-    *,
-    columns: int = 8,
-    title: str | None = None,
-    note: str | None = None,
-) -> Figure:
-    """Show one labelled row of images for each entry, as in the paper's Figure 5.
-
-    Parameters
-    ----------
-    rows : mapping of str to torch.Tensor
-        Label to ``(N, 3, H, W) uint8``; at most `columns` images of each are shown.
-    titles : sequence of str, optional
-        One above each column.
-    columns, title, note
-        See `show_images`.
-    """
-    if not rows:
-        raise ValueError("no rows to show; pass a mapping of label to images")
-    cut = [(label, check_images(part, name=label)[:columns]) for label, part in rows.items()]
-    _check_columns(columns, titles, max(len(part) for _, part in cut), "columns")
-    sizes = {tuple(part.shape[2:]) for _, part in cut}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"the rows have images of different sizes {sorted(sizes)}; resize them to one"
-        )
-    return _draw(cut, titles, title, note)
-
-
-def _check_columns(columns: int, titles: Sequence[str] | None, n: int, what: str) -> None:
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    if titles is not None and len(titles) != n:
-        raise ValueError(f"{len(titles)} titles for {n} {what}; give one for each")
-
-
-def _draw(
-    rows: Sequence[tuple[str | None, torch.Tensor]],
-    titles: Sequence[str] | None,
-    title: str | None,
-    note: str | None,
-) -> Figure:
-    """Place every image at whole figure pixels; text gets margins sized to it."""
-    height, width = rows[0][1].shape[2:]
-    zoom = max(1, round(CELL / max(height, width)))
-    shrink = min(1.0, 2 * CELL / max(height, width))  # large images are shown smaller
-    cell_w, cell_h = round(width * zoom * shrink), round(height * zoom * shrink)
-    size = mpl.rcParams["font.size"]
-    line = round(DPI / 72 * size * 1.45)
-    labels = [textwrap.wrap(label or "", 16) for label, _ in rows]
-    left = max((len(text) for lines in labels for text in lines), default=0) * line // 2
-    left += MARGIN + (2 * GAP if left else 0)
-    across = max(len(part) for _, part in rows)
-    total_w = max(left + across * (cell_w + GAP) - GAP, 3 * CELL) + MARGIN
-    title_lines, note_lines = _wrap(title, total_w, line * 1.25), _wrap(note, total_w, line * 0.95)
-    each_row = titles is not None and rows[0][0] is None  # a title above each image
-    above = line if each_row else 0
-    top = MARGIN + len(title_lines) * round(1.1 * line) + (GAP if title_lines else 0)
-    top += line if titles is not None and not each_row else 0
-    bottom = top + len(rows) * (above + cell_h + GAP) - GAP
-    total_h = bottom + MARGIN + (len(note_lines) * line + 2 * GAP if note_lines else 0)
-    figure = Figure(figsize=(total_w / DPI, total_h / DPI), dpi=DPI, facecolor="white")
-
-    def write(x: float, y: float, text: str, **style: Any) -> None:
-        figure.text(x / total_w, 1 - y / total_h, text, **{"va": "top", **style})
-
-    for i, text in enumerate(title_lines):
-        write(MARGIN, MARGIN + i * round(1.1 * line), text, weight="bold", size=size * 1.1)
-    index = 0
-    for r, (lines, (_, part)) in enumerate(zip(labels, rows)):
-        y = top + r * (above + cell_h + GAP) + above
-        if lines:
-            write(left - 2 * GAP, y + cell_h / 2, "\n".join(lines), ha="right", va="center")
-        for c, image in enumerate(part):
-            x = left + c * (cell_w + GAP)
-            box = (x / total_w, 1 - (y + cell_h) / total_h, cell_w / total_w, cell_h / total_h)
-            axes = figure.add_axes(box)
-            axes.set_axis_off()
-            axes.imshow(
-                image.permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=255, aspect="auto",
-                interpolation="nearest" if shrink == 1 else "antialiased",
-            )  # fmt: skip
-            if titles is not None and (each_row or r == 0):
-                write(x + cell_w / 2, y - GAP / 2, titles[index], ha="center", va="bottom")
-            index += 1
-    for i, text in enumerate(note_lines):
-        write(MARGIN, bottom + 2 * GAP + i * line, text, color=GRAY, size=size * 0.9)
-    return figure
-
-
-def _wrap(text: str | None, pixels: float, line: float) -> list[str]:
-    """Break text to a width; a letter is about 0.38 lines wide."""
-    return textwrap.wrap(text, max(20, int(pixels / (0.38 * line)))) if text else []
-
-
 def plot_loss(
     history: Mapping[str, Any], *, title: str | None = None, note: str | None = None
 ) -> Figure:
@@ -214,7 +99,7 @@ def plot_loss(
 
 
 def plot_scores(
-    scores: Mapping[str, Score],
+    scores: Mapping[str, Any],
     *,
     marks: Mapping[str, float] | None = None,
     colours: Mapping[str, str] | None = None,
@@ -226,7 +111,7 @@ def plot_scores(
     Parameters
     ----------
     scores : mapping of str to Score
-        Label to score. All must come from the same extractor, resize rule and normalisation:
+        Label to score, or a group's heading to such a mapping. All must come from the same extractor, resize rule and normalisation:
         others cannot be compared.
     marks : mapping of str to float, optional
         Label to the place of a vertical line of reference, e.g. the floor.
@@ -235,26 +120,31 @@ def plot_scores(
     """
     if not scores:
         raise ValueError("no scores to plot; pass a mapping of label to Score")
-    every = scores.values()
+    groups = scores if isinstance(next(iter(scores.values())), Mapping) else {"": scores}
+    lines = [(head, label, score) for head, part in groups.items() for label, score in part.items()]
+    every: list[Score] = [score for *_, score in lines]
     kinds = {(s.extractor or s.name, s.extractor_hash, s.resize, s.normalisation) for s in every}
     if len(kinds) > 1:
         raise ValueError(f"scores of several kinds cannot be compared: {sorted(kinds)}")
     marks, colours = marks or {}, colours or {}
-    figure, axes = _axes(title, note, height=0.9 + 0.4 * len(scores) + 0.25 * bool(marks))
-    lowest = 0.0
-    for place, score in enumerate(scores.values()):
+    rows = len(lines) + 0.5 * (len(groups) - 1)  # half a row between two groups
+    figure, axes = _axes(title, note, height=0.9 + 0.4 * rows + 0.25 * bool(marks))
+    lowest, before = 0.0, {head: 0.5 * i for i, head in enumerate(groups)}
+    places = [i + before[head] for i, (head, *_) in enumerate(lines)]
+    for place, (_, label, score) in zip(places, lines):
         low, high = score.interval or (score.value, score.value)
         lowest = min(lowest, low)
-        colour = colours.get(list(scores)[place], PALETTE[0])
+        colour = colours.get(label, PALETTE[0])
         axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
         axes.plot([score.value], [place], "o", color=colour)
         interval = f" ({low:.3g} to {high:.3g})" if score.interval else ""
         axes.annotate(
-            f"{score.value:.3g}{interval}", (high, place), xytext=(8, 0),
-            textcoords="offset points", va="center", color=GRAY,
+            f"{score.value:.3g}{interval}", (high, place), xytext=(8, 0), color=GRAY,
+            textcoords="offset points", va="center", bbox={"fc": "white", "ec": "none", "pad": 1},
         )  # fmt: skip
-    axes.set_yticks(range(len(scores)), list(scores))
-    axes.set_ylim(len(scores) - 0.4, -1.2 if marks else -0.6)
+    names = [f"{head}: {label}" if head else label for head, label, _ in lines]
+    axes.set_yticks(places, names)
+    axes.set_ylim(places[-1] + 0.6, -1.2 if marks else -0.6)
     for label, x in marks.items():
         colour, place = colours.get(label, GRAY), axes.get_xaxis_transform()
         axes.axvline(x, color=colour, linewidth=1.5, linestyle="--", zorder=0)
@@ -264,9 +154,8 @@ def plot_scores(
     else:
         axes.set_xlim(left=0)
     axes.margins(x=0.35)
-    first, sizes = next(iter(scores.values())), {score.sizes for score in scores.values()}
-    n = f", n = {first.sizes}" if len(sizes) == 1 else ""
-    axes.set_xlabel(first.name + n + ("" if title else "; lower is closer"))
+    n = f", n = {every[0].sizes}" if len({score.sizes for score in every}) == 1 else ""
+    axes.set_xlabel(every[0].name + n + ("" if title else "; lower is closer"))
     axes.grid(axis="y", visible=False)
     return figure
 

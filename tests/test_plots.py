@@ -1,4 +1,4 @@
-"""Figures show pixels as they are, carry their note, and refuse what cannot be compared."""
+"""Figures keep gray levels, carry their note, and refuse what cannot be compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medbudget import Score, plots
+from medbudget import Score, panels, plots
 
 
 def render(figure: plots.Figure) -> np.ndarray:
@@ -28,18 +28,34 @@ def texts(figure: plots.Figure) -> str:
     return "\n".join(found)
 
 
-def test_every_pixel_becomes_a_block_of_its_own_value() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(90, 120, (3, 3, 64, 64), generator=generator, dtype=torch.uint8)
-    picture = render(plots.show_images(images, columns=2))  # the gray window is fixed
-    top = slice(plots.MARGIN, plots.MARGIN + plots.CELL)
-    for start, image in zip((plots.MARGIN, plots.MARGIN + plots.CELL + plots.GAP), images):
-        shown = picture[top, start : start + plots.CELL, :3]
-        zoom = plots.CELL // 64
-        assert (shown == image.permute(1, 2, 0).numpy().repeat(zoom, 0).repeat(zoom, 1)).all()
+def test_images_are_enlarged_without_getting_brighter_or_darker() -> None:
+    columns = torch.tensor([0, 255, 60, 60], dtype=torch.uint8).repeat_interleave(16)
+    images = columns.expand(5, 3, 64, 64).contiguous()
+    picture = render(plots.show_images(images, columns=5))  # the gray window is fixed
+    row = picture[panels.MARGIN + 9, panels.MARGIN : panels.MARGIN + panels.CELL, 0].astype(int)
+    centres = row[panels.CELL // 8 :: panels.CELL // 4]
+    assert centres.tolist() == [0, 255, 60, 60] and set(row[:28]) == {0}
+    assert (np.diff(row[28:40]) >= 0).all(), "an edge is soft, and has no halo"
     assert (picture[..., 3] == 255).all()
+    assert render(plots.show_images(images[:2])).shape[0] > 1.5 * picture.shape[0], "few are large"
     large = torch.zeros((2, 3, 512, 512), dtype=torch.uint8)
     assert render(plots.show_images(large)).shape[1] < 600, "large images are shown smaller"
+
+
+def test_panels_show_each_channel_as_gray_with_the_lesion_outlined() -> None:
+    images = torch.tensor([10, 100, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 64, 64)
+    gray = plots.split_channels(images)
+    assert gray[:, :, 0, 0].tolist() == [[v] * 3 for v in (10, 100, 200)] * 2
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[1, 20:40, 20:40] = True
+    figure = plots.show_panels({"a": images, "b": images}, outlines={"b": masks})
+    assert len(figure.axes) == 12 and "T2W" in texts(figure) and "DWI" in texts(figure)
+    outlined = [bool(axes.collections) for axes in figure.axes]
+    assert outlined == [False] * 9 + [True] * 3, "an empty mask draws nothing"
+    border = figure.axes[-1].collections[0].get_paths()[0].vertices
+    assert border.min() == 19.5 and border.max() == 39.5
+    with pytest.raises(ValueError, match="outlines of no row: c; rows: a, b"):
+        plots.show_panels({"a": images, "b": images}, outlines={"c": masks})
 
 
 def test_rows_are_labelled_and_cut_to_the_columns() -> None:
@@ -113,6 +129,14 @@ def test_lines_of_reference_stand_where_they_are_named() -> None:
     curve, line = figure.axes[0].lines
     assert curve.get_color() == "#111111" and list(line.get_ydata()) == [0.5, 0.5]
     assert "guessing" in texts(figure)
+
+
+def test_scores_stand_in_groups_with_half_a_row_between_them() -> None:
+    figure = plots.plot_scores({"steps": {"10": score(3), "25": score(2)}, "": {"floor": score(1)}})
+    (axes,) = figure.axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["steps: 10", "steps: 25", "floor"]
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [float(line.get_ydata()[0]) for line in points] == [0, 1, 2.5]
 
 
 def test_curves_have_bars_and_a_tick_for_each_n() -> None:
