@@ -111,8 +111,8 @@ def plot_scores(
     Parameters
     ----------
     scores : mapping of str to Score
-        Label to score, or a group's heading to such a mapping. All must come from the same extractor, resize rule and normalisation:
-        others cannot be compared.
+        Label to score, or a group's heading to such a mapping. All must come from the same
+        extractor, resize rule and normalisation: others cannot be compared.
     marks : mapping of str to float, optional
         Label to the place of a vertical line of reference, e.g. the floor.
     colours : mapping of str to str, optional
