@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from medbudget import load_base
-from medbudget.runs import Steps
+from medbudget.runs import Steps, load_checkpoint
 from pretraining.pictures import draw_picture
 
 SIZE = 128
@@ -73,11 +73,12 @@ class DecoderRun:
 
     def __init__(self, base: Any, batch: int, lr: float) -> None:
         torch.manual_seed(0)
-        self.base, self.batch, self.step = base, batch, 0
-        self.new = build_autoencoder(base.vae)
-        self.average = build_autoencoder(base.vae).requires_grad_(False)
+        self.base, self.batch, self.step, self.rate = base, batch, 0, lr
+        self.device = base.device
+        self.new = build_autoencoder(base.vae).to(self.device)
+        self.average = build_autoencoder(base.vae).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.new.state_dict())
-        self.critic = Discriminator()
+        self.critic = Discriminator().to(self.device)
         self.networks = {"new": self.new, "average": self.average, "critic": self.critic}
         self.optimizers = {
             "new": torch.optim.AdamW(self.new.parameters(), lr, betas=(0.5, 0.99)),
@@ -103,30 +104,30 @@ class DecoderRun:
     @torch.no_grad()
     def smooth(self, latents: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """Add noise of t = 10 to 200 to scaled latents and let the U-Net take it away at once."""
-        t = torch.from_numpy(rng.integers(10, 201, len(latents)))
+        t = torch.from_numpy(rng.integers(10, 201, len(latents))).to(self.device)
         alpha = self.base.alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * torch.randn_like(latents)
         context = self.empty.expand(len(latents), -1, -1)
         noise = self.base.predict_noise(noisy, t, context)
         return (noisy - (1 - alpha).sqrt() * noise) / alpha.sqrt()
 
-    def train(self, pictures: np.ndarray) -> dict[str, float]:
-        """Take one step; draws depend on the step alone."""
+    def train(self, pictures: np.ndarray | torch.Tensor, *, fade: float = 1.0) -> dict[str, float]:
+        """Take one step at `fade` of the learning rate; draws depend on the step alone."""
         rng = np.random.default_rng([7, self.step])
         torch.manual_seed(int(rng.integers(2**62)))
         pick = rng.integers(64, len(pictures), self.batch)
-        x = torch.from_numpy(pictures[np.sort(pick)]).float() / 127.5 - 1
-        x = x[:, torch.from_numpy(rng.permutation(3))].to(memory_format=torch.channels_last)
+        chosen = torch.as_tensor(pictures[np.sort(pick)]).to(self.device)
+        x = chosen.float() / 127.5 - 1
+        x = x[:, rng.permutation(3)].to(memory_format=torch.channels_last)
         scale = self.old.config.scaling_factor
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             with torch.no_grad():
                 target = self.old.encode(F.avg_pool2d(x, 2)).latent_dist.mean.float()
                 half = self.batch // 2
                 smoothed = self.smooth(target[:half] * scale, rng) / scale
                 latents = torch.cat([smoothed, target[half:]])
-                latents = latents + 0.05 / scale * torch.rand(len(x), 1, 1, 1) * torch.randn_like(
-                    latents
-                )
+                spread = 0.05 / scale * torch.rand(len(x), 1, 1, 1, device=self.device)
+                latents = latents + spread * torch.randn_like(latents)
             mean = self.new.encode(x).latent_dist.mean.float()
             distilled = ((mean - target) * scale).square().mean()
             y = self.new.decode(latents).sample.float()
@@ -136,12 +137,12 @@ class DecoderRun:
             fooled = -self.critic(y).float().mean()
             strength = 0.1 * min(1.0, self.step / 500)
             loss = 0.5 * l1 + coarse + strength * fooled + distilled
-        self.apply("new", loss)
+        self.apply("new", loss, fade)
         self.critic.requires_grad_(True)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             real, drawn = self.critic(x).float(), self.critic(y.detach()).float()
             hinge = F.relu(1 - real).mean() + F.relu(1 + drawn).mean()
-        self.apply("critic", hinge)
+        self.apply("critic", hinge, fade)
         keep = min(0.999, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             pairs = list(self.average.parameters()), list(self.new.parameters())
@@ -150,8 +151,10 @@ class DecoderRun:
         losses = {"l1": l1, "coarse": coarse, "hinge": hinge, "distilled": distilled}
         return {name: value.item() for name, value in losses.items()}
 
-    def apply(self, name: str, loss: torch.Tensor) -> None:
+    def apply(self, name: str, loss: torch.Tensor, fade: float) -> None:
         network, optimizer = self.networks[name], self.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = fade * self.rate * (2 if name == "critic" else 1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -169,6 +172,13 @@ def load_pictures(work: Path, n: int, clipart: str) -> np.ndarray:
         np.save(temporary, pictures.transpose(0, 3, 1, 2))
         temporary.replace(path)
     return np.load(path, mmap_mode="r")
+
+
+def export_autoencoder(checkpoint: Path, folder: Path) -> None:
+    """Write the averaged autoencoder of a checkpoint in float16, in diffusers' layout."""
+    new = build_autoencoder(load_base("tiny", device="cpu").vae)
+    new.load_state_dict(load_checkpoint(checkpoint)["average"])
+    new.half().save_pretrained(folder, safe_serialization=True)
 
 
 def main() -> None:

@@ -145,3 +145,16 @@ def draw_picture(rng: np.random.Generator, size: int, clipart: str = "") -> np.n
         grain = gaussian_filter(grain, (*[rng.uniform(0, 1.2)] * 2, 0))
         image = image + rng.uniform(0.005, 0.08) * grain / (grain.std() + 1e-6)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def draw_siblings(index: int, images: int, size: int, clipart: str = "") -> np.ndarray:
+    """Draw pictures ``(images, 3, size, size) uint8`` of one scene: shifted, lighter or darker."""
+    rng = np.random.default_rng([13, index])
+    margin = size // 8
+    scene = draw_picture(rng, size + margin, clipart).astype(np.float32)
+    siblings = np.empty((images, 3, size, size), np.uint8)
+    for sibling in siblings:
+        y, x = rng.integers(0, margin + 1, 2)
+        crop = scene[y : y + size, x : x + size] * rng.uniform(0.9, 1.1) + rng.uniform(-8, 8)
+        sibling[:] = np.rint(np.clip(crop, 0, 255)).transpose(2, 0, 1)
+    return siblings

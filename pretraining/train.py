@@ -331,6 +331,7 @@ def train_unet(work: Path, args) -> None:
         load_shipped("text_encoder", text)
         maps.load_state_dict(solve_maps(text, tokenizer))
     run = Run(work, "unet", {"unet": unet, "text": text, "map": maps}, args)
+    predict: Any = torch.compile(unet) if device.startswith("cuda") else unet
     alphas = model.build_scheduler().alphas_cumprod.to(device)
     weights = weigh_timesteps(alphas)
     rng = begin_draws(args.seed, run.step)
@@ -359,7 +360,7 @@ def train_unet(work: Path, args) -> None:
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-            predicted = unet(noisy, t, encoder_hidden_states=context).sample.float()
+            predicted = predict(noisy, t, encoder_hidden_states=context).sample.float()
         error = ((predicted - noise) ** 2).mean((1, 2, 3))
         run.advance((error * weights[t]).mean())
         bar.update()
