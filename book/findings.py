@@ -17,7 +17,8 @@ from pathlib import Path
 
 if (BOOK := str(Path(__file__).resolve().parent)) not in sys.path:
     sys.path.insert(0, BOOK)
-from evidence import paper_numbers, privacy, stylegan3, table2, xrays
+from evidence import judge, paper_numbers, privacy, stylegan3, table2, xrays
+from methods import autoencoder, coverage, distances, words
 from wording import FOLDERS, ROOT, read_values, verdict
 
 MARK = re.compile(r"\{\{ ([\w.]+) \}\}|<!-- ([\w.]+) -->(?:(?!<!--).)*<!-- / -->")
@@ -27,13 +28,18 @@ def read_numbers(folders: Iterable[Path] = FOLDERS) -> dict[str, str]:
     """Return every number that a page may name, as the text that stands in its place."""
     folders = tuple(folders)
     numbers = paper_numbers()
-    for part in (table1, table2, xrays, privacy, tiny, stylegan3, painting, machines):
+    for part in (
+        autoencoder, words, distances, coverage, table1, table2, xrays, privacy, tiny, stylegan3,
+        painting, machines,
+    ):  # fmt: skip
         numbers |= part(folders)
     return numbers
 
 
 def table1(folders: tuple[Path, ...]) -> dict[str, str]:
-    """Return how each setting compares with the final configuration, by FD on tiny."""
+    """Return how each setting compares with the final configuration, by FD on tiny and the paper's."""
+    rows = read_values("table1_tiny", folders)["rows"]
+    final = {row["setting"]: row["paper"]["FID"] for row in rows if "compare" not in row}
     numbers = {}
     names = {
         "sampling steps": "steps",
@@ -41,12 +47,15 @@ def table1(folders: tuple[Path, ...]) -> dict[str, str]:
         "vectors": "vectors",
         "cases": "cases",
     }
-    for row in read_values("table1_tiny", folders)["rows"]:
+    for row in rows:
         if test := row.get("compare"):
             key = f"table1.{names[row['setting']]}.{row['value']}"
             numbers[key] = verdict(
                 test["difference"], test["p_value"], above="further away", below="nearer"
             )
+            if "FID" in row["paper"]:
+                claim = 1 if row["paper"]["FID"] > final[row["setting"]] else -1
+                numbers[f"{key}.badge"] = judge(test, claim)
     return numbers
 
 
