@@ -172,9 +172,12 @@ def describe_geometry(data: Path) -> dict[str, Any]:
     """What alignment and window change in T2W, ADC and DWI, in millimetres and gray levels."""
     with tempfile.TemporaryDirectory() as name:
         images, labels, case = find_case(data, Path(name))
-        load = {"paper": {"geometry": "paper"}, "volume": {"window": "volume"}, "default": {}}
+        load: dict[str, dict[str, Any]] = {
+            "paper": {"geometry": "paper"},
+            **{name: {"window": name} for name in ("volume", "percentile", "gland")},
+        }
         cases = {key: picai.load_case(images, labels, case, **kw) for key, kw in load.items()}
-        gland = cases["default"].gland
+        gland = cases["gland"].gland
 
         def gap(a: str, b: str) -> list[float]:
             planes = cases[a].image.float() - cases[b].image.float()
@@ -188,7 +191,7 @@ def describe_geometry(data: Path) -> dict[str, Any]:
             "shift_mm": {key: np.round(mm, 3).tolist() for key, mm in
                          picai.measure_shift(images, case).items()},
             "geometry_gray_levels": gap("paper", "volume"),
-            "gland_level": {"volume": level("volume"), "percentile": level("default")},
+            "gland_level": {name: level(name) for name in ("volume", "percentile", "gland")},
         }  # fmt: skip
 
 

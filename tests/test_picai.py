@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from medbudget.data import picai, picai_files
-from medbudget.data.layouts import write_picai
+from medbudget.data.layouts import _grow, write_picai
 from medbudget.data.picai import load_case, measure_shift, prepare_picai
 from medbudget.data.picai_files import read_marksheet
 from medbudget.data.prepare import BrokenCase, load_manifest
@@ -214,6 +214,40 @@ def test_percentile_window_shows_dwi_that_a_bright_coil_would_hide(copy: Path) -
     assert shown.std() > 20 > 2 > dark.std()
 
 
+def test_a_tumour_does_not_change_the_window_of_its_case(copy: Path) -> None:
+    """Else dark surroundings give the label away."""
+    case = "10001_1000010"
+    file = copy / "images" / "10001" / f"{case}_hbv.mha"
+    before = load(copy, case)
+    darker = load(copy, case, window="percentile")
+    volume = sitk.ReadImage(str(file))
+    mask = sitk.ReadImage(str(copy / "labels" / picai_files.HUMAN / f"{case}.nii.gz"))
+    inside = sitk.GetArrayFromImage(
+        sitk.Resample(mask, volume, sitk.Transform(), sitk.sitkNearestNeighbor)
+    )
+    change(file, lambda v: np.where(inside > 0, 8 * values_of(v), values_of(v)))
+    without = ~torch.nn.functional.max_pool2d(before.tumour[None].float(), 13, 1, 6)[0].bool()
+    brighter = [load(copy, case, window=window) for window in ("gland", "percentile")]
+    gaps = [
+        (a.image.float() - b.image.float())[:, without].abs().mean(dim=1)
+        for a, b in zip((before, darker), brighter)
+    ]
+    assert gaps[0].max() < 1 and before.image[2][before.tumour].float().mean() > 200
+    assert (
+        darker.image[2][without].float().mean() > 4 * brighter[1].image[2][without].float().mean()
+    )
+    assert gaps[1][:2].max() == 0, "T2W and ADC stay as they are"
+    healthy = load(copy, "10002_1000020")
+    levels = [one.image[2][one.gland & ~one.tumour].float().mean() for one in (healthy, before)]
+    assert levels[0] == pytest.approx(255 / 4, rel=0.1) == levels[1]
+
+
+def test_the_layout_draws_the_slices_of_both_classes_alike() -> None:
+    t2w, *_, tumour = (sitk.GetArrayFromImage(v) for v in _grow(1, True, 64, 9, 0))
+    assert tumour[5].sum() > tumour[4].sum() > 0, "the slices of a positive and a negative case"
+    assert np.array_equal(t2w[4], t2w[5]) and not np.array_equal(t2w[5], t2w[6])
+
+
 def change(file: Path, edit) -> None:
     """Replace a volume by what `edit` makes of its values, or of the volume where it returns one."""
     volume = sitk.ReadImage(str(file))
@@ -294,7 +328,7 @@ def test_wrong_input_is_a_broken_case_with_a_reason(copy: Path) -> None:
 def test_wrong_options_and_folders(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one of physical, paper"):
         load(tree, "10000_1000000", geometry="voxel")
-    with pytest.raises(ValueError, match="one of percentile, volume"):
+    with pytest.raises(ValueError, match="one of gland, percentile, volume"):
         load(tree, "10000_1000000", window="minmax")
     with pytest.raises(BrokenCase, match="no 1_2_t2w"):
         load(tree, "1_2")

@@ -90,8 +90,10 @@ def _grow(index: int, positive: bool, pixels: int, slices: int, seed: int) -> An
     gains = (6.0, 12.0, 2.0, 1.0, 1.0)
     across = slice(BORDER, BORDER + pixels)
     for k in range(slices):
-        zoom = 1 - 0.4 * (abs(k - middle) / middle) ** 2
-        shift = round((k - middle) * BORDER / slices)  # apex and base differ, so there is an order
+        # a negative case shows the middle slice, a positive one the next: both are drawn alike
+        far = k - middle if k < middle else max(k - middle - 1, 0)
+        zoom = 1 - 0.4 * (far / middle) ** 2
+        shift = round(far * BORDER / slices)  # apex and base differ, so there is an order
         edge = max(8, 2 * round(pixels * zoom / 2))
         low = (pixels - edge) // 2
         for c, plane in enumerate(planes):

@@ -47,14 +47,14 @@ class View(Settings):
 
     CHOICES = {
         "geometry": ("physical", "paper"),
-        "window": ("percentile", "volume"),
+        "window": ("gland", "percentile", "volume"),
         "sequences": ("all", "t2w"),
     }
     LIMITS = {"size": SIZES}
 
     size: int = 512
     geometry: str = "physical"
-    window: str = "percentile"
+    window: str = "gland"
     sequences: str = "all"
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ def load_case(
     *,
     size: int = 512,
     geometry: str = "physical",
-    window: str = "percentile",
+    window: str = "gland",
     sequences: str = "all",
 ) -> Case:
     """Load one study as a 2-D image with its masks.
@@ -110,10 +110,13 @@ def load_case(
         so that T2W is not blurred by half a slice). ``paper`` does as the released script, and so
         as the released prostate words saw the images: each sequence is resampled from its own
         corner, scaled by its minimum and maximum, and cropped around its own centre.
-    window : {"percentile", "volume"}
-        Intensities that become 0..255: the 0.5 to 99.9 percentiles of the grid's central half
-        (75 x 75 mm, all slices), or minimum to maximum of the whole volume, as the paper.
-        ``geometry="paper"`` has only the latter and uses it whatever is given here.
+    window : {"gland", "percentile", "volume"}
+        Intensities that become 0..255. ``percentile``: the 0.5 to 99.9 percentiles of the grid's
+        central half (75 x 75 mm, all slices). ``gland``: the same, but in DWI white is four times
+        the median of the gland, since there the tumour is the brightest tissue: with percentiles
+        it sets the window itself and darkens all the rest of a positive case. ``volume``: minimum
+        to maximum of the whole volume, as the paper; ``geometry="paper"`` has only this one and
+        uses it whatever is given here.
     sequences : {"all", "t2w"}
         T2W, ADC and DWI as R, G and B, or T2W alone as gray.
     """
@@ -139,7 +142,7 @@ def prepare_picai(
     disjoint: bool = True,
     sequences: str = "all",
     geometry: str = "physical",
-    window: str = "percentile",
+    window: str = "gland",
     workers: int = 1,
 ) -> Report:
     """Turn PI-CAI into image sets: positive and negative, split by patient.
@@ -198,6 +201,7 @@ def prepare_picai(
             spacing_mm=resample.SPACING,
             voxels=resample.GRID,
             percentiles=resample.PERCENTILES,
+            times_gland=resample.TIMES,
             centre=resample.CENTRE,
         ),
     }

@@ -25,7 +25,8 @@ Cut = tuple[dict[str, Array], dict[str, Array], int, dict[str, tuple[float, floa
 
 SPACING = (3.0, 0.5, 0.5)  # mm: slice, row, column
 GRID = (30, 300, 300)  # voxels: slices, rows, columns
-PERCENTILES = (0.5, 99.9)  # the upper one is high, as a tumour is small and bright in DWI
+PERCENTILES = (0.5, 99.9)
+TIMES = {"hbv": 4.0}  # white is that many times the gland's median: a tumour is two to three times
 CENTRE = (30, 150, 150)  # voxels that set the window: farther out, the coil outshines the prostate
 MARGIN = 12  # voxels around what is resampled; a cubic B-spline has forgotten the rest by then
 
@@ -107,8 +108,8 @@ def cut_physical(
 ) -> Cut:
     """Cut one slice of T2W's grid (`target_grid`) in patient space out of all volumes.
 
-    `masks` are "gland" and, in a positive case, "tumour", of 0 and 1; `window` is "percentile" or
-    "volume".
+    `masks` are "gland" and, in a positive case, "tumour", of 0 and 1; `window` is "gland",
+    "percentile" or "volume".
     """
     import SimpleITK as sitk
 
@@ -127,12 +128,25 @@ def cut_physical(
         seen = volume if window == "volume" else _crop_to(volume, *centre, margin=0)
         ends = (0, 100) if window == "volume" else PERCENTILES
         low, high = (float(v) for v in np.percentile(to_array(seen), ends))
+        if window == "gland" and name in TIMES:
+            high = low + TIMES[name] * (_find_median(volume, masks["gland"], name) - low)
         near = _crop_to(volume, (1, *GRID[1:]), corner, direction, margin=MARGIN)
         near = sitk.Cast(near, sitk.sitkFloat32)
         plane = _resample(near, (1, *GRID[1:]), corner, direction, sitk.sitkBSpline)[0]
         planes[name] = quantise(plane, low, high, name)
         ranges[name] = (low, high)
     return planes, {name: stack[index] for name, stack in stacks.items()}, index, ranges
+
+
+def _find_median(volume: sitk.Image, mask: sitk.Image, name: str) -> float:
+    """Return the median intensity under a mask; a tumour in a part of it hardly moves that."""
+    import SimpleITK as sitk
+
+    inside = sitk.Resample(mask, volume, sitk.Transform(), sitk.sitkNearestNeighbor)
+    values = to_array(volume)[to_array(inside) > 0]
+    if not values.size:
+        raise BrokenCase(f"the gland lies outside sequence {name}'s field of view")
+    return float(np.median(values))
 
 
 def cut_paper(volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image]) -> Cut:
