@@ -107,16 +107,22 @@ def xrays(folders: tuple[Path, ...]) -> dict[str, str]:
 
 def privacy(folders: tuple[Path, ...]) -> dict[str, str]:
     """Return how well the sharper attack tells training cases from others, by number of cases."""
-    words = read_values("privacy", folders)["words"]
-    values = [word["difference"][0] for word in words]
-    numbers = {"privacy.order": "falls" if values == sorted(values)[::-1] else "does not fall"}
-    for word in words:
+    from scipy.stats import binomtest
+
+    values = read_values("privacy", folders)
+    attacks = [word["difference"][0] for word in values["words"]]
+    falls = attacks == sorted(attacks, reverse=True)
+    numbers = {"privacy.order": "falls" if falls else "does not fall"}
+    for word in values["words"]:
         value, low, high = word["difference"]
         key = f"privacy.{word['cases']}"
         numbers[key] = share(value)
         numbers[f"{key}.interval"] = span((low, high))
         numbers[f"{key}.verdict"] = "betrays" if low > 0.5 else "is not shown to betray"
-        numbers[f"{key}.copied"] = f"{word['copied'][0] * 100:.0f} %"
+        copied = round(word["copied"][0] * values["n"])
+        p = binomtest(copied, values["n"], 0.01, alternative="greater").pvalue
+        numbers[f"{key}.copied"] = f"{copied or 'none'} of {values['n']}"
+        numbers[f"{key}.copied.p"] = p_value(p)
         value, *interval = word["loss"]
         numbers[f"{key}.loss"] = f"{share(value)} ({span(interval)})"
     return numbers

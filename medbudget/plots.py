@@ -225,6 +225,7 @@ def plot_histograms(
     *,
     xlabel: str,
     marks: Mapping[str, float] | None = None,
+    colours: Mapping[str, str] | None = None,
     title: str | None = None,
     note: str | None = None,
 ) -> Figure:
@@ -236,6 +237,8 @@ def plot_histograms(
         Label to numbers.
     marks : mapping of str to float, optional
         Label to the place of a vertical line, e.g. what was observed.
+    colours : mapping of str to str, optional
+        Label to colour, of `values`.
     """
     if not values or any(len(part) == 0 for part in values.values()):
         raise ValueError("no values to plot; pass a mapping of label to one number or more")
@@ -243,7 +246,8 @@ def plot_histograms(
     bins = np.histogram_bin_edges(np.concatenate([*map(np.asarray, values.values())]), 24)
     for label, part in values.items():
         shares = [1 / len(part)] * len(part)
-        axes.hist(np.asarray(part), bins=bins, weights=shares, alpha=0.55, label=label)
+        colour = (colours or {}).get(label)
+        axes.hist(np.asarray(part), bins, weights=shares, alpha=0.55, label=label, color=colour)
     for place, (label, x) in enumerate((marks or {}).items()):
         axes.axvline(x, color=PALETTE[-1], linestyle=("-", "--", ":")[place % 3], label=label)
     axes.set(xlabel=xlabel, ylabel="share")

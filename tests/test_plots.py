@@ -8,6 +8,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from medbudget import Score, panels, plots
@@ -154,13 +155,15 @@ def test_curves_have_bars_and_a_tick_for_each_n() -> None:
 
 def test_histograms_are_shares_over_common_bins() -> None:
     figure = plots.plot_histograms(
-        {"a": [0, 0, 1, 1], "b": [1]}, xlabel="difference", marks={"observed": 0.25}
-    )
+        {"a": [0, 0, 1, 1], "b": [1]}, xlabel="difference", marks={"observed": 0.25},
+        colours={"a": "#123456"},
+    )  # fmt: skip
     (axes,) = figure.axes
     first, second = axes.containers
     assert [bar.get_height() for bar in first if bar.get_height()] == [0.5, 0.5]
     assert first[0].get_x() == second[0].get_x() == pytest.approx(0)
     assert second[-1].get_height() == 1
+    assert to_hex(first[0].get_facecolor()) == "#123456"
     assert list(axes.lines[0].get_xdata()) == [0.25, 0.25]
     with pytest.raises(ValueError, match="no values"):
         plots.plot_histograms({"a": []}, xlabel="x")
