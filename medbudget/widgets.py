@@ -25,7 +25,7 @@ from medbudget.images import check_images, make_grid, save_images, to_pil
 from medbudget.inpainting import inpaint
 from medbudget.live import DELAY, Live
 from medbudget.masks import brush_mask
-from medbudget.reader import ReaderStudy
+from medbudget.reader import ReaderStudy, default_key
 from medbudget.sampling import sample, total_guidance
 
 EDGE = 384  # screen pixels of an image that is drawn on
@@ -64,13 +64,13 @@ def show_frames(
     label: str,
     alt: str,
     caption: str,
-    start: int = 0,
+    start: int | None = None,
     columns: int = 4,
 ) -> HTML:
     """Return a slider over precomputed images that works without a kernel.
 
     Everything is in the output itself, so it needs neither saved widget state nor a script from
-    elsewhere. Where scripts are off, the first frame stands.
+    elsewhere. Where scripts are off, the frame at the start stands.
 
     Parameters
     ----------
@@ -82,11 +82,12 @@ def show_frames(
         What the images show; each frame adds its own place.
     caption : str
         Must say that the images are synthetic, if they are.
-    start : int
-        The frame shown first.
+    start : int, optional
+        The frame shown first; default the middle one, which differs from both ends.
     columns : int
         Images in a row.
     """
+    start = len(frames) // 2 if start is None else start
     if not 0 <= start < len(frames):
         raise ValueError(f"start {start} is not one of {len(frames)} frames")
     if not alt.strip() or not caption.strip():
@@ -111,12 +112,30 @@ def show_frames(
     )
 
 
-def show_reader_study(study: ReaderStudy, *, height: int = 560) -> HTML:
-    """Return a study's exported page in a frame: it works without a kernel."""
+def show_reader_study(
+    study: ReaderStudy,
+    *,
+    reveal: bool = False,
+    reference: tuple[torch.Tensor, str] | None = None,
+    height: int = 560,
+) -> HTML:
+    """Return a study's exported page in a frame: it works without a kernel.
+
+    Parameters
+    ----------
+    reveal : bool
+        End with the result, beside that of the paper's reader, and with where each image came
+        from; needs the key beside the study's folder. For teaching only.
+    reference : (torch.Tensor, str), optional
+        See `ReaderStudy.export`.
+    height : int
+        Pixels, until the page has set its own.
+    """
+    page = study.export(reveal=default_key(study.folder) if reveal else None, reference=reference)
     return HTML(
-        f'<figure style="margin: 1em 0"><iframe title="{html.escape(study.question)}" '
-        f'srcdoc="{html.escape(study.export())}" style="width: 100%; height: {height}px; '
-        'border: 1px solid #767676"></iframe></figure>'
+        '<figure class="medbudget-reader" style="margin: 1em 0">'
+        f'<iframe title="{html.escape(study.question)}" srcdoc="{html.escape(page)}" '
+        f'style="width: 100%; height: {height}px; border: 1px solid #767676"></iframe></figure>'
     )
 
 

@@ -1,5 +1,6 @@
 """A reader study's exported page, read in a real browser from file://, and brought back."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from webdriver import ARROW_LEFT, ARROW_RIGHT, ESCAPE, needs_browser, open_browser, until
 
 from medbudget import save_images
-from medbudget.reader import ReaderStudy
+from medbudget.reader import ReaderError, ReaderStudy, compute_preference, default_key
 
 pytestmark = needs_browser
 
@@ -57,7 +58,7 @@ def test_a_study_read_by_keys_and_clicks_comes_back(study, page, tmp_path):
         wide, shown = browser.run(
             "const i = document.querySelector('#left'); return [i.width, i.naturalWidth]"
         )
-        assert shown == 16 and wide % 16 == 0 and wide > 160, "pixels must be whole"
+        assert shown == 16 and 160 < wide <= 448, "large enough to judge, no larger"
         time.sleep(0.3)
         browser.press(ARROW_LEFT)
         wait_for_pair(browser, 2)
@@ -154,6 +155,80 @@ def test_two_windows_of_one_reader_do_not_answer_twice(study, page):
             "return document.querySelector('#problem').innerText"
         )
         assert [r["choice"] for r in browser.run("return records")] == ["right"]
+
+
+RESULT = "return document.querySelector('#result').innerText"
+FRAME = """
+document.documentElement.dataset.theme = 'light';
+const frame = document.body.appendChild(document.createElement('iframe'));
+frame.style = 'width: 700px; height: 560px';
+frame.srcdoc = arguments[0];
+"""
+INSIDE = "const {document: inner} = document.querySelector('iframe').contentWindow; return "
+
+
+def test_a_page_with_the_key_ends_with_the_result_beside_the_papers(study, tmp_path):
+    key = default_key(study.folder)
+    reference = (torch.full((3, 16, 16), 99, dtype=torch.uint8), "A gray square.")
+    study.export(tmp_path / "page.html", reveal=key, reference=reference)
+    items = json.loads(key.read_text(encoding="utf-8"))["pairs"]
+    with open_browser() as browser:
+        browser.open((tmp_path / "page.html").as_uri())
+        assert browser.run("return document.querySelector('#reference img').alt") == reference[1]
+        browser.click("#start button")
+        for number, item in enumerate(items, 1):
+            wait_for_pair(browser, number)
+            if item["repeats"] is not None:
+                choice = ARROW_LEFT  # not counted
+            else:  # a is chosen in all pairs but three, of which one has no preference
+                a = item["left"] == "a"
+                wanted = " " if number == 1 else "b" if number < 4 else "a"
+                choice = (
+                    wanted if wanted == " " else ARROW_LEFT if a == (wanted == "a") else ARROW_RIGHT
+                )
+            browser.press(choice)
+        browser.wait_for(f"{RESULT} !== ''", "no result shows")
+        result = browser.run(RESULT)
+        ours, paper = compute_preference(7, 9), compute_preference(36, 50)
+        for found, text in ((ours, "You chose a over b"), (paper, "The paper’s radiologist chose")):
+            low, high = (round(100 * limit) for limit in found.interval)
+            p = f"{found.p_value:.{3 if found.p_value < 0.1 else 2}f}".removeprefix("0")
+            assert text in result and (
+                f"in {found.chosen} of {found.n} pairs: {round(100 * found.share)} % "
+                f"(95 % interval {low} to {high} %, p = {p})" in result
+            )
+        assert "9 pairs cannot tell your choice from chance" in result
+        alts = browser.run("return [...document.querySelectorAll('#result img')].map(i => i.alt)")
+        assert alts[:2] == [reference[1], f"Pair 1, left: {items[0]['left']}"]
+        assert len(alts) == 1 + 2 * len(items)
+        browser.click("#again")
+        wait_for_pair(browser, 1)
+        assert browser.run(RESULT) == "" and browser.read_console() == []
+    with pytest.raises(ReaderError, match="is the key of study"):
+        text = key.read_text(encoding="utf-8").replace(study.id, "0" * 12)
+        (tmp_path / "other.json").write_text(text, encoding="utf-8")
+        study.export(reveal=tmp_path / "other.json")
+    assert '"reveal"' not in study.export()
+
+
+def test_a_frame_takes_the_pages_colours_and_no_more_room_than_it_needs(study, tmp_path):
+    (tmp_path / "outer.html").write_text("<!doctype html><html lang='en'><body></body></html>")
+    with open_browser() as browser:
+        browser.open((tmp_path / "outer.html").as_uri())
+        browser.run(FRAME.replace("arguments[0]", json.dumps(study.export())))
+        browser.wait_for(
+            f"{INSIDE} inner.documentElement.dataset.theme === 'light'", "the frame stays dark"
+        )
+        browser.wait_for(
+            f"{INSIDE} Math.abs(document.querySelector('iframe').offsetHeight"
+            " - inner.body.offsetHeight) <= 12",
+            "the frame is higher or lower than its content",
+        )
+        browser.run("document.documentElement.dataset.theme = 'dark'")
+        browser.wait_for(
+            f"{INSIDE} getComputedStyle(inner.body).backgroundColor === 'rgb(27, 27, 27)'",
+            "the frame stays light",
+        )
 
 
 def test_the_page_fits_a_phone_and_names_what_it_shows(page):

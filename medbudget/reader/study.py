@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from medbudget.files import check_output, hold, write_bytes, write_json
 from medbudget.images import find_images, hash_pixels, load_image, to_pil
@@ -128,11 +129,13 @@ class ReaderStudy:
 
     def urls(self, pair: int) -> list[str]:
         """Return the left and the right image of a pair as data URLs, for a page."""
-        encoded = (
-            base64.b64encode((self.folder / name).read_bytes()).decode()
-            for name in self.pairs[pair]
-        )
-        return [f"data:image/png;base64,{text}" for text in encoded]
+        return [_to_url((self.folder / name).read_bytes()) for name in self.pairs[pair]]
+
+    def _read_key(self, path: Path) -> dict[str, Any]:
+        secret = _read_json(path, "study", "labels", "pairs")
+        if secret["study"] != self.id:
+            raise ReaderError(f"{path} is the key of study {secret['study']}, not of {self.id}")
+        return secret
 
     def reader(self, name: str) -> Reading:
         """Return the answers of one reader, to go on with."""
@@ -142,15 +145,42 @@ class ReaderStudy:
         """Return the names of the readers who have answered something."""
         return sorted(p.stem for p in (self.folder / "answers").glob("*.jsonl"))
 
-    def export(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> str:
-        """Return the study as one HTML page without key or network, and write it if asked to.
+    def export(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        overwrite: bool = False,
+        reveal: str | os.PathLike[str] | None = None,
+        reference: tuple[torch.Tensor, str] | None = None,
+    ) -> str:
+        """Return the study as one HTML page that needs no network, and write it if asked to.
 
         The page keeps each answer in the browser's own storage (IndexedDB, flushed to the disk)
         and gives the answers as a JSON file, for `import_answers`. It replaces no other file,
         unless `overwrite`.
+
+        Parameters
+        ----------
+        reveal : path, optional
+            The key. The page then ends with the result, beside that of the paper's reader, and
+            tells which image came from where. For teaching only: the key can be read in the
+            page's source. Without it, the page has no key.
+        reference : (torch.Tensor, str), optional
+            An image ``(3, H, W) uint8`` to compare with, and what it shows; before the first
+            pair and after the last.
         """
         urls = [self.urls(pair) for pair in range(len(self.pairs))]
-        data = {"study": self.id, "question": self.question, "pairs": urls}
+        data: dict[str, Any] = {"study": self.id, "question": self.question, "pairs": urls}
+        if reveal is not None:
+            secret = self._read_key(Path(reveal))
+            data["reveal"] = {
+                "labels": secret["labels"],
+                "left": [item["left"] for item in secret["pairs"]],
+                "repeated": [item["repeats"] is not None for item in secret["pairs"]],
+            }
+        if reference is not None:
+            image, shows = reference
+            data["reference"] = {"url": _to_url(_save_png(image)), "text": shows}
         text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
         parts = {"TITLE": html.escape(self.question), "STUDY": text}
         template = TEMPLATE.read_text(encoding="utf-8")
@@ -202,9 +232,7 @@ class ReaderStudy:
             No key, that of another study, or no answers.
         """
         key = Path(key) if key is not None else default_key(self.folder)
-        secret = _read_json(key, "study", "labels", "pairs")
-        if secret["study"] != self.id:
-            raise ReaderError(f"{key} is the key of study {secret['study']}, not of {self.id}")
+        secret = self._read_key(key)
         names = list(readers) if readers is not None else self.readers()
         answers = {name: self.reader(name).answers() for name in names}
         answers = {name: given for name, given in answers.items() if given}
@@ -283,9 +311,17 @@ def _draw_items(
 
 def _to_png(folder: str | os.PathLike[str], name: str) -> bytes:
     """Return an image's pixels, and nothing else of its file, as PNG."""
+    return _save_png(load_image(Path(folder) / name))
+
+
+def _save_png(image: torch.Tensor) -> bytes:
     file = io.BytesIO()
-    to_pil(load_image(Path(folder) / name)).save(file, format="PNG")
+    to_pil(image).save(file, format="PNG")
     return file.getvalue()
+
+
+def _to_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _parse(path: Path) -> Any:
