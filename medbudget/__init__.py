@@ -7,6 +7,7 @@ from medbudget import telemetry  # noqa: F401  (before what would report)
 from medbudget._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from medbudget.adapters import Adapter
     from medbudget.base import Base
     from medbudget.composition import interpolate
     from medbudget.data.phantoms import Phantoms, make_phantoms
@@ -15,14 +16,17 @@ if TYPE_CHECKING:
     from medbudget.inpainting import inpaint
     from medbudget.inversion import InversionSettings, invert
     from medbudget.loading import load_base
+    from medbudget.lora import TuneSettings, tune
     from medbudget.masks import ellipse
     from medbudget.metrics import Score, evaluate, frechet_distance
-    from medbudget.outputs import inpaint_to, interpolate_to, invert_to, sample_to
+    from medbudget.outputs import inpaint_to, interpolate_to, sample_to
     from medbudget.prompts import parse_prompt
     from medbudget.sampling import sample
     from medbudget.tiny import describe
+    from medbudget.training_outputs import invert_to, tune_to
 
 _MODULES = {  # loaded on first use: torch and diffusers take seconds
+    "adapters": ("Adapter",),
     "base": ("Base",),
     "composition": ("interpolate",),
     "data.phantoms": ("Phantoms", "make_phantoms"),
@@ -31,20 +35,24 @@ _MODULES = {  # loaded on first use: torch and diffusers take seconds
     "inpainting": ("inpaint",),
     "inversion": ("InversionSettings", "invert"),
     "loading": ("load_base",),
+    "lora": ("TuneSettings", "tune"),
     "masks": ("ellipse",),
     "metrics": ("Score", "evaluate", "frechet_distance"),
-    "outputs": ("inpaint_to", "interpolate_to", "invert_to", "sample_to"),
+    "outputs": ("inpaint_to", "interpolate_to", "sample_to"),
     "prompts": ("parse_prompt",),
     "sampling": ("sample",),
     "tiny": ("describe",),
+    "training_outputs": ("invert_to", "tune_to"),
 }
 
 __all__ = [
+    "Adapter",
     "Base",
     "Embedding",
     "InversionSettings",
     "Phantoms",
     "Score",
+    "TuneSettings",
     "describe",
     "ellipse",
     "evaluate",
@@ -62,6 +70,8 @@ __all__ = [
     "sample",
     "sample_to",
     "save_images",
+    "tune",
+    "tune_to",
 ]
 
 

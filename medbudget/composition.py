@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from medbudget.adapter_files import AdapterError, is_adapter
+from medbudget.adapters import Adapter, Adapters, AnyAdapter, load_adapters
 from medbudget.base import Base, Word
 from medbudget.embeddings import Embedding
 from medbudget.progress import tqdm
@@ -16,8 +19,8 @@ from medbudget.settings import check_number
 
 def interpolate(
     base: Base,
-    a: Word,
-    b: Word,
+    a: Word | AnyAdapter,
+    b: Word | AnyAdapter,
     *,
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     method: str = "and",
@@ -27,15 +30,15 @@ def interpolate(
 
     Parameters
     ----------
-    a, b : Embedding or path
+    a, b : Embedding, Adapter with a word, or path
     weights : sequence of float
         Shares of `b`, usually 0 to 1; the share of `a` is the rest to 1.
     method : {"and", "vectors"}
         ``"and"`` composes the predictions, ``<a>:0.75 AND <b>:0.25`` (paper, section 4.4);
         ``"vectors"`` draws with ``0.75 a + 0.25 b``, linear between the embeddings themselves,
-        which must have equally many vectors.
+        which must have equally many vectors. Adapters are weighted likewise.
     **options
-        For `sample`: n, steps, cfg_scale, …
+        For `sample`: n, steps, cfg_scale, adapters, …
 
     Returns
     -------
@@ -53,33 +56,60 @@ def interpolate(
     >>> {share: tuple(images.shape) for share, images in axis.items()}
     {0.0: (1, 3, 64, 64), 0.5: (1, 3, 64, 64), 1.0: (1, 3, 64, 64)}
     """
+    axis = axis_prompts(base, a, b, weights, method, options.pop("adapters", ()))
     return {
-        share: sample(base, prompt, embeddings=words, **options)
-        for share, (prompt, words) in tqdm(
-            axis_prompts(base, a, b, weights, method).items(), desc="axis", unit="weight"
-        )
+        share: sample(base, prompt, embeddings=words, adapters=own, **options)
+        for share, (prompt, words, own) in tqdm(axis.items(), desc="axis", unit="weight")
     }
 
 
 def axis_prompts(
-    base: Base, a: Word, b: Word, weights: Sequence[float], method: str
-) -> dict[float, tuple[str, list[Embedding]]]:
-    """Return the prompt and the embeddings of each share of `b`."""
+    base: Base, a: Word | AnyAdapter, b: Word | AnyAdapter, weights: Sequence[float], method: str,
+    adapters: Adapters = (),
+) -> dict[float, tuple[str, list[Embedding], list[Adapter]]]:  # fmt: skip
+    """Return the prompt, the embeddings and the adapters of each share of `b`."""
     if method not in ("and", "vectors"):
         raise ValueError(f"unknown method {method!r}; allowed are 'and', 'vectors'")
     if not weights:
         raise ValueError("weights must be numbers such as 0, 0.5, 1, got none")
     for weight in weights:
         check_number("a weight", weight)
-    a, b = base.load_words([a, b])
+    common, ends = load_adapters(base, adapters), [_read_end(one) for one in (a, b)]
+    first, last = base.load_words([word for word, _ in ends])
+    own = [adapter for _, adapter in ends if adapter is not None]
     if method == "and":
-        return {float(w): (f"{a.token}:{1 - w!r} AND {b.token}:{w!r}", [a, b]) for w in weights}
-    if a.vectors.shape != b.vectors.shape:
+        return {
+            float(w): (
+                f"{first.token}:{1 - w!r} AND {last.token}:{w!r}", [first, last], [*common, *own]
+            )
+            for w in weights
+        }  # fmt: skip
+    if first.vectors.shape != last.vectors.shape:
         raise ValueError(
-            f"{a.token} has shape {tuple(a.vectors.shape)}, {b.token} {tuple(b.vectors.shape)}: "
-            "only embeddings of equal shape can be mixed; use method='and'"
+            f"{first.token} has shape {tuple(first.vectors.shape)}, {last.token} "
+            f"{tuple(last.vectors.shape)}: only embeddings of equal shape can be mixed; use "
+            "method='and'"
         )
-    hashes = [e.record["image_hashes"] for e in (a, b) if "image_hashes" in e.record]
+    hashes = [e.record["image_hashes"] for e in (first, last) if "image_hashes" in e.record]
     record = {"image_hashes": " ".join(hashes)} if hashes else {}
-    mixed = {w: (1 - w) * a.vectors + w * b.vectors for w in map(float, weights)}
-    return {w: ("<mixed>", [Embedding(v, "<mixed>", record=record)]) for w, v in mixed.items()}
+    axis = {}
+    for w in map(float, weights):
+        vectors = (1 - w) * first.vectors + w * last.vectors
+        mixed = [
+            replace(adapter, word=None, weight=share * adapter.weight)
+            for share, (_, adapter) in zip((1 - w, w), ends)
+            if adapter is not None
+        ]
+        axis[w] = "<mixed>", [Embedding(vectors, "<mixed>", record=record)], [*common, *mixed]
+    return axis
+
+
+def _read_end(end: Word | AnyAdapter) -> tuple[Embedding, Adapter | None]:
+    """Return the word at an end of an axis, and the adapter that it comes with."""
+    if not isinstance(end, Embedding | Adapter):
+        end = Adapter.load(end) if is_adapter(end) else Embedding.load(end)
+    if isinstance(end, Embedding):
+        return end, None
+    if end.word is None:
+        raise AdapterError("an adapter at the end of an axis has no word: train it with a token")
+    return end.word, end

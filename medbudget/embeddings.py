@@ -228,6 +228,8 @@ def _from_tensors(content: dict[str, Any], noted: Any, path: Path, token: str | 
         vectors, name = content["emb_params"], path.stem
     elif len(content) == 1:  # ours, and diffusers' learned_embeds
         name, vectors = next(iter(content.items()))
+    elif any(str(key).startswith(("lora_", "unet.")) for key in content):
+        raise EmbeddingError("it is an adapter (LoRA), not an embedding: pass it with --adapter")
     else:
         raise EmbeddingError(
             f"found the keys {sorted(str(key)[:60] for key in content)[:5]}; an embedding holds one "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from medbudget.adapters import Adapters
 from medbudget.base import Base, Words
 from medbudget.gpu import draw_in_batches
 from medbudget.images import check_images, find_images
@@ -46,6 +47,7 @@ def inpaint(
     prompt: str,
     *,
     embeddings: Words = (),
+    adapters: Adapters = (),
     negative_prompt: str = "",
     strength: float = 0.75,
     mask_blur: float = 4.0,
@@ -73,6 +75,8 @@ def inpaint(
     mask : array, tensor or path
         1 where to repaint; see `check_masks`. Any square size, soft or binary. One mask for all
         images, one for each, or several for one image. A mask of all 1 repaints everything.
+    adapters : Adapter, path, or several of them
+        As in `sample`.
     strength : float
         Share of the noise schedule, 0 to 1: how far the covered part may leave the original.
     mask_blur : float
@@ -128,7 +132,7 @@ def inpaint(
         )
     first_step = start_step(steps, strength)
     sigmas, timesteps = (part[first_step:] for part in make_sigmas(base.alphas_cumprod, steps))
-    condition = Condition.encode(base, prompt, embeddings, negative_prompt, cfg_scale)
+    condition = Condition.encode(base, prompt, embeddings, negative_prompt, cfg_scale, adapters)
     under = images
     if content == "fill":
         under = fill_masked(images.expand(pairs, -1, -1, -1), soft.expand(pairs, -1, -1))

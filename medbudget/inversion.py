@@ -6,30 +6,29 @@ every image is encoded once, and AdamW changes the ``n x d`` vectors and nothing
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from medbudget._version import __version__
 from medbudget.base import Base
 from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
 from medbudget.files import hash_tensors
-from medbudget.gpu import Stepper, choose_speed
-from medbudget.images import check_images, hash_images
+from medbudget.gpu import choose_speed
+from medbudget.images import check_images
 from medbudget.progress import tqdm
-from medbudget.runs import Steps, draw_indices
 from medbudget.settings import SEEDS, Settings, check_counts
-
-
-class InversionError(RuntimeError):
-    """Training that cannot go on; the message says why and what to do."""
+from medbudget.training import (
+    InversionError,
+    Run,
+    check_square,
+    describe_data,
+    name_origin,
+    train,
+)
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,17 @@ def compute_loss(
     The prompt is the `vectors` ``(n, d)`` and nothing else. `latents` (scaled) and `noise` are
     ``(B, c, h, w) float32``, `t` ``(B,)`` integers 0..999, `weights` ``(1000,)``, one a timestep.
     """
+    return compare_noise(base, base.text(vectors), latents, t, noise, weights)
+
+
+def compare_noise(
+    base: Base, context: torch.Tensor, latents: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Return the loss of `compute_loss` for a text that is encoded, ``(1, 77, d)``."""
     alpha = base.device_alphas[t].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    context = base.text(vectors).expand(len(latents), -1, -1)
-    predicted = base.predict_noise(noisy, t, context)
+    predicted = base.predict_noise(noisy, t, context.expand(len(latents), -1, -1))
     if weights is None:
         return F.mse_loss(predicted, noise)
     return (((predicted - noise) ** 2).mean((1, 2, 3)) * weights[t]).mean()
@@ -102,53 +108,11 @@ def make_init(base: Base, settings: InversionSettings) -> torch.Tensor:
     return rows[[i * len(rows) // n for i in range(n)]].clone()
 
 
-class _Run:
-    """Vectors, their optimizer, and the losses so far: all that a checkpoint holds."""
-
-    def __init__(self, start: torch.Tensor, lr: float, half: bool) -> None:
-        self.vectors = start.clone().requires_grad_(True)
-        self.optimizer = torch.optim.AdamW([self.vectors], lr=lr, weight_decay=0)
-        # float16 gradients underflow without a scale; a step whose gradient overflows is skipped
-        self.scaler = torch.amp.GradScaler(start.device.type, enabled=half)
-        self.losses: list[float] = []
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
-
-    @property
-    def note(self) -> str:
-        """What a bar says beside the step."""
-        recent = self.losses[-50:]
-        return f"loss={sum(recent) / len(recent):.4f}" if recent else ""
-
-    def update(self, loss: torch.Tensor, gradient: torch.Tensor, lr: float) -> float:
-        """Do one optimizer step with a scaled gradient, and return the norm of the true one."""
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.vectors.grad = gradient
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        norm, value = float(self.vectors.grad.norm()), float(loss)
-        if not math.isfinite(value) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-            raise InversionError(
-                f"loss {value} and gradient {norm} at step {self.step + 1}: lower the learning "
-                "rate, or use bfloat16 or float32. The last checkpoint is intact"
-            )
-        self.losses.append(value)
-        return norm
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "vectors": self.vectors.detach(), "losses": self.losses,
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-        }  # fmt: skip
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            self.vectors.copy_(state["vectors"])
-        self.losses[:] = state["losses"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+def choose_weights(base: Base, loss: str) -> torch.Tensor | None:
+    """Return the weights of timesteps that a setting ``loss`` stands for."""
+    if loss == "plain":
+        return None
+    return min_snr_weights(base.alphas_cumprod).to(base.device)
 
 
 def invert(
@@ -210,89 +174,35 @@ def invert(
     )
     Embedding(start, token).check_fits(base.width, base.name)
     settings = replace(settings, n_vectors=len(start))
-    identity = {
-        "settings": settings.without("checkpoint_every", *settings.open_end),
-        "base": base.hash,
-        "images": hash_tensors({"images": images}),
-        "start": hash_tensors({"start": start}),
-    }
-    mean, std = base.encode_posterior(images)
-    if settings.latents == "once":
-        generator = torch.Generator().manual_seed(settings.seed)
-        mean = mean + std * torch.randn(mean.shape, generator=generator).to(base.device)
-    weights = None
-    if settings.loss == "min_snr":
-        weights = min_snr_weights(base.alphas_cumprod).to(base.device)
     base = choose_speed(base, fast, settings.steps)
-    run = _Run(start.to(base.device), settings.lr, base.dtype == torch.float16)
+    weights = choose_weights(base, settings.loss)
+    vectors = start.to(base.device, copy=True)
+    run = Run({"vectors": vectors}, {"vectors": settings.lr}, base.dtype == torch.float16)
 
-    def compute(z: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, scale: torch.Tensor):
-        loss = compute_loss(base, run.vectors, z, t, noise, weights)
-        return loss.detach(), *torch.autograd.grad(loss * scale, run.vectors)
+    def tell(state: dict[str, Any]) -> None:
+        if callback is not None:
+            callback(state | {"vectors": vectors.detach()})
+        if state["step"] == min(100, settings.steps) and vectors.detach().cpu().equal(start):
+            raise InversionError(
+                f"after {run.step} steps the vectors have not moved: the gradient is zero; use "
+                "dtype float32, or a higher learning rate"
+            )
 
-    began = time.monotonic()
-    with Stepper(base, compute) as stepper:
-        for step in Steps(
-            run, settings.steps, checkpoint=checkpoint, identity=identity,
-            every=settings.checkpoint_every, desc=f"invert {token}",
-        ):  # fmt: skip
-            which, t, noise, posterior = _draw(settings, step, len(images), mean.shape[1:])
-            z = mean[which]
-            if settings.latents == "resample":
-                z = z + std[which] * posterior.to(base.device)
-            scale = run.scaler.scale(torch.ones((), device=base.device))
-            loss, gradient = stepper(z, t.to(base.device), noise.to(base.device), scale)
-            lr = settings.lr
-            if settings.schedule == "linear":
-                lr *= 1 - step / settings.steps
-            norm = run.update(loss, gradient, lr)
-            if callback is not None:
-                state = {"step": run.step, "steps": settings.steps, "loss": run.losses[-1]}
-                callback(state | {"lr": lr, "grad_norm": norm, "vectors": run.vectors.detach()})
-            if run.step == min(100, settings.steps) and run.vectors.detach().cpu().equal(start):
-                raise InversionError(
-                    f"after {run.step} steps the vectors have not moved: the gradient is zero; use "
-                    "dtype float32, or a higher learning rate"
-                )
-    record = {
-        "settings": asdict(settings), "images": len(images), "images_hash": identity["images"],
-        "image_hashes": " ".join(hash_images(images)),  # tells a score that it is no test
-        "medbudget": __version__, "device": base.device.type,
-        "seconds": round(time.monotonic() - began, 1), "history": _thin(run.losses),
-    }  # fmt: skip
-    data = data or f"{len(images)} images of {images.shape[2]} px"
-    name = Path(base.name).name if Path(base.name).exists() else base.name
-    return Embedding(run.vectors.detach(), token, run.step, name, base.hash, data, record)
-
-
-def check_square(images: torch.Tensor) -> None:
-    """Raise unless `images` are square."""
-    if check_images(images).shape[2] != images.shape[3]:
-        raise ValueError(
-            f"images must be square, got {tuple(images.shape[2:])} (H, W); load them with size=…, "
-            "which pads with black"
-        )
-
-
-def _draw(settings: InversionSettings, step: int, n: int, shape: tuple[int, ...]):
-    """Draw images, timesteps and noises of one step: a function of seed and step alone."""
-    batch = settings.batch_size
-    seed = ((settings.seed + 1) * 15_485_863 + step) % 2**64
-    generator = torch.Generator().manual_seed(seed)
-    t = torch.randint(0, 1000, (batch,), generator=generator)
-    noise = torch.randn((batch, *shape), generator=generator)
-    posterior = torch.randn((batch, *shape), generator=generator)
-    return draw_indices(n, batch, step, settings.seed), t, noise, posterior
-
-
-def _thin(losses: list[float], points: int = 200) -> dict[str, list[float]]:
-    """Return means of blocks of a loss curve, so that a file stays small."""
-    block = math.ceil(len(losses) / points)
-    blocks = [losses[i : i + block] for i in range(0, len(losses), block)]
-    return {
-        "step": [min((i + 1) * block, len(losses)) for i in range(len(blocks))],
-        "loss": [round(sum(part) / len(part), 5) for part in blocks],
-    }
+    record = train(
+        base, run, images, settings,
+        lambda z, t, noise: compute_loss(base, vectors, z, t, noise, weights),
+        checkpoint=checkpoint, identity={"start": hash_tensors({"start": start})},
+        desc=f"invert {token}", callback=tell,
+    )  # fmt: skip
+    return Embedding(
+        vectors.detach(),
+        token,
+        run.step,
+        name_origin(base),
+        base.hash,
+        describe_data(images, data),
+        record,
+    )
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Draw and train into files, and go on where an earlier call was stopped.
+"""Draw into files, and go on where an earlier call was stopped.
 
 What is there as a call would make it is kept; anything else is refused, unless `overwrite` says so.
 """
@@ -6,18 +6,16 @@ What is there as a call would make it is kept; anything else is refused, unless 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medbudget.adapters import Adapters, AnyAdapter
 from medbudget.base import Base, Word, Words
 from medbudget.composition import axis_prompts
-from medbudget.embeddings import Embedding, EmbeddingError, check_token
 from medbudget.files import (
     PathLike,
     atomic_path,
@@ -38,17 +36,16 @@ from medbudget.images import (
     to_pil,
 )
 from medbudget.inpainting import inpaint, pair_masks
-from medbudget.inversion import InversionSettings, check_square, invert
 from medbudget.masks import Mask
-from medbudget.progress import count, quiet, say, tqdm
+from medbudget.progress import quiet, say, tqdm
 from medbudget.sampling import (
     BATCH,
     Condition,
     default_steps,
     draw_images,
+    load_all,
     make_record,
     refuse_options,
-    sample,
 )
 from medbudget.settings import check_counts, list_seeds
 
@@ -61,8 +58,9 @@ INPAINTING = (
 
 def sample_to(
     folder: PathLike, base: Base, prompt: str, *, embeddings: Words = (),
-    negative_prompt: str = "", n: int = 16, steps: int | None = None, cfg_scale: float = 2.0,
-    seed: int = 0, size: int | None = None, fast: bool | None = None, overwrite: bool = False,
+    adapters: Adapters = (), negative_prompt: str = "", n: int = 16, steps: int | None = None,
+    cfg_scale: float = 2.0, seed: int = 0, size: int | None = None, fast: bool | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Draw images into PNG files ``00000.png`` …, and return their paths.
 
@@ -75,18 +73,19 @@ def sample_to(
     if n > MOST:
         raise ValueError(f"n must be at most {MOST} in one folder, got {n}: use several folders")
     seeds, shape = list_seeds(seed, n), base.latent_shape(size)
-    words = base.load_words(embeddings)
-    condition = Condition.encode(base, prompt, words, negative_prompt, cfg_scale)
+    words, loaded = load_all(base, embeddings, adapters)
+    condition = Condition.encode(base, prompt, words, negative_prompt, cfg_scale, loaded)
     if not prompt.strip():
         say("the prompt is empty: the images show what the base draws without one")
     settings = {"prompt": prompt, "negative_prompt": negative_prompt, "steps": steps}
-    record = make_record(base, words, **settings, cfg_scale=cfg_scale)
+    record = make_record(base, words, loaded, **settings, cfg_scale=cfg_scale)
     if size not in (None, base.size):
         record |= {"size": size}
     records = {f"{i:05d}.png": record | {"seed": own} for i, own in enumerate(seeds)}
     done = check_folder(folder, records, overwrite=overwrite)
     check_output(folder / SHEET, IS_SHEET, read_record, overwrite=overwrite)
     base = choose_speed(base, fast, n - sum(done))
+    condition = condition.match(base)
 
     def draw(block: slice) -> torch.Tensor:
         return draw_images(base, condition, steps, shape, seeds[block])
@@ -97,9 +96,9 @@ def sample_to(
 
 
 def interpolate_to(
-    folder: PathLike, base: Base, a: Word, b: Word, *,
+    folder: PathLike, base: Base, a: Word | AnyAdapter, b: Word | AnyAdapter, *,
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), method: str = "and", n: int = 4,
-    gif: bool = False, overwrite: bool = False, **options: Any,
+    adapters: Adapters = (), gif: bool = False, overwrite: bool = False, **options: Any,
 ) -> list[Path]:  # fmt: skip
     """Draw images on the way from `a` to `b` into a folder for each share of `b`; return these.
 
@@ -108,14 +107,16 @@ def interpolate_to(
     `sample_to`.
     """
     folder = Path(folder)
-    axis = axis_prompts(base, a, b, weights, method)
+    axis = axis_prompts(base, a, b, weights, method, adapters)
     sheets = [SHEET, "axis.gif"] if gif else [SHEET]
     for name, read in zip(sheets, (read_record, _read_comment)):
         check_output(folder / name, IS_SHEET, read, overwrite=overwrite)
     images = {}
-    for share, (prompt, words) in axis.items():
+    for share, (prompt, words, own) in axis.items():
         part = folder / f"{share:g}"
-        paths = sample_to(part, base, prompt, embeddings=words, n=n, overwrite=overwrite, **options)
+        paths = sample_to(
+            part, base, prompt, embeddings=words, adapters=own, n=n, overwrite=overwrite, **options
+        )
         images[part] = load_images(paths)
     columns = torch.stack([*images.values()], 1)
     _save_sheet(folder, columns[:8].flatten(0, 1), columns=len(axis))
@@ -137,6 +138,7 @@ def inpaint_to(
     prompt: str,
     *,
     embeddings: Words = (),
+    adapters: Adapters = (),
     seed: int = 0,
     n: int = 1,
     save_masks: bool = False,
@@ -167,13 +169,13 @@ def inpaint_to(
     refuse_options("inpaint", options)
     settings["steps"] = settings["steps"] or default_steps(base)
     check_counts(n=n, steps=settings["steps"])
-    words = base.load_words(embeddings)
+    words, loaded = load_all(base, embeddings, adapters)
     if not prompt.strip():
         say("the prompt is empty: the base paints what it would without one")
     jobs = pair_masks(files, mask, base.size, n)
     seeds = list_seeds(seed, len(jobs))
     images = load_images(files, size=base.size)
-    record = make_record(base, words, prompt=prompt, **settings)
+    record = make_record(base, words, loaded, prompt=prompt, **settings)
     hashes = [hash_tensors({"image": one}) for one in images]
     records = {
         f"{name}.png": record
@@ -199,8 +201,11 @@ def inpaint_to(
         return images[list(which)], torch.stack(covered)
 
     def draw(block: slice) -> torch.Tensor:
-        first = seeds[block][0]
-        return inpaint(base, *stack(block), prompt, embeddings=words, seed=first, **settings)
+        which, masks = stack(block)
+        return inpaint(
+            base, which, masks, prompt, embeddings=words, adapters=loaded, seed=seeds[block][0],
+            **settings,
+        )  # fmt: skip
 
     def draw_masks(block: slice) -> torch.Tensor:
         return (stack(block)[1] >= 0.5)[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
@@ -236,97 +241,6 @@ def _save_sheet(folder: Path, images: torch.Tensor, *, columns: int = 8) -> None
     save_images(sheet, folder, names=[Path(SHEET).stem], records=[IS_SHEET])
 
 
-def invert_to(
-    path: PathLike, base: Base, images: torch.Tensor, *, token: str,
-    settings: InversionSettings | None = None, checkpoint: PathLike | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None, preview_every: int = 0,
-    overwrite: bool = False, **options: Any,
-) -> Embedding:  # fmt: skip
-    """Train an embedding into a file.
-
-    Without a `checkpoint` of yours, the state is kept as ``PATH.ckpt`` until the word is saved.
-    Every `preview_every` steps four images of the word go into ``PATH.previews``. The `options`
-    and other parameters are those of `invert`.
-    """
-    path, own = Path(path), checkpoint is None
-    check_square(images)
-    given = settings or InversionSettings()
-    settings = given.complete(base.preset)
-    wanted = {
-        "token": check_token(token), "base": base.hash,
-        "images": hash_tensors({"images": images}), **settings.without("checkpoint_every"),
-    }  # fmt: skip
-    if check_output(path, wanted, _read_identity, overwrite=overwrite):
-        say(f"{path} is there already, made with these settings")
-        return Embedding.load(path)
-    checkpoint = path.with_name(f"{path.name}.ckpt") if checkpoint is None else Path(checkpoint)
-    if checkpoint.resolve() == path.resolve():
-        raise ValueError(f"{path} is to hold the word: name another file for the checkpoint")
-    previews = path.with_name(f"{path.name}.previews")
-    preview = wanted | {"preview": True}
-    for file in previews.glob("*.png"):
-        check_output(file, preview, read_record, overwrite=overwrite)
-    changes = ", ".join(sorted(given.given)) or "nothing"
-    if given.given >= set(asdict(settings)):
-        changes = "all"
-    say(
-        f"{count(len(images), 'image')}, {count(settings.steps, 'step')} of {settings.batch_size}, "
-        f"learning rate {settings.lr:g} ({settings.schedule}), {settings.n_vectors} vectors on "
-        f"{base.device} (preset {base.preset}; given: {changes})"
-    )
-    say(
-        f"the state is kept in {checkpoint} every {count(settings.checkpoint_every, 'step')} and at "
-        "Ctrl-C: the same call goes on from there"
-    )
-    if preview_every:
-        say(f"images of the word go into {previews} every {count(preview_every, 'step')}")
-    if len(images) < 5:
-        say("a word from so few images copies them; the paper's smallest set has 5")
-    times = [time.monotonic()]
-
-    def tell(state: dict[str, Any]) -> None:
-        times.append(time.monotonic())
-        if len(times) == 21 and state["step"] < state["steps"]:
-            pace = (times[-1] - times[1]) / 19
-            say(f"about {_format_seconds(pace * (state['steps'] - state['step']))} left")
-        if preview_every and state["step"] % preview_every == 0:
-            now = Embedding(state["vectors"].clone(), token)
-            with quiet():
-                drawn = make_grid(sample(base, token, embeddings=now, n=4))[None]
-            save_images(drawn, previews, names=[f"step{state['step']:06d}"], records=[preview])
-        if callback is not None:
-            callback(state)
-
-    with hold(path):
-        word = invert(
-            base, images, token=token, settings=settings, checkpoint=checkpoint, callback=tell,
-            **options,
-        )  # fmt: skip
-        word.save(path)
-    if own:
-        checkpoint.unlink(missing_ok=True)
-    return word
-
-
-def _read_identity(path: Path) -> dict[str, Any] | None:
-    """Return what a file says of a word's making, None if it says nothing."""
-    try:
-        word = Embedding.load(path)
-        settings = InversionSettings(**word.record["settings"])
-        images = word.record["images_hash"]
-    except (EmbeddingError, KeyError, TypeError, ValueError):
-        return None
-    own = settings.without("checkpoint_every")
-    return {"token": word.token, "base": word.base_hash, "images": images, **own}
-
-
 def _read_comment(path: Path) -> Mapping[str, Any] | None:
     """Return `IS_SHEET` for a GIF of ours."""
     return IS_SHEET if b"medbudget" in path.read_bytes()[:2000] else None
-
-
-def _format_seconds(seconds: float) -> str:
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"

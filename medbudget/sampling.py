@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medbudget.adapters import Adapter, Adapters, adapt, choose_adapters, load_adapters
 from medbudget.base import Base, Words
 from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
-from medbudget.gpu import choose_speed, draw_in_batches
+from medbudget.gpu import choose_speed, draw_in_batches, speed_up
 from medbudget.prompts import parse_prompt, plain_text, unused_tokens
 from medbudget.settings import check_counts, check_number, list_seeds
 
@@ -85,17 +87,22 @@ class Condition:
     weights: Sequence[float]
     negative: torch.Tensor | None  # None where its weight is zero
     cfg_scale: float
+    tuned: Sequence[Base | None] = ()  # what reads each text, the negative one last; None: the base
 
     @classmethod
     @torch.no_grad()
     def encode(
-        cls, base: Base, prompt: str, embeddings: Words, negative: str, cfg_scale: float
-    ) -> Condition:
-        """Encode a prompt; warn of embeddings that it does not use, and of extreme guidance."""
+        cls, base: Base, prompt: str, embeddings: Words, negative: str, cfg_scale: float,
+        adapters: Adapters = (),
+    ) -> Condition:  # fmt: skip
+        """Encode a prompt; warn of embeddings that it does not use, and of extreme guidance.
+
+        The negative text has the adapters that all parts of the prompt have.
+        """
         if not isinstance(prompt, str):
             raise TypeError(f"a prompt is one text, got {prompt!r}; call once for each")
         check_number("cfg_scale", cfg_scale)
-        words = base.load_words(embeddings)
+        words, loaded = load_all(base, embeddings, adapters)
         for note in unused_tokens([e.token for e in words], prompt, negative):
             warnings.warn(note, stacklevel=4)
         parts = parse_prompt(prompt, tokens=[e.token for e in words])
@@ -111,15 +118,33 @@ class Condition:
         # text without words, or an unknown token in it, is refused even where it is not needed
         away = base.text(plain_text(negative), embeddings=words)
         needed = not active or cfg_scale * sum(weights) != 1
-        return cls(contexts, weights, away if needed else None, cfg_scale)
+        own = [choose_adapters(loaded, text) for text, _ in parts]
+        shared = tuple(a for a in loaded if all(a in some for some in own))
+        sets = [*(own[i] for i, (_, weight) in enumerate(parts) if weight and cfg_scale), shared]
+        networks = {some: adapt(base, some) if some else None for some in dict.fromkeys(sets)}
+        tuned = [networks[some] for some in sets] if any(networks.values()) else []
+        return cls(contexts, weights, away if needed else None, cfg_scale, tuned)
+
+    def match(self, base: Base) -> Condition:
+        """Return the condition, its tuned networks compiled where the base's is."""
+        if not base.fast:
+            return self
+        networks = {id(tuned): speed_up(tuned) for tuned in self.tuned if tuned is not None}
+        return replace(self, tuned=[networks.get(id(tuned)) for tuned in self.tuned])
 
     def denoise(self, base: Base, x: torch.Tensor, sigma: float, t: torch.Tensor) -> torch.Tensor:
-        """Return the guided prediction D of the image, all texts in one batch of the U-Net."""
+        """Return the guided prediction D of the image, all texts of a U-Net in one batch."""
         texts = [*self.contexts, *([] if self.negative is None else [self.negative])]
-        context = torch.cat([text.expand(len(x), -1, -1) for text in texts])
-        scaled = (x / math.sqrt(sigma**2 + 1)).repeat(len(texts), 1, 1, 1)
-        eps = base.predict_noise(scaled, t.expand(len(context)), context).split(len(x))
-        predictions = [x - sigma * e for e in eps]
+        scaled = x / math.sqrt(sigma**2 + 1)
+        networks = [tuned or base for tuned in self.tuned] or [base] * len(texts)
+        predictions = list(texts)
+        for network in {id(network): network for network in networks}.values():
+            which = [i for i in range(len(texts)) if networks[i] is network]
+            context = torch.cat([texts[i].expand(len(x), -1, -1) for i in which])
+            many = scaled.repeat(len(which), 1, 1, 1)
+            eps = network.predict_noise(many, t.expand(len(context)), context).split(len(x))
+            for i, e in zip(which, eps):
+                predictions[i] = x - sigma * e
         if not self.contexts:
             return predictions[0]
         unconditional = None if self.negative is None else predictions.pop()
@@ -185,6 +210,7 @@ def sample(
     prompt: str,
     *,
     embeddings: Words = (),
+    adapters: Adapters = (),
     negative_prompt: str = "",
     n: int = 16,
     steps: int | None = None,
@@ -204,6 +230,11 @@ def sample(
         Text with ``<tokens>``, or several parts: ``"<a>:0.5 AND <b>:0.5"``; see `parse_prompt`.
     embeddings : Embedding, path, or several of them
         Those whose tokens the prompt uses.
+    adapters : Adapter, path, or several of them
+        Changes of the U-Net (`tune`, LoRA files), each with its weight (`Adapter.weighted`). One
+        with a word applies to the parts of the prompt that name its token, one without to all; the
+        negative prompt has those that all parts have. Parts with other adapters than the rest
+        take a network pass of their own.
     n : int
         Number of images; image i has the seed ``seed + i`` and is the same in every batch up to
         1 gray level, and to the byte for equal `batch_size` on one machine.
@@ -242,12 +273,25 @@ def sample(
     steps = default_steps(base) if steps is None else steps
     check_counts(n=n, steps=steps, batch_size=batch_size)
     seeds, shape = list_seeds(seed, n), base.latent_shape(size)
-    condition = Condition.encode(base, prompt, embeddings, negative_prompt, cfg_scale)
+    condition = Condition.encode(base, prompt, embeddings, negative_prompt, cfg_scale, adapters)
     base = choose_speed(base, fast, n)
-    return draw_images(base, condition, steps, shape, seeds, batch_size, callback)
+    return draw_images(base, condition.match(base), steps, shape, seeds, batch_size, callback)
 
 
-def make_record(base: Base, words: Iterable[Embedding], **settings: Any) -> dict[str, Any]:
+def load_all(
+    base: Base, embeddings: Words, adapters: Adapters
+) -> tuple[list[Embedding], list[Adapter]]:
+    """Return embeddings, with the words of adapters, and adapters, all of which fit this base."""
+    loaded = load_adapters(base, adapters)
+    single = isinstance(embeddings, Embedding | str | os.PathLike)
+    given: list[Any] = [embeddings] if single else [*embeddings]  # type: ignore[misc]
+    own = [adapter.word for adapter in loaded if adapter.word is not None]
+    return base.load_words([*given, *(w for w in own if all(w is not g for g in given))]), loaded
+
+
+def make_record(
+    base: Base, words: Iterable[Embedding], adapters: Sequence[Adapter] = (), **settings: Any
+) -> dict[str, Any]:
     """Return what is written into every synthetic image's file."""
     words = list(words)
     record = {
@@ -257,7 +301,10 @@ def make_record(base: Base, words: Iterable[Embedding], **settings: Any) -> dict
         "base_hash": base.hash,
         "embeddings": {e.token: hash_tensors({"vectors": e.vectors}) for e in words},
     }
-    hashes = [e.record["image_hashes"] for e in words if "image_hashes" in e.record]
+    if adapters:
+        record["adapters"] = [[a.token, a.hash, a.weight] for a in adapters]
+    sources = [e.record for e in words] + [a.record for a in adapters]
+    hashes = [source["image_hashes"] for source in sources if "image_hashes" in source]
     return record | ({"training_images": " ".join(hashes)} if hashes else {})
 
 

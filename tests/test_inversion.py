@@ -15,13 +15,13 @@ from medbudget import (
 )
 from medbudget.inversion import (
     InversionError,
-    _Run,
     compute_loss,
     make_init,
     min_snr_weights,
 )
 from medbudget.loading import hash_weights
 from medbudget.runs import load_checkpoint
+from medbudget.training import Run
 
 IMAGES = make_phantoms("prostate", "tumour", 6).images
 FEW = InversionSettings.preset(
@@ -291,25 +291,30 @@ def test_float16_trains_as_float32_does():
     assert half.vectors.dtype == torch.float32 and not torch.equal(half.vectors, full.vectors)
 
 
+def start_run(half):
+    return Run({"vectors": torch.zeros(2, 3)}, {"vectors": 0.1}, half)
+
+
 def test_a_step_whose_float16_gradient_overflows_is_skipped_and_the_scale_falls():
-    run_ = _Run(torch.zeros(2, 3), lr=0.1, half=True)
+    run_ = start_run(half=True)
     one = torch.ones(())
     assert float(run_.scaler.scale(one)) == 2**16
-    run_.update(torch.tensor(1.0), torch.full((2, 3), float("inf")), 0.1)
-    assert run_.step == 1 and run_.vectors.abs().max() == 0
+    run_.update(torch.tensor(1.0), [torch.full((2, 3), float("inf"))], 1)
+    assert run_.step == 1 and run_.tensors["vectors"].abs().max() == 0
     scale = float(run_.scaler.scale(one))
     assert scale == 2**15
-    norm = run_.update(torch.tensor(1.0), torch.full((2, 3), scale), 0.1)
-    assert norm == pytest.approx(6**0.5) and run_.vectors.tolist()[0][0] == pytest.approx(-0.1)
-    other = _Run(torch.zeros(2, 3), lr=0.1, half=True)
+    norm = run_.update(torch.tensor(1.0), [torch.full((2, 3), scale)], 1)
+    first = run_.tensors["vectors"].flatten().tolist()[0]
+    assert norm == pytest.approx(6**0.5) and first == pytest.approx(-0.1)
+    other = start_run(half=True)
     other.load_state_dict(run_.state_dict())
     assert other.step == 2 and float(other.scaler.scale(one)) == 2**15
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_in_float32():
-    run_ = _Run(torch.zeros(2, 3), lr=0.1, half=False)
+    run_ = start_run(half=False)
     with pytest.raises(InversionError, match="gradient inf at step 1"):
-        run_.update(torch.tensor(1.0), torch.full((2, 3), float("inf")), 0.1)
+        run_.update(torch.tensor(1.0), [torch.full((2, 3), float("inf"))], 1)
 
 
 def test_attention_scores_beyond_float16_stay_finite():

@@ -459,7 +459,8 @@ def test_nbconvert_executes_a_chapter(tmp_path: Path) -> None:
 
 def test_training_step_is_the_librarys(tiny) -> None:
     from medbudget import InversionSettings, invert, make_phantoms
-    from medbudget.inversion import _draw, make_init
+    from medbudget.inversion import make_init
+    from medbudget.training import draw_batch
 
     training_step = equation("training_step")
     settings = InversionSettings(
@@ -474,7 +475,7 @@ def test_training_step_is_the_librarys(tiny) -> None:
     vectors = make_init(tiny, settings).requires_grad_(True)
     optimizer = torch.optim.AdamW([vectors], lr=0.01, weight_decay=0)
     for step, loss in enumerate(taken):
-        pick, t, noise, _ = _draw(settings, step, len(images), z.shape[1:])
+        pick, t, noise, _ = draw_batch(settings, step, len(images), z.shape[1:])
         ours = training_step(tiny, vectors, optimizer, z[pick], t, noise)
         assert ours == pytest.approx(loss, rel=1e-5)
     assert not torch.equal(vectors, make_init(tiny, settings))

@@ -1,0 +1,201 @@
+"""Files of adapters: LoRA of kohya-ss, A1111, ComfyUI, diffusers and peft, read without code."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from medbudget.embeddings import LARGEST, META, Embedding, EmbeddingError
+from medbudget.torchfiles import recognise
+
+PREFIX = "lora_unet_"
+Change: TypeAlias = "dict[str, torch.Tensor]"
+_PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff", "diff_b")
+_OTHERS = {  # signs of other files, and what to do with them
+    "lora_te": "it changes the text encoder too, and only changes of the U-Net can be used here: "
+    "train or export it for the U-Net alone",
+    "text_encoder.": "it changes the text encoder too, and only changes of the U-Net can be used "
+    "here: train or export it for the U-Net alone",
+    "lora_unet_input_blocks": "it is for Stable Diffusion XL, whose layers have other names",
+    "transformer.": "it is for a transformer (Stable Diffusion 3, Flux), not for a U-Net",
+    "model.diffusion_model.": "it is a whole base: pass it with --base",
+    "emb_params": "it is an embedding: pass it with --embeddings",
+    "<": "it is an embedding: pass it with --embeddings",
+    "bundle_emb": "it bundles words of A1111: save them as embeddings of their own",
+}
+_KINDS = {
+    "token": str, "step": int, "base": str, "base_hash": str, "data": str, "record": dict,
+    "word": dict,
+}  # fmt: skip
+
+
+class AdapterError(ValueError):
+    """An adapter, or a file of one, that cannot be used."""
+
+
+def check_change(layer: str, change: Change) -> None:
+    """Raise AdapterError unless a layer's tensors are a change of a known kind, and finite."""
+    parts = set(change)
+    if unknown := sorted(parts - set(_PARTS)):
+        raise AdapterError(
+            f"layer {layer[:100]} has {unknown[0][:60]}: only LoRA (lora_down, lora_up, alpha) and "
+            "full changes (diff, diff_b) are read, not LoHa, LoKr, DoRA and others"
+        )
+    down, up = change.get("lora_down.weight"), change.get("lora_up.weight")
+    for name, tensor in change.items():
+        if not tensor.is_floating_point() or not (tensor.abs() <= LARGEST).all():
+            found = "NaN, infinity or numbers beyond 10,000" if tensor.is_floating_point() else ""
+            raise AdapterError(
+                f"layer {layer[:100]} holds {found or tensor.dtype} in {name}: its training "
+                "diverged, or it is damaged; train it again with a lower learning rate"
+            )
+    lora = {"lora_down.weight", "lora_up.weight"}
+    if bool(parts & lora) == bool(parts & {"diff", "diff_b"}) or 0 < len(parts & lora) < 2:
+        raise AdapterError(
+            f"layer {layer[:100]} has {', '.join(sorted(parts))}: either lora_down and lora_up, or "
+            "diff and diff_b make a change"
+        )
+    if down is None or up is None:
+        return
+    if (
+        down.ndim not in (2, 4)
+        or up.ndim not in (2, 4)
+        or up.shape[1] != len(down)
+        or not len(down)
+    ):
+        raise AdapterError(
+            f"layer {layer[:100]}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} make "
+            "no product"
+        )
+    if (alpha := change.get("alpha")) is not None and alpha.numel() != 1:
+        raise AdapterError(f"layer {layer[:100]}: alpha has {alpha.numel()} numbers, not one")
+
+
+_DIFFUSERS = re.compile(
+    r"(?:unet|base_model\.model)\.(?P<layer>.+?)(?:\.processor)?[._]lora(?:_(?P<ab>[AB])|\.(?P<du>down|up))\.weight"
+)
+
+
+def _rename(key: str) -> str:
+    """Return kohya-ss' name of a tensor that diffusers or peft names, or the name as it is."""
+    match = _DIFFUSERS.fullmatch(key)
+    if not match:
+        return key
+    layer = match["layer"].replace(".processor.", ".")
+    layer = f"{layer}.0" if layer.endswith(".to_out") else layer
+    part = {"A": "down", "B": "up"}.get(match["ab"], match["du"])
+    return f"{PREFIX}{layer.replace('.', '_')}.lora_{part}.weight"
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file holds changes to a U-Net; False if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(_rename(key).startswith(PREFIX) for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
+def read_adapter(path: Path) -> dict[str, Any]:
+    """Return what an `Adapter` is made of; raise AdapterError for any other file."""
+    if path.suffix != ".safetensors":
+        raise AdapterError(
+            f"unknown ending {path.suffix!r}; adapters are read from .safetensors alone, as other "
+            "files can hold code"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys, metadata = list(file.keys()), file.metadata() or {}
+            if not any(_rename(key).startswith(PREFIX) for key in keys):
+                raise AdapterError(_recognise(keys))
+            for sign, reason in _OTHERS.items():
+                if any(key.startswith(sign) for key in keys):
+                    raise AdapterError(reason)
+            tensors = {_rename(key): file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        with open(path, "rb") as opened:
+            reason = recognise(opened.read(1024)) or f"it is no whole safetensors file ({error})"
+        raise AdapterError(f"{reason}; fetch or train it again") from None
+    if strange := sorted(key for key in tensors if not key.startswith(PREFIX)):
+        raise AdapterError(f"it holds {strange[0][:100]}, which is no change to a U-Net's layer")
+    if len(tensors) < len(keys):
+        raise AdapterError("it holds a layer twice, under two names")
+    about = _read_about(metadata.get(META))
+    word = about.pop("word", None)
+    if META not in metadata:
+        tensors |= _read_alphas(metadata, tensors)
+    tensors = {k: v.float().reshape(()) if k.endswith(".alpha") and v.numel() == 1 else v.float()
+               for k, v in tensors.items()}  # fmt: skip
+    return {**about, "tensors": tensors, "word": None if word is None else _read_word(word)}
+
+
+def _recognise(keys: Sequence[str]) -> str:
+    """Say what a file without changes to a U-Net is."""
+    for sign, reason in _OTHERS.items():
+        if any(key.startswith(sign) for key in keys):
+            return reason
+    if len(keys) == 1:
+        return "it holds one tensor, as an embedding does: pass it with --embeddings"
+    return f"it is no LoRA of a U-Net; it holds {', '.join(sorted(k[:60] for k in keys)[:3]) or 'nothing'}"
+
+
+def _read_alphas(
+    metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the alphas that diffusers writes into the metadata."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+        config = {k.removeprefix("unet."): v for k, v in config.items() if k.startswith("unet.")}
+        alpha = config.get("lora_alpha")
+        odd = [k for k in ("alpha_pattern", "use_rslora", "use_dora", "lora_bias") if config.get(k)]
+        if odd:
+            raise AdapterError(f"its {odd[0]} is {config[odd[0]]!r:.60}, which is not read here")
+        if alpha is None:
+            return {}
+        found = torch.tensor(float(alpha))
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError("its metadata are damaged; fetch or train it again") from None
+    end = "lora_down.weight"
+    return {f"{key.removesuffix(end)}alpha": found for key in tensors if key.endswith(end)}
+
+
+def describe_word(word: Embedding) -> dict[str, Any]:
+    """Return a word as JSON, its vectors as base64 of float32."""
+    vectors = base64.b64encode(word.vectors.numpy().astype("<f4").tobytes()).decode()
+    return vars(word) | {"vectors": vectors, "width": word.vectors.shape[1]}
+
+
+def _read_word(noted: dict[str, Any]) -> Embedding:
+    """Return the word that stands in the metadata."""
+    try:
+        width = noted.pop("width")
+        data = bytearray(base64.b64decode(noted.pop("vectors"), validate=True))
+        vectors = torch.frombuffer(data, dtype=torch.float32).reshape(-1, width)
+        if any(not isinstance(value, _KINDS[key]) for key, value in noted.items()):
+            raise TypeError
+        return Embedding(vectors, **noted)
+    except EmbeddingError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        raise AdapterError("its word is damaged; fetch or train it again") from None
+
+
+def _read_about(noted: str | None) -> dict[str, Any]:
+    """Return what we wrote beside the tensors; empty for other programs' files."""
+    try:
+        about = {} if noted is None else json.loads(noted)
+        if isinstance(about, dict) and all(isinstance(v, _KINDS[k]) for k, v in about.items()):
+            return about
+    except (KeyError, ValueError, RecursionError):
+        pass
+    raise AdapterError("its metadata are damaged; fetch or train it again")

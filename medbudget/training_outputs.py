@@ -1,0 +1,193 @@
+"""Train words and adapters into files, and go on where an earlier call was stopped.
+
+What is there as a call would make it is kept; anything else is refused, unless `overwrite` says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from medbudget.adapter_files import AdapterError
+from medbudget.adapters import Adapter
+from medbudget.base import Base
+from medbudget.embeddings import Embedding, EmbeddingError, check_token
+from medbudget.files import PathLike, check_output, hash_tensors, hold
+from medbudget.images import make_grid, read_record, save_images
+from medbudget.inversion import InversionSettings, invert
+from medbudget.lora import TuneSettings, tune
+from medbudget.progress import count, quiet, say
+from medbudget.sampling import sample
+from medbudget.training import check_square
+
+Tell: TypeAlias = "Callable[[dict[str, Any]], None]"
+
+
+def invert_to(
+    path: PathLike, base: Base, images: torch.Tensor, *, token: str,
+    settings: InversionSettings | None = None, checkpoint: PathLike | None = None,
+    callback: Tell | None = None, preview_every: int = 0, overwrite: bool = False, **options: Any,
+) -> Embedding:  # fmt: skip
+    """Train an embedding into a file.
+
+    Without a `checkpoint` of yours, the state is kept as ``PATH.ckpt`` until the word is saved.
+    Every `preview_every` steps four images of the word go into ``PATH.previews``. The `options`
+    and other parameters are those of `invert`.
+    """
+    path = Path(path)
+    check_square(images)
+    given = settings or InversionSettings()
+    settings = given.complete(base.preset)
+    wanted = _identify(base, images, check_token(token), settings)
+    if check_output(path, wanted, _read_word_identity, overwrite=overwrite):
+        say(f"{path} is there already, made with these settings")
+        return Embedding.load(path)
+    previews = path.with_name(f"{path.name}.previews")
+    preview = wanted | {"preview": True}
+    for file in previews.glob("*.png"):
+        check_output(file, preview, read_record, overwrite=overwrite)
+    checkpoint, own = _choose_checkpoint(path, checkpoint)
+    _announce(base, images, given, settings, f"{settings.n_vectors} vectors", checkpoint)
+    if preview_every:
+        say(f"images of the word go into {previews} every {count(preview_every, 'step')}")
+    if len(images) < 5:
+        say("a word from so few images copies them; the paper's smallest set has 5")
+
+    def tell(state: dict[str, Any]) -> None:
+        if preview_every and state["step"] % preview_every == 0:
+            now = Embedding(state["vectors"].clone(), token)
+            with quiet():
+                drawn = make_grid(sample(base, token, embeddings=now, n=4))[None]
+            save_images(drawn, previews, names=[f"step{state['step']:06d}"], records=[preview])
+        if callback is not None:
+            callback(state)
+
+    with hold(path):
+        word = invert(
+            base, images, token=token, settings=settings, checkpoint=checkpoint,
+            callback=_time_steps(tell), **options,
+        )  # fmt: skip
+        word.save(path)
+    if own:
+        checkpoint.unlink(missing_ok=True)
+    return word
+
+
+def tune_to(
+    path: PathLike, base: Base, images: torch.Tensor, *, token: str | None = None,
+    settings: TuneSettings | None = None, checkpoint: PathLike | None = None,
+    callback: Tell | None = None, overwrite: bool = False, **options: Any,
+) -> Adapter:  # fmt: skip
+    """Train an adapter into a file.
+
+    Without a `checkpoint` of yours, the state is kept as ``PATH.ckpt`` until the adapter is saved.
+    The `options` and other parameters are those of `tune`.
+    """
+    path = Path(path)
+    check_square(images)
+    given = settings or TuneSettings()
+    settings = given.complete(base.preset)
+    wanted = _identify(base, images, check_token(token) if token else "", settings)
+    if check_output(path, wanted, _read_adapter_identity, overwrite=overwrite):
+        say(f"{path} is there already, made with these settings")
+        return Adapter.load(path)
+    checkpoint, own = _choose_checkpoint(path, checkpoint)
+    word = f", a word of {count(settings.n_vectors, 'vector')}" if settings.n_vectors else ""
+    _announce(base, images, given, settings, f"rank {settings.rank}{word}", checkpoint)
+    if len(images) < 100:
+        say("tuning on few images copies them: compare the results with the training images")
+    with hold(path):
+        adapter = tune(
+            base, images, token=token, settings=settings, checkpoint=checkpoint,
+            callback=_time_steps(callback), **options,
+        )  # fmt: skip
+        adapter.save(path)
+    if own:
+        checkpoint.unlink(missing_ok=True)
+    return adapter
+
+
+def _identify(base: Base, images: torch.Tensor, token: str, settings: Any) -> dict[str, Any]:
+    """Return what tells one training from another."""
+    own = {"token": token, "base": base.hash, "images": hash_tensors({"images": images})}
+    return own | settings.without("checkpoint_every")
+
+
+def _read_word_identity(path: Path) -> dict[str, Any] | None:
+    """Return what a file says of a word's making, None if it says nothing."""
+    try:
+        word = Embedding.load(path)
+    except EmbeddingError:
+        return None
+    return _read_identity(word, word.record, InversionSettings)
+
+
+def _read_adapter_identity(path: Path) -> dict[str, Any] | None:
+    """Return what a file says of an adapter's making, None if it says nothing."""
+    try:
+        adapter = Adapter.load(path)
+    except AdapterError:
+        return None
+    return _read_identity(adapter, adapter.record, TuneSettings)
+
+
+def _read_identity(trained: Any, record: dict[str, Any], kind: Any) -> dict[str, Any] | None:
+    try:
+        settings, images = kind(**record["settings"]), record["images_hash"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    own = {"token": trained.token, "base": trained.base_hash, "images": images}
+    return own | settings.without("checkpoint_every")
+
+
+def _choose_checkpoint(path: Path, checkpoint: PathLike | None) -> tuple[Path, bool]:
+    """Return the checkpoint's file, and whether it is to be removed at the end."""
+    if checkpoint is None:
+        return path.with_name(f"{path.name}.ckpt"), True
+    if Path(checkpoint).resolve() == path.resolve():
+        raise ValueError(f"{path} is to hold the result: name another file for the checkpoint")
+    return Path(checkpoint), False
+
+
+def _announce(
+    base: Base, images: torch.Tensor, given: Any, settings: Any, size: str, checkpoint: Path
+) -> None:
+    changes = ", ".join(sorted(given.given)) or "nothing"
+    if given.given >= set(asdict(settings)):
+        changes = "all"
+    say(
+        f"{count(len(images), 'image')}, {count(settings.steps, 'step')} of {settings.batch_size}, "
+        f"learning rate {settings.lr:g} ({settings.schedule}), {size} on {base.device} (preset "
+        f"{base.preset}; given: {changes})"
+    )
+    say(
+        f"the state is kept in {checkpoint} every {count(settings.checkpoint_every, 'step')} and at "
+        "Ctrl-C: the same call goes on from there"
+    )
+
+
+def _time_steps(callback: Tell | None) -> Tell:
+    """Return a callback that says after 20 steps how long the rest will take."""
+    times = [time.monotonic()]
+
+    def tell(state: dict[str, Any]) -> None:
+        times.append(time.monotonic())
+        if len(times) == 21 and state["step"] < state["steps"]:
+            pace = (times[-1] - times[1]) / 19
+            say(f"about {_format_seconds(pace * (state['steps'] - state['step']))} left")
+        if callback is not None:
+            callback(state)
+
+    return tell
+
+
+def _format_seconds(seconds: float) -> str:
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
