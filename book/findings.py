@@ -17,9 +17,10 @@ from pathlib import Path
 
 if (BOOK := str(Path(__file__).resolve().parent)) not in sys.path:
     sys.path.insert(0, BOOK)
-from evidence import judge, paper_numbers, privacy, stylegan3, table2, xrays
+from abilities import mixing, painting, table1
+from evidence import paper_numbers, privacy, stylegan3, table2, xrays
 from methods import autoencoder, coverage, distances, words
-from wording import FOLDERS, ROOT, read_values, verdict
+from wording import FOLDERS, ROOT, read_values
 
 MARK = re.compile(r"\{\{ ([\w.]+) \}\}|<!-- ([\w.]+) -->(?:(?!<!--).)*<!-- / -->")
 
@@ -30,32 +31,9 @@ def read_numbers(folders: Iterable[Path] = FOLDERS) -> dict[str, str]:
     numbers = paper_numbers()
     for part in (
         autoencoder, words, distances, coverage, table1, table2, xrays, privacy, tiny, stylegan3,
-        painting, machines,
+        mixing, painting, machines,
     ):  # fmt: skip
         numbers |= part(folders)
-    return numbers
-
-
-def table1(folders: tuple[Path, ...]) -> dict[str, str]:
-    """Return how each setting compares with the final configuration, by FD on tiny and the paper's."""
-    rows = read_values("table1_tiny", folders)["rows"]
-    final = {row["setting"]: row["paper"]["FID"] for row in rows if "compare" not in row}
-    numbers = {}
-    names = {
-        "sampling steps": "steps",
-        "CFG scale": "guidance",
-        "vectors": "vectors",
-        "cases": "cases",
-    }
-    for row in rows:
-        if test := row.get("compare"):
-            key = f"table1.{names[row['setting']]}.{row['value']}"
-            numbers[key] = verdict(
-                test["difference"], test["p_value"], above="further away", below="nearer"
-            )
-            if "FID" in row["paper"]:
-                claim = 1 if row["paper"]["FID"] > final[row["setting"]] else -1
-                numbers[f"{key}.badge"] = judge(test, claim)
     return numbers
 
 
@@ -73,19 +51,6 @@ def tiny(folders: tuple[Path, ...]) -> dict[str, str]:
         "tiny.met": str(sum(bars)),
         "tiny.missed": str(len(bars) - sum(bars)),
         "tiny.floor": f"{min(floor):.0f} to {max(floor):.0f}",
-    }
-
-
-def painting(folders: tuple[Path, ...]) -> dict[str, str]:
-    """Return how often painted lesions are found, at the paper's guidance and at ours."""
-    values = read_values("inpainting", folders)
-    rows = {row["value"]: row for row in values["rows"] if row["setting"] == "cfg_scale"}
-    ours = values["final"]["cfg_scale"]
-    return {
-        "painting.paper": f"{rows[2.0]['share'] * 100:.0f} %",
-        "painting.ours": f"{rows[ours]['share'] * 100:.0f} %",
-        "painting.guidance": f"{ours:g}",
-        "painting.off": f"{rows[ours]['off_colour']:.0f}",
     }
 
 
