@@ -47,6 +47,11 @@ def load_image(path: PathLike, *, size: int | None = None) -> torch.Tensor:
     padded with black to a square. `ImageError` is raised for what `open_picture` refuses, more than
     8 bits a channel, or transparency: what needs a decision is not decided in silence.
     """
+    image = _open_rgb(path)
+    return from_pil(image if size is None else fit_square(image, size))
+
+
+def _open_rgb(path: PathLike) -> Image.Image:
     try:
         image, _ = open_picture(path)
     except ImageError as error:
@@ -58,8 +63,7 @@ def load_image(path: PathLike, *, size: int | None = None) -> torch.Tensor:
         )
     if image.mode == "RGBA":
         raise ImageError(f"{path} {TRANSPARENT}")
-    image = image.convert("RGB")
-    return from_pil(image if size is None else fit_square(image, size))
+    return image.convert("RGB")
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:
@@ -92,7 +96,9 @@ def find_images(folder: PathLike) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"no such folder: {folder}")
+        near = sorted(p.name for p in folder.parent.glob("*/"))[:5]
+        beside = f"; beside it are {', '.join(near)}" if near else ""
+        raise FileNotFoundError(f"no such folder: {folder}{beside}")
     if folder.is_file():
         return [folder]
     if is_prepared(folder):
@@ -103,9 +109,12 @@ def find_images(folder: PathLike) -> list[Path]:
     others = describe_passed_over(p for p in files if p not in images)
     images = [p for p in images if p.name != SHEET or read_record(p) is None]
     if not images:
-        inner = [p.name for p in entries if p.is_dir()]
-        hint = f"; it has the folders {inner[:5]}: name one of them" if inner else ""
-        hint += f"; it has {others}" if others else ""
+        hint = f"; it has {others}" if others else ""
+        if inner := [p.name for p in entries if p.is_dir()]:
+            raise ImageError(
+                f"no images in {folder} itself; it has the folders {', '.join(inner[:5])}: name one "
+                f"of them{hint}"
+            )
         raise ImageError(
             f"no images in {folder} (other entries: {len(entries)}); "
             f"allowed are {', '.join(SUFFIXES)}{hint}. DICOM files and volumes become images with "
@@ -159,7 +168,8 @@ def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = Non
     source : path or sequence of paths
         A folder (see `find_images`; not those in folders below), one file, or several files.
     size : int, optional
-        See `load_image`. Without it, all files must have the same size.
+        See `load_image`; a warning says where images are enlarged twofold or more. Without it, all
+        files must have the same size.
 
     Returns
     -------
@@ -177,14 +187,17 @@ def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = Non
         raise ImageError("no image files given")
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    images, broken = [], []
+    images, edges, broken = [], [], []
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"no such file: {file}")
         try:
-            images.append(load_image(file, size=size))
+            image = _open_rgb(file)
         except ImageError as error:
             broken.append(str(error))
+            continue
+        edges.append(max(image.size))
+        images.append(from_pil(image if size is None else fit_square(image, size)))
     if broken:
         more = f"\n… and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise ImageError(
@@ -195,6 +208,12 @@ def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = Non
         raise ImageError(
             f"the images have {len(shapes)} different sizes, e.g. {sorted(shapes)[:3]} (H, W); "
             "pass size=… to resize and pad them all"
+        )
+    if size is not None and 2 * min(edges) <= size:
+        warnings.warn(
+            f"images with a longest edge of {min(edges)} pixels are enlarged to {size}: if the "
+            "originals are larger, prepare them at that size (medbudget prepare --size)",
+            stacklevel=2,
         )
     first: dict[str, Path] = {}
     pairs = [

@@ -1,4 +1,5 @@
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -50,11 +51,22 @@ def test_gray_and_opaque_pictures_are_rgb(tmp_path):
     assert second[:, 0, 0].tolist() == [7, 255, 255]
 
 
+@pytest.mark.parametrize(("edge", "size", "warned"), [(8, 16, True), (9, 16, False), (9, 8, False)])
+def test_images_that_are_enlarged_a_lot_are_said(tmp_path, edge, size, warned):
+    write(tmp_path, "a.png", np.zeros((edge - 1, edge, 3), np.uint8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_images(tmp_path, size=size)
+    assert ["enlarged to 16" in str(one.message) for one in caught] == [True] * warned
+
+
 def test_what_cannot_be_loaded_is_named_with_a_way_out(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_images(tmp_path / "no")
     (tmp_path / "normal").mkdir()
-    with pytest.raises(ImageError, match=r"no images in .*normal"):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*no; beside it are normal"):
+        load_images(tmp_path / "no")
+    with pytest.raises(ImageError, match=r"no images in .*itself; it has the folders normal"):
         load_images(tmp_path)
     write(tmp_path, "a.png", np.zeros((8, 8, 3), np.uint8))
     write(tmp_path, "b.png", np.zeros((8, 9, 3), np.uint8))

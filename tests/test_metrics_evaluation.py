@@ -113,7 +113,7 @@ def test_n_is_lowered_for_both_and_said():
     sets = blobs(21, seed=0), blobs(30, seed=1)
     scores = layout(*sets)
     assert {s.n for s in scores} == {10}
-    assert "n lowered from 30 to 10" in scores[0].note
+    assert "n is half of the 21 real images" in scores[0].remark
     (whole,) = layout(*sets, floor=False)
     assert whole.n == (21, 30) and "lowered" not in whole.note
 

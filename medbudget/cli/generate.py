@@ -6,6 +6,8 @@ What a command returns are settings in force that the command line did not give;
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,12 +103,12 @@ def invert(
         for name in ("loss", "lr", "grad_norm"):
             writer.add_scalar(name, state[name], state["step"])
 
-    loaded = base.load()
     given: dict[str, Any] = {
         "n_vectors": n_vectors, "steps": steps, "lr": lr, "batch_size": batch_size, "init": init,
         "latents": latents, "seed": seed or None, "checkpoint_every": checkpoint_every,
     }  # fmt: skip
     settings = InversionSettings(**{k: v for k, v in given.items() if v is not None})
+    loaded = _load_base(base, None, images=[images])
     pictures = load_images(images, size=loaded.size)
     try:
         word = invert_to(
@@ -177,7 +179,7 @@ def sample(
     from medbudget.progress import count
     from medbudget.sampling import default_steps, total_guidance
 
-    loaded = _load_base(base, out)
+    loaded = _load_base(base, out, prompt, words=embeddings or [])
     kept = set(out.glob("*.png"))
     paths = sample_to(
         out, loaded, prompt, embeddings=embeddings or [], negative_prompt=negative_prompt, n=n,
@@ -216,7 +218,7 @@ def interpolate(
     from medbudget.sampling import default_steps
 
     shares = _parse_numbers("--weights", weights, "shares such as 0,0.5,1")
-    loaded = _load_base(base, out)
+    loaded = _load_base(base, out, words=[a, b])
     folders = interpolate_to(
         out, loaded, a, b, weights=shares, method=method, n=n, steps=steps, cfg_scale=cfg_scale,
         seed=seed, fast=base.fast, gif=gif, overwrite=overwrite,
@@ -269,9 +271,11 @@ def inpaint(
         unit = "x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06"
         numbers = [_parse_numbers("--ellipse", text, unit, 4) for text in ellipse]
         mask = {f"ellipse{i}": draw(four[:2], four[2:]) for i, four in enumerate(numbers)}
-    loaded = _load_base(base, out)
+    pictures = [image] if ellipse else [image, mask]
+    prompt = mask_and_prompt[-1]
+    loaded = _load_base(base, out, prompt, words=embeddings or [], images=pictures)
     paths = inpaint_to(
-        out, loaded, image, mask, mask_and_prompt[-1], embeddings=embeddings or [],
+        out, loaded, image, mask, prompt, embeddings=embeddings or [],
         negative_prompt=negative_prompt, strength=strength, mask_blur=mask_blur, content=content,
         overlay=overlay, steps=steps, cfg_scale=cfg_scale, seed=seed, n=n, save_masks=save_masks,
         overwrite=overwrite,
@@ -280,11 +284,23 @@ def inpaint(
     return {"steps": default_steps(loaded)}
 
 
-def _load_base(base: BaseOptions, out: Path) -> Any:
-    """Load a base, once it is sure that files can be written."""
-    from medbudget.images import check_folder
+def _load_base(
+    base: BaseOptions, out: Path | None, prompt: str = "", *, words: Sequence[Path] = (),
+    images: Sequence[Path] = (),
+) -> Any:  # fmt: skip
+    """Load a base, once it is sure that the other files are there, and that the output can be."""
+    from medbudget import Embedding, parse_prompt
+    from medbudget.images import check_folder, find_images
 
-    check_folder(out, {})
+    if out is not None:
+        check_folder(out, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when the files are used
+        for path in images:
+            find_images(path)
+        tokens = [Embedding.load(path).token for path in words]
+    if prompt:
+        parse_prompt(prompt, tokens=tokens)
     return base.load()
 
 
@@ -307,5 +323,5 @@ def describe(images: Path, /, *, base: BaseOptions = DEFAULT) -> None:
     from medbudget import describe as run
     from medbudget import load_images
 
-    loaded = base.load()
+    loaded = _load_base(base, None, images=[images])
     print(run(loaded, load_images(images, size=loaded.size)))

@@ -16,7 +16,7 @@ from medbudget.metrics.image_sets import Source, choose_images, find_leaks, load
 from medbudget.metrics.kernel import kernel_distance, precision_recall
 from medbudget.metrics.neighbours import memorisation, wilson
 from medbudget.metrics.permutation import permutation_test
-from medbudget.metrics.scores import FEW, FLOOR, Score
+from medbudget.metrics.scores import FEW, FLOOR, HALVED, Score
 from medbudget.weights import OFFLINE
 
 NO_GROUPS: tuple[Groups, Groups] = (None, None)
@@ -195,11 +195,6 @@ def evaluate(
     first, second, chosen = choose_images(given, made, floor, np.random.default_rng(seed))
     groups = given.groups(first), made.groups(chosen)
     notes = [f"{len(set(g))} patients in {len(g)} images" for g in groups if g is not None]
-    if floor and len(first) < len(made):
-        notes.append(
-            f"n lowered from {len(made)} to {len(first)}: {len(given)} real images give two "
-            f"disjoint sets of {len(first)}"
-        )
     rows, columns = np.arange(len(made)), np.arange(len(other) if other else 0)
     if other is not None and paired:
         rows, columns, by = pair(made, other)
@@ -217,9 +212,10 @@ def evaluate(
         name = extractor.distance_name + ", z-scored" * beside
         about: dict[str, Any] = {"extractor": extractor, "normalize": rule, "interval": interval}
         note = "; ".join(notes)
-        scores.append(
-            frechet_score(x[first], y[chosen], name=name, groups=groups, note=note, **about)
-        )
+        distance = frechet_score(x[first], y[chosen], name=name, groups=groups, note=note, **about)
+        if floor and len(first) < len(made):
+            distance = distance.remarked(f"{HALVED} {len(given)} real images", last=True)
+        scores.append(distance)
         if floor:
             about |= {"name": name + FLOOR, "note": "the floor: two disjoint real sets"}
             between = (groups[0], given.groups(second))

@@ -244,8 +244,10 @@ def choose_images(
 
 
 def find_leaks(real: ImageSet, synthetic: ImageSet, used: Index, train: ImageSet | None) -> str:
-    """Say how many of the real images are training images, or are among the synthetic ones."""
+    """Say how many of the real images are training images, synthetic, or among the synthetic ones."""
     remarks = []
+    if drawn := sum(bool((read_record(file) or {}).get("synthetic")) for file in real.files):
+        remarks.append(f"{drawn} of the {len(real)} real images are synthetic by their own record")
     seen = set(train.hashes) if train else set()
     trained = [real.hashes[i] in seen for i in used]
     if synthetic.training_hashes:

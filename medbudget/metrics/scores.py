@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 FEW = 30  # images; below, a score says in its own line on how few it rests
+HALVED = "n is half of the"  # real images, where a remark says why n is small
 FLOOR = ", real vs real"  # ends the name of a distance between two real sets
 
 
@@ -68,9 +69,10 @@ class Score:
         parts = (f"{head}, n = {self.sizes}", self.remark, features, rule, self.note)
         return "; ".join(filter(None, parts))
 
-    def remarked(self, remark: str) -> Score:
-        """Return the score with a remark before its own."""
-        return replace(self, remark="; ".join(filter(None, (remark, self.remark))))
+    def remarked(self, remark: str, *, last: bool = False) -> Score:
+        """Return the score with a remark before its own, or after it."""
+        remarks = (self.remark, remark) if last else (remark, self.remark)
+        return replace(self, remark="; ".join(filter(None, remarks)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""

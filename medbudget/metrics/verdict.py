@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from medbudget.metrics.scores import FEW, FLOOR, Score, format_table
+from medbudget.metrics.scores import FEW, FLOOR, HALVED, Score, format_table
 
 FAR = 2.0  # times the floor
 
@@ -26,7 +26,7 @@ def judge(scores: Sequence[Score]) -> str:
     parts = ["no floor, so no verdict on the distance"]
     if floor is not None:
         parts = [_judge_distance(by_name[floor.name.removesuffix(FLOOR)], floor)]
-    few = ("only ", "rests on ")
+    few = ("only ", "rests on ", HALVED)
     remarks = scores[0].remark.split("; ") if scores else []
     if leaks := [remark for remark in remarks if remark and not remark.startswith(few)]:
         parts.insert(0, f"no test of the generator: {'; '.join(leaks)}")
