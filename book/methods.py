@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from wording import read_values
+from wording import badge, read_values
 
 DISTANCES = {"FD": "fd", "layout": "layout"}
 
@@ -29,7 +29,8 @@ def autoencoder(folders: tuple[Path, ...]) -> dict[str, str]:
 def words(folders: tuple[Path, ...]) -> dict[str, str]:
     """Return how far images of learned words and of plain ones are from phantoms, by class."""
     rows = read_values("tiny_base", folders)["inversion"]
-    numbers = {}
+    numbers: dict[str, str] = {}
+    nearer: dict[str, list[bool]] = {}
     for distance, key in DISTANCES.items():
         learned: dict[str, list[float]] = {}
         plain: dict[str, list[float]] = {}
@@ -45,6 +46,9 @@ def words(folders: tuple[Path, ...]) -> dict[str, str]:
         for kind in learned:
             numbers[f"words.{key}.{kind}"] = extent(learned[kind], digits)
             numbers[f"words.{key}.{kind}.plain"] = extent(plain[kind], digits)
+            nearer.setdefault(kind, []).extend(a < b for a, b in zip(learned[kind], plain[kind]))
+    for kind, votes in nearer.items():  # no evidence where the two distances contradict each other
+        numbers[f"words.{kind}.badge"] = badge(votes[0] if len(set(votes)) == 1 else None)
     inside = [row["value"] for row in rows if row["name"].endswith(("precision", "recall"))]
     numbers["words.inside"] = extent(inside, 0 if not any(inside) else 2)
     return numbers
