@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BRANCH = "main"
 COLAB, BINDER = "https://colab.research.google.com", "https://mybinder.org"
 BADGE = re.compile(r"^\[!\[Open in Colab\]\(.*\n\n", re.MULTILINE)
+TABLE = re.compile(r"^\|", re.MULTILINE)  # where a chapter's first one begins
 CLONE = re.compile(r"^git clone .*\n", re.MULTILINE)
 CODE = re.compile(r"^repository-code: .*\n", re.MULTILINE)
 SOURCE = re.compile(r'(MEDBUDGET_SOURCE"\) or) ".*?"')
@@ -75,7 +76,8 @@ def _put(cell: dict[str, Any], text: str) -> None:
 
 def _set_badge(notebook: dict[str, Any], badge: str) -> None:
     first = notebook["cells"][0]
-    _put(first, BADGE.sub("", "".join(first["source"])).replace("| | |\n", badge + "| | |\n", 1))
+    text = BADGE.sub("", "".join(first["source"]))
+    _put(first, TABLE.sub(lambda table: badge + table[0], text, count=1))
 
 
 def remove_badge(text: str) -> str:

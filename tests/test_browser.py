@@ -187,7 +187,7 @@ def run_quickstart(browser: Browser, lab: tuple[str, Path]) -> None:
     outputs = browser.run(read)
     assert [out for out in outputs if out["output_type"] == "error"] == []
     kinds = [kind for out in outputs for kind in out.get("data", {})]
-    assert kinds.count("image/png") == 4, "learned from, loss, drawn, scores"
+    assert kinds.count("image/png") == 9, "ten pictures, of which the last is a page"
     assert "application/vnd.jupyter.widget-view+json" in kinds
     browser.wait_for(  # JupyterLab draws what is in sight
         "const notebook = window.jupyterapp.shell.currentWidget.content;"
@@ -199,7 +199,7 @@ def run_quickstart(browser: Browser, lab: tuple[str, Path]) -> None:
         "progress does not show",
     )
     text = "".join(out.get("text", "") for out in outputs)
-    assert "mine.safetensors: " in text and "<mine>, (4, 96), 3 steps on base tiny" in text
+    assert "mine.safetensors: " in text and "<mine>, 4 vectors, base tiny" in text
 
 
 def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
