@@ -58,47 +58,54 @@ def table1(folders: tuple[Path, ...]) -> dict[str, str]:
     }
 
 
-def _count_steps(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return how many steps of the recorded axes rise, fall, or are not clear."""
-    tests = [row["compare"] for row in rows if "compare" in row]
-    shown = [test["difference"] > 0 for test in tests if test["p_value"] < LEVEL]
-    return {
-        "rise": str(sum(shown)),
-        "fall": str(len(shown) - sum(shown)),
-        "unclear": str(len(tests) - len(shown)),
-        "all": str(len(tests)),
-    }
-
-
 def mixing(folders: tuple[Path, ...]) -> dict[str, str]:
     """Return what the disease scores of the recorded axes say, at guidance 2 and 5."""
     rows = read_values("interpolation_tiny", folders)["rows"]
-    scale = {n: [row for row in rows if row["setting"].endswith(f"CFG {n}")] for n in (2, 5)}
-    numbers = {
-        f"mixing.{n}.{key}": text
-        for n, part in scale.items()
-        for key, text in _count_steps(part).items()
-    }
-    at = {(row["setting"].split(",")[0], row["value"]): row for row in scale[2]}
-    for disease in ("tumour", "cardiomegaly", "metastasis"):
-        for place, name in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-            score = at[disease, place]["scores"]["disease score"]
-            numbers[f"mixing.{disease}.{name}"] = _with_interval(score, 1).replace("-", "−")
-    diseases = {disease for disease, _ in at}
-    ups = [d for d in diseases if at[d, 1.0]["scores"]["disease score"]["interval"][0]
-           > at[d, 0.0]["scores"]["disease score"]["interval"][1]]  # fmt: skip
-    down = [d for d, _ in at if any(
-        row["compare"]["difference"] < 0 and row["compare"]["p_value"] < LEVEL
-        for (name, _), row in at.items() if name == d and "compare" in row)]  # fmt: skip
-    first = at["tumour", 0.25]["compare"]
+    numbers = {}
+    still = []  # places of the steps that do not rise
+    for scale in (2, 5):
+        part = [row for row in rows if row["setting"].endswith(f"CFG {scale}")]
+        steps = [row for row in part if "compare" in row]
+        shown = [row["compare"] for row in steps if row["compare"]["p_value"] < LEVEL]
+        rises = [row for row in steps if _rises(row["compare"])]
+        still += [row["value"] for row in steps if row not in rises]
+        numbers |= {
+            f"mixing.{scale}.rise": str(len(rises)),
+            f"mixing.{scale}.fall": str(len(shown) - len(rises)),
+            f"mixing.{scale}.unclear": str(len(steps) - len(shown)),
+            f"mixing.{scale}.all": str(len(steps)),
+        }
+    axes: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        disease, scale = row["setting"].split(", CFG ")
+        if scale == "2":
+            axes.setdefault(disease, {})[row["value"]] = row
+    ends = {d: [axis[x]["scores"]["disease score"] for x in (0.0, 1.0)] for d, axis in axes.items()}
+    higher = [a["interval"][1] < b["interval"][0] for a, b in ends.values()]
+    falls = [
+        any("compare" in row and _rises(row["compare"], -1) for row in axis.values())
+        for axis in axes.values()
+    ]
+    first = axes["tumour"][0.25]["compare"]
+    start, end = (_with_interval(score, 1).replace("-", "−") for score in ends["tumour"])
     return numbers | {
-        "mixing.axes": str(len(diseases)),
-        "mixing.higher": "all" if len(ups) == len(diseases) else str(len(ups)),
-        "mixing.never_fall": str(len(diseases - set(down))),
+        "mixing.early": str(sum(place <= 0.5 for place in still)),
+        "mixing.rest": str(len(still)),
+        "mixing.axes": str(len(axes)),
+        "mixing.higher": "all" if all(higher) else f"{sum(higher)} of",
+        "mixing.never_fall": str(len(falls) - sum(falls)),
+        "mixing.badge": badge(all(higher)),
+        "mixing.tumour.start": start,
+        "mixing.tumour.end": end,
         "mixing.tumour.first": verdict(
             first["difference"], first["p_value"], above="rises", below="falls"
         ),
+        "mixing.tumour.badge": badge(_rises(first) if first["p_value"] < LEVEL else None),
     }
+
+
+def _rises(test: dict[str, Any], way: int = 1) -> bool:
+    return bool(test["p_value"] < LEVEL and test["difference"] * way > 0)
 
 
 def wilson(k: float, n: int) -> tuple[float, float]:

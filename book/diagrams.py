@@ -177,8 +177,30 @@ def draw_frechet() -> None:
     c.save("frechet")
 
 
+def draw_mixing() -> None:
+    """Show composition: an arrow for each word, and their weighted sum."""
+    c = Canvas(6.0, 2.9)
+    start = np.array([0.9, 0.75])
+    healthy, diseased = np.array([1.9, 2.2]), np.array([3.0, 0.85])
+    mixed = 0.25 * healthy + 0.75 * diseased
+    c.axes.plot(*np.array([healthy, diseased]).T, "--", color="#888888")
+    for end in (healthy, diseased):
+        c.arrow(tuple(start), tuple(end), color=BLUE)
+        c.axes.plot(*end, "o", color=BLUE, markersize=9)
+    end = start + 2 * (mixed - start)
+    c.arrow(tuple(start), tuple(end), color=RED)
+    c.axes.plot(*start, "o", color=DARK, markersize=9)
+    c.axes.plot(*np.array([mixed, end]).T, "o", color=RED, markersize=7)
+    c.say(start[0], 0.4, "$D_u$, empty prompt")
+    c.say(1.9, 2.5, "$D_1$, healthy", color=BLUE)
+    c.say(3.1, 0.5, "$D_2$, diseased", color=BLUE)
+    c.say(4.35, 2.0, "weights 0.25 and 0.75,\nscale 2", color=RED)
+    c.save("mixing")
+
+
 if __name__ == "__main__":
     for draw in (
         draw_sampling, draw_words, draw_guidance, draw_inversion, draw_inpainting, draw_frechet,
+        draw_mixing,
     ):  # fmt: skip
         draw()

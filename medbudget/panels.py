@@ -146,8 +146,10 @@ def _draw(
     cell_w, cell_h = (round(edge * x / max(height, width)) for x in (width, height))
     size = mpl.rcParams["font.size"]
     line = round(DPI / 72 * size * 1.45)
+    upright = across < 5  # else labels are turned, so that the images can be larger
     labels = [textwrap.wrap(label or "", 16) for label, *_ in rows]
-    left = max((len(text) for lines in labels for text in lines), default=0) * line // 2
+    letters = max((len(text) for lines in labels for text in lines), default=0)
+    left = round(0.42 * line * letters) if upright else line * max(map(len, labels))
     left += MARGIN + (2 * GAP if left else 0)
     total_w = max(left + across * (cell_w + GAP) - GAP, 3 * CELL) + MARGIN
     title_lines, note_lines = _wrap(title, total_w, line * 1.25), _wrap(note, total_w, line * 0.95)
@@ -168,7 +170,8 @@ def _draw(
     for r, (lines, (_, part, masks)) in enumerate(zip(labels, rows)):
         y = top + r * (above + cell_h + GAP) + above
         if lines:
-            write(left - 2 * GAP, y + cell_h / 2, "\n".join(lines), ha="right", va="center")
+            turn = {"ha": "right", "va": "center"} | ({} if upright else {"rotation": 90})
+            write(left - 2 * GAP, y + cell_h / 2, "\n".join(lines), **turn)
         for c, image in enumerate(part):
             x = left + c * (cell_w + GAP)
             box = (x / total_w, 1 - (y + cell_h) / total_h, cell_w / total_w, cell_h / total_h)

@@ -137,9 +137,11 @@ def plot_scores(
         colour = colours.get(label, PALETTE[0])
         axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
         axes.plot([score.value], [place], "o", color=colour)
-        interval = f" ({low:.3g} to {high:.3g})" if score.interval else ""
+        size = max(abs(low), abs(high))
+        digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+        interval = f" ({low:.{digits}f} to {high:.{digits}f})" if score.interval else ""
         axes.annotate(
-            f"{score.value:.3g}{interval}", (high, place), xytext=(8, 0), color=GRAY,
+            f"{score.value:.{digits}f}{interval}", (high, place), xytext=(8, 0), color=GRAY,
             textcoords="offset points", va="center", bbox={"fc": "white", "ec": "none", "pad": 1},
         )  # fmt: skip
     names = [f"{head}: {label}" if head else label for head, label, _ in lines]

@@ -30,7 +30,7 @@ nbformat = pytest.importorskip("nbformat", reason="needs the `book` extra")
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PLOTS = re.compile(r"\b(show_images|show_rows|plot_\w+)\(")
+PLOTS = re.compile(r"\b(show_images|show_rows|show_panels|plot_\w+)\(")
 FENCE = re.compile(r"^(`{3,}|:{3,}).*?^\1\s*$", re.DOTALL | re.MULTILINE)
 DROPDOWN = re.compile(r"^:{3,}\{dropdown\}.*?^:{3,}\s*$", re.DOTALL | re.MULTILINE)
 MAX_LINES = {"equation": 20, "imports": 34}
