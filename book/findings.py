@@ -20,7 +20,8 @@ if (BOOK := str(Path(__file__).resolve().parent)) not in sys.path:
 from abilities import mixing, painting, table1
 from evidence import paper_numbers, privacy, stylegan3, table2, xrays
 from methods import autoencoder, coverage, distances, words
-from wording import FOLDERS, ROOT, read_values
+from practice import machines, preparation, tiny
+from wording import FOLDERS, ROOT
 
 MARK = re.compile(r"\{\{ ([\w.]+) \}\}|<!-- ([\w.]+) -->(?:(?!<!--).)*<!-- / -->")
 
@@ -31,63 +32,10 @@ def read_numbers(folders: Iterable[Path] = FOLDERS) -> dict[str, str]:
     numbers = paper_numbers()
     for part in (
         autoencoder, words, distances, coverage, table1, table2, xrays, privacy, tiny, stylegan3,
-        mixing, painting, machines,
+        mixing, painting, preparation, machines,
     ):  # fmt: skip
         numbers |= part(folders)
     return numbers
-
-
-def tiny(folders: tuple[Path, ...]) -> dict[str, str]:
-    """Return how many of its bars the embedded base meets, and how far its words stay away."""
-    parts = read_values("tiny_base", folders)
-    bars = [row["met"] for rows in parts.values() for row in rows if "met" in row]
-    floor = [
-        row["ratio"]
-        for row in parts["inversion"]
-        if row["name"].endswith("FD of TI against the floor")
-    ]
-    return {
-        "tiny.bars": str(len(bars)),
-        "tiny.met": str(sum(bars)),
-        "tiny.missed": str(len(bars) - sum(bars)),
-        "tiny.floor": f"{min(floor):.0f} to {max(floor):.0f}",
-    }
-
-
-def machines(folders: tuple[Path, ...]) -> dict[str, str]:
-    """Return times, and what the trials of reliability counted."""
-    gpu = read_values("gpu", folders)
-    ms = {
-        row["name"]: row["ms"]
-        for row in gpu["rows"]
-        if row["name"].startswith("TI") and row["batch"] == 1
-    }
-    ours, theirs = ms["TI: ours, eager"], ms["TI: diffusers' loop"]
-    images = gpu["goals"]["diffusers' pipeline / ours"]["measured"]
-    cpu = read_values("inversion", folders)["rows"]["diffusers' way / ours (goal 1.3)"]
-    rows = read_values("fuzz", folders)["rows"]
-    kills = [
-        row for row in read_values("faults", folders)["faults"] if row["fault"].startswith("kill")
-    ]
-    soak = read_values("soak", folders)["rows"]
-    stopped = sum(row[kind] for row in rows for kind in ("error", "hang", "crash"))
-    return {
-        "stylegan3.memory": str(read_values("stylegan3_memory", folders)["gib"]),
-        "gpu.device": gpu["device"].replace("NVIDIA ", ""),
-        "gpu.minutes": f"{gpu['goals']['50,000 steps at batch 1, minutes']['measured']:.1f}",
-        "gpu.step": f"{ms['TI: ours, fast (compiled, CUDA graph)']:.0f}",
-        "gpu.eager": f"{ours:.0f}",
-        "gpu.diffusers": f"{theirs:.0f}",
-        "gpu.like": f"{theirs / ours:.2f}",
-        "gpu.sampling": f"{abs(1 - images) * 100:.0f} % {'slower' if images < 1 else 'faster'}",
-        "cpu.ratio": f"{cpu:.2f}",
-        "fuzz.files": f"{sum(row['inputs'] for row in rows):,}",
-        "fuzz.refused": f"{sum(row['refused'] for row in rows):,}",
-        "fuzz.stopped": str(stopped or "none"),
-        "kills.tried": str(sum(row["tried"] for row in kills)),
-        "kills.survived": str(sum(row["survived"] for row in kills)),
-        "soak.growth": f"{soak['growth, % (goal: below 5)']:g} %",
-    }
 
 
 def find_names(text: str) -> set[str]:

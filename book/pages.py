@@ -8,12 +8,14 @@ from pathlib import Path
 PICTURE = "<!-- picture -->"  # in a chapter's first cell
 # pages that have moved: an old address leads to the new one
 MOVED = {
-    "00_quickstart": "00_ten_pictures", "01_data_preparation": "11_data_preparation",
+    "00_quickstart": "00_ten_pictures", "01_data_preparation": "11_your_data",
     "02_textual_inversion": "02_a_word", "03_parameter_study": "04_settings",
     "04_fid_reliability": "03_measuring", "05_stylegan3_comparison": "08_score_and_eye",
     "06_synthetic_augmentation": "07_classifier", "07_composition": "05_mixing",
     "08_inpainting": "06_painting", "09_privacy": "10_what_a_word_gives_away",
-    "10_your_own_data": "12_your_own_data", "11_scaling_out": "13_scaling_out",
+    "10_your_own_data": "11_your_data", "11_scaling_out": "12_gpu_and_cluster",
+    "11_data_preparation": "11_your_data", "12_your_own_data": "11_your_data",
+    "13_scaling_out": "12_gpu_and_cluster",
     "12_model_card": "15_model_card", "13_diffusion": "01_diffusion",
 }  # fmt: skip
 REDIRECT = (

@@ -19,7 +19,7 @@ pytest.importorskip("jupyter_book", reason="needs the `book` extra")
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "https://github.com/someone/budget"
-CHAPTER = "11_data_preparation"
+CHAPTER = "11_your_data"
 COLAB = (
     f"https://colab.research.google.com/github/someone/budget/blob/main/notebooks/{CHAPTER}.ipynb"
 )

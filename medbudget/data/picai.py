@@ -113,10 +113,10 @@ def load_case(
     window : {"gland", "percentile", "volume"}
         Intensities that become 0..255. ``percentile``: the 0.5 to 99.9 percentiles of the grid's
         central half (75 x 75 mm, all slices). ``gland``: the same, but in DWI white is four times
-        the median of the gland, since there the tumour is the brightest tissue: with percentiles
-        it sets the window itself and darkens all the rest of a positive case. ``volume``: minimum
-        to maximum of the whole volume, as the paper; ``geometry="paper"`` has only this one and
-        uses it whatever is given here.
+        the median of the gland (without what is twice as bright), since there the tumour is the
+        brightest tissue: with percentiles it sets the window itself and darkens all the rest of a
+        positive case. ``volume``: minimum to maximum of the whole volume, as the paper;
+        ``geometry="paper"`` has only this one and uses it whatever is given here.
     sequences : {"all", "t2w"}
         T2W, ADC and DWI as R, G and B, or T2W alone as gray.
     """

@@ -26,7 +26,7 @@ Cut = tuple[dict[str, Array], dict[str, Array], int, dict[str, tuple[float, floa
 SPACING = (3.0, 0.5, 0.5)  # mm: slice, row, column
 GRID = (30, 300, 300)  # voxels: slices, rows, columns
 PERCENTILES = (0.5, 99.9)
-TIMES = {"hbv": 4.0}  # white is that many times the gland's median: a tumour is two to three times
+TIMES = {"hbv": 4.0}  # white is that many times the gland's level; a tumour is two to three times
 CENTRE = (30, 150, 150)  # voxels that set the window: farther out, the coil outshines the prostate
 MARGIN = 12  # voxels around what is resampled; a cubic B-spline has forgotten the rest by then
 
@@ -129,7 +129,7 @@ def cut_physical(
         ends = (0, 100) if window == "volume" else PERCENTILES
         low, high = (float(v) for v in np.percentile(to_array(seen), ends))
         if window == "gland" and name in TIMES:
-            high = low + TIMES[name] * (_find_median(volume, masks["gland"], name) - low)
+            high = low + TIMES[name] * _find_level(volume, masks["gland"], low, name)
         near = _crop_to(volume, (1, *GRID[1:]), corner, direction, margin=MARGIN)
         near = sitk.Cast(near, sitk.sitkFloat32)
         plane = _resample(near, (1, *GRID[1:]), corner, direction, sitk.sitkBSpline)[0]
@@ -138,15 +138,16 @@ def cut_physical(
     return planes, {name: stack[index] for name, stack in stacks.items()}, index, ranges
 
 
-def _find_median(volume: sitk.Image, mask: sitk.Image, name: str) -> float:
-    """Return the median intensity under a mask; a tumour in a part of it hardly moves that."""
+def _find_level(volume: sitk.Image, mask: sitk.Image, low: float, name: str) -> float:
+    """Return the median under a mask, above `low`, without what is more than twice as bright."""
     import SimpleITK as sitk
 
     inside = sitk.Resample(mask, volume, sitk.Transform(), sitk.sitkNearestNeighbor)
-    values = to_array(volume)[to_array(inside) > 0]
+    values = to_array(volume)[to_array(inside) > 0] - low
     if not values.size:
         raise BrokenCase(f"the gland lies outside sequence {name}'s field of view")
-    return float(np.median(values))
+    usual = values[values <= 2 * max(0.0, float(np.median(values)))]  # else a tumour raises it
+    return float(np.median(usual))
 
 
 def cut_paper(volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image]) -> Cut:
