@@ -108,6 +108,7 @@ _add("figure5", "Figure 5: the same seeds on every line of Table 1.")
 _add("table2", "Table 2: classifiers trained on real and synthetic images.")
 _add("interpolation", "Figures 2 and 8: images, and a disease score, along each axis from healthy.")
 _add("stylegan3", "Section 4.2: StyleGAN3 and Textual Inversion on the same cases.")
+_add("budget", "Words, adapters, full tuning and StyleGAN3 at an equal budget.")
 
 
 @app.command
@@ -115,7 +116,7 @@ def status(name: Text, /, *, options: Options = DEFAULT) -> None:
     """Print what is done and what is missing.
 
     Args:
-        name: table1, figure5, table2, interpolation or stylegan3
+        name: table1, figure5, table2, interpolation, stylegan3 or budget
     """
     _print_plan(*options.plan(name))
 
@@ -127,7 +128,7 @@ def report(
     """Write the report of what is done: Markdown, HTML, figure.
 
     Args:
-        name: table1, figure5, table2, interpolation or stylegan3
+        name: table1, figure5, table2, interpolation, stylegan3 or budget
         record: also into results/, for the book's chapters
         images: also each line's images as PNG, in folders here; for a reader study
     """

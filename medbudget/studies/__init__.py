@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from medbudget.studies import axes, rivals, table1, table2
+from medbudget.studies import axes, budget, rivals, table1, table2
 from medbudget.studies.drawing import Plan
 from medbudget.studies.report import (
     check_report,
@@ -55,6 +55,7 @@ class Recipe:
 
 
 _SHARES = {"share": (0.0, 0.25, 0.5, 0.75, 1.0)}
+_CASES = {"cases": (5, 20, 100)}
 _AXES = {"grid": {"CFG scale": (2.0,), **_SHARES}, "extractors": (), "n": 16}
 STUDIES = {
     "table1": Recipe(table1.make_table1, tuple(table1.SPLITS)),
@@ -70,6 +71,16 @@ STUDIES = {
     "stylegan3": Recipe(
         rivals.make_rivals, ("train", "reference", rivals.START),
         {"tiny": {"n": 200, "extractors": ("efficientnet-lite0",)}},
+    ),
+    "budget": Recipe(
+        budget.make_budget, (*table2.PROBLEMS, rivals.START),
+        {
+            "tiny": {
+                "grid": _CASES, "problems": ("prostate",), "n": 48, "steps": 15, "runs": 2,
+                "overrides": {"steps": 150}, "extractors": ("efficientnet-lite0",),
+            },
+            "colab": {"grid": _CASES}, "paper": {"grid": _CASES},
+        },
     ),
 }  # fmt: skip
 

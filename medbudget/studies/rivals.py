@@ -111,10 +111,10 @@ def read_start(sources: Mapping[str, Path]) -> StyleGAN3:
     return import_official(path) if path.suffix == ".pkl" else StyleGAN3.load(path)
 
 
-def plan_gan_blocks(network: Task, n: int) -> tuple[Task, ...]:
+def plan_gan_blocks(network: Task, n: int, seed: int = 0) -> tuple[Task, ...]:
     """Return the tasks of `n` images, in the batches of one call of `StyleGAN3.sample`."""
-    firsts = range(0, n, BATCH)
-    return tuple(Task("gan_block", {"seed": i, "n": min(BATCH, n - i)}, (network,)) for i in firsts)
+    blocks = [{"seed": seed + i, "n": min(BATCH, n - i)} for i in range(0, n, BATCH)]
+    return tuple(Task("gan_block", block, (network,)) for block in blocks)
 
 
 def make_rivals(p: Plan) -> Study:

@@ -48,6 +48,14 @@ class StudySettings(Settings):
     # Section 4.2
     stylegan3: str = "paper"  # preset of StyleGAN3Settings
     gan: Mapping[str, Any] = field(default_factory=dict)  # changes to that preset
+    # Equal budgets
+    methods: tuple[str, ...] = (
+        "word 1", "word 8", "word 64", "LoRA 4", "LoRA 16", "LoRA 16 + word 8", "full tuning",
+        "StyleGAN3",
+    )  # fmt: skip
+    problems: tuple[str, ...] = ("prostate", "chest", "histology")  # of phantoms
+    tuning: Mapping[str, Any] = field(default_factory=dict)  # changes to TuneSettings' preset
+    paces: Mapping[str, float] = field(default_factory=dict)  # time for an image, by method
 
     LIMITS: ClassVar = {
         "size": (8, None), "n": (2, None), "steps": (1, None), "vectors": (1, 74),

@@ -1,0 +1,386 @@
+"""Is a word enough? Words, adapters, full tuning and a GAN at an equal budget.
+
+Every method learns the same cases in the time that the word of 64 vectors takes, and at the largest
+number of cases also from as many images seen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medbudget.adapter_files import is_adapter
+from medbudget.adapters import Adapter, adapt
+from medbudget.classifier import ClassifierSettings
+from medbudget.embeddings import Embedding
+from medbudget.inversion import InversionSettings, compute_image_losses, invert
+from medbudget.lora import TuneSettings, tune
+from medbudget.metrics import disease_score
+from medbudget.metrics.auc import delong
+from medbudget.metrics.evaluation import evaluate
+from medbudget.metrics.membership import membership_inference
+from medbudget.metrics.scores import Score
+from medbudget.sampling import sample
+from medbudget.studies.drawing import BLOCK, TOKEN, Plan, load_task_base
+from medbudget.studies.rivals import plan_gan_blocks, read_start
+from medbudget.studies.study import Row, Study
+from medbudget.studies.table1 import load_extractors, name_extractor, name_extractors
+from medbudget.studies.table2 import PROBLEMS, find_folder
+from medbudget.studies.tasks import Store, Task, kind
+from medbudget.stylegan3 import StyleGAN3, StyleGAN3Settings
+from medbudget.stylegan3.model import to_float
+
+REFERENCE = "word 64"  # that sets the time, and that the others are tested against
+SHARED = ("steps", "batch_size", "schedule", "loss", "latents", "seed")  # of words and adapters
+DRAWS = 4  # noises and times for each image's loss
+SHOWN = ("FD", "Layout", "Precision", "Recall", "Copied share (pixels)")  # starts of scores' names
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn a class from cases."""
+
+    vectors: int = 0  # of a word; 0: none is trained
+    rank: int | str | None = None  # of an adapter; None: none
+    pace: float = 1.0  # processor time for an image seen, in that of a word of 64 vectors (tiny)
+
+
+GAN = "StyleGAN3"
+METHODS = {
+    "word 1": Method(1), "word 8": Method(8), REFERENCE: Method(64),
+    "LoRA 4": Method(0, 4, 1.07), "LoRA 16": Method(0, 16, 1.07),
+    "LoRA 16 + word 8": Method(8, 16, 1.07), "full tuning": Method(0, "full", 1.45),
+    GAN: Method(pace=2.2),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------- what tasks do
+
+
+def load_trained(path: Path) -> Embedding | Adapter:
+    """Read what a task of kind ``trained`` wrote."""
+    return Adapter.load(path) if is_adapter(path) else Embedding.load(path)
+
+
+@kind("trained", ".safetensors", heavy=True, needs=load_task_base)
+def _run_trained(task: Task, store: Store) -> Callable[[Path], Any]:
+    """Train a word or an adapter; the file tells the time of all steps, and a GPU's peak memory."""
+    s, base = task.settings, load_task_base(task, store)
+    gpu = base.device.type == "cuda"
+    clock = time.monotonic if gpu else time.process_time  # so that other programs do not count
+    times: list[float] = []
+    options: dict[str, Any] = {
+        "token": TOKEN, "checkpoint": store.scratch(task, "checkpoint"), "fast": False,
+        "callback": lambda state: times.append(clock()), "data": f"{s['cases']} cases of a study",
+    }  # fmt: skip
+    cases = store.read_images(task.inputs)[: s["cases"]]
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trained: Any
+    if s["adapter"]:
+        trained = tune(base, cases, settings=TuneSettings(**s["training"]), **options)
+    else:
+        trained = invert(base, cases, settings=InversionSettings(**s["training"]), **options)
+    step = (times[-1] - times[0]) / max(1, len(times) - 1)
+    record = trained.record | {
+        "seconds": round(step * trained.step, 2),  # also where it went on from a checkpoint
+        "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
+    }
+    return replace(trained, record=record).save
+
+
+@kind("drawn", ".safetensors", heavy=True, needs=load_task_base)
+def _run_drawn(task: Task, store: Store) -> torch.Tensor:
+    s, trained = task.settings, load_trained(store.path(task.inputs[0]))
+    name = "adapters" if isinstance(trained, Adapter) else "embeddings"
+    options: dict[str, Any] = {name: trained, "n": BLOCK, "batch_size": BLOCK}
+    return sample(
+        load_task_base(task, store), TOKEN, steps=s["steps"], cfg_scale=s["cfg_scale"],
+        seed=s["seed"] + BLOCK * s["block"], size=s["size"], **options,
+    )  # fmt: skip
+
+
+@kind("leak", heavy=True)
+def _run_leak(task: Task, store: Store) -> dict[str, Any]:
+    """Attack what was trained: can its loss, a GAN's critic, tell the cases from other images?"""
+    path, s = store.path(task.inputs[0]), task.settings
+    sets = [store.read_images([t])[: s["n"]] for t in task.inputs[1:]]
+    if task.inputs[0].kind == "stylegan3":
+        critic = StyleGAN3.load(path).discriminator
+        with torch.inference_mode():
+            losses = [
+                np.concatenate([-critic(to_float(x)).flatten().numpy() for x in images.split(16)])
+                for images in sets
+            ]
+        score = membership_inference(losses[0], losses[1], name="critic")
+    else:
+        base, trained = load_task_base(task, store), load_trained(path)
+        tuned, word = (
+            (adapt(base, [trained]), trained.word) if isinstance(trained, Adapter)
+            else (base, trained)
+        )  # fmt: skip
+        assert word is not None
+        losses = [
+            (compute_image_losses(tuned, word, images, draws=DRAWS)
+            - compute_image_losses(base, "", images, draws=DRAWS)).numpy()
+            for images in sets
+        ]  # fmt: skip
+        score = membership_inference(losses[0], losses[1], name="loss less the base's")
+    return {"Membership AUC": score.to_dict()}
+
+
+@kind("weigh", needs=load_extractors)
+def _run_weigh(task: Task, store: Store) -> dict[str, Any]:
+    """Score a method: images of either class, real ones, its cases, and what other tasks found."""
+    s, (healthy, ill, real, cases) = task.settings, store.read_sets(task)
+    scores: dict[str, Any] = {}
+    found = evaluate(
+        real, ill, features=load_extractors(task, store), floor=False,
+        train=cases if s["trained"] else None,
+    )  # fmt: skip
+    for score in found:
+        if score.name.startswith(SHOWN) or "layout" in score.name.lower():
+            scores[score.name] = score.to_dict()
+    if s["kind"]:
+        try:
+            values = [disease_score(images, s["kind"], s["label"]) for images in (healthy, ill)]
+            labels, both = np.repeat([0, 1], [len(v) for v in values]), np.concatenate(values)
+            found_auc, n = delong(labels, both), (len(healthy), len(ill))
+            scores["Disease AUC"] = Score(
+                "Disease AUC", found_auc.value, found_auc.interval, n,
+                note="the classes' disease scores; DeLong interval",
+            ).to_dict()  # fmt: skip
+        except ValueError:  # too far from phantoms for a disease score
+            pass
+    aucs, *leaks = map(store.read_json, task.inputs[sum(n for n, _ in s["sets"]) :])
+    scores |= {f"{name} on real": aucs[name] for name in ("AUC", "gain") if name in aucs}
+    for leak in leaks:
+        scores |= leak
+    return scores
+
+
+@kind("price")
+def _run_price(task: Task, store: Store) -> dict[str, Any]:
+    """Tell what a method's training took, and what there is to share."""
+    path = store.path(task.inputs[0])
+    if task.inputs[0].kind == "stylegan3":
+        network = StyleGAN3.load(path)
+        numbers = sum(p.numel() for p in network.generator.parameters())
+        record = {key: network.record[key] for key in ("images_seen", "seconds", "device")}
+        return record | {"numbers": numbers, "bytes": 2 * numbers, "peak_bytes": None}
+    trained = load_trained(path)
+    tensors = trained.tensors.values() if isinstance(trained, Adapter) else [trained.vectors]
+    record = {key: trained.record[key] for key in ("seconds", "device", "peak_bytes")}
+    seen = trained.step * trained.record["settings"]["batch_size"]
+    numbers = sum(tensor.numel() for tensor in tensors)
+    return record | {"images_seen": seen, "numbers": numbers, "bytes": path.stat().st_size}
+
+
+# ------------------------------------------------------------------------------- their planning
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Two classes, and their images: by label, the cases, and others for validation and test."""
+
+    name: str
+    label: str  # of the ill, as phantoms have it; "" for real images
+    train: tuple[Task, Task]
+    val: tuple[Task, Task]
+    test: tuple[Task, Task]
+    n: tuple[int, int]  # images of a class: for training and validation; for the test
+
+
+def _plan_problem(p: Plan, name: str, cases: int) -> _Problem:
+    splits, others = ("train", "val", "test"), max(p.s.n, p.s.cases)
+    if name in p.sources:
+        counts = dict(zip(splits, (cases, p.s.cases, p.s.cases)))
+        both = {
+            split: [p.folder(find_folder(p.sources, name, split, k), counts[split]) for k in (0, 1)]
+            for split in splits
+        }
+        sets = [(one[0], one[1]) for one in both.values()]
+        return _Problem(name, "", *sets, n=(p.s.cases, p.s.cases))
+    labels = PROBLEMS[name].phantoms
+    counts = dict(zip(splits, (cases, others, others)))
+    both = {
+        split: [p.phantoms(name, label, split, counts[split]) for label in labels]
+        for split in splits
+    }
+    sets = [(one[0], one[1]) for one in both.values()]
+    return _Problem(name, labels[1], *sets, n=(others, others))
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A method at work: by label, what it trained, and the images drawn; and its classifiers."""
+
+    trained: tuple[Task, ...]
+    drawn: tuple[tuple[Task, ...], ...]
+    runs: tuple[Task, ...]
+
+
+def _plan_training(p: Plan, method: str, train: Task, cases: int, seen: int) -> Task:
+    """Return the task that trains a method on `cases` images until it has seen `seen`."""
+    s, m = p.s, METHODS[method]
+    if method == GAN:
+        kimg = max(1, seen) / 1000
+        gan = StyleGAN3Settings.preset(
+            s.stylegan3, **{**s.gan, "kimg": kimg, "snapshot_kimg": kimg}
+        )
+        cut = replace(p.s, cases=cases)
+        start = read_start(p.sources)
+        own = train if train.settings["n"] == cases else _cut(train, cut.cases)
+        settings = {"stylegan3": asdict(gan), "start": start.hash} | name_extractor(p)
+        return Task("stylegan3", settings, (own,))
+    word = InversionSettings.preset(s.inversion, **s.overrides)
+    steps = max(1, round(seen / word.batch_size))
+    if m.rank is None:
+        training: Any = replace(word, n_vectors=m.vectors, steps=steps)
+    else:
+        shared = {key: getattr(word, key) for key in SHARED} | {"steps": steps}
+        training = TuneSettings.preset(
+            s.inversion,
+            rank=m.rank,
+            n_vectors=m.vectors,
+            word_lr=word.lr,
+            **(shared | {**s.tuning}),
+        )
+    settings = {
+        "base": s.base, "base_hash": p.base_hash, "cases": cases, "training": asdict(training),
+        "adapter": m.rank is not None,
+    }  # fmt: skip
+    return Task("trained", settings, (train,))
+
+
+def _cut(train: Task, n: int) -> Task:
+    """Return the task of the first `n` images of another one."""
+    return Task("images", {**train.settings, "n": n})
+
+
+def _plan_cell(p: Plan, problem: _Problem, method: str, cases: int, seen: int) -> _Cell:
+    s = p.s
+    trained = tuple(_plan_training(p, method, train, cases, seen) for train in problem.train)
+    drawn: list[tuple[Task, ...]] = []
+    for label, network in enumerate(trained):
+        if method == GAN:
+            drawn.append(plan_gan_blocks(network, s.n, label * 1_000_000))
+            continue
+        settings = {
+            "base": s.base, "base_hash": p.base_hash, "steps": s.steps, "size": s.size,
+            "cfg_scale": float(s.cfg_scale), "seed": label * 1_000_000,
+        }  # fmt: skip
+        blocks = range(-(-s.n // BLOCK))
+        drawn.append(tuple(Task("drawn", settings | {"block": i}, (network,)) for i in blocks))
+    return _Cell(trained, tuple(drawn), _plan_classifiers(p, problem, drawn, s.n))
+
+
+def _plan_classifiers(
+    p: Plan, problem: _Problem, images: Sequence[Sequence[Task]], n: int, role: str = "synthetic"
+) -> tuple[Task, ...]:
+    """Return trainings on `images`, by label, that are validated and tested on real ones."""
+    s = p.s
+    parts: list[list[Any]] = []
+    inputs: list[Task] = []
+    sets = [(role, images, n)]
+    for role, split, count in zip(("val", "test"), (problem.val, problem.test), problem.n):
+        sets.append((role, [[one] for one in split], count))
+    for role, both, count in sets:
+        for label, tasks in enumerate(both):
+            parts.append([role, label, len(tasks), count])
+            inputs += tasks
+    settings = asdict(ClassifierSettings.preset(s.classifier, **s.changes))
+    common = {"parts": parts, "noise": float(s.noise.get(problem.name, 0))}
+    each = [common | {"classifier": settings | {"seed": seed}} for seed in range(s.runs)]
+    return tuple(Task("classifier", one, tuple(inputs)) for one in each)
+
+
+def _plan_row(
+    p: Plan, problem: _Problem, group: str, method: str, cell: _Cell, reference: _Cell | None,
+    cases: int,
+) -> Row:  # fmt: skip
+    s, real = p.s, problem.test[1]
+    counted = {"runs": s.runs, "repeats": s.repeats}
+    gain = Task("gain", counted, (*cell.runs, *reference.runs)) if reference else None
+    others = [Task("auc", counted, (*cell.runs, *((gain,) if gain else ())))]
+    if cell.trained:
+        base = {"base": s.base, "base_hash": p.base_hash}
+        inputs = (cell.trained[1], problem.train[1], problem.val[1])
+        others.append(Task("leak", base | {"n": cases}, inputs))
+    sets = [*cell.drawn, (real,), (problem.train[1],)]
+    cuts = [[len(own), n] for own, n in zip(sets, (s.n, s.n, problem.n[1], cases))]
+    about = {"sets": cuts, "kind": problem.name if problem.label else "", "label": problem.label}
+    about |= {"trained": bool(cell.trained)} | name_extractors(p)
+    weigh = Task("weigh", about, (*(task for own in sets for task in own), *others))
+    compare = None
+    if reference:
+        same = method != GAN  # images from the same seeds
+        tests = [[len(cell.drawn[1]), s.n], [len(reference.drawn[1]), s.n], [1, problem.n[1]]]
+        test = {"sets": tests, "paired": same, "repeats": 1000} | name_extractor(p)
+        compare = Task("compare", test, (*cell.drawn[1], *reference.drawn[1], real))
+    price = Task("price", {}, (cell.trained[1],)) if cell.trained else None
+    return Row(group, method, weigh, compare, {}, cell.drawn[1], price)
+
+
+def make_budget(p: Plan) -> Study:
+    """Plan every method on every problem and number of cases, in equal time and on equal images."""
+    s = p.s
+    if unknown := sorted({*s.methods, *s.paces} - set(METHODS)):
+        raise ValueError(f"unknown method {unknown[0]!r}; allowed are {', '.join(METHODS)}")
+    given = [name for name in PROBLEMS if name in p.sources]
+    if not given and not s.phantoms:
+        raise ValueError(
+            "the study needs real images: --data prostate=FOLDER, chest=FOLDER or "
+            "histology=FOLDER, each as medbudget prepare writes it"
+        )
+    if unknown := sorted(set(s.problems) - set(PROBLEMS)):
+        raise ValueError(f"unknown problem {unknown[0]!r}; allowed are {', '.join(PROBLEMS)}")
+    word = InversionSettings.preset(s.inversion, **s.overrides)
+    budget, numbers = word.steps * word.batch_size, sorted(map(int, s.grid["cases"]))
+    first = REFERENCE if REFERENCE in s.methods else s.methods[0]
+    rows: list[Row] = []
+    for name in given or s.problems:
+        problem = _plan_problem(p, name, numbers[-1])
+        for cases in numbers:
+            cells: dict[str, _Cell] = {}
+            for method in (first, *(m for m in s.methods if m != first)):
+                pace = s.paces.get(method, METHODS[method].pace)
+                seen = math.ceil(budget / pace)
+                cells[method] = _plan_cell(p, problem, method, cases, seen)
+            group = f"{name}, {cases} cases"
+            rows += [
+                _plan_row(
+                    p, problem, group, m, cells[m], None if m == first else cells[first], cases
+                )
+                for m in s.methods
+            ]
+        for method in s.methods:  # the largest number of cases again, with as many images seen
+            if s.paces.get(method, METHODS[method].pace) != 1:
+                cell = _plan_cell(p, problem, method, numbers[-1], budget)
+                group = f"{name}, {numbers[-1]} cases, equal images"
+                rows.append(_plan_row(p, problem, group, method, cell, cells[first], numbers[-1]))
+        floor = _Cell((), tuple((one,) for one in problem.val), ())
+        count = min(problem.n[0], numbers[-1])
+        images = [[one] for one in problem.train]
+        floor = replace(floor, runs=_plan_classifiers(p, problem, images, count, "real"))
+        rows.append(_plan_row(p, problem, f"{name}, real images", "none", floor, None, count))
+    real = "images given" if given else "phantoms"
+    about = (
+        f"{p.describe(not given)} Every method learns each class from the same cases in the time "
+        f"in which {first} sees {budget} images (paces: as measured on tiny, on one core, unless "
+        f"set); 'equal images': each sees {budget}. n = {s.n} images of the ill class against "
+        f"{problem.n[1]} held-out {real}; classifiers are trained on {s.n} of either class and "
+        f"tested on held-out {real}. Gain and p: against {first} on the same cases, by a bootstrap "
+        "over cases and runs, and by a permutation test of the first distance, images paired by "
+        "seed but for the GAN; none is corrected for the number of tests. Copied share, of held-out "
+        "images 1 %; membership: 0.5 tells nothing. Disease AUC: – where images are too far from "
+        "phantoms for a disease score. The last line of a problem: real images in place of "
+        "generated ones."
+    )
+    return Study(tuple(rows), about, head=("cases", "method"))
