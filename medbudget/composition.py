@@ -74,7 +74,7 @@ def axis_prompts(
         raise ValueError("weights must be numbers such as 0, 0.5, 1, got none")
     for weight in weights:
         check_number("a weight", weight)
-    common, ends = load_adapters(base, adapters), [_read_end(one) for one in (a, b)]
+    common, ends = load_adapters(base, adapters), [_split_end(read_end(one)) for one in (a, b)]
     first, last = base.load_words([word for word, _ in ends])
     own = [adapter for _, adapter in ends if adapter is not None]
     if method == "and":
@@ -104,10 +104,15 @@ def axis_prompts(
     return axis
 
 
-def _read_end(end: Word | AnyAdapter) -> tuple[Embedding, Adapter | None]:
+def read_end(end: Word | AnyAdapter) -> Embedding | Adapter:
+    """Return an embedding or an adapter, or what of both is in a file."""
+    if isinstance(end, Embedding | Adapter):
+        return end
+    return Adapter.load(end) if is_adapter(end) else Embedding.load(end)
+
+
+def _split_end(end: Embedding | Adapter) -> tuple[Embedding, Adapter | None]:
     """Return the word at an end of an axis, and the adapter that it comes with."""
-    if not isinstance(end, Embedding | Adapter):
-        end = Adapter.load(end) if is_adapter(end) else Embedding.load(end)
     if isinstance(end, Embedding):
         return end, None
     if end.word is None:

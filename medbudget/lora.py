@@ -35,7 +35,7 @@ from medbudget.training import (
 FULL = "full"
 MAX_RANK = 64
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # layers that a rank is given to
-RATES = {"tiny": 1e-4, "colab": 5e-6, "paper": 5e-6}  # of full tuning; 5e-6: DreamBooth's
+RATES = {"tiny": 1e-3, "colab": 5e-6, "paper": 5e-6}  # of full tuning; 5e-6: DreamBooth's
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TuneSettings(Settings):
     }  # fmt: skip
     PRESETS = {
         "tiny": {
-            "steps": 1000, "lr": 1e-3, "word_lr": 0.01, "batch_size": 8, "schedule": "linear",
+            "steps": 1000, "lr": 0.01, "word_lr": 0.01, "batch_size": 8, "schedule": "linear",
         },
         "colab": {"steps": 5000},
         "paper": {},

@@ -20,6 +20,9 @@ STUDIES = {
                "changes.size=32", "changes.batch_size=2"),
     "interpolation": ("n=2", "grid.share=[0, 0.5]"),
     "stylegan3": ("gan.kimg=0.004", "gan.snapshot_kimg=0.004"),
+    "budget": ("grid.cases=[4]", "methods=word 64,full tuning", "paces.full tuning=1",
+               "runs=1",
+               "repeats=20", "changes.steps=1", "changes.size=32", "changes.batch_size=2"),
 }  # fmt: skip
 
 
@@ -46,6 +49,8 @@ def study(paper, weights, medbudget, tmp_path):
         data = {role: paper.data / role for role in ("prostate", "chest", "histology")}
         if name == "table2":
             data["pcam"] = paper.pcam
+        elif name == "budget":
+            data = {"chest": data["chest"]}
         elif name != "interpolation":
             data = {role: data["prostate"] / role / "negative" for role in ("train", "reference")}
         if name == "stylegan3":
@@ -121,3 +126,12 @@ def test_what_is_missing_is_said_before_the_first_task(study, paper, tmp_path, m
 
 def _refuse(*_args, **_options):
     raise OSError("no network")
+
+
+def test_budgets_are_compared_on_prepared_folders(study):
+    code, error, report = study("budget")
+    assert code == 0, error
+    assert "| chest, 4 cases | full tuning |" in report and "the images given as real" in report
+    assert "equal images" not in report.split("| cases |")[1] and "missing" not in report
+    assert "| FID | Precision | Recall | Layout distance |" in report
+    assert "Disease AUC |" not in report  # no disease score for real images

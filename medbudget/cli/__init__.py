@@ -21,12 +21,12 @@ from cyclopts import (
 from cyclopts.config import Yaml
 
 from medbudget._version import __version__
-from medbudget.cli import bases, embeddings, generate, readers, score, studies
+from medbudget.cli import bases, embeddings, generate, readers, score, studies, training
 from medbudget.cli.options import write_settings
 from medbudget.cli.prepare import app as prepare_app
 
 STOPPED = "stopped: the same command goes on from here"
-GOES_ON = ("classify", "inpaint", "interpolate", "invert", "prepare", "sample", "study")
+GOES_ON = ("classify", "inpaint", "interpolate", "invert", "prepare", "sample", "study", "tune")
 
 
 def _show_default(value: Any) -> str | None:
@@ -52,7 +52,7 @@ app = App(
 )
 app.register_install_completion_command(add_to_startup=False)
 for _command in (
-    bases.doctor, bases.cache, generate.phantoms, generate.invert, generate.sample,
+    bases.doctor, bases.cache, generate.phantoms, training.invert, training.tune, generate.sample,
     generate.interpolate, generate.inpaint, generate.describe, score.evaluate,
     score.membership, score.classify, prepare_app, embeddings.app, embeddings.released_app, bases.app,
     studies.app, readers.app,

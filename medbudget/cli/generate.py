@@ -1,19 +1,16 @@
-"""medbudget phantoms, invert, sample, interpolate, inpaint, describe: make images and words.
+"""medbudget phantoms, sample, interpolate, inpaint, describe: make images, and say what they show.
 
 What a command returns are settings in force that the command line did not give; see `write_settings`.
 """
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from medbudget.cli.options import BaseOptions, Paths, Text, Words
+from medbudget.cli.options import BaseOptions, Paths, Text, Words, load_checked, read_adapters
 
 DEFAULT = BaseOptions()
 
@@ -48,118 +45,10 @@ def phantoms(
     print(f"wrote {count(n, f'{kind} phantom')} ({drawn.labels[0]}, {split}) to {out}")
 
 
-def invert(
-    images: Path, /, *, token: Text, out: Path, preset: Text | None = None,
-    n_vectors: int | None = None, steps: int | None = None, lr: float | None = None,
-    batch_size: int | None = None, init: Text | None = None, latents: Text | None = None,
-    seed: int = 0, checkpoint: Path | None = None, checkpoint_every: int | None = None,
-    preview_every: int = 0, samples: int = 8, log_dir: Path | None = None,
-    overwrite: bool = False, base: BaseOptions = DEFAULT,
-) -> dict[str, Any]:  # fmt: skip
-    """Train an embedding on a folder of images (Textual Inversion).
-
-    Args:
-        images: folder of images of one class
-        token: the new word, e.g. "<mine>"
-        out: x.safetensors, x.pt (A1111) or x.bin (diffusers)
-        preset: tiny, colab or paper; default: the base's
-        n_vectors: rows, 1 to 74; paper: 64
-        steps: paper: 50000
-        lr: learning rate; paper: 0.005
-        batch_size: paper: 1
-        init: "*" (A1111), mean, or any text
-        latents: once (A1111), mean or resample
-        seed: the same seed gives the same result
-        checkpoint: file to save the state in and to go on from; default: OUT.ckpt until OUT is
-            saved
-        checkpoint_every: steps between checkpoints
-        preview_every: steps between previews in OUT.previews
-        samples: images of the word on the sheet at the end, OUT with the ending .png; 0: no sheet
-        log_dir: write TensorBoard events there
-        overwrite: replace OUT, its sheet and its previews if they are there
-    """
-    from medbudget import InversionSettings, invert_to, load_images
-    from medbudget.embeddings import check_token
-    from medbudget.files import check_apart, check_output, check_writable
-    from medbudget.images import read_record
-
-    check_token(token)
-    if out.suffix not in (".safetensors", ".pt", ".bin"):
-        raise ValueError(f"--out {out}: allowed endings are .safetensors, .pt, .bin")
-    check_apart(out, images)
-    check_writable(out)
-    sheet, record = out.with_suffix(".png"), {"sheet of": token}
-    if samples:
-        check_output(sheet, record, read_record, overwrite=overwrite)
-    writer: Any = None
-    if log_dir is not None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--log-dir needs TensorBoard: pip install tensorboard") from None
-        writer = SummaryWriter(log_dir)
-
-    def log(state: dict[str, Any]) -> None:
-        for name in ("loss", "lr", "grad_norm"):
-            writer.add_scalar(name, state[name], state["step"])
-
-    given: dict[str, Any] = {
-        "n_vectors": n_vectors, "steps": steps, "lr": lr, "batch_size": batch_size, "init": init,
-        "latents": latents, "seed": seed or None, "checkpoint_every": checkpoint_every,
-    }  # fmt: skip
-    settings = InversionSettings(**{k: v for k, v in given.items() if v is not None})
-    loaded = _load_base(base, None, images=[images])
-    pictures = load_images(images, size=loaded.size)
-    try:
-        word = invert_to(
-            out, loaded, pictures, token=token,
-            settings=settings.complete(preset) if preset else settings,
-            checkpoint=checkpoint, callback=log if writer else None, preview_every=preview_every,
-            fast=base.fast, overwrite=overwrite,
-            data=f"{len(pictures)} images of folder {images.name}",
-        )  # fmt: skip
-    finally:
-        if writer is not None:
-            writer.close()
-    print(f"{out} ({out.stat().st_size / 1024:.0f} kB): {token}, {len(word.vectors)} vectors")
-    if samples:
-        _write_sheet(sheet, loaded, word, pictures, samples, record)
-        print(f"look at {sheet}: images of {token}, what they are nearest to, training images")
-    return word.record.get("settings", {})
-
-
-def _write_sheet(
-    path: Path, base: Any, word: Any, images: Any, n: int, record: dict[str, str]
-) -> None:
-    """Draw images of a word, the training image nearest to each, and other training images."""
-    from medbudget import plots
-    from medbudget import sample as draw
-    from medbudget.files import atomic_path
-    from medbudget.metrics import pixel_neighbours
-
-    drawn = draw(base, word.token, embeddings=word, n=n)
-    distance, index = pixel_neighbours(drawn, images)
-    rows = {word.token: drawn, "nearest training image": images[index], "training images": images}
-    if (images != images[:, :1]).any():  # one gray panel for each modality
-        colours = ("red", "green", "blue")
-        rows = {
-            f"{label}, {colour}": part[:, [c] * 3]
-            for c, colour in enumerate(colours)
-            for label, part in rows.items()
-        }
-    figure = plots.show_rows(
-        rows, [f"{value:.2f}" for value in distance], columns=n,
-        note=f"{word.token}: synthetic; {base.note or f'base {base.name}'}. Numbers: 1 - correlation "
-        "with the nearest training image, over mirror images and small shifts; 0: a copy",
-    )  # fmt: skip
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"medbudget": json.dumps(record)})
-
-
 def sample(
-    prompt: Text, /, *, out: Path, embeddings: Paths = None, n: int = 16, steps: int | None = None,
-    cfg_scale: float = 2.0, negative_prompt: Text = "", seed: int = 0, overwrite: bool = False,
-    base: BaseOptions = DEFAULT,
+    prompt: Text, /, *, out: Path, embeddings: Paths = None, adapter: Words = None, n: int = 16,
+    steps: int | None = None, cfg_scale: float = 2.0, negative_prompt: Text = "", seed: int = 0,
+    overwrite: bool = False, base: BaseOptions = DEFAULT,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate images from a prompt, and a contact sheet; when stopped, the same command goes on.
 
@@ -167,6 +56,7 @@ def sample(
         prompt: e.g. "<mine>" or "<a>:0.5 AND <b>:0.5"
         out: folder for the PNG files
         embeddings: embedding file; repeatable
+        adapter: FILE or FILE:WEIGHT of an adapter (LoRA); repeatable
         n: number of images
         steps: default: 25 on tiny, else 100
         cfg_scale: classifier-free guidance; paper: 2
@@ -179,11 +69,13 @@ def sample(
     from medbudget.progress import count
     from medbudget.sampling import default_steps, total_guidance
 
-    loaded = _load_base(base, out, prompt, words=embeddings or [])
+    adapters = read_adapters(adapter)
+    loaded = load_checked(base, out, prompt, words=[*(embeddings or []), *adapters])
     kept = set(out.glob("*.png"))
     paths = sample_to(
-        out, loaded, prompt, embeddings=embeddings or [], negative_prompt=negative_prompt, n=n,
-        steps=steps, cfg_scale=cfg_scale, seed=seed, fast=base.fast, overwrite=overwrite,
+        out, loaded, prompt, embeddings=embeddings or [], adapters=adapters,
+        negative_prompt=negative_prompt, n=n, steps=steps, cfg_scale=cfg_scale, seed=seed,
+        fast=base.fast, overwrite=overwrite,
     )  # fmt: skip
     same = 0 if overwrite else len(kept & set(paths))
     there = f", {same} of them kept" if same else ""
@@ -195,17 +87,18 @@ def sample(
 
 def interpolate(
     a: Path, b: Path, /, *, out: Path, weights: Text = "0,0.25,0.5,0.75,1", method: Text = "and",
-    n: int = 4, steps: int | None = None, cfg_scale: float = 2.0, seed: int = 0, gif: bool = False,
-    overwrite: bool = False, base: BaseOptions = DEFAULT,
+    adapter: Words = None, n: int = 4, steps: int | None = None, cfg_scale: float = 2.0,
+    seed: int = 0, gif: bool = False, overwrite: bool = False, base: BaseOptions = DEFAULT,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate images on the way from one embedding to another, with the same noise at each share.
 
     Args:
-        a: embedding file
-        b: embedding file
+        a: embedding file, or that of an adapter with a word
+        b: embedding file, or that of an adapter with a word
         out: folder for a contact sheet, and for a folder of PNG files for each share
         weights: shares of B; that of A is the rest to 1
         method: and: compose predictions, as the paper does; or vectors: mix the embeddings
+        adapter: FILE or FILE:WEIGHT of an adapter (LoRA) at all shares; repeatable
         n: images at each share
         steps: default: 25 on tiny, else 100
         cfg_scale: classifier-free guidance; paper: 2
@@ -218,10 +111,11 @@ def interpolate(
     from medbudget.sampling import default_steps
 
     shares = _parse_numbers("--weights", weights, "shares such as 0,0.5,1")
-    loaded = _load_base(base, out, words=[a, b])
+    adapters = read_adapters(adapter)
+    loaded = load_checked(base, out, words=[a, b, *adapters])
     folders = interpolate_to(
-        out, loaded, a, b, weights=shares, method=method, n=n, steps=steps, cfg_scale=cfg_scale,
-        seed=seed, fast=base.fast, gif=gif, overwrite=overwrite,
+        out, loaded, a, b, weights=shares, method=method, adapters=adapters, n=n, steps=steps,
+        cfg_scale=cfg_scale, seed=seed, fast=base.fast, gif=gif, overwrite=overwrite,
     )  # fmt: skip
     print(f"{count(n, 'synthetic image')} at each of {count(len(folders), 'share')} in {out}")
     return {"steps": default_steps(loaded)}
@@ -229,7 +123,7 @@ def interpolate(
 
 def inpaint(
     image: Path, /, *mask_and_prompt: Annotated[str, Parameter(name="[MASK] PROMPT")], out: Path,
-    ellipse: Words = None, embeddings: Paths = None, save_masks: bool = False,
+    ellipse: Words = None, embeddings: Paths = None, adapter: Words = None, save_masks: bool = False,
     strength: float = 0.75, mask_blur: float = 4.0, content: Text = "original",
     overlay: Text = "plain", n: int = 1, steps: int | None = None, cfg_scale: float = 2.0,
     negative_prompt: Text = "", seed: int = 0,
@@ -244,6 +138,7 @@ def inpaint(
         out: folder for the PNG files
         ellipse: x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06; repeatable
         embeddings: embedding file; repeatable
+        adapter: FILE or FILE:WEIGHT of an adapter (LoRA); repeatable
         save_masks: write each image's mask to OUT/masks too
         strength: 0 to 1: how far from the original
         mask_blur: pixels at 512, scaled to the size
@@ -273,35 +168,16 @@ def inpaint(
         mask = {f"ellipse{i}": draw(four[:2], four[2:]) for i, four in enumerate(numbers)}
     pictures = [image] if ellipse else [image, mask]
     prompt = mask_and_prompt[-1]
-    loaded = _load_base(base, out, prompt, words=embeddings or [], images=pictures)
+    adapters, embeddings = read_adapters(adapter), embeddings or []
+    loaded = load_checked(base, out, prompt, words=[*embeddings, *adapters], images=pictures)
     paths = inpaint_to(
-        out, loaded, image, mask, prompt, embeddings=embeddings or [],
+        out, loaded, image, mask, prompt, embeddings=embeddings, adapters=adapters,
         negative_prompt=negative_prompt, strength=strength, mask_blur=mask_blur, content=content,
         overlay=overlay, steps=steps, cfg_scale=cfg_scale, seed=seed, n=n, save_masks=save_masks,
         overwrite=overwrite,
     )  # fmt: skip
     print(f"{count(len(paths), 'inpainted image')} in {out}: synthetic under their masks")
     return {"steps": default_steps(loaded)}
-
-
-def _load_base(
-    base: BaseOptions, out: Path | None, prompt: str = "", *, words: Sequence[Path] = (),
-    images: Sequence[Path] = (),
-) -> Any:  # fmt: skip
-    """Load a base, once it is sure that the other files are there, and that the output can be."""
-    from medbudget import Embedding, parse_prompt
-    from medbudget.images import check_folder, find_images
-
-    if out is not None:
-        check_folder(out, {})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come again when the files are used
-        for path in images:
-            find_images(path)
-        tokens = [Embedding.load(path).token for path in words]
-    if prompt:
-        parse_prompt(prompt, tokens=tokens)
-    return base.load()
 
 
 def _parse_numbers(option: str, text: str, unit: str, n: int | None = None) -> list[float]:
@@ -323,5 +199,5 @@ def describe(images: Path, /, *, base: BaseOptions = DEFAULT) -> None:
     from medbudget import describe as run
     from medbudget import load_images
 
-    loaded = _load_base(base, None, images=[images])
+    loaded = load_checked(base, None, images=[images])
     print(run(loaded, load_images(images, size=loaded.size)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import BoundArguments
@@ -19,6 +20,22 @@ Text = Annotated[str, Parameter(metavar="TEXT")]
 Paths = Annotated[list[Path] | None, Parameter(consume_multiple=False)]
 File = Annotated[Path, Parameter(help="an embedding: .safetensors, .pt or .bin")]
 Words = Annotated[list[str] | None, Parameter(consume_multiple=False, metavar="TEXT...")]
+
+
+def read_adapters(texts: Sequence[str] | None) -> list[Any]:
+    """Return the adapters of ``FILE[:WEIGHT]``, each with its weight."""
+    from medbudget import Adapter
+
+    adapters = []
+    for text in texts or []:
+        file, colon, number = text.rpartition(":")
+        try:
+            weight = float(number) if colon and not Path(text).is_file() else None
+        except ValueError:
+            weight = None
+        loaded = Adapter.load(text if weight is None else file)
+        adapters.append(loaded if weight is None else loaded.weighted(weight))
+    return adapters
 
 
 @Parameter(name="*")
@@ -77,8 +94,29 @@ class BaseOptions(Machine):
         return load_base(self.base, device=self.prepare(), fast=bool(self.fast))
 
 
+def load_checked(
+    base: BaseOptions, out: Path | None, prompt: str = "", *, words: Sequence[Any] = (),
+    images: Sequence[Path] = (),
+) -> Any:  # fmt: skip
+    """Load a base, once it is sure that the other files are there, and that the output can be."""
+    from medbudget import parse_prompt
+    from medbudget.composition import read_end
+    from medbudget.images import check_folder, find_images
+
+    if out is not None:
+        check_folder(out, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when the files are used
+        for path in images:
+            find_images(path)
+        tokens = [end.token for end in map(read_end, words)]
+    if prompt:
+        parse_prompt(prompt, tokens=tokens)
+    return base.load()
+
+
 RECORDED = (
-    "phantoms", "invert", "sample", "interpolate", "inpaint", "evaluate", "classify", "prepare",
+    "phantoms", "invert", "tune", "sample", "interpolate", "inpaint", "evaluate", "classify", "prepare",
 )  # fmt: skip
 NOT_KEPT = ("out", "overwrite", "checkpoint", "log_dir", "pairs", "key")  # differ in a next run
 HEAD = "# medbudget"

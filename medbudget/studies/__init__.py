@@ -77,7 +77,7 @@ STUDIES = {
         {
             "tiny": {
                 "grid": _CASES, "problems": ("prostate",), "n": 48, "steps": 15, "runs": 2,
-                "overrides": {"steps": 150}, "extractors": ("efficientnet-lite0",),
+                "overrides": {"steps": 150, "lr": 0.03}, "extractors": ("efficientnet-lite0",),
             },
             "colab": {"grid": _CASES}, "paper": {"grid": _CASES},
         },
