@@ -135,6 +135,14 @@ def painting(folders: tuple[Path, ...]) -> dict[str, str]:
         numbers[f"painting.{name}.interval"] = f"{low * 100:.0f} to {high * 100:.0f} %"
         numbers[f"painting.{name}.count"] = f"{round(row['share'] * count)} of {count}"
         numbers[f"painting.{name}.all"] = f"{row['all'] or 'none'} of {row['n']}"
+    others = [
+        abs(row["share"] - ours["share"]) * count
+        for (name, _), row in rows.items()
+        if name in ("content", "steps", "mask_blur")
+    ]
+    low, _ = wilson(ours["share"] * ours["n"], ours["n"])
+    weak = rows["cfg_scale", 2.0]
+    apart = low > wilson(weak["share"] * weak["n"], weak["n"])[1]
     seams = [row["seam"] for (name, _), row in rows.items() if name == "mask_blur"]
     return numbers | {
         "painting.guidance": f"{final['cfg_scale']:g}",
@@ -147,4 +155,7 @@ def painting(folders: tuple[Path, ...]) -> dict[str, str]:
         "painting.seam.true": f"{values['true_seam']:.1f}",
         "painting.seam.blurs": f"{max(seams):.1f} to {min(seams):.1f}",
         "painting.small": f"{ours['found']['left 0.07']} of {ours['n']}",
+        "painting.apart": "do not overlap" if apart else "overlap",
+        "painting.rest": f"{max(others):.0f}",
+        "painting.badge": badge(True if low > 0.5 else None),  # in most of the trials
     }

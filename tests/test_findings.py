@@ -89,6 +89,25 @@ def test_a_claim_has_evidence_only_where_its_test_shows_some() -> None:
     assert "no evidence" in judge({"difference": 0.1, "p_value": 0.06})
 
 
+def test_titles_of_what_it_can_do_follow_their_records() -> None:
+    numbers = findings.read_numbers()
+    moves = {k: int(v) for k, v in numbers.items() if re.fullmatch(r"table1\.\w+\.\d+\.by", k)}
+    assert len(moves) == 12 and max(moves, key=moves.__getitem__) == "table1.vectors.8.by"
+    assert numbers["table1.holm"] == "4", "the corrected tests that chapter 04 names"
+    assert numbers["mixing.higher"] == "all" and numbers["mixing.tumour.first"].startswith("falls")
+    assert numbers["painting.apart"] == "do not overlap"
+
+
+def test_intervals_of_shares_are_wilsons() -> None:
+    from statistics import NormalDist
+
+    wilson = load_script(BOOK / "abilities.py").wilson
+    z = NormalDist().inv_cdf(0.975)
+    for k, n in ((0, 8), (36, 50), (5.5, 8)):  # the ends solve (p - k/n)^2 = z^2 p (1 - p) / n
+        for p in wilson(k, n):
+            assert (p - k / n) ** 2 == pytest.approx(z**2 * p * (1 - p) / n, rel=1e-3, abs=1e-9)
+
+
 def test_the_first_page_was_drawn_with_this_base(tiny: object) -> None:
     text = (BOOK / "first_page.html").read_text(encoding="utf-8")
     assert f"<!-- base {tiny.hash} -->" in text, "run python book/first_page.py"  # type: ignore[attr-defined]
