@@ -333,7 +333,7 @@ OWN: dict[str, dict[str, Any]] = {
     "00": {"folder": "images"}, "02": {"folder": "images"},
     "04": {"folder": "images", "embedding_file": "cache/embeddings/prostate_neg.pt"},
     "03": {"folder": "images", "embedding_file": "cache/embeddings/prostate_pos.pt"},
-    "08": {"folder": "images", "n_cases": 6},
+    "08": {"folder": "images", "n_cases": 6}, "14": {"folder": "images", "n_cases": 6},
     "07": {"folder": "data/prostate"}, "05": {"n_images": 3}, "06": {"image_folder": "images"},
     "10": {"folder": "images", "n_cases": 6, "n_heldout": 6, "n_few": 2, "draws": 1},
     "11": {"folder": "data/own/train", "learned": "tumour"},
