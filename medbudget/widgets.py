@@ -227,13 +227,7 @@ event.preventDefault();
 
 
 class MaskPainter(ipw.VBox):
-    """An image to draw a mask on with the mouse, a finger or a pen.
-
-    Attributes
-    ----------
-    strokes : list
-        ``(points, radius)`` of each stroke, in fractions of the image's edge.
-    """
+    """An image to draw a mask on with the mouse, a finger or a pen."""
 
     def __init__(
         self,
