@@ -152,7 +152,7 @@ class Command:
 
 COMMANDS = {
     "invert": Command(
-        invert, "medbudget.inversion:_Run.update", lambda run, *_: run.step, 5,
+        invert, "medbudget.training:Run.update", lambda run, *_: run.step, 5,
         "30 steps, a checkpoint every 5",
     ),
     "sample": Command(
