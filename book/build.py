@@ -271,9 +271,12 @@ def build_site() -> bool:
     command = [sys.executable, "-c", start, "build", os.fspath(STAGE)]
     command += ["--path-output", os.fspath(ROOT), "-W", "-n", "--keep-going", "--quiet"]
     done = subprocess.run(command, env={**read_date(), **os.environ})
+    from address import read_address
+    from meta import describe_site
     from pages import redirect_pages
 
     redirect_pages(SITE)
+    describe_site(SITE, read_address(ROOT) if (ROOT / "pyproject.toml").is_file() else "")
     return done.returncode == 0 and (SITE / "index.html").exists()
 
 

@@ -1,7 +1,8 @@
 """Draw the book's overview in gray: cases, a word, an axis between words, a lesion painted in.
 
-``python book/overview.py`` writes ``_static/overview.png``; the hash of the base that drew it
-stands in the file, and a test refuses it when the base has changed.
+``python book/overview.py`` writes ``_static/overview.png``, and ``_static/link.png`` for sites that
+show links with a picture. The hash of the base that drew them stands in the files, and a test
+refuses them when the base has changed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from first_page import CENTRE, PROMPT, RADII
 from matplotlib.figure import Figure
 
 from medbudget import Base, ellipse, inpaint, load_base, make_phantoms, sample
@@ -16,6 +18,7 @@ from medbudget.images import make_grid
 from medbudget.tiny import load_trained
 
 TARGET = Path(__file__).parent / "_static" / "overview.png"
+LINK = TARGET.with_name("link.png")
 GRAY, BLUE = "#555555", "#0072B2"
 SHARES = (0.0, 0.5, 1.0)
 
@@ -62,8 +65,47 @@ def draw_parts(base: Base) -> list[tuple[str, str, torch.Tensor]]:
     ]
 
 
+def draw_link(base: Base) -> Figure:
+    """Return the picture for links, 1200 x 630: words alone, a learned word, a painted lesion."""
+    large = load_trained("chest", "cardiomegaly", base)
+    words = [load_trained("prostate", label, base) for label in ("tumour", "healthy")]
+    case = make_phantoms("prostate", "healthy", 1, split="test").images
+    painted = inpaint(
+        base,
+        case,
+        ellipse(CENTRE, RADII, size=base.size),
+        words[0].token,
+        embeddings=words,
+        cfg_scale=10.0,
+        negative_prompt=words[1].token,
+    )
+    t2w = torch.cat([case[:, :1], painted[:, :1], painted[:, 1:2], painted[:, 2:]])
+    alone = sample(base, PROMPT, n=4).float().mean(1, keepdim=True).to(torch.uint8)
+    panels = {
+        "words alone fail": alone,
+        "one learned word": sample(base, large.token, embeddings=[large], n=4),
+        "a lesion, painted in": t2w,
+    }
+    figure = Figure(figsize=(12, 6.3), dpi=100, facecolor="white")
+    figure.text(
+        0.03, 0.885, "Teach Stable Diffusion a disease with 100 images", size=27, weight="bold"
+    )
+    for i, (head, images) in enumerate(panels.items()):
+        left = 0.03 + i * 0.325
+        figure.text(left, 0.8, head, size=19, color=BLUE, weight="bold")
+        axes = figure.add_axes((left, 0.1, 0.3, 0.66))
+        grid = make_grid(images.expand(-1, 3, -1, -1), columns=2)
+        axes.imshow(grid.permute(1, 2, 0), interpolation="bicubic")
+        axes.set_anchor("W")
+        axes.set_axis_off()
+    note = "Synthetic images and one phantom, base tiny. Not for clinical use."
+    figure.text(0.03, 0.03, note, size=13, color=GRAY)
+    return figure
+
+
 def main() -> None:
     base = load_base("tiny", device="cpu")
+    draw_link(base).savefig(LINK, metadata={"base_hash": base.hash})
     panels = draw_parts(base)
     figure = Figure(figsize=(8, 6.6), dpi=110, facecolor="white")
     for i, (head, text, image) in enumerate(panels):

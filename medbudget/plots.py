@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from cycler import cycler
 from matplotlib.figure import Figure
 
@@ -59,11 +60,12 @@ STYLE: dict[str, Any] = {
 
 
 def use_style() -> None:
-    """Set matplotlib's defaults for this session; in a notebook also keep figures uncropped.
+    """Set the defaults of figures and tables; in a notebook also keep figures uncropped.
 
     IPython crops figures to their ink by default, which shifts images off whole screen pixels.
     """
     mpl.rcParams.update(STYLE)  # type: ignore[arg-type]
+    pd.set_option("display.max_colwidth", None)  # tables wrap: none is cut off by dots
     from IPython import get_ipython
 
     if hasattr(get_ipython(), "kernel"):
