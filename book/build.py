@@ -366,7 +366,11 @@ def main() -> int:
 
     for notebook in notebooks:
         if notebook.stem in seconds and notebook.stem not in failed:
-            lead_with_picture(notebook)
+            try:
+                lead_with_picture(notebook)
+            except ValueError as error:
+                failed.append(notebook.stem)
+                print(f"{error}\n{notebook.stem} FAILED", flush=True)
     place_figures(STAGE, ROOT / "book" / "authors")
     (BUILD / "timings.json").write_text(json.dumps(seconds, indent=1) + "\n")
     if arguments.record and not failed:

@@ -114,7 +114,8 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = notebook.cells[:4]  # up to the parameters; then a figure that is quickly drawn
     figure = "import matplotlib.pyplot as plt\nplt.plot([n_patients, size])\nplt.show()"
-    notebook.cells.append(nbformat.v4.new_code_cell(figure, id="figure"))
+    carries = {"tags": ["carries"], "mystnb": {"image": {"alt": "A line."}}}  # goes to the top
+    notebook.cells.append(nbformat.v4.new_code_cell(figure, id="figure", metadata=carries))
     nbformat.write(notebook, path)
     (folder / ".gitignore").write_text("_build\n__pycache__\n", encoding="utf-8")
     name = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
