@@ -16,7 +16,7 @@ findings = load_script(BOOK / "findings.py")
 STATED = Path(__file__).parent / "stated"  # a file for each page: where its own numbers come from
 NOT_PROSE = re.compile(
     r"^---\n.*?^---\n|^```.*?^```$|`[^`\n]*`|\]\([^)]*\)|\{\w+:?\w*\}`[^`]*`|^\s*\d+\.\s|"
-    r"<!--.*?-->|<[^<>]*>|^:+(?:gutter|:*\{grid\}).*$|\$[^$]*\$|"
+    r"<!--.*?-->|<[^<>]*>|^\*Published by the authors[^\n]*\*$|^:+(?:gutter|:*\{grid\}).*$|\$[^$]*\$|"
     r"\b(?:Figures?|Sections?|Tables?|Algorithms?|[Cc]hapters?|Exercises?|Equations?) \d[\d.]*"
     r"(?:(?:, | and | to |–)\d[\d.]*)*|\*\*\d\.\*\*",
     re.DOTALL | re.MULTILINE,
