@@ -37,6 +37,9 @@ def tiny(folders: tuple[Path, ...]) -> dict[str, str]:
         found = {row["name"]: row for row in parts[part] if row["name"].endswith(end)}
         return {name.removesuffix(end).rstrip(": ,"): row for name, row in found.items()}
 
+    def count(rows: dict[str, dict[str, Any]]) -> str:
+        return f"{sum(row['met'] for row in rows.values())} of {len(rows)}"
+
     floor = [row["ratio"] for row in find("inversion", "FD of TI against the floor").values()]
     plain = find("inversion", "FD of TI against plain words")
     beaten = [name for name, row in plain.items() if row["ratio"] < 1]
@@ -61,6 +64,7 @@ def tiny(folders: tuple[Path, ...]) -> dict[str, str]:
             f"{row['value']:.0f} against {row['beside']:.0f} ({name})"
             for name, row in histology.items()
         ),
+        "tiny.described": count(find("inversion", "FD of TI under the described mean's")),
         "tiny.near": f"{max(near):g}",
         "tiny.psnr": f"{min(sharp):.0f} to {max(sharp):.0f} dB",
         "tiny.decoded": f"{min(fd):.1f} to {max(fd):.0f}",
