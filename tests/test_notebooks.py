@@ -254,6 +254,12 @@ def test_every_chapter_leads_to_the_next() -> None:
         assert f"]({following}." in end, f"{name} does not lead to {following}"
 
 
+def test_no_two_figures_share_a_name() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in NOTEBOOKS)
+    names = re.findall(r'"name": "(fig-[\w-]+)"', text)
+    assert len(names) > 40 and len(names) == len(set(names))
+
+
 def test_links_carry_words(path: Path) -> None:
     """JupyterLab and Colab show nothing in the place of an empty one."""
     assert "[](" not in prose(path)
