@@ -60,6 +60,7 @@ def write_meta(page: Path, site: Path, root: str) -> None:
     about = html.unescape((own[1] or own[2]) if own else describe_page(text))
     title = TITLE.search(text)
     name = html.unescape(title[1]).partition(" — ")[0] if title else SITE
+    name = re.sub(r"^\d+\. ", "", name)  # a chapter's number
     picture = f"{root or '../' * (len(place.parts) - 1)}{PICTURE}"
     say = html.escape
     lines = [] if own else [f'<meta name="description" content="{say(about)}">']

@@ -11,7 +11,7 @@ from scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = "A sentence of the page that says what was found here, with a number. "
-PAGE = """<!doctype html><html><head><title>What a &lt;word&gt; is — Book</title></head><body>
+PAGE = """<!doctype html><html><head><title>4. What a &lt;word&gt; is — Book</title></head><body>
 <article class="bd-article"><h1>x</h1><p>short</p><p><strong>In one minute.</strong> {text}</p>
 </article></body></html>"""
 
