@@ -87,6 +87,9 @@ def mixing(folders: tuple[Path, ...]) -> dict[str, str]:
         for axis in axes.values()
     ]
     first = axes["tumour"][0.25]["compare"]
+    (strong,) = (
+        row["compare"] for row in rows if (row["setting"], row["value"]) == ("tumour, CFG 5", 0.25)
+    )
     start, end = (_with_interval(score, 1).replace("-", "−") for score in ends["tumour"])
     return numbers | {
         "mixing.early": str(sum(place <= 0.5 for place in still)),
@@ -97,9 +100,12 @@ def mixing(folders: tuple[Path, ...]) -> dict[str, str]:
         "mixing.badge": badge(all(higher)),
         "mixing.tumour.start": start,
         "mixing.tumour.end": end,
-        "mixing.tumour.first": verdict(
-            first["difference"], first["p_value"], above="rises", below="falls"
-        ),
+        **{
+            f"mixing.tumour.{name}": verdict(
+                test["difference"], test["p_value"], above="rises", below="falls"
+            )
+            for name, test in (("first", first), ("first5", strong))
+        },
         "mixing.tumour.badge": badge(_rises(first) if first["p_value"] < LEVEL else None),
     }
 
@@ -143,7 +149,6 @@ def painting(folders: tuple[Path, ...]) -> dict[str, str]:
     low, _ = wilson(ours["share"] * ours["n"], ours["n"])
     weak = rows["cfg_scale", 2.0]
     apart = low > wilson(weak["share"] * weak["n"], weak["n"])[1]
-    seams = [row["seam"] for (name, _), row in rows.items() if name == "mask_blur"]
     return numbers | {
         "painting.guidance": f"{final['cfg_scale']:g}",
         "painting.phantoms": str(ours["n"]),
@@ -153,7 +158,8 @@ def painting(folders: tuple[Path, ...]) -> dict[str, str]:
         "painting.off.paper": f"{rows['cfg_scale', 2.0]['off_colour']:.0f}",
         "painting.seam": f"{ours['seam']:.1f}",
         "painting.seam.true": f"{values['true_seam']:.1f}",
-        "painting.seam.blurs": f"{max(seams):.1f} to {min(seams):.1f}",
+        "painting.seam.sharp": f"{rows['mask_blur', 0.0]['seam']:.1f}",
+        "painting.seam.soft": f"{rows['mask_blur', 8.0]['seam']:.1f}",
         "painting.small": f"{ours['found']['left 0.07']} of {ours['n']}",
         "painting.apart": "do not overlap" if apart else "overlap",
         "painting.rest": f"{max(others):.0f}",
