@@ -265,6 +265,17 @@ def test_links_carry_words(path: Path) -> None:
     assert "[](" not in prose(path)
 
 
+def test_a_chapter_that_trains_names_colab_and_takes_the_presets_steps(path: Path) -> None:
+    code = "\n".join(cell.source for cell in cells(path, "code"))
+    if not re.search(r"\b(invert|train_stylegan3|train_classifier|classify)\(", code):
+        return
+    (parameters,) = [cell.source for cell in cells(path, "code") if "parameters" in tags(cell)]
+    if "preset = " in parameters:
+        assert '"colab"' in parameters
+        if re.search(r"^steps = ", parameters, flags=re.MULTILINE) and "invert(" in code:
+            assert 'steps if preset == "tiny" else None' in code  # None: the preset's
+
+
 def test_setup_is_the_same_in_every_chapter() -> None:
     assert len({cells(path, "code")[0].source for path in NOTEBOOKS}) == 1
 

@@ -19,11 +19,13 @@ from medbudget import (
     interpolate_to,
     invert_to,
     make_phantoms,
+    outputs,
     sample,
     sample_to,
 )
 from medbudget.images import load_images, read_record, to_pil
 from medbudget.masks import check_masks
+from medbudget.sampling import Condition
 
 VECTORS = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
 MINE = Embedding(VECTORS, "<mine>", record={"image_hashes": "aa bb"})
@@ -265,3 +267,24 @@ def test_invert_to_replaces_no_other_word(tiny, tmp_path):
     own = tmp_path / "mine.ckpt"  # a checkpoint of one's own stays, for a longer run
     invert_to(path, tiny, TUMOURS, token="<y>", settings=FEW, checkpoint=own, overwrite=True)
     assert Embedding.load(path).token == "<y>" and own.exists()
+
+
+def test_a_folder_of_many_images_is_set_up_once(tiny, tmp_path, monkeypatch):
+    """1000 images by command cost no more than by one call of `sample`."""
+    calls: list[str] = []
+
+    def listen(place, name):
+        whole = getattr(place, name)
+
+        def call(*args, **options):
+            calls.append(name)
+            return whole(*args, **options)
+
+        monkeypatch.setattr(place, name, call)
+
+    for place, name in (
+        (outputs, "choose_speed"), (Condition, "encode"), (outputs, "draw_images"),
+    ):  # fmt: skip
+        listen(place, name)
+    sample_to(tmp_path / "many", tiny, "red ground", n=20, steps=1)  # a block is 16 images
+    assert calls == ["encode", "choose_speed", "draw_images", "draw_images"]
