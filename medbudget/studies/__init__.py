@@ -79,7 +79,8 @@ STUDIES = {
         {
             "tiny": {
                 "grid": _CASES, "problems": ("prostate",), "n": 48, "steps": 15, "runs": 2,
-                "overrides": {"steps": 150, "lr": 0.1}, "extractors": ("efficientnet-lite0",),
+                "changes": {"steps": 75}, "overrides": {"steps": 150, "lr": 0.1},
+                "extractors": ("efficientnet-lite0",),
             },
             "colab": {"grid": _CASES}, "paper": {"grid": _CASES},
         },
