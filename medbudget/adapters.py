@@ -162,16 +162,15 @@ def adapt(base: Base, adapters: Sequence[Adapter]) -> Base:
         return base
     unet = copy_network(base.unet)
     layers = _find_layers(unet)
-    sums: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for adapter in adapters:
-        for layer, change in adapter.changes().items():
-            for part, delta in compute_change(change, base.device).items():
-                delta = adapter.weight * delta
-                sums[layer][part] = sums[layer][part] + delta if part in sums[layer] else delta
-    for layer, parts in sums.items():
-        for part, delta in parts.items():
-            old = getattr(layers[layer], part)
-            new = (old.float() + delta.reshape(old.shape)).to(old.dtype)
+    changes = [(adapter.weight, adapter.changes()) for adapter in adapters]
+    for layer in dict.fromkeys(layer for _, own in changes for layer in own):
+        sums: dict[str, torch.Tensor] = {}  # in float32, rounded once
+        for weight, own in changes:
+            for part, delta in compute_change(own.get(layer, {}), base.device).items():
+                old = sums[part] if part in sums else getattr(layers[layer], part).float()
+                sums[part] = old + weight * delta.reshape(old.shape)
+        for part, new in sums.items():
+            new = new.to(getattr(layers[layer], part).dtype)
             setattr(layers[layer], part, nn.Parameter(new, requires_grad=False))
     adapted = replace(base, unet=unet, fast=False)
     return speed_up(adapted) if base.fast else adapted

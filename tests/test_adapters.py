@@ -1,6 +1,7 @@
 """Adapters: files, what they do to a base, and how prompts choose them."""
 
 import json
+import random
 import threading
 from dataclasses import replace
 
@@ -358,6 +359,22 @@ def test_damaged_and_hostile_files_are_refused(tmp_path):
         Adapter.load(path.rename(tmp_path / "a.pt"))
     with pytest.raises(FileNotFoundError, match="no adapter file"):
         Adapter.load(tmp_path / "none.safetensors")
+
+
+def test_a_file_with_damaged_bytes_is_refused_or_a_whole_adapter(tmp_path):
+    path = make(token="<a>").save(tmp_path / "a.safetensors")
+    whole, draw = path.read_bytes(), random.Random(0)
+    head = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        content[draw.randrange(head)] = draw.randrange(256)
+        path.write_bytes(content)
+        try:
+            assert len(Adapter.load(path).changes()) == 3
+        except AdapterError:
+            refused += 1
+    assert refused > 200
 
 
 def test_an_adapter_is_no_embedding(tmp_path):
