@@ -103,10 +103,6 @@ def test_name_is_two_digits_and_snake_case(path: Path) -> None:
     assert re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem)
 
 
-def rewritten(path: Path) -> bool:
-    return "## Quiz" in prose(path)
-
-
 def section(path: Path, heading: str) -> str:
     """Return the text between a heading and the next one of its level."""
     _, _, text = prose(path).partition(f"\n## {heading}\n")
@@ -122,18 +118,15 @@ def test_opens_with_the_only_title_a_picture_a_summary_and_a_table(path: Path) -
     assert "|---" in table
     for row in ("paper", "cpu", "gpu", "download", "licence"):
         assert re.search(rf"^\|.*{row}", table, flags=re.MULTILINE), f"nothing on {row}"
-    if rewritten(path):
-        assert "**In one minute.**" in first.source
-        carriers = [c for c in cells(path, "code") if "carries" in tags(c)]
-        if "<!-- picture -->" in first.source:  # where the build puts the figure of that cell
-            assert len(carriers) == 1 and PLOTS.search(carriers[0].source)
-        else:
-            assert "![" in first.source and not carriers
+    assert "**In one minute.**" in first.source
+    carriers = [c for c in cells(path, "code") if "carries" in tags(c)]
+    if "<!-- picture -->" in first.source:  # where the build puts the figure of that cell
+        assert len(carriers) == 1 and PLOTS.search(carriers[0].source)
+    else:
+        assert "![" in first.source and not carriers
 
 
 def test_findings_are_told_in_sentences(path: Path) -> None:
-    if not rewritten(path):
-        return
     text = prose(path)
     found = re.findall(r"^\*Finding:\* (.+)", text, flags=re.MULTILINE)
     assert len(found) >= 3 and "*What to see:*" not in text
@@ -147,10 +140,9 @@ def test_findings_are_told_in_sentences(path: Path) -> None:
 
 
 def test_code_is_not_cut_off_on_the_page(path: Path) -> None:
-    if rewritten(path):
-        lines = [line for cell in cells(path, "code") for line in cell.source.splitlines()]
-        lines += [line for solution in solutions(path) for line in solution.splitlines()]
-        assert not [line for line in lines if len(line) > 79]
+    lines = [line for cell in cells(path, "code") for line in cell.source.splitlines()]
+    lines += [line for solution in solutions(path) for line in solution.splitlines()]
+    assert not [line for line in lines if len(line) > 79]
 
 
 def test_says_what_the_reader_will_do_in_three_bullets(path: Path) -> None:
@@ -233,9 +225,8 @@ def test_has_exercises_with_solutions_that_parse(path: Path) -> None:
 
 
 def closing(path: Path) -> str:
-    heading = "## Beside the paper" if rewritten(path) else "## We did"
-    _, found, text = prose(path).partition(heading)
-    assert found, f"no section {heading}"
+    _, found, text = prose(path).partition("## Beside the paper")
+    assert found, "no section on the paper"
     return text
 
 
