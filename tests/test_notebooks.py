@@ -182,7 +182,7 @@ def test_code_cells_are_short_and_parse(path: Path) -> None:
             continue
         limit = next(
             (MAX_LINES[tag] for tag in tags(cell) if tag in MAX_LINES),
-            16 if rewritten(path) else 25,
+            16,
         )
         assert len(cell.source.splitlines()) <= limit, cell.source
         ast.parse(cell.source)
