@@ -42,7 +42,7 @@ METHODS = {
     "word 1": Method(1), "word 8": Method(8), REFERENCE: Method(64),
     "LoRA 4": Method(0, 4, 1.07), "LoRA 16": Method(0, 16, 1.07),
     "LoRA 16 + word 8": Method(8, 16, 1.07), "full tuning": Method(0, "full", 1.45),
-    GAN: Method(pace=2.2),
+    GAN: Method(pace=3.2),
 }  # fmt: skip
 
 
