@@ -38,7 +38,7 @@ MAX_LINES = {"equation": 20, "imports": 34}
 # small enough for a test; every chapter has its own part of these
 FEW = {
     "steps": 2, "hand_steps": 1, "n_cases": 8, "n_images": 6, "n_pairs": 4, "sampling_steps": 2,
-    "size": 64,
+    "size": 64, "n_patients": 16,
 }  # fmt: skip
 
 
