@@ -53,7 +53,10 @@ def tiny(folders: tuple[Path, ...]) -> dict[str, str]:
     fd = [r["value"] / r["beside"] for r in parts["limits"]
           if r["distance"] == "FD" and r["t"] == 0]  # fmt: skip
     words = {kind: [layout[kind, 0.0], layout[kind, 999.0]] for kind, _ in layout}
+    (thrice,) = (row for row in parts["trends"] if row["name"] == "FD, 64 vectors")
+    ends = [thrice["value"] + sign * thrice["half_width"] for sign in (-1, 1)]
     return {
+        "tiny.trainings": f"{ends[0]:.0f} to {ends[1]:.0f}",
         "tiny.bars": str(len(every)),
         "tiny.met": str(sum(every)),
         "tiny.missed": str(len(every) - sum(every)),
