@@ -78,7 +78,7 @@ def draw_strip(base: Base) -> list[str]:
         ),
         write_row(
             "A lesion, painted in.",
-            "A healthy prostate, the place that was chosen, and the tumour that the word painted "
+            "A healthy prostate phantom, the chosen place, and the tumour that the word painted "
             "there: dark on ADC, bright on DWI. Nothing outside has changed.",
             [
                 write_image(
