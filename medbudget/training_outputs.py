@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -44,7 +45,8 @@ def invert_to(
     given = settings or InversionSettings()
     settings = given.complete(base.preset)
     wanted = _identify(base, images, check_token(token), settings)
-    if check_output(path, wanted, _read_word_identity, overwrite=overwrite):
+    read = partial(_read_identity, Embedding.load, InversionSettings)
+    if check_output(path, wanted, read, overwrite=overwrite):
         say(f"{path} is there already, made with these settings")
         return Embedding.load(path)
     previews = path.with_name(f"{path.name}.previews")
@@ -93,7 +95,8 @@ def tune_to(
     given = settings or TuneSettings()
     settings = given.complete(base.preset)
     wanted = _identify(base, images, check_token(token) if token else "", settings)
-    if check_output(path, wanted, _read_adapter_identity, overwrite=overwrite):
+    read = partial(_read_identity, Adapter.load, TuneSettings)
+    if check_output(path, wanted, read, overwrite=overwrite):
         say(f"{path} is there already, made with these settings")
         return Adapter.load(path)
     checkpoint, own = _choose_checkpoint(path, checkpoint)
@@ -118,27 +121,14 @@ def _identify(base: Base, images: torch.Tensor, token: str, settings: Any) -> di
     return own | settings.without("checkpoint_every")
 
 
-def _read_word_identity(path: Path) -> dict[str, Any] | None:
-    """Return what a file says of a word's making, None if it says nothing."""
+def _read_identity(load: Callable[[Path], Any], kind: Any, path: Path) -> dict[str, Any] | None:
+    """Return what a file says of the making of its word or adapter, None if it says nothing."""
     try:
-        word = Embedding.load(path)
-    except EmbeddingError:
+        trained = load(path)
+    except (EmbeddingError, AdapterError):
         return None
-    return _read_identity(word, word.record, InversionSettings)
-
-
-def _read_adapter_identity(path: Path) -> dict[str, Any] | None:
-    """Return what a file says of an adapter's making, None if it says nothing."""
     try:
-        adapter = Adapter.load(path)
-    except AdapterError:
-        return None
-    return _read_identity(adapter, adapter.record, TuneSettings)
-
-
-def _read_identity(trained: Any, record: dict[str, Any], kind: Any) -> dict[str, Any] | None:
-    try:
-        settings, images = kind(**record["settings"]), record["images_hash"]
+        settings, images = kind(**trained.record["settings"]), trained.record["images_hash"]
     except (KeyError, TypeError, ValueError):
         return None
     own = {"token": trained.token, "base": trained.base_hash, "images": images}
