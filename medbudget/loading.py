@@ -243,10 +243,9 @@ def _assemble(parts: Parts, name: str, device: torch.device, dtype: torch.dtype)
             f"encoder writes {text_encoder.config.hidden_size} (768: SD 1.x, 1024: SD 2.x); these "
             "parts are of different models"
         )
-    size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-    # Plain attention is faster on a CPU for small images. Elsewhere fused attention: it keeps the
+    # Plain attention is faster on a CPU for small latents. Elsewhere fused attention: it keeps the
     # scores in float32, which overflow in float16 with SD 2.
-    plain = device.type == "cpu" and dtype == torch.float32 and size <= 64
+    plain = device.type == "cpu" and dtype == torch.float32 and unet.config.sample_size <= 16
     unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
     digest = hash_weights(vae, unet, text_encoder)
     for part, module in (("VAE", vae), ("U-Net", unet), ("text encoder", text_encoder)):

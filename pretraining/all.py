@@ -35,8 +35,8 @@ from medbudget.files import atomic_path
 from medbudget.progress import tqdm
 from medbudget.runs import Steps, Stopped
 from pretraining import train
-from pretraining.decoder import SIZE, DecoderRun, export_autoencoder
-from pretraining.export import WEIGHTS, export
+from pretraining.decoder import SIZE, DecoderRun
+from pretraining.export import WEIGHTS, export, export_decoder
 from pretraining.pictures import draw_siblings
 
 SHARES = (9 / 25, 9 / 25, 7 / 25)  # of the minutes, for each part
@@ -74,11 +74,6 @@ def load_shards(work: Path, device: torch.device, taken: list[torch.Tensor], lim
 def train_decoder(work: Path, args: argparse.Namespace, minutes: float, unet: Any = None) -> None:
     """Train the autoencoder of 128 px for some minutes, of which the last third fades out."""
     base = load_base("tiny", device=args.device)
-    if base.size != SIZE // 2:
-        raise SystemExit(
-            f"the package's base has {base.size} px: this begins with one of {SIZE // 2} px (check out "
-            "its weights from the history), or train the U-Net alone with pretraining.train"
-        )
     if unet is not None:
         base.unet.load_state_dict(unet)
     run = DecoderRun(base, args.batch, args.lr)
@@ -150,8 +145,8 @@ def run_export(work: Path, args: argparse.Namespace, minutes: float) -> None:
     """Part 3: the decoder behind the new U-Net, and the weights into the package."""
     state = torch.load(work / "unet.ckpt", map_location="cpu", weights_only=True)
     train_decoder(work, args, minutes, unet=state["ema"]["unet"])
+    export_decoder(work / "decoder.ckpt")  # first: it belongs to the base that the package has
     export(work)
-    export_autoencoder(work / "decoder.ckpt", WEIGHTS / "vae")
 
 
 PARTS: tuple[Callable[[Path, argparse.Namespace, float], None], ...] = (

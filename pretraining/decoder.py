@@ -5,13 +5,16 @@ base stay as they are: the new encoder learns to give the latents that the old o
 image at half the size, and the new decoder draws 128 px from them. The decoder sees latents as
 sampling leaves them: noise of t = 10 to 200 is added, and the U-Net takes it away at once. A patch
 discriminator asks for texture where the latents no longer hold it (Rombach et al. 2022, section
-3.1; Isola et al. 2017).
+3.1; Isola et al. 2017). Around a base of 128 px its own autoencoder is trained on in the same way.
+``python -m pretraining.export --decoder DIR/decoder.ckpt`` puts the result into the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import time
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,17 +26,20 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from medbudget import load_base
-from medbudget.runs import Steps, load_checkpoint
+from medbudget.results import describe_device
+from medbudget.runs import Steps
 from pretraining.pictures import draw_picture
 
 SIZE = 128
 
 
 def build_autoencoder(old: nn.Module) -> nn.Module:
-    """Build an AutoencoderKL with one level more than `old`, whose weights it takes over."""
+    """Build an AutoencoderKL of 128 px: `old` and one level more, or a copy if it has 128 px."""
     from diffusers import AutoencoderKL
 
     config: Any = old.config
+    if config.sample_size == SIZE:
+        return deepcopy(old).float().requires_grad_(True)
     channels = tuple(config.block_out_channels)
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     settings |= {
@@ -73,7 +79,7 @@ class DecoderRun:
 
     def __init__(self, base: Any, batch: int, lr: float) -> None:
         torch.manual_seed(0)
-        self.base, self.batch, self.step, self.rate = base, batch, 0, lr
+        self.base, self.batch, self.step, self.rate, self.seconds = base, batch, 0, lr, 0.0
         self.device = base.device
         self.new = build_autoencoder(base.vae).to(self.device)
         self.average = build_autoencoder(base.vae).to(self.device).requires_grad_(False)
@@ -91,12 +97,17 @@ class DecoderRun:
 
     def state_dict(self) -> dict[str, Any]:
         parts = {**self.networks, **self.optimizers_named()}
-        return {"step": self.step, **{name: part.state_dict() for name, part in parts.items()}}
+        cuda = self.device.type == "cuda"
+        device = torch.cuda.get_device_name() if cuda else describe_device()
+        record = {
+            "step": self.step, "batch": self.batch, "seconds": self.seconds, "device": device
+        }  # fmt: skip
+        return {**record, **{name: part.state_dict() for name, part in parts.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in {**self.networks, **self.optimizers_named()}.items():
             part.load_state_dict(state[name])
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state.get("seconds", 0.0)
 
     def optimizers_named(self) -> dict[str, torch.optim.Optimizer]:
         return {f"{name} optimizer": part for name, part in self.optimizers.items()}
@@ -113,6 +124,7 @@ class DecoderRun:
 
     def train(self, pictures: np.ndarray | torch.Tensor, *, fade: float = 1.0) -> dict[str, float]:
         """Take one step at `fade` of the learning rate; draws depend on the step alone."""
+        begun = time.monotonic()
         rng = np.random.default_rng([7, self.step])
         torch.manual_seed(int(rng.integers(2**62)))
         pick = rng.integers(64, len(pictures), self.batch)
@@ -122,7 +134,8 @@ class DecoderRun:
         scale = self.old.config.scaling_factor
         with torch.autocast(self.device.type, torch.bfloat16):
             with torch.no_grad():
-                target = self.old.encode(F.avg_pool2d(x, 2)).latent_dist.mean.float()
+                own = F.avg_pool2d(x, SIZE // self.old.config.sample_size)
+                target = self.old.encode(own).latent_dist.mean.float()
                 half = self.batch // 2
                 smoothed = self.smooth(target[:half] * scale, rng) / scale
                 latents = torch.cat([smoothed, target[half:]])
@@ -149,7 +162,9 @@ class DecoderRun:
             torch._foreach_lerp_(*pairs, 1 - keep)
         self.step += 1
         losses = {"l1": l1, "coarse": coarse, "hinge": hinge, "distilled": distilled}
-        return {name: value.item() for name, value in losses.items()}
+        values = {name: value.item() for name, value in losses.items()}
+        self.seconds += time.monotonic() - begun
+        return values
 
     def apply(self, name: str, loss: torch.Tensor, fade: float) -> None:
         network, optimizer = self.networks[name], self.optimizers[name]
@@ -172,13 +187,6 @@ def load_pictures(work: Path, n: int, clipart: str) -> np.ndarray:
         np.save(temporary, pictures.transpose(0, 3, 1, 2))
         temporary.replace(path)
     return np.load(path, mmap_mode="r")
-
-
-def export_autoencoder(checkpoint: Path, folder: Path) -> None:
-    """Write the averaged autoencoder of a checkpoint in float16, in diffusers' layout."""
-    new = build_autoencoder(load_base("tiny", device="cpu").vae)
-    new.load_state_dict(load_checkpoint(checkpoint)["average"])
-    new.half().save_pretrained(folder, safe_serialization=True)
 
 
 def main() -> None:

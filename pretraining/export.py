@@ -1,7 +1,13 @@
-"""Write the trained base into the package, in diffusers' layout, as float16 safetensors."""
+"""Write the trained base into the package, in diffusers' layout, as float16 safetensors.
+
+``python -m pretraining.export --decoder WORK/decoder.ckpt`` replaces the autoencoder alone by that of
+`pretraining.decoder`. The base then has a new hash: shipped words are trained again with
+``python -m pretraining.words``, recorded results with ``benchmarks/record.py``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 from pathlib import Path
@@ -12,9 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medbudget.files import write_json
-from medbudget.loading import TINY
+from medbudget.loading import TINY, load_base
+from medbudget.runs import load_checkpoint
 from medbudget.tiny import GRIDS, N_WORDS
 from pretraining import model
+from pretraining.decoder import build_autoencoder
 
 WEIGHTS = TINY  # the package's
 
@@ -103,6 +111,55 @@ def export(work: Path) -> None:
         },
     }
     write_json(WEIGHTS / "training.json", record)
+    _tell_size()
+
+
+def export_decoder(checkpoint: Path, minutes: float | None = None) -> None:
+    """Write the averaged autoencoder of a checkpoint of `pretraining.decoder`, and its record.
+
+    Parameters
+    ----------
+    checkpoint : path
+        ``decoder.ckpt``; ``decoder.csv`` beside it is the curve.
+    minutes : float, optional
+        That it was trained for, if the checkpoint does not say so.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint was trained around another base than the package's, or it does not say for
+        how long and `minutes` are not given.
+    """
+    state = load_checkpoint(checkpoint)
+    if minutes is None and "seconds" not in state:
+        raise ValueError(f"{checkpoint} does not say how long it was trained: give --minutes")
+    around = torch.load(checkpoint, map_location="cpu", weights_only=True)["identity"]
+    record = json.loads((WEIGHTS / "training.json").read_text(encoding="utf-8"))
+    last = record["vae"][-1]
+    base = load_base(WEIGHTS, device="cpu")
+    if around["base"] not in (base.hash, last.get("around")):
+        raise ValueError(
+            f"{checkpoint} was trained around the base {around['base']}, the package has {base.hash}: "
+            "its latents would mean other images; train a decoder around the package's base"
+        )
+    new = build_autoencoder(base.vae)
+    new.load_state_dict(state["average"])
+    new.half().save_pretrained(WEIGHTS / "vae", safe_serialization=True)
+    run = {
+        "step": state["step"], "batch": around["batch"], "start": True,
+        "seconds": state["seconds"] if minutes is None else 60 * minutes,
+        "device": state.get("device", "CPU"),
+    }  # fmt: skip
+    earlier = record["vae"][:-1] if last.get("around") == around["base"] else record["vae"]
+    record["vae"] = [*earlier, {**_summary(run), "around": around["base"]}]
+    record["curves"]["vae"] = _curve(checkpoint.with_suffix(".csv"))
+    write_json(WEIGHTS / "training.json", record)
+    base = load_base(WEIGHTS, device="cpu")
+    print(f"base {base.hash}: {base.size} px, latents {base.latent_shape()}")
+    _tell_size()
+
+
+def _tell_size() -> None:
     total = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file())
     print(f"exported {total / 2**20:.1f} MiB to {WEIGHTS}")
 
@@ -119,3 +176,15 @@ def _curve(path: Path, points: int = 60) -> dict[str, list[float]]:
         rows = list(csv.DictReader(file))
     rows = rows[:: max(1, len(rows) // points)]
     return {key: [float(row[key]) for row in rows] for key in rows[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--decoder", type=Path, required=True, help="checkpoint")
+    parser.add_argument("--minutes", type=float, help="of its training, if it does not say so")
+    options = parser.parse_args()
+    export_decoder(options.decoder, options.minutes)
+
+
+if __name__ == "__main__":
+    main()

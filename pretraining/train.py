@@ -261,23 +261,30 @@ def train_vae(work: Path, args) -> None:
 
 def encode_corpus(work: Path, args) -> None:
     """Encode the corpus: ``latents.npy`` (n, 2, c, 16, 16) float16, mean and spread; numbers."""
+    from diffusers import AutoencoderKL
+
     images = load_array(work / "images.npy", args.device)
-    vae = model.build_vae().to(args.device)
+    vae: Any
     scale = None
     if (work / "vae.ckpt").exists():
-        state = torch.load(work / "vae.ckpt", map_location=args.device, weights_only=True)
+        vae = model.build_vae()
+        state = torch.load(work / "vae.ckpt", map_location="cpu", weights_only=True)
         vae.load_state_dict(state["ema"]["vae"])
     else:
-        load_shipped("vae", vae)
-        config = json.loads((WEIGHTS / "vae" / "config.json").read_text(encoding="utf-8"))
-        scale = config["scaling_factor"]
+        vae = AutoencoderKL.from_pretrained(
+            WEIGHTS / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
+        scale = vae.config.scaling_factor
+    vae = vae.to(args.device)
+    zoom = vae.config.sample_size / images.shape[-1]  # 2 if the autoencoder is one of 128 px
     latents = np.empty((len(images), 2, model.LATENTS, 16, 16), np.float16)
     numbers = np.empty((len(images), N_WORDS, 6), np.float16)
     with torch.inference_mode():
         for i in tqdm(range(0, len(images), 256), desc="latents", mininterval=30):
             batch = images[i : i + 256]
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-                posterior = vae.encode(to_float(batch)).latent_dist
+                x = F.interpolate(to_float(batch), scale_factor=zoom, mode="bilinear")
+                posterior = vae.encode(x).latent_dist
             latents[i : i + 256] = (
                 torch.stack([posterior.mean, posterior.std], 1).float().cpu().numpy()
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,9 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from medbudget import load_base, loading
+from medbudget.base import Base
+from medbudget.runs import Steps
 from pretraining import all as whole
+from pretraining import export
 from pretraining.decoder import DecoderRun
 from pretraining.pictures import draw_siblings
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    return np.concatenate([draw_siblings(i, 4, 128) for i in range(17)])
 
 
 def test_siblings_are_of_one_scene_and_differ() -> None:
@@ -41,8 +52,9 @@ def test_pieces_join_to_what_they_were_cut_from(
     assert (work / "decoder.ckpt").read_bytes() == b"newer"
 
 
-def test_the_decoder_step_goes_on_as_if_it_had_not_stopped(tiny: object) -> None:
-    pictures = np.concatenate([draw_siblings(i, 4, 128) for i in range(17)])
+def test_the_decoder_step_goes_on_as_if_it_had_not_stopped(
+    tiny: Base, pictures: np.ndarray
+) -> None:
     runs = [DecoderRun(tiny, 2, 1e-3) for _ in range(2)]
     first = [runs[0].train(pictures, fade=1.0) for _ in range(2)]
     runs[1].load_state_dict(deepcopy(runs[0].state_dict()))
@@ -52,3 +64,47 @@ def test_the_decoder_step_goes_on_as_if_it_had_not_stopped(tiny: object) -> None
     assert runs[0].optimizers["critic"].param_groups[0]["lr"] == pytest.approx(1e-3)
     pair = [run.new.state_dict() for run in runs]
     assert all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
+
+
+def test_a_decoder_becomes_the_autoencoder_of_the_package(
+    tiny: Base, pictures: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base then draws 128 px out of the latents that it had; nothing but the VAE changes."""
+    weights = tmp_path / "weights"
+    shutil.copytree(export.WEIGHTS, weights)
+    monkeypatch.setattr(export, "WEIGHTS", weights)
+    (tmp_path / "decoder.csv").write_text("step,l1\n1,.1\n")
+    run = DecoderRun(tiny, 2, 1e-3)
+    before = json.loads((weights / "training.json").read_text())
+    hashes = {tiny.hash}
+    for steps in (1, 3):  # the second time a longer training replaces the first one
+        checkpoint = tmp_path / "decoder.ckpt"
+        for _ in Steps(run, steps, checkpoint=checkpoint, identity={"base": tiny.hash, "batch": 2}):
+            run.train(pictures)
+        export.export_decoder(checkpoint)
+        base = load_base(weights, device="cpu")
+        hashes.add(base.hash)
+        assert (base.size, base.latent_shape()) == (128, tiny.latent_shape())
+        record = json.loads((weights / "training.json").read_text())
+        *earlier, last = record["vae"]
+        assert earlier == before["vae"] and record["unet"] == before["unet"]
+        assert (last["steps"], last["images"], last["around"]) == (steps, 2 * steps, tiny.hash)
+    assert len(hashes) == 3, "each has a name of its own"
+    latents = tiny.encode(torch.full((1, 3, tiny.size, tiny.size), 90, dtype=torch.uint8))
+    scale = base.vae.config.scaling_factor
+    with torch.no_grad():
+        wanted = (run.average.decode(latents / scale).sample + 1) * 127.5
+    torch.testing.assert_close(base.decode(latents).float(), wanted.clamp(0, 255), rtol=0, atol=2)
+    names = ("unet/diffusion_pytorch_model", "text_encoder/model", "words")
+    for name in names:
+        file = f"{name}.safetensors"
+        assert (weights / file).read_bytes() == (loading.TINY / file).read_bytes()
+
+
+def test_a_decoder_around_another_base_is_refused(tiny: Base, tmp_path: Path) -> None:
+    content = {"identity": {"base": "0123456789ab", "batch": 2}, "state": {"step": 1}}
+    torch.save(content, tmp_path / "decoder.ckpt")
+    with pytest.raises(ValueError, match=r"does not say how long.*--minutes"):
+        export.export_decoder(tmp_path / "decoder.ckpt")
+    with pytest.raises(ValueError, match=f"around the base 0123456789ab.*has {tiny.hash}"):
+        export.export_decoder(tmp_path / "decoder.ckpt", minutes=3)
