@@ -127,7 +127,7 @@ def load_cases(
             f"{root} has {len(names)} class folders ({', '.join(names[:5]) or 'none'}); two are "
             "needed, one for each class"
         )
-    classes = _order_classes(names, positive, root)
+    classes = order_classes(names, positive, root)
     files = [find_images(root / name) for name in classes]
     sets = [load_images(one, size=size) for one in files]
     if sets[0].shape[1:] != sets[1].shape[1:]:
@@ -143,7 +143,7 @@ def load_cases(
     return cases if change is None else cases.transform(change)
 
 
-def _order_classes(names: Sequence[str], positive: str | None, root: Path) -> tuple[str, str]:
+def order_classes(names: Sequence[str], positive: str | None, root: Path) -> tuple[str, str]:
     """Return the negative and the positive class."""
     first, second = sorted(names)
     if positive is not None and positive not in names:
@@ -171,7 +171,7 @@ def find_patients(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
 def _load_patches(
     folder: Path, split: str, *, positive: str | None, size: int | None, change: Transform | None
 ) -> Cases:
-    classes = _order_classes(LABELS, positive, folder)
+    classes = order_classes(LABELS, positive, folder)
     parts, labels, keys = [], [], []
     batches = iterate_patches(folder, split, size=size or 96)
     for images, truth in tqdm(batches, desc=f"reading {split}", total=OFFICIAL[split] // 64):

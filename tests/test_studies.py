@@ -294,6 +294,7 @@ def test_settings_are_changed_by_text_and_others_refused():
         "n": 7, "overrides": {"steps": 3}, "extractors": ("layout", "inception=x.pth")
     }  # fmt: skip
     assert parse_changes(["grid.CFG scale=[1, 2.5]"]) == {"grid": {"CFG scale": [1, 2.5]}}
+    assert parse_changes(["grid.cases=5,20"]) == {"grid": {"cases": [5, 20]}}
     settings = study_settings("table1", "tiny", grid={"vectors": (8,)}, **changes)
     assert settings.n == 7 and settings.grid["vectors"] == (8,)
     assert settings.grid["cases"] == (5, 10, 50, 100), "other entries stay"

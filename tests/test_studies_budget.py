@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from medbudget import Adapter, Embedding, make_phantoms
+from medbudget.images import save_images
 from medbudget.studies import Store, in_order, make_study, run, study_settings
 from medbudget.studies.budgeting import load_trained
 from medbudget.studies.tasks import ensure
@@ -17,7 +18,7 @@ TINY = study_settings("budget", "tiny")
 FEW = study_settings(
     "budget", "tiny", methods=("word 64", "LoRA 4"), n=4, steps=2, runs=1, cases=8, repeats=20,
     overrides={"steps": 2, "batch_size": 2}, changes={"steps": 1}, extractors=("layout",),
-    grid={"cases": (3,)},
+    grid={"cases": (3,)}, problems=("prostate",),
 )  # fmt: skip
 
 
@@ -33,9 +34,12 @@ def trainings(row):
 def test_every_method_has_a_line_for_each_number_of_cases():
     study = plan()
     lines = [(row.group, row.value) for row in study.rows]
-    assert len(set(lines)) == len(lines) == 8 * 3 + 5 + 1  # five methods have another pace
+    assert len(set(lines)) == len(lines) == 3 * (8 * 3 + 5 + 1)  # 5 have another pace
+    assert {row.group.split(",")[0] for row in study.rows} == {"prostate", "chest", "histology"}
     assert lines[:2] == [("prostate, 5 cases", "word 1"), ("prostate, 5 cases", "word 8")]
-    assert [row.value for row in study.rows if row.compare is None] == ["word 64"] * 3 + ["none"]
+    assert [row.value for row in study.rows if row.compare is None] == 3 * (
+        ["word 64"] * 3 + ["none"]
+    )
 
 
 def test_budgets_are_equal_in_time_or_in_images_seen():
@@ -61,7 +65,9 @@ def test_cases_are_the_first_ones_and_no_image_is_both_trained_on_and_tested_wit
             continue
         settings, (images,) = trainings(row), row.details.inputs[0].inputs
         n = int(row.group.split()[1])
-        assert images.settings["split"] == "train" and images.settings["label"] == "tumour"
+        ill = {"prostate": "tumour", "chest": "cardiomegaly", "histology": "metastasis"}
+        assert images.settings["split"] == "train"
+        assert images.settings["label"] == ill[row.group.split(",")[0]]
         assert n in (settings.get("cases"), images.settings["n"])
         real = [t for t in row.score.inputs if t.kind == "images"]
         assert [t.settings["split"] for t in real] == ["test", "train"]
@@ -79,6 +85,26 @@ def test_unknown_methods_and_problems_are_refused():
         plan(problems=("knee",))
     with pytest.raises(ValueError, match="needs real images"):
         plan(phantoms=False)
+
+
+def test_own_images_are_two_classes_of_any_names(tmp_path):
+    for split in ("train", "val", "test"):
+        for name, n in (("pneumonia", 3), ("normal", 3)):
+            save_images(
+                make_phantoms("chest", "healthy", n, split=split).images, tmp_path / split / name
+            )
+    settings = replace(FEW, cases=3)
+    study = make_study(
+        "budget", "tiny", base_hash="0" * 12, settings=settings, sources={"own": tmp_path}
+    )
+    (trained,) = {row.details.inputs[0].inputs[0].settings["source"] for row in study.rows[:1]}
+    assert trained == "own/train/pneumonia", "the class that is not called normal is learned"
+    assert study.rows[0].group == "own, 3 cases" and "held-out images given" in study.about
+    (tmp_path / "train" / "third").mkdir()
+    with pytest.raises(ValueError, match="3 folders of classes, 2 are needed"):
+        make_study(
+            "budget", "tiny", base_hash="0" * 12, settings=settings, sources={"own": tmp_path}
+        )
 
 
 def test_a_small_study_runs_to_its_table(tiny, tmp_path):

@@ -75,12 +75,11 @@ STUDIES = {
     "budget": Recipe(
         # learning rates: the best of three for each of word, LoRA and full tuning after 150 steps on
         # 100 cases, by the distance to validation phantoms
-        budget.make_budget, (*table2.PROBLEMS, rivals.START),
+        budget.make_budget, (*table2.PROBLEMS, budget.OWN, rivals.START),
         {
             "tiny": {
-                "grid": _CASES, "problems": ("prostate",), "n": 48, "steps": 15, "runs": 2,
-                "changes": {"steps": 75}, "overrides": {"steps": 150, "lr": 0.1},
-                "extractors": ("efficientnet-lite0",),
+                "grid": _CASES, "n": 48, "steps": 15, "runs": 2, "changes": {"steps": 75},
+                "overrides": {"steps": 150, "lr": 0.1},
             },
             "colab": {"grid": _CASES}, "paper": {"grid": _CASES},
         },

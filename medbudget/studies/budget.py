@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from medbudget.cases import order_classes
 from medbudget.classifier import ClassifierSettings
 from medbudget.inversion import InversionSettings
 from medbudget.lora import TuneSettings
@@ -24,6 +26,7 @@ from medbudget.stylegan3 import StyleGAN3Settings
 
 REFERENCE = "word 64"  # that sets the time, and that the others are tested against
 SHARED = ("steps", "batch_size", "schedule", "loss", "latents", "seed")  # of words and adapters
+OWN = "own"  # role of a folder with any two classes, as `medbudget prepare folder` writes it
 DRAWS = 4  # noises and times for each image's loss
 MEMBERS = 50  # cases, at most, and others, that membership is tested with
 
@@ -58,13 +61,28 @@ class _Problem:
     n: tuple[int, int]  # images of a class in validation and test
 
 
+def _find_classes(root: Path) -> tuple[str, str]:
+    """Return the two classes of a prepared folder, the healthy one first where a name tells it."""
+    train = root / "train"
+    names = sorted(p.name for p in train.iterdir() if p.is_dir()) if train.is_dir() else []
+    if len(names) != 2:
+        raise ValueError(
+            f"{train} has {len(names)} folders of classes, 2 are needed: "
+            "{train,val,test}/{first class,second class}, as medbudget prepare folder writes them"
+        )
+    return order_classes(names, None, root)
+
+
 def _plan_problem(p: Plan, name: str, cases: int) -> _Problem:
     real = name in p.sources
     others = p.s.cases if real else max(p.s.n, p.s.cases)
-    labels = PROBLEMS[name].phantoms
+    labels = ("", "") if name == OWN else PROBLEMS[name].phantoms
+    classes = _find_classes(p.sources[OWN]) if name == OWN else None
 
     def plan(split: str, n: int) -> tuple[Task, Task]:
-        if real:
+        if classes:
+            first, last = (p.folder(f"{name}/{split}/{one}", n) for one in classes)
+        elif real:
             first, last = (p.folder(find_folder(p.sources, name, split, k), n) for k in (0, 1))
         else:
             first, last = (p.phantoms(name, label, split, n) for label in labels)
@@ -191,11 +209,12 @@ def make_budget(p: Plan) -> Study:
     s = p.s
     if unknown := sorted({*s.methods, *s.paces} - set(METHODS)):
         raise ValueError(f"unknown method {unknown[0]!r}; allowed are {', '.join(METHODS)}")
-    given = [name for name in PROBLEMS if name in p.sources]
+    given = [name for name in (*PROBLEMS, OWN) if name in p.sources]
     if not given and not s.phantoms:
         raise ValueError(
             "the study needs real images: --data prostate=FOLDER, chest=FOLDER or "
-            "histology=FOLDER, each as medbudget prepare writes it"
+            f"histology=FOLDER, each as medbudget prepare writes it, or {OWN}=FOLDER with any two "
+            "classes"
         )
     if unknown := sorted(set(s.problems) - set(PROBLEMS)):
         raise ValueError(f"unknown problem {unknown[0]!r}; allowed are {', '.join(PROBLEMS)}")

@@ -99,7 +99,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
             parsed = tuple(value.split(","))
         else:
             with suppress(ValueError):
-                parsed = json.loads(value)
+                parsed = json.loads(f"[{value}]" if name == "grid" and value[:1] != "[" else value)
         if kinds[name] in ("int", "float") and not isinstance(parsed, int | float):
             raise ValueError(f"{name} must be a number, got {value!r}")
         if dot:
