@@ -38,23 +38,13 @@ def show_images(
     title: str | None = None,
     note: str | None = None,
 ) -> Figure:
-    """Show images in reading order.
+    """Show images ``(N, 3, H, W) uint8`` in reading order, up to 5 in a row on a page.
 
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(N, 3, H, W) uint8``.
-    titles : sequence of str, optional
-        One short line above each image.
-    columns : int
-        Images in a row, at least 1; up to 5 can be read on a page.
-    outlines : torch.Tensor, optional
-        Masks ``(N, H, W)`` whose border is drawn on the images; an empty one draws nothing.
-    title, note : str, optional
-        Above and below the whole; the note says what the images are, e.g. "synthetic; tiny base".
+    `titles` stand above each image, `title` and `note` above and below the whole; the note says what
+    the images are, e.g. "synthetic; tiny base". `outlines` are masks ``(N, H, W)`` whose border is
+    drawn on the images; an empty one draws nothing.
     """
     check_images(images)
-    _check_columns(columns, titles, len(images), "images")
     masks = [None] * len(images) if outlines is None else outlines.split(columns)
     rows = [(None, part, mask) for part, mask in zip(images.split(columns), masks)]
     return _draw(rows, titles, title, note)
@@ -71,19 +61,9 @@ def show_rows(
 ) -> Figure:
     """Show one labelled row of images for each entry, as in the paper's Figure 5.
 
-    Parameters
-    ----------
-    rows : mapping of str to torch.Tensor
-        Label to ``(N, 3, H, W) uint8``; at most `columns` images of each are shown.
-    titles : sequence of str, optional
-        One above each column.
-    outlines : mapping of str to torch.Tensor, optional
-        Label to masks ``(N, H, W)``, for any of the rows.
-    columns, title, note
-        See `show_images`.
+    At most `columns` images of each row are shown, with `titles` above the columns. `outlines` map
+    the label of any row to its masks; see `show_images` for the rest.
     """
-    if not rows:
-        raise ValueError("no rows to show; pass a mapping of label to images")
     masks = outlines or {}
     if unknown := set(masks) - set(rows):
         raise ValueError(f"outlines of no row: {', '.join(unknown)}; rows: {', '.join(rows)}")
@@ -91,7 +71,6 @@ def show_rows(
         (label, check_images(part, name=label)[:columns], masks.get(label))
         for label, part in rows.items()
     ]
-    _check_columns(columns, titles, max(len(part) for _, part, _ in cut), "columns")
     sizes = {tuple(part.shape[2:]) for _, part, _ in cut}
     if len(sizes) > 1:
         raise ValueError(
@@ -110,26 +89,14 @@ def show_panels(
 ) -> Figure:
     """Show each image as gray panels side by side, one for each channel: T2W, ADC, DWI.
 
-    Parameters
-    ----------
-    rows : mapping of str to torch.Tensor
-        Label to ``(N, 3, H, W) uint8``, with equally many images in every row; N is 1 or 2 on a
-        page.
-    outlines : mapping of str to torch.Tensor, optional
-        Label to masks ``(N, H, W)``, for any of the rows; drawn on all panels of an image.
+    All rows have equally many images, 1 or 2 on a page. `outlines` are drawn on all panels of an
+    image.
     """
-    images = max(map(len, rows.values()), default=0)
+    images = max(map(len, rows.values()))
     masks = {label: mask.repeat_interleave(3, 0) for label, mask in (outlines or {}).items()}
     gray = {label: split_channels(part) for label, part in rows.items()}
     titles = [*sequences] * images
     return show_rows(gray, titles, columns=3 * images, outlines=masks, title=title, note=note)
-
-
-def _check_columns(columns: int, titles: Sequence[str] | None, n: int, what: str) -> None:
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    if titles is not None and len(titles) != n:
-        raise ValueError(f"{len(titles)} titles for {n} {what}; give one for each")
 
 
 def _draw(
@@ -141,6 +108,10 @@ def _draw(
     """Place every image at whole figure pixels; text gets margins sized to it."""
     height, width = rows[0][1].shape[2:]
     across = max(len(part) for _, part, _ in rows)
+    each_row = titles is not None and rows[0][0] is None  # a title above each image
+    places = sum(len(part) for _, part, _ in rows) if each_row else across
+    if titles is not None and len(titles) != places:
+        raise ValueError(f"{len(titles)} titles for {places} places; give one for each")
     edge = min(max(WIDTH // across, CELL), LARGEST)
     edge = max(edge, min(2 * CELL, height, width))  # of large images, more of their pixels
     cell_w, cell_h = (round(edge * x / max(height, width)) for x in (width, height))
@@ -153,7 +124,6 @@ def _draw(
     left += MARGIN + (2 * GAP if left else 0)
     total_w = max(left + across * (cell_w + GAP) - GAP, 3 * CELL) + MARGIN
     title_lines, note_lines = _wrap(title, total_w, line * 1.25), _wrap(note, total_w, line * 0.95)
-    each_row = titles is not None and rows[0][0] is None  # a title above each image
     above = line if each_row else 0
     top = MARGIN + len(title_lines) * round(1.1 * line) + (GAP if title_lines else 0)
     top += line if titles is not None and not each_row else 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from medbudget.metrics.scores import Score
 
 __all__ = [
-    "GRAY", "PALETTE", "SEQUENCES", "plot_curves", "plot_histograms", "plot_loss", "plot_scores",
+    "GRAY", "PALETTE", "SEQUENCES", "plot_curves", "plot_histograms", "plot_scores",
     "show_images", "show_panels", "show_rows", "split_channels", "use_style",
 ]  # fmt: skip
 
@@ -74,32 +74,6 @@ def use_style() -> None:
         set_matplotlib_formats("png", bbox_inches=None, facecolor="white")
 
 
-def plot_loss(
-    history: Mapping[str, Any], *, title: str | None = None, note: str | None = None
-) -> Figure:
-    """Plot a loss curve, or several: the values faint, over them their mean over a tenth of the run.
-
-    The loss of one batch depends mostly on the timesteps that were drawn; only its mean can fall.
-
-    Parameters
-    ----------
-    history : mapping
-        ``{"step": […], "loss": […]}`` as in `Embedding.history`, or label to such a mapping.
-    """
-    curves = {"": history} if "loss" in history else history
-    figure, axes = _axes(title, note, height=2.6)
-    for label, curve in curves.items():
-        steps = curve.get("step", range(1, len(curve["loss"]) + 1))
-        (line,) = axes.plot(steps, curve["loss"], linewidth=1, alpha=0.3)
-        n = max(1, len(curve["loss"]) // 10)
-        x, y = (np.convolve(v, np.full(n, 1 / n), "valid") for v in (steps, curve["loss"]))
-        name = f"{label}, mean of {n}" if label else f"mean of {n}"
-        axes.plot(x, y, label=name, linewidth=2, color=line.get_color())
-    axes.set(xlabel="step", ylabel="loss (noise MSE)")
-    axes.legend()
-    return figure
-
-
 def plot_scores(
     scores: Mapping[str, Any],
     *,
@@ -110,18 +84,10 @@ def plot_scores(
 ) -> Figure:
     """Plot scores of one kind with their intervals, one below the other.
 
-    Parameters
-    ----------
-    scores : mapping of str to Score
-        Label to score, or a group's heading to such a mapping. All must come from the same
-        extractor, resize rule and normalisation: others cannot be compared.
-    marks : mapping of str to float, optional
-        Label to the place of a vertical line of reference, e.g. the floor.
-    colours : mapping of str to str, optional
-        Label to colour, of `scores` and of `marks`; scores are blue otherwise, lines gray.
+    `scores` map a label to a `Score`, or a group's heading to such a mapping; all must come from the
+    same extractor, resize rule and normalisation. `marks` name vertical lines of reference, e.g. the
+    floor. `colours` are those of scores (otherwise blue) and of marks (gray), by label.
     """
-    if not scores:
-        raise ValueError("no scores to plot; pass a mapping of label to Score")
     groups = scores if isinstance(next(iter(scores.values())), Mapping) else {"": scores}
     lines = [(head, label, score) for head, part in groups.items() for label, score in part.items()]
     every: list[Score] = [score for *_, score in lines]
@@ -177,26 +143,19 @@ def plot_curves(
 ) -> Figure:
     """Plot one line for each label, with a bar at each point where an interval is given.
 
-    Parameters
-    ----------
-    curves : mapping
-        Label to ``{"x": […], "y": […]}``, and optionally ``"low"`` and ``"high"`` of the same
-        length; or label to the `Score` at each x, as of `medbudget.metrics.disease_axis`.
-    log : bool
-        Logarithmic x axis with a tick at every x.
-    marks : mapping of str to float, optional
-        Label to the height of a horizontal line of reference, e.g. guessing.
-    colours : mapping of str to str, optional
-        Label to colour, of `curves` and of `marks`.
+    `curves` map a label to ``{"x": […], "y": […]}``, with ``"low"`` and ``"high"`` if wanted, or to the
+    `Score` at each x. `log` gives a logarithmic x axis with a tick at every x. `marks` name
+    horizontal lines of reference, e.g. guessing; `colours` are by label, as in `plot_scores`.
     """
-    if not curves or not all(curves.values()):
-        raise ValueError("no curves to plot; pass a mapping of label to {'x': …, 'y': …}")
     figure, axes = _axes(title, note, height=3.2)
-    drawn = {label: curve if "x" in curve else _unfold(curve) for label, curve in curves.items()}
+    drawn = dict(curves)
+    for label, scores in curves.items():
+        if "x" not in scores:
+            limits = [score.interval or (score.value,) * 2 for score in scores.values()]
+            values = [score.value for score in scores.values()]
+            low, high = zip(*limits)
+            drawn[label] = {"x": list(scores), "y": values, "low": low, "high": high}
     for i, (label, curve) in enumerate(drawn.items()):
-        lengths = {key: len(values) for key, values in curve.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"curve {label!r} has parts of different lengths: {lengths}")
         colour = (colours or {}).get(label, PALETTE[i % len(PALETTE)])
         marker = "os^DvPX"[i % 7]  # told apart without colour too
         axes.plot(curve["x"], curve["y"], marker + "-", color=colour, label=label, markersize=5)
@@ -217,13 +176,6 @@ def plot_curves(
     return figure
 
 
-def _unfold(scores: Mapping[float, Score]) -> dict[str, Any]:
-    """Return the curve of scores along an axis."""
-    values = [score.value for score in scores.values()]
-    low, high = zip(*(score.interval or (score.value,) * 2 for score in scores.values()))
-    return {"x": list(scores), "y": values, "low": low, "high": high}
-
-
 def plot_histograms(
     values: Mapping[str, Any],
     *,
@@ -235,17 +187,8 @@ def plot_histograms(
 ) -> Figure:
     """Plot histograms over common bins, as shares of each set, with labelled vertical lines.
 
-    Parameters
-    ----------
-    values : mapping of str to array_like
-        Label to numbers.
-    marks : mapping of str to float, optional
-        Label to the place of a vertical line, e.g. what was observed.
-    colours : mapping of str to str, optional
-        Label to colour, of `values`.
+    `marks` name vertical lines, e.g. what was observed; `colours` are those of `values`, by label.
     """
-    if not values or any(len(part) == 0 for part in values.values()):
-        raise ValueError("no values to plot; pass a mapping of label to one number or more")
     figure, axes = _axes(title, note, height=2.6)
     bins = np.histogram_bin_edges(np.concatenate([*map(np.asarray, values.values())]), 24)
     for label, part in values.items():

@@ -1,8 +1,7 @@
 """Widgets that a reader plays with: frames to flip through, live sampling, a mask to draw.
 
-`show_frames` needs no kernel, no library and no network: it works on the book's pages as in
-JupyterLab. The others talk to Python, so they need a kernel; they sample in a thread of their own,
-wait until the hand rests, drop what is out of date, and have a Stop button.
+`show_frames` and `show_reader_study` need no kernel and no network. The others sample in a thread
+of their own, wait until the hand rests, and have a Stop button.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import base64
 import html
 import io
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from medbudget.base import Base
 from medbudget.embeddings import Embedding
 from medbudget.images import check_images, make_grid, save_images, to_pil
 from medbudget.inpainting import inpaint
-from medbudget.live import DELAY, Live
 from medbudget.masks import brush_mask
 from medbudget.reader import ReaderStudy, default_key
 from medbudget.sampling import sample, total_guidance
 
 EDGE = 384  # screen pixels of an image that is drawn on
 SHOWN = 160  # screen pixels of an image in a row of frames
-Stroke = tuple[list[list[float]], float]  # points and radius, in fractions of the image's edge
+DELAY = 0.4  # seconds without a change before a drawing starts
 
 
 def _to_png(images: torch.Tensor, *, columns: int = 4, edge: int = 128) -> bytes:
@@ -47,10 +46,7 @@ def _embed(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-# ---- without a kernel ---------------------------------------------------------------------------
-
-# a range input that shows one of its figure's frames; repeated here because it must travel with
-# the output: a page of the book has no kernel to ask
+# shows one frame of its figure; it travels with the output, as a page of the book has no kernel
 _SHOW = (
     "for (const [i, frame] of this.closest('figure').querySelectorAll('[data-frame]').entries())"
     " { frame.hidden = i != this.value;"
@@ -69,29 +65,11 @@ def show_frames(
 ) -> HTML:
     """Return a slider over precomputed images that works without a kernel.
 
-    Everything is in the output itself, so it needs neither saved widget state nor a script from
-    elsewhere. Where scripts are off, the frame at the start stands.
-
-    Parameters
-    ----------
-    frames : mapping of str to torch.Tensor
-        What the slider says at each place, and the images ``(N, 3, H, W) uint8`` shown there.
-    label : str
-        The slider's name.
-    alt : str
-        What the images show; each frame adds its own place.
-    caption : str
-        Must say that the images are synthetic, if they are.
-    start : int, optional
-        The frame shown first; default the middle one, which differs from both ends.
-    columns : int
-        Images in a row.
+    `frames` map what the slider, called `label`, says at each place to the images shown there,
+    ``(N, 3, H, W) uint8``. `alt` says what they show, and `caption` that they are synthetic, if they
+    are. The frame shown first, and where scripts are off, is `start`, by default the middle one.
     """
     start = len(frames) // 2 if start is None else start
-    if not 0 <= start < len(frames):
-        raise ValueError(f"start {start} is not one of {len(frames)} frames")
-    if not alt.strip() or not caption.strip():
-        raise ValueError("alt and caption must say what the frames show")
     say = html.escape
     wide = SHOWN * min(columns, *map(len, frames.values()))
     parts = []
@@ -117,40 +95,90 @@ def show_reader_study(
     *,
     reveal: bool = False,
     reference: tuple[torch.Tensor, str] | None = None,
-    height: int = 560,
 ) -> HTML:
     """Return a study's exported page in a frame: it works without a kernel.
 
-    Parameters
-    ----------
-    reveal : bool
-        End with the result, beside that of the paper's reader, and with where each image came
-        from; needs the key beside the study's folder. For teaching only.
-    reference : (torch.Tensor, str), optional
-        See `ReaderStudy.export`.
-    height : int
-        Pixels, until the page has set its own.
+    `reveal`, for teaching only, ends it with the result beside that of the paper's reader and with
+    where each image came from; it needs the key beside the study's folder. For `reference` see
+    `ReaderStudy.export`.
     """
     page = study.export(reveal=default_key(study.folder) if reveal else None, reference=reference)
     return HTML(
         '<figure class="medbudget-reader" style="margin: 1em 0">'
         f'<iframe title="{html.escape(study.question)}" srcdoc="{html.escape(page)}" '
-        f'style="width: 100%; height: {height}px; border: 1px solid #767676"></iframe></figure>'
+        'style="width: 100%; height: 560px; border: 1px solid #767676"></iframe></figure>'
     )
 
 
-# ---- with a kernel ------------------------------------------------------------------------------
+class Stopped(Exception):
+    """Raised inside a job when it is out of date or was stopped."""
+
+
+class Live:
+    """Runs the newest of many requests in a thread, so that the kernel stays free.
+
+    ``work(check, *arguments)`` starts after `delay` seconds without a newer request, and ends at its
+    next ``check()`` when a newer one comes or `stop` is called. ``report`` is told how it goes.
+    """
+
+    def __init__(
+        self, work: Callable[..., None], report: Callable[[str], None], *, delay: float = DELAY
+    ) -> None:
+        self.work, self.report, self.delay = work, report, delay
+        self._newest = 0
+        self._lock = threading.Lock()  # one job at a time
+        self._timer = threading.Timer(0, print)
+
+    def request(self, *arguments: Any) -> None:
+        """Ask for ``work(check, *arguments)`` soon."""
+        self.stop(say="waiting")
+        self._timer = threading.Timer(self.delay, self._run, (self._newest, arguments))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self, *_: Any, say: str = "stopped") -> None:
+        """End what waits or runs."""
+        self._newest += 1
+        self._timer.cancel()
+        self.report(say)
+
+    def _run(self, number: int, arguments: tuple[Any, ...]) -> None:
+        def check(_: Any = None) -> None:
+            if number != self._newest:
+                raise Stopped
+
+        with self._lock:
+            try:
+                check()
+                self.report("drawing")
+                self.work(check, *arguments)
+                check()
+                self.report("done")
+            except Stopped:
+                pass
+            except Exception as error:  # a thread's exception would be lost: show it
+                self.report(f"error: {error}")
+
+    def wait(self, seconds: float = 60) -> None:
+        """Block until the last request is done."""
+        if self._timer.is_alive():
+            self._timer.join(seconds)
+
+
+def _slider(name: str, value: float, low: float, high: float, *, step: float = 0.05) -> Any:
+    return ipw.FloatSlider(value, min=low, max=high, step=step, description=name)
+
+
+def _button(name: str, icon: str, click: Callable[..., None]) -> Any:
+    button = ipw.Button(description=name, icon=icon)
+    button.on_click(click)
+    return button
 
 
 class PromptMixer(ipw.VBox):
-    """Weight sliders for several embeddings, and what the composed prompt draws.
+    """Weight sliders for several embeddings, at first equal, and what the composed prompt draws.
 
-    Parameters
-    ----------
-    embeddings : iterable of Embedding
-        One slider each, at first of equal weight.
-    **options
-        For `sample`: n, steps, seed, …
+    The `options` are those of `sample`: n, steps, seed, …
     """
 
     def __init__(
@@ -172,7 +200,9 @@ class PromptMixer(ipw.VBox):
         self.status = ipw.Label()
         self.picture = ipw.Image(format="png")
         for slider in (*self.sliders, self.scale):
-            slider.observe(self._changed, names="value")
+            slider.observe(
+                lambda _: self.live.request(self.prompt, self.scale.value), names="value"
+            )
         row = ipw.HBox([self.button, self.status])
         super().__init__([*self.sliders, self.scale, row, self.picture])
         self.add_class("medbudget-mixer")
@@ -184,28 +214,14 @@ class PromptMixer(ipw.VBox):
         pairs = zip(self.embeddings, self.sliders)
         return " AND ".join(f"{e.token}:{slider.value:.2f}" for e, slider in pairs)
 
-    def _changed(self, _: Any = None) -> None:
-        self.live.request(self.prompt, self.scale.value)
-
     def _report(self, state: str) -> None:
         total = total_guidance(self.prompt, self.scale.value)
         self.status.value = f"{state} · {self.prompt} · total guidance {total:.3g} · synthetic"
 
     def _draw(self, check: Callable[..., None], prompt: str, scale: float) -> None:
         words = {"embeddings": self.embeddings, **self.options}
-        self.picture.value = _to_png(
-            sample(self.base, prompt, cfg_scale=scale, callback=check, **words)
-        )
-
-
-def _slider(name: str, value: float, low: float, high: float, *, step: float = 0.05) -> Any:
-    return ipw.FloatSlider(value, min=low, max=high, step=step, description=name)
-
-
-def _button(name: str, icon: str, click: Callable[..., None]) -> Any:
-    button = ipw.Button(description=name, icon=icon)
-    button.on_click(click)
-    return button
+        images = sample(self.base, prompt, cfg_scale=scale, callback=check, **words)
+        self.picture.value = _to_png(images)
 
 
 # sends a stroke, the points in fractions of the edge, to the text field beside the picture
@@ -229,21 +245,15 @@ event.preventDefault();
 class MaskPainter(ipw.VBox):
     """An image to draw a mask on with the mouse, a finger or a pen."""
 
-    def __init__(
-        self,
-        image: torch.Tensor,
-        *,
-        radius: float = 0.07,
-        changed: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, image: torch.Tensor, *, changed: Callable[[], None] = lambda: None) -> None:
         self.image = check_images(image[None] if image.ndim == 3 else image)[:1]
-        self.strokes: list[Stroke] = []
+        self.strokes: list[tuple[list[list[float]], float]] = []  # points, radius: see brush_mask
         self.changed = changed
         self.picture = ipw.HTML()
         self.field = ipw.Text(layout={"display": "none"})
         self.field.add_class("medbudget-stroke")
         self.field.observe(self._stroke, names="value")
-        self.radius = _slider("brush", radius, 0.02, 0.3, step=0.01)
+        self.radius = _slider("brush", 0.07, 0.02, 0.3, step=0.01)
         self.undo = _button("Undo", "undo", lambda _: self._set(self.strokes[:-1]))
         self.clear = _button("Clear", "", lambda _: self._set([]))
         row = ipw.HBox([self.radius, self.undo, self.clear])
@@ -261,7 +271,7 @@ class MaskPainter(ipw.VBox):
             self._set([*self.strokes, (json.loads(change["new"]), self.radius.value)])
             self.field.value = ""  # the same stroke may come again
 
-    def _set(self, strokes: list[Stroke]) -> None:
+    def _set(self, strokes: list[tuple[list[list[float]], float]]) -> None:
         news, self.strokes = strokes != self.strokes, strokes
         tint = torch.tensor([255, 160, 0]).view(1, 3, 1, 1)
         share = 0.45 * self.mask
@@ -278,15 +288,7 @@ class MaskPainter(ipw.VBox):
 
 
 class Inpainter(ipw.VBox):
-    """A mask to draw, and what `inpaint` puts under it.
-
-    Parameters
-    ----------
-    image : torch.Tensor
-        ``(1, 3, H, H) uint8`` or without the first axis.
-    **options
-        For `inpaint`: n, steps, seed, content, …
-    """
+    """A mask to draw, and what `inpaint` puts under it; the `options` are those of `inpaint`."""
 
     def __init__(
         self,
@@ -294,13 +296,11 @@ class Inpainter(ipw.VBox):
         image: torch.Tensor,
         prompt: str,
         *,
-        embeddings: Iterable[Embedding] = (),
         strength: float = 0.75,
         delay: float = DELAY,
         **options: Any,
     ) -> None:
-        self.base, self.prompt, self.embeddings = base, prompt, list(embeddings)
-        self.options = {"n": 4, **options}
+        self.base, self.prompt, self.options = base, prompt, {"n": 4, **options}
         self.status = ipw.Label()
         self.live = Live(self._draw, self._report, delay=delay)
         self.painter = MaskPainter(image, changed=self._changed)
@@ -328,12 +328,11 @@ class Inpainter(ipw.VBox):
         self.result.layout.display = "none" if images is None else ""
         self.save.disabled = images is None
 
-    def _save(self, _: Any = None) -> None:
+    def _save(self, _: Any) -> None:
         """Write the images and their mask as PNG files into a new folder."""
-        if self.images is None:
-            return
         number = next(i for i in range(1, 10_000) if not Path(f"inpainted{i}").exists())
         folder = Path(f"inpainted{number}")
+        assert self.images is not None  # the button is off without
         save_images(self.images, folder)
         mask = (self.painter.mask * 255).to(torch.uint8).expand(1, 3, -1, -1)
         save_images(mask, folder, names=["mask"])
@@ -343,7 +342,7 @@ class Inpainter(ipw.VBox):
         self.status.value = f"{state} · {self.prompt} · synthetic under the mask"
 
     def _draw(self, check: Callable[..., None], mask: torch.Tensor, strength: float) -> None:
-        about = {"embeddings": self.embeddings, "strength": strength, **self.options}
-        made = inpaint(self.base, self.painter.image, mask, self.prompt, callback=check, **about)
+        about = {"strength": strength, "callback": check, **self.options}
+        images = inpaint(self.base, self.painter.image, mask, self.prompt, **about)
         check()
-        self._show(made)
+        self._show(images)
