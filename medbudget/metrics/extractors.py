@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from medbudget.files import hash_file, hash_tensors
 from medbudget.metrics.inception import load_inception, resize_tf1
 from medbudget.metrics.radimagenet import load_radimagenet
+from medbudget.metrics.untrained import SIDE, WIDTHS, convolve, draw_filters, ring_powers
 from medbudget.weights import (
     OFFLINE,
     efficientnet_network,
@@ -91,6 +92,16 @@ def _layout(weights: Path | None, device: torch.device) -> tuple[Function, str]:
     return thumbnails, hashlib.sha256(b"layout area pooling to 8x8 [0, 1]").hexdigest()
 
 
+def _convolutions(weights: Path | None, device: torch.device) -> tuple[Function, str]:
+    filters = {str(i): one for i, one in enumerate(draw_filters())}
+    return lambda images: convolve(resize_bilinear(images, SIDE)), hash_tensors(filters)
+
+
+def _spectrum(weights: Path | None, device: torch.device) -> tuple[Function, str]:
+    rule = hashlib.sha256(b"log10 power + 1/12 in 12 rings of 1 to 91 periods, Hann window")
+    return lambda images: ring_powers(resize_bilinear(images, SIDE)), rule.hexdigest()
+
+
 def _inception(weights: Path | None, device: torch.device) -> tuple[Function, str]:
     network, path = load_inception(weights, device)
     return _chain(network, lambda x: (resize_tf1(x, 299) - 128) / 128), hash_file(path)
@@ -152,6 +163,17 @@ _EXTRACTORS: dict[str, tuple[Callable[..., tuple[Function, str]], dict[str, Any]
         "title": "8x8 RGB thumbnail", "input_rule": "RGB, x / 255", "dim": 192,
         "resize_rule": "area pooling to 8x8", "note": "sees layout and brightness, not grain",
     }),
+    "random-convolutions": (_convolutions, {
+        "title": "random convolutions", "dim": 2 * sum(WIDTHS),
+        "input_rule": "RGB, x / 127.5 - 1; mean and sd of fixed random filters",
+        "resize_rule": f"antialiased bilinear to {SIDE}x{SIDE}", "note": "trained on nothing",
+    }),
+    "spectrum": (_spectrum, {
+        "title": "power spectrum", "dim": 36,
+        "input_rule": "RGB, minus the mean; log10 power in 12 rings of frequency",
+        "resize_rule": f"antialiased bilinear to {SIDE}x{SIDE}",
+        "note": "sees grain and sharpness, not layout",
+    }),
     "inception": (_inception, {
         "title": "Inception-v3 2015-12-05", "input_rule": "RGB, (x - 128) / 128", "dim": 2048,
         "resize_rule": "TF1 bilinear to 299x299, not antialiased",
@@ -174,7 +196,7 @@ _EXTRACTORS: dict[str, tuple[Callable[..., tuple[Function, str]], dict[str, Any]
 
 
 def extractor_names() -> tuple[str, ...]:
-    """Return the known extractors; "efficientnet-lite0" and "layout" need no download."""
+    """Return the known extractors; the first four need no download."""
     return tuple(_EXTRACTORS)
 
 
