@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -229,6 +230,13 @@ def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = Non
             stacklevel=2,
         )
     return torch.stack(images)
+
+
+def shrink(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Average images down to squares of `size` pixels, as a camera bins; ``(N, 3, H, W) uint8``."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images.float(), size=(size, size), mode="area").round().byte()
 
 
 def hash_pixels(image: Any) -> str:

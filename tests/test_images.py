@@ -10,7 +10,7 @@ from PIL import Image
 from medbudget import load_images, save_images
 from medbudget.cases import check_twins
 from medbudget.data.volumes import Source, read_pixels
-from medbudget.images import ImageError, hash_pixels, load_image, make_grid
+from medbudget.images import ImageError, hash_pixels, load_image, make_grid, shrink
 
 
 def write(folder, name, array, mode=None):
@@ -252,3 +252,12 @@ def test_the_same_image_twice_in_a_folder_is_said(tmp_path, noise):
     save_images(torch.stack([one, two, one]), tmp_path)
     with pytest.warns(UserWarning, match=r"00002\.png is 00000\.png\), and all are used"):
         assert len(load_images(tmp_path)) == 3
+
+
+def test_images_are_shrunk_by_averages():
+    """Blocks of 2 x 2: (0 + 10 + 20 + 31) / 4 = 15.25, and 200 everywhere else."""
+    image = torch.full((1, 3, 4, 4), 200, dtype=torch.uint8)
+    image[..., :2, :2] = torch.tensor([[0, 10], [20, 31]], dtype=torch.uint8)
+    small = shrink(image, 2)
+    assert small.dtype == torch.uint8 and small[0, 0].tolist() == [[15, 200], [200, 200]]
+    assert shrink(image, 4) is image

@@ -117,6 +117,26 @@ def test_other_settings_or_networks_are_another_study(finished, tiny, start, tmp
     assert count(plan(tiny, tmp_path / "x").tasks, store)["stylegan3"] == (0, 1)
 
 
+def test_images_twice_the_size_are_averaged_down_for_both(tiny, start, tmp_path):
+    study = plan(tiny, start, size=128)
+    store = study.store(tmp_path)
+    gan, diffusion = study.rows
+    run(diffusion.images, store)
+    (drawn,) = diffusion.images
+    whole = store.read_images(drawn.inputs).float()
+    halved = torch.stack([whole[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(0)
+    assert torch.equal(store.read_images([drawn]), halved.round().byte())
+    assert halved.shape[-1] == 64 and len(halved) == 16
+    cases = gan.details.inputs[0].inputs[0]
+    assert (cases.kind, cases.settings, cases.inputs[0].settings["size"]) == (
+        "shrunk", {"size": 64}, 128,
+    )  # fmt: skip
+    assert "compared at 64 px with diffusion's 128 px" in study.about
+    assert "averaged" not in plan(tiny, start, size=64).about
+    with pytest.raises(ValueError, match="make 64 px, this study wants 192"):
+        plan(tiny, start, size=192)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_made(tiny, start, tmp_path):
     with pytest.raises(ValueError, match=r"make 64 px, this study wants 512: .*--data start=FILE"):
         make_study("stylegan3", "paper", base_hash="0", sources={"train": tmp_path})

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medbudget import make_phantoms, save_images
+from medbudget.classifier import ClassifierSettings
 from medbudget.metrics import bootstrap_auc, calibration, compute_auc
 from medbudget.studies import (
     Store,
@@ -154,6 +155,9 @@ def test_an_image_has_the_same_noise_wherever_it_is_used(finished):
     assert torch.equal(few, many[:3])
     clean = read_part([task], 9, 0.0, store)
     assert 10 < (many.float() - clean.float()).std() < 21
+    seen = replace(ClassifierSettings.preset("tiny"), size=48)  # noise is added at this size
+    small, plain = (read_part([task], 9, noise, store, seen) for noise in (20.0, 0.0))
+    assert small.shape[-1] == 48 and 10 < (small.float() - plain.float()).std() < 21
 
 
 def test_a_second_run_makes_nothing_and_the_report_shows_ours_beside_the_papers(finished, tmp_path):

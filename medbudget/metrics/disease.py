@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from scipy.stats import t
 
 from medbudget.data.phantoms import KINDS, make_phantoms
-from medbudget.images import check_images
+from medbudget.images import check_images, shrink
 from medbudget.metrics.extractors import load_extractor, resize_bilinear
 from medbudget.metrics.features import compute_features
 from medbudget.metrics.kernel import squared_distances
@@ -152,7 +151,7 @@ def disease_features(images: torch.Tensor) -> npt.NDArray[np.float64]:
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"square images are needed, got {tuple(images.shape[2:])} (H, W)")
     if images.shape[2] > SIZE:  # by averages: noise falls as in a camera that bins pixels
-        images = F.interpolate(images.float(), size=(SIZE, SIZE), mode="area").round().byte()
+        images = shrink(images, SIZE)
     elif images.shape[2] < SIZE:
         images = resize_bilinear(images, SIZE).round().clamp(0, 255).byte()
     smooth = gaussian_blur(images, [7, 7], [BLUR, BLUR])

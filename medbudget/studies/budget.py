@@ -113,7 +113,7 @@ def _plan_training(p: Plan, method: str, train: Task, cases: int, seen: int) -> 
         start = read_start(p.sources)
         own = train if train.settings["n"] == cases else _cut(train, cut.cases)
         settings = {"stylegan3": asdict(gan), "start": start.hash} | name_extractor(p)
-        return Task("stylegan3", settings, (own,))
+        return Task("stylegan3", settings, p.shrink([own], start.generator.architecture.size))
     word = InversionSettings.preset(s.inversion, **s.overrides)
     steps = max(1, round(seen / word.batch_size))
     if m.rank is None:
@@ -180,16 +180,21 @@ def _plan_row(
     p: Plan, problem: _Problem, group: str, method: str, cell: _Cell, reference: _Cell | None,
     cases: int,
 ) -> Row:  # fmt: skip
-    s, real = p.s, problem.test[1]
+    s, size = p.s, p.s.size
+    if method == GAN:  # its images are compared at their size
+        size = read_start(p.sources).generator.architecture.size
+    train, val, real = (
+        p.shrink([own[1]], size) for own in (problem.train, problem.val, problem.test)
+    )
     counted = {"runs": s.runs, "repeats": s.repeats}
     gain = Task("gain", counted, (*cell.runs, *reference.runs)) if reference else None
     others = [Task("auc", counted, (*cell.runs, *((gain,) if gain else ())))]
     if cell.trained:
         base = {"base": s.base, "base_hash": p.base_hash, "draws": DRAWS}
-        inputs = (cell.trained[1], problem.train[1], problem.val[1])
+        inputs = (cell.trained[1], *train, *val)
         sizes = {"n": [min(cases, MEMBERS), min(problem.n[0], MEMBERS)]}
         others.append(Task("leak", base | sizes, inputs))
-    sets = [*cell.drawn, (real,), (problem.train[1],)]
+    sets = [*cell.drawn, real, train]
     cuts = [[len(own), n] for own, n in zip(sets, (s.n, s.n, problem.n[1], cases))]
     about = {"sets": cuts, "kind": problem.name if problem.label else "", "label": problem.label}
     about |= {"trained": bool(cell.trained)} | name_extractors(p)
@@ -197,9 +202,10 @@ def _plan_row(
     compare = None
     if reference:
         same = method != GAN  # images from the same seeds
-        tests = [[len(cell.drawn[1]), s.n], [len(reference.drawn[1]), s.n], [1, problem.n[1]]]
+        other = p.shrink(reference.drawn[1], size)
+        tests = [[len(cell.drawn[1]), s.n], [len(other), s.n], [1, problem.n[1]]]
         test = {"sets": tests, "paired": same, "repeats": 1000} | name_extractor(p)
-        compare = Task("compare", test, (*cell.drawn[1], *reference.drawn[1], real))
+        compare = Task("compare", test, (*cell.drawn[1], *other, *real))
     price = Task("price", {}, (cell.trained[1],)) if cell.trained else None
     return Row(group, method, weigh, compare, {}, cell.drawn[1], price)
 

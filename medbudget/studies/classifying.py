@@ -48,14 +48,19 @@ def find_patches(folder: Path, split: str, label: int) -> npt.NDArray[np.int64]:
     return np.flatnonzero(load_labels(folder, split).numpy() == label)
 
 
-def read_part(tasks: Sequence[Task], n: int, noise: float, store: Store) -> torch.Tensor:
-    """Read `n` images of one class, with Gaussian noise of sd `noise` gray levels.
+def read_part(
+    tasks: Sequence[Task], n: int, noise: float, store: Store,
+    seen: ClassifierSettings | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Read `n` images of one class as a classifier sees them, with Gaussian noise of sd `noise`.
 
-    An image has the same noise wherever it is used.
+    An image has the same noise, in gray levels of the classifier's size, wherever it is used.
     """
     parts = []
     for task in tasks:
         images = store.read_images([task])
+        if seen:
+            images = resize(images, seen.size, antialias=seen.antialias)
         if noise:
             generator = torch.Generator().manual_seed(int(task.key, 16) % 2**63)
             added = images + noise * torch.randn(images.shape, generator=generator)
@@ -85,12 +90,9 @@ def _read_cases(task: Task, store: Store) -> tuple[dict[str, Cases], list[Any]]:
     """Return the cases by role, and the results of the judges."""
     s, inputs = task.settings, iter(task.inputs)
     seen = ClassifierSettings(**s["classifier"])
-    official = any(t.kind == "patches" for t in task.inputs)  # of the classifier's size already
     parts: dict[str, list[torch.Tensor]] = {}
     for role, _, number, n in s["parts"]:
-        images = read_part([next(inputs) for _ in range(number)], n, s["noise"], store)
-        if official:
-            images = resize(images, seen.size, antialias=seen.antialias)
+        images = read_part([next(inputs) for _ in range(number)], n, s["noise"], store, seen)
         parts.setdefault(role, []).append(images)
     cases = {role: Cases.of(*both) for role, both in parts.items()}
     return cases, [store.read_json(judge) for judge in inputs]

@@ -14,7 +14,7 @@ from medbudget.base import Base
 from medbudget.data.phantoms import make_phantoms
 from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
-from medbudget.images import load_images
+from medbudget.images import load_images, shrink
 from medbudget.inversion import InversionSettings, invert
 from medbudget.loading import load_base
 from medbudget.sampling import sample
@@ -67,6 +67,11 @@ def _run_images(task: Task, store: Store) -> torch.Tensor:
             "them, or plan anew"
         )
     return images[: s["n"]]
+
+
+@kind("shrunk", ".safetensors")
+def _run_shrunk(task: Task, store: Store) -> torch.Tensor:
+    return shrink(store.read_images(task.inputs), task.settings["size"])
 
 
 @kind("embedding", ".safetensors", heavy=True, needs=load_task_base)
@@ -140,6 +145,12 @@ class Plan:
             )
         images_hash = hash_tensors({"images": images})
         return Task("images", {"source": source, "hash": images_hash, "n": n, "size": size})
+
+    def shrink(self, tasks: Sequence[Task], size: int) -> tuple[Task, ...]:
+        """Return tasks of images of `size` pixels: those given, or one that averages them down."""
+        if size == self.s.size:
+            return tuple(tasks)
+        return (Task("shrunk", {"size": size}, tuple(tasks)),)
 
     def word(self, train: Task, *, vectors: int | None = None, cases: int | None = None) -> Task:
         """Return the task that learns a word from the first `cases` images of a class."""

@@ -120,17 +120,18 @@ def plan_gan_blocks(network: Task, n: int, seed: int = 0) -> tuple[Task, ...]:
 def make_rivals(p: Plan) -> Study:
     """Section 4.2: train StyleGAN3 and a word on the same cases, draw with both, and compare."""
     s, start = p.s, read_start(p.sources)
-    if (size := start.generator.architecture.size) != s.size:
+    if s.size not in ((size := start.generator.architecture.size), 2 * size):
         raise ValueError(
             f"the networks to start from make {size} px, this study wants {s.size}: for 512 px, "
             f"give an official file with --data {START}=FILE"
         )
     train, real = plan_cases(p, "train", s.cases), plan_cases(p, "reference", s.n)
+    (cases,), (real,) = p.shrink([train], size), p.shrink([real], size)
     gan = StyleGAN3Settings.preset(s.stylegan3, **s.gan)
     settings = {"stylegan3": asdict(gan), "start": start.hash} | name_extractor(p)
-    network, word = Task("stylegan3", settings, (train,)), p.shipped_word(train)
+    network, word = Task("stylegan3", settings, (cases,)), p.shipped_word(train)
     inversion = InversionSettings.preset(s.inversion, **s.overrides)
-    made, drawn = plan_gan_blocks(network, s.n), p.blocks([word], n=s.n)
+    made, drawn = plan_gan_blocks(network, s.n), p.shrink(p.blocks([word], n=s.n), size)
 
     def score(*sets: tuple[Task, ...]) -> Task:
         cuts = {"sets": [[len(own), s.n] for own in sets]}
@@ -146,7 +147,7 @@ def make_rivals(p: Plan) -> Study:
         ),
         Row(
             "diffusion", float(inversion.steps * inversion.batch_size), score(drawn, (real,)),
-            images=drawn, details=cost(word, train, *drawn[:7]),  # 100 images
+            images=drawn, details=cost(word, cases, *drawn[:7]),  # 100 images
         ),
     )  # fmt: skip
     about = (
@@ -155,6 +156,11 @@ def make_rivals(p: Plan) -> Study:
         "paper's script does. Difference: of StyleGAN3 to diffusion, with a permutation test. "
         "Compare what the scores see with what a reader sees."
     )
+    if size != s.size:
+        about += (
+            f" StyleGAN3 makes {size} px: it was trained on cases averaged down to that, and is "
+            f"compared at {size} px with diffusion's {s.size} px averaged down in the same way."
+        )
     return Study(rows, about, head=("generator", "images seen"))
 
 
