@@ -26,10 +26,10 @@ def test_picai_and_its_broken_cases(prepare, tmp_path: Path) -> None:
     images, labels = write_picai(tmp_path, n=8, pixels=64)
     out = tmp_path / "out"
     command = ("picai", images, labels, "--out", out, "--per-class", 1, *SMALL)
-    code, said, _ = prepare(*command, "--reference", 1, "--sequences", "t2w")
+    code, said, _ = prepare(*command, "--reference", 1)
     assert code == 0 and "7 made" in said and "contact_sheet.png" in said
     settings = json.loads((out / "settings.json").read_text())
-    assert (settings["sequences"], settings["reference"], settings["size"]) == ("t2w", 1, 32)
+    assert (settings["reference"], settings["size"]) == (1, 32)
     code, _, err = prepare(*command)
     assert code == 1 and "reference (1 there, 0 now)" in err
     for file in images.rglob("*_adc.mha"):

@@ -38,7 +38,6 @@ HELP = {
     "reference": "also write that many healthy cases, or of each class, for distances",
     "root": "the data set's folder; of your own images: one folder for each class, or --labels",
     "seed": "the same seed gives the same result",
-    "sequences": "all: T2W, ADC, DWI as R, G, B; or t2w",
     "size": "pixels of an edge; paper: 512, base tiny: 64 or 128",
     "split": "proportions of train,val,test; or 1: all in train",
     "window": "how gray values are chosen",

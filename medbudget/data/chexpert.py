@@ -29,6 +29,7 @@ OBSERVATIONS = (
 )  # fmt: skip
 TRAINED = ("No Finding", "Cardiomegaly", "Pleural Effusion", "Pneumonia")
 CLASSIFIED = ("No Finding", "Cardiomegaly")  # the only ones in validation and test, as in the paper
+FOLDERS = {label: label.lower().replace(" ", "_") for label in TRAINED}
 UNCERTAIN = ("exclude", "ignore")
 
 
@@ -48,8 +49,7 @@ def select_clean(table: Any, *, uncertain: str = "exclude") -> Any:
     -------
     pandas.DataFrame
         Columns path, patient and label; one row for each image, several of a patient. Its
-        ``attrs["unusable"]`` counts rows of unknown values, without a patient, or of two labels;
-        where all rows are, a ValueError says why.
+        ``attrs["unusable"]`` counts rows of unknown values, without a patient, or of two labels.
     """
     if uncertain not in UNCERTAIN:
         raise ValueError(f"unknown rule {uncertain!r}; allowed are {', '.join(UNCERTAIN)}")
@@ -147,11 +147,6 @@ def prepare_chexpert(
         See `select_clean`.
     reference : int
         Also write that many patients with No Finding to ``reference``.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No ``train.csv``, options that do not exist, too few patients.
     """
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     root = Path(root)
@@ -162,11 +157,12 @@ def prepare_chexpert(
     unusable = selected.attrs["unusable"]
     selected = selected[selected["label"].isin(TRAINED)]
     patients = dict(zip(selected["path"], selected["patient"]))
-    labels = dict(zip(selected["path"], map(_name_folder, selected["label"])))
-    classes = {split: TRAINED if split == "train" else CLASSIFIED for split in SPLITS}
+    labels = {path: FOLDERS[label] for path, label in zip(selected["path"], selected["label"])}
     sizes = {
-        split: dict.fromkeys(map(_name_folder, names), per_class)
-        for split, names in classes.items()
+        split: {
+            FOLDERS[label]: per_class for label in (TRAINED if split == "train" else CLASSIFIED)
+        }
+        for split in SPLITS
     }
 
     def item(path: str, split: str, other: str) -> Item:
@@ -175,12 +171,10 @@ def prepare_chexpert(
 
     items, spares, notes = choose_cases(
         patients, labels, sizes, item, seed=seed, allow_fewer=allow_fewer, reference=reference,
-        healthy=_name_folder(TRAINED[0]), disjoint=disjoint,
+        healthy=FOLDERS[TRAINED[0]], disjoint=disjoint,
     )  # fmt: skip
-    if unusable:
-        notes.insert(
-            0, f"rows of the table left out ({unusable}): unknown values, no patient, or two labels"
-        )
+    left_out = f"rows of the table left out ({unusable}): unknown values, no patient, or two labels"
+    notes = [left_out] * bool(unusable) + notes
     settings = {
         "dataset": "chexpert", "size": size, "seed": seed, "per_class": per_class,
         "uncertain": uncertain, "reference": reference, "disjoint": disjoint,
@@ -189,10 +183,6 @@ def prepare_chexpert(
     return prepare_items(
         items, make, out, settings=settings, spares=spares, notes=notes, workers=workers
     )
-
-
-def _name_folder(label: str) -> str:
-    return label.lower().replace(" ", "_")
 
 
 def crop_borders(image: Image.Image) -> tuple[Image.Image, tuple[int, int, int, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 SIZES = (8, 4096)  # pixels of an edge that can be asked for
+Cells = dict[tuple[str, str], int]  # split and class to a number
 
 
 class BrokenCase(ValueError):
@@ -54,13 +55,13 @@ class Report:
     """What a preparation did."""
 
     out: Path
-    counts: dict[tuple[str, str], int]  # (split, class) to the number of images there
+    counts: Cells  # images there
     made: int  # images made by this run
     kept: int  # images found from an earlier run
     broken: tuple[tuple[str, str], ...] = ()  # case and reason
-    short: dict[tuple[str, str], int] = field(default_factory=dict)  # images missing
+    short: Cells = field(default_factory=dict)  # images missing
     notes: tuple[str, ...] = ()  # what the reader should know
-    patients: dict[tuple[str, str], int] = field(default_factory=dict)  # as counts
+    patients: Cells = field(default_factory=dict)
     size: int = 0  # pixels of an edge
 
     def __str__(self) -> str:
@@ -68,8 +69,8 @@ class Report:
         lines = [f"{'split':<12}{'class':<{wide}}{'patients':>9}{'images':>9}"]
         for cell, n in self.counts.items():
             missing = f"  ({self.short[cell]} missing)" if cell in self.short else ""
-            owners = self.patients.get(cell, 0)
-            lines.append(f"{cell[0]:<12}{cell[1]:<{wide}}{owners:>9}{n:>9}{missing}")
+            patients = self.patients.get(cell, 0)
+            lines.append(f"{cell[0]:<12}{cell[1]:<{wide}}{patients:>9}{n:>9}{missing}")
         edge = f", {self.size} x {self.size} pixels" if self.size else ""
         lines.append(f"{self.made} made, {self.kept} kept from an earlier run, in {self.out}{edge}")
         lines += [f"note: {note}" for note in self.notes]

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,25 +36,17 @@ from medbudget.files import check_apart
 from medbudget.images import from_pil, hash_pixels
 from medbudget.settings import Settings
 
-if TYPE_CHECKING:
-    import SimpleITK as sitk
-
 
 @dataclass(frozen=True)
 class View(Settings):
     """How a study becomes an image; see `load_case`."""
 
-    CHOICES = {
-        "geometry": ("physical", "paper"),
-        "window": ("gland", "percentile", "volume"),
-        "sequences": ("all", "t2w"),
-    }
+    CHOICES = {"geometry": ("physical", "paper"), "window": ("gland", "percentile", "volume")}
     LIMITS = {"size": SIZES}
 
     size: int = 512
     geometry: str = "physical"
     window: str = "gland"
-    sequences: str = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +58,7 @@ class View(Settings):
 class Case:
     """One PI-CAI study as an image."""
 
-    image: torch.Tensor  # (3, size, size) uint8: T2W, ADC and high-b DWI, or T2W three times
+    image: torch.Tensor  # (3, size, size) uint8: T2W, ADC and high-b DWI
     tumour: torch.Tensor  # (size, size) bool, in the image's geometry; empty in a negative case
     gland: torch.Tensor  # (size, size) bool
     label: int  # 1 for clinically significant cancer (ISUP 2 and more), from the marksheet
@@ -86,7 +77,6 @@ def load_case(
     size: int = 512,
     geometry: str = "physical",
     window: str = "gland",
-    sequences: str = "all",
 ) -> Case:
     """Load one study as a 2-D image with its masks.
 
@@ -117,12 +107,9 @@ def load_case(
         brightest tissue: with percentiles it sets the window itself and darkens all the rest of a
         positive case. ``volume``: minimum to maximum of the whole volume, as the paper;
         ``geometry="paper"`` has only this one and uses it whatever is given here.
-    sequences : {"all", "t2w"}
-        T2W, ADC and DWI as R, G and B, or T2W alone as gray.
     """
-    view = View(size, geometry, window, sequences)
-    t2w = find_t2w(Path(images), case_id)
-    studies = read_marksheet(labels)
+    view = View(size, geometry, window)
+    t2w, studies = find_t2w(Path(images), case_id), read_marksheet(labels)
     if case_id not in studies:
         raise ValueError(f"case {case_id} is not in the marksheet of {labels}")
     lesions = find_lesions(Path(labels), studies[case_id])
@@ -140,7 +127,6 @@ def prepare_picai(
     allow_fewer: bool = False,
     reference: int = 0,
     disjoint: bool = True,
-    sequences: str = "all",
     geometry: str = "physical",
     window: str = "gland",
     workers: int = 1,
@@ -149,7 +135,7 @@ def prepare_picai(
 
     Parameters
     ----------
-    images, labels, size, sequences, geometry, window
+    images, labels, size, geometry, window
         See `load_case`.
     out : path
         Gets ``{train,val,test}/{negative,positive}/*.png``, ``masks/{tumour,gland}/…``,
@@ -165,12 +151,11 @@ def prepare_picai(
     workers : int
         Processes.
     """
-    view = View(size, geometry, window, sequences)
+    view = View(size, geometry, window)
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     images, labels = Path(images), Path(labels)
     check_apart(out, images, labels)
-    studies = read_marksheet(labels)
-    files = find_images(images)
+    studies, files = read_marksheet(labels), find_images(images)
     usable = {case: study for case, study in studies.items() if case in files}
     if not usable:
         raise ValueError(
@@ -194,32 +179,21 @@ def prepare_picai(
         disjoint=disjoint,
     )  # fmt: skip
     chosen = {one.name for group in (items, *spares.values()) for one in group}
-    settings = {
-        **{"dataset": "picai", "seed": seed, "per_class": per_class},
-        **{"reference": reference, "disjoint": disjoint, **asdict(view)},
-        "grid": dict(
-            spacing_mm=resample.SPACING,
-            voxels=resample.GRID,
-            percentiles=resample.PERCENTILES,
-            times_gland=resample.TIMES,
-            centre=resample.CENTRE,
-        ),
-    }
-    make = partial(_make, images=images, labels=labels, view=view)
     notes = [
-        note
-        for names, note in (
-            (set(usable) - chosen, "studies are not used, as their patient has another one"),
-            (set(studies) - set(files), "studies of the marksheet have no images here"),
-            (set(files) - set(studies), "T2W volumes are not in the marksheet"),
-            (
-                {one.name for one in items if "machine" in one.note},
-                "positive cases have no lesion mask by an expert, only a machine's (Bosma22a): see "
-                "the manifest's notes; picai_labels of July 2025 and later has experts' for all",
-            ),
-        )
-        for note in _count(names, note)
+        *_count(set(usable) - chosen, "studies are not used, as their patient has another one"),
+        *_count(set(studies) - set(files), "studies of the marksheet have no images here"),
+        *_count(set(files) - set(studies), "T2W volumes are not in the marksheet"),
+        *_count(
+            {one.name for one in items if "machine" in one.note},
+            "positive cases have no lesion mask by an expert, only a machine's (Bosma22a): see "
+            "the manifest's notes; picai_labels of July 2025 and later has experts' for all",
+        ),
     ]
+    settings = {
+        "dataset": "picai", "seed": seed, "per_class": per_class, "reference": reference,
+        "disjoint": disjoint, **asdict(view), "grid": resample.describe_grid(),
+    }  # fmt: skip
+    make = partial(_make, images=images, labels=labels, view=view)
     return prepare_items(
         items, make, out, settings=settings, spares=spares, notes=[*notes, *more], workers=workers
     )
@@ -239,16 +213,13 @@ def measure_shift(images: str | os.PathLike[str], case_id: str) -> dict[str, tup
     relative to what T2W's crop shows there.
     """
     t2w = find_t2w(Path(images), case_id)
+    volumes = [resample.read_sequence(t2w, case_id, name) for name in SEQUENCES]
     middle = (np.array(resample.GRID) - 1) / 2 * np.array(resample.SPACING)
-    centres = {}
-    for name in SEQUENCES:
-        volume = resample.read_sequence(t2w.with_name(f"{case_id}_{name}.mha"), f"sequence {name}")
-        centres[name] = np.array(resample.shift(*resample.target_grid(volume), middle))
-        if name == "t2w":
-            axes = np.reshape(volume.GetDirection(), (3, 3))
+    first, *others = (np.array(resample.shift(*resample.target_grid(v), middle)) for v in volumes)
+    axes = np.reshape(volumes[0].GetDirection(), (3, 3))
     return {
-        name: tuple(float(v) for v in (axes.T @ (centres[name] - centres["t2w"]))[::-1])
-        for name in SEQUENCES[1:]
+        name: tuple(float(v) for v in (axes.T @ (centre - first))[::-1])
+        for name, centre in zip(SEQUENCES[1:], others)
     }
 
 
@@ -256,14 +227,14 @@ def _make(item: Item, *, images: Path, labels: Path, view: View) -> Made:
     """Make the image of an `Item` whose job is (T2W file, study, lesion masks)."""
     t2w, study, lesions = item.job
     case = _load(images / t2w, study, lesions, images, labels, view)
+    _, high, wide = resample.GRID
     return Made(
         case.image,
         case.sources,
         window=case.window,
         slice_index=case.slice_index,
         spacing=case.spacing,
-        crop=" x ".join(map(str, resample.GRID[1:]))
-        + f" px of {resample.SPACING[1]} mm, {view.geometry}",
+        crop=f"{high} x {wide} px of {resample.SPACING[1]} mm, {view.geometry}",
         masks={"tumour": case.tumour, "gland": case.gland},
         pixels=case.pixels,
     )
@@ -272,30 +243,34 @@ def _make(item: Item, *, images: Path, labels: Path, view: View) -> Made:
 def _load(
     t2w: Path, study: Study, lesions: tuple[str, ...], images: Path, labels: Path, view: View
 ) -> Case:
-    names = SEQUENCES if view.sequences == "all" else SEQUENCES[:1]
-    files = {name: t2w.with_name(f"{study.case_id}_{name}.mha") for name in names}
-    volumes = {
-        name: resample.read_sequence(file, f"sequence {name}") for name, file in files.items()
-    }
+    volumes = {name: resample.read_sequence(t2w, study.case_id, name) for name in SEQUENCES}
     for name, volume in volumes.items():
         values = resample.to_array(volume)
         if values.min() == values.max():
             raise BrokenCase(f"sequence {name} has the one value {values.min():g}")
+    voxels = resample.to_array(volumes["t2w"])
     if int(np.abs(np.reshape(volumes["t2w"].GetDirection(), (3, 3))[:, 2]).argmax()) != 2:
         raise BrokenCase("T2W is not an axial volume")
-    resample.check_order(resample.to_array(volumes["t2w"]))
+    resample.check_order(voxels)
     gland = f"{GLAND}/{study.case_id}.nii.gz"
     masks = {"gland": resample.read_mask(labels / gland, 1, volumes["t2w"])}
-    sources = [*(file.relative_to(images).as_posix() for file in files.values()), gland]
-    if lesions:
-        lesion, masks["tumour"] = _read_lesion(labels, lesions, volumes["t2w"])
-        sources.append(lesion)
+    files = [t2w.with_name(f"{study.case_id}_{name}.mha") for name in SEQUENCES]
+    sources = [*(file.relative_to(images).as_posix() for file in files), gland]
+    for lesion in lesions:  # an expert's may show harmless lesions only
+        try:
+            least = LESIONS[os.path.dirname(lesion)]
+            masks["tumour"] = resample.read_mask(labels / lesion, least, volumes["t2w"])
+            sources.append(lesion)
+            break
+        except resample.EmptyMask:
+            if lesion == lesions[-1]:
+                raise
     if view.geometry == "physical":
         planes, shapes, index, ranges = resample.cut_physical(volumes, masks, view.window)
     else:
         planes, shapes, index, ranges = resample.cut_paper(volumes, masks)
     edges = (view.size, view.size)
-    picture = np.stack([planes[name] for name in names], axis=-1).repeat(3 // len(names), axis=-1)
+    picture = Image.fromarray(np.stack([planes[name] for name in SEQUENCES], axis=-1))
     outlines = {
         name: torch.from_numpy(
             np.array(Image.fromarray(shape).resize(edges, Image.Resampling.NEAREST), dtype=bool)
@@ -303,27 +278,15 @@ def _load(
         for name, shape in shapes.items()
     }
     said = ", ".join(f"{name} {low:g}..{high:g}" for name, (low, high) in ranges.items())
+    _, row, column = (s * n / view.size for s, n in zip(resample.SPACING, resample.GRID))
     return Case(
-        image=from_pil(Image.fromarray(picture).resize(edges, Image.Resampling.LANCZOS)),
+        image=from_pil(picture.resize(edges, Image.Resampling.LANCZOS)),
         tumour=outlines.get("tumour", torch.zeros_like(outlines["gland"])),
         gland=outlines["gland"],
         label=LABELS.index(study.label),
         slice_index=index,
-        spacing=(
-            resample.SPACING[1] * resample.GRID[1] / view.size,
-            resample.SPACING[2] * resample.GRID[2] / view.size,
-        ),
+        spacing=(row, column),
         window=f"{view.window}: {said}",
         sources=tuple(sources),
-        pixels=hash_pixels(resample.to_array(volumes["t2w"])),
+        pixels=hash_pixels(voxels),
     )
-
-
-def _read_lesion(labels: Path, files: tuple[str, ...], t2w: sitk.Image) -> tuple[str, sitk.Image]:
-    """Return the first mask with a significant lesion; an expert's may show harmless ones only."""
-    for file in files:
-        try:
-            return file, resample.read_mask(labels / file, LESIONS[os.path.dirname(file)], t2w)
-        except resample.EmptyMask as error:
-            empty = error
-    raise empty

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from medbudget._version import __version__
-from medbudget.data.items import BrokenCase, Item, Made, Report, check_settings
+from medbudget.data.items import BrokenCase, Cells, Item, Made, Report, check_settings
 from medbudget.data.sheet import write_contact_sheet
 from medbudget.data.splits import SPLITS
 from medbudget.files import (
@@ -39,11 +39,8 @@ __all__ = [
     "BrokenCase", "Item", "Made", "Report", "check_settings", "load_manifest", "prepare_items",
 ]  # fmt: skip
 
-COLUMNS = (
-    "file", "split", "label", "patient", "sources", "slice_index", "spacing", "crop", "window",
-    "masks", "note", "sha256",
-)  # fmt: skip
 RECORD = ("sources", "slice_index", "spacing", "crop", "window", "masks", "note", "pixels")
+COLUMNS = ("file", "split", "label", "patient", *RECORD[:-1], "sha256")
 ORDER = {split: i for i, split in enumerate((*SPLITS, "reference"))}
 Row = dict[str, str]
 
@@ -80,20 +77,9 @@ def prepare_items(
         script.
     broken : sequence of (str, str)
         Cases that are known to be unusable, and why.
-
-    Raises
-    ------
-    ValueError
-        No items, two items of one name, or an `out` that holds something else.
-    InUseError
-        Another process prepares the same folder.
     """
     if not items and not broken:
         raise ValueError("nothing to prepare: no case was selected")
-    files = [item.file for item in items]
-    if len(set(files)) < len(files):
-        twice = next(f for f in files if files.count(f) > 1)
-        raise ValueError(f"two items would be written to {twice}")
     out, failures, said = Path(out), [*broken], [*notes]
     check_writable(out / "settings.json")
     with hold(out):
@@ -105,22 +91,22 @@ def prepare_items(
         rows, kept, short = _make_all(items, work, out, spares or {}, workers, failures)
         _remove_others(out, rows)
         cells = sorted({(i.split, i.label) for i in items}, key=lambda c: (ORDER.get(c[0], 9), c))
-        owners: dict[tuple[str, str], list[str]] = {cell: [] for cell in cells}
+        patients: dict[tuple[str, str], list[str]] = {cell: [] for cell in cells}
         for row in rows.values():
-            owners[row["split"], row["label"]].append(row["patient"])
+            patients[row["split"], row["label"]].append(row["patient"])
         said += _describe(rows)
         _write_manifest(out, rows)
         if rows:
             write_contact_sheet(out, rows, cells)
     return Report(
         out,
-        {cell: len(names) for cell, names in owners.items()},
+        {cell: len(names) for cell, names in patients.items()},
         len(rows) - kept,
         kept,
         tuple(failures),
         short,
         tuple(said),
-        {cell: len(set(names)) for cell, names in owners.items()},
+        {cell: len(set(names)) for cell, names in patients.items()},
         int(settings.get("size", 0)),
     )
 
@@ -128,13 +114,13 @@ def prepare_items(
 def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
     """Write the settings into a new folder, or check that they are those of the old one."""
     chosen = [[i.file, i.patient, i.source] for i in sorted(items, key=lambda i: i.file)]
-    selection = hash_settings({"items": chosen})
-    now = {"medbudget": __version__, **json.loads(json.dumps(dict(settings)))}
+    now = {"medbudget": __version__, **settings, "selection": hash_settings({"items": chosen})}
+    now = json.loads(json.dumps(now))
     file = out / "settings.json"
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        same_cases = before.pop("selection", "") == selection
-        reason = describe_difference(before | {"medbudget": __version__}, now)
+        before = json.loads(file.read_text(encoding="utf-8")) | {"medbudget": __version__}
+        same_cases = before.pop("selection", "") == now.pop("selection")
+        reason = describe_difference(before, now)
         if reason or not same_cases:
             raise ValueError(
                 f"{out} was prepared earlier, differently: {reason or 'the cases are others'}; "
@@ -145,7 +131,7 @@ def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> No
         raise ValueError(
             f"{out} is not empty and has no settings.json of an earlier run; choose a new folder"
         )
-    write_json(file, now | {"selection": selection})
+    write_json(file, now)
 
 
 def _make_all(
@@ -155,16 +141,16 @@ def _make_all(
     spares: Mapping[str, Sequence[Item]],
     workers: int,
     broken: list[tuple[str, str]],
-) -> tuple[dict[str, Row], int, dict[tuple[str, str], int]]:
+) -> tuple[dict[str, Row], int, Cells]:
     """Make what is missing, and spares for what fails; return rows, kept ones, and what is short."""
     queues = {label: list(queue) for label, queue in spares.items()}
     rows: dict[str, Row] = {}
     kept: set[str] = set()
-    short: dict[tuple[str, str], int] = {}
+    short: Cells = {}
     todo, tried = list(items), {item.file: item for item in items}
     while todo:
-        found = {item.file: row for item in todo if (row := _read_row(out, item))}
-        rows, kept = rows | found, kept | found.keys()
+        there = {item.file: row for item in todo if (row := _read_row(out, item))}
+        rows, kept = rows | there, kept | there.keys()
         missing = [item for item in todo if item.file not in rows]
         failed: dict[str, str] = {}
         for item, (row, reason) in run_parallel(work, missing, workers=workers, desc="preparing"):
@@ -195,7 +181,7 @@ def _make_one(item: Item, *, make: Callable[[Item], Made], out: Path) -> tuple[R
         return None, " ".join(str(error).split()) or type(error).__name__
     for name, mask in made.masks.items():
         image = (mask.to(torch.uint8) * 255).expand(1, 3, -1, -1)
-        save_images(image, (out / _mask_file(name, item)).parent, names=[item.name])
+        save_images(image, (out / _mask_file(name, item.file)).parent, names=[item.name])
     record = {
         "prepared": item.patient,
         "sources": " | ".join(made.sources),
@@ -212,8 +198,8 @@ def _make_one(item: Item, *, make: Callable[[Item], Made], out: Path) -> tuple[R
     return _fill_row(out, item, record), ""
 
 
-def _mask_file(name: str, item: Item) -> str:
-    return f"masks/{name}/{item.file}"
+def _mask_file(name: str, file: str) -> str:
+    return f"masks/{name}/{file}"
 
 
 def _fill_row(out: Path, item: Item, record: Mapping[str, Any]) -> Row:
@@ -224,7 +210,7 @@ def _fill_row(out: Path, item: Item, record: Mapping[str, Any]) -> Row:
         "label": item.label,
         "patient": item.patient,
         **{key: record[key] for key in RECORD},
-        "masks": " | ".join(f"{name}={_mask_file(name, item)}" for name in record["masks"]),
+        "masks": " | ".join(f"{name}={_mask_file(name, item.file)}" for name in record["masks"]),
         "note": "; ".join(filter(None, (item.note, record["note"]))),
         "sha256": hash_file(out / item.file),
     }
@@ -233,10 +219,10 @@ def _fill_row(out: Path, item: Item, record: Mapping[str, Any]) -> Row:
 def _read_row(out: Path, item: Item) -> Row | None:
     """Return the row of an image that an earlier run has made, None if it has to be made."""
     record = read_record(out / item.file)
-    if record is None or record.get("prepared") != item.patient or not record.keys() >= {*RECORD}:
+    if record is None or record.get("prepared") != item.patient:
         return None
     try:
-        for file in (item.file, *(_mask_file(name, item) for name in record["masks"])):
+        for file in (item.file, *(_mask_file(name, item.file) for name in record["masks"])):
             load_image(out / file)
     except (ImageError, OSError):
         return None
@@ -271,14 +257,13 @@ def _remove_others(out: Path, rows: Mapping[str, Row]) -> None:
         record = None if file in rows else read_record(path)
         if record is not None and "prepared" in record:
             for name in record["masks"]:
-                (out / "masks" / name / file).unlink(missing_ok=True)
+                (out / _mask_file(name, file)).unlink(missing_ok=True)
             path.unlink()
 
 
 def _describe(rows: Mapping[str, Row]) -> Iterator[str]:
     """Say what holds of the images in all."""
-    padded = sum("padded" in row["note"] for row in rows.values())
-    if padded:
+    if padded := sum("padded" in row["note"] for row in rows.values()):
         yield (
             f"{padded} of {len(rows)} images are not square: padded with black to a square, which "
             "a model learns too; crop them first where that matters"
@@ -303,13 +288,7 @@ def _write_manifest(out: Path, rows: Mapping[str, Row]) -> None:
 
 
 def load_manifest(out: str | os.PathLike[str]) -> Any:
-    """Return the manifest of a prepared folder as a pandas table, all values as text.
-
-    Raises
-    ------
-    FileNotFoundError
-        No manifest there: the preparation has not finished.
-    """
+    """Return the manifest of a prepared folder as a pandas table, all values as text."""
     import pandas as pd
 
     file = Path(out) / "manifest.csv"

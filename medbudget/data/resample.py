@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +31,14 @@ CENTRE = (30, 150, 150)  # voxels that set the window: farther out, the coil out
 MARGIN = 12  # voxels around what is resampled; a cubic B-spline has forgotten the rest by then
 
 
+def describe_grid() -> dict[str, Any]:
+    """Return what the settings of a preparation say of the grid and the window."""
+    return {
+        "spacing_mm": SPACING, "voxels": GRID, "percentiles": PERCENTILES, "times_gland": TIMES,
+        "centre": CENTRE,
+    }  # fmt: skip
+
+
 def to_array(image: sitk.Image) -> Array:
     """Copy a volume's values into an array ``(slices, rows, columns)``."""
     import SimpleITK as sitk
@@ -38,7 +46,12 @@ def to_array(image: sitk.Image) -> Array:
     return sitk.GetArrayFromImage(image)  # a view would die with a temporary image
 
 
-def read_sequence(file: Path, what: str) -> sitk.Image:
+def read_sequence(t2w: Path, case_id: str, name: str) -> sitk.Image:
+    """Read one sequence of a study, which lies beside its T2W file."""
+    return _read_volume(t2w.with_name(f"{case_id}_{name}.mha"), f"sequence {name}")
+
+
+def _read_volume(file: Path, what: str) -> sitk.Image:
     """Read a scalar 3-D volume of finite values, or say what is wrong with the file."""
     if not file.is_file():
         raise BrokenCase(f"missing {what}: no {file.name}")
@@ -80,7 +93,7 @@ def read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
     import SimpleITK as sitk
 
     name = f"{file.parent.name}/{file.name}"
-    image = read_sequence(file, f"mask ({file.parent.parent.name}/{file.parent.name})")
+    image = _read_volume(file, f"mask ({file.parent.parent.name}/{file.parent.name})")
     apart = float(np.abs(_find_corners(image) - _find_corners(t2w)).max())
     if apart > 2 * max(*image.GetSpacing(), *t2w.GetSpacing()):
         raise BrokenCase(

@@ -20,24 +20,23 @@ def write_contact_sheet(
     out: Path, rows: Mapping[str, dict[str, str]], cells: Sequence[tuple[str, str]]
 ) -> None:
     """Show a few images of each split and class, reduced or enlarged by a whole number."""
-    lines: list[tuple[str, list[Image.Image]]] = []
-    for cell in cells:
-        names = [name for name, row in rows.items() if (row["split"], row["label"]) == cell]
-        names.sort(key=lambda name: rows[name]["sha256"])
-        pictures = [_scale(out / name) for name in names[:SHOWN]]
-        lines.append((f"{cell[0]} / {cell[1]}: {len(pictures)} of {len(names)}", pictures))
-    edge = max([CELL, *(max(shown.size) for _, pictures in lines for shown in pictures)])
+    lines: dict[str, list[Image.Image]] = {}
+    for split, label in cells:
+        own = [row for row in rows.values() if (row["split"], row["label"]) == (split, label)]
+        own.sort(key=lambda row: row["sha256"])
+        shown = [_scale(out / row["file"]) for row in own[:SHOWN]]
+        lines[f"{split} / {label}: {len(shown)} of {len(own)}"] = shown
+    edge = max([CELL, *(max(image.size) for shown in lines.values() for image in shown)])
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    wide = max(
-        max(len(pictures) * (edge + GAP), int(ruler.textlength(title))) for title, pictures in lines
-    )
-    sheet = Image.new("RGB", (wide + 2 * GAP, len(lines) * (edge + LINE + GAP) + GAP), "white")
+    widths = [max(len(s) * (edge + GAP), int(ruler.textlength(t))) for t, s in lines.items()]
+    high = len(lines) * (edge + LINE + GAP) + GAP
+    sheet = Image.new("RGB", (max(widths) + 2 * GAP, high), "white")
     draw = ImageDraw.Draw(sheet)
-    for r, (title, pictures) in enumerate(lines):
+    for r, (title, shown) in enumerate(lines.items()):
         y = GAP + r * (edge + LINE + GAP)
         draw.text((GAP, y), title, fill="black")
-        for c, shown in enumerate(pictures):
-            sheet.paste(shown, (GAP + c * (edge + GAP), y + LINE))
+        for c, image in enumerate(shown):
+            sheet.paste(image, (GAP + c * (edge + GAP), y + LINE))
     text = PngInfo()
     text.add_text("medbudget", json.dumps({"sheet": "contact sheet of a preparation"}))
     with atomic_path(out / SHEET) as temporary:

@@ -21,10 +21,7 @@ def shuffle(names: Iterable[str], *, seed: int = 0) -> list[str]:
 
 
 def join_patients(groups: Iterable[Iterable[str]]) -> dict[str, str]:
-    """Join patients who share an image: each of them to the one that stands for all.
-
-    Patients who share nothing with anybody are left out.
-    """
+    """Map each patient who shares an image to the one who stands for all who share it."""
     parents: dict[str, str] = {}
 
     def find(patient: str) -> str:
@@ -43,8 +40,7 @@ def choose_one_per_patient(
 ) -> dict[str, str]:
     """Choose one image (or study) for each patient: patient to its name.
 
-    `patients` and `labels` map an image's name to its patient and label. A patient with images of
-    several labels counts for the label that the fewest patients have.
+    `patients` and `labels` map an image's name to its patient and label; see `stratify`.
     """
     strata = stratify((patient, labels[name]) for name, patient in patients.items())
     names: dict[str, list[str]] = {}
@@ -81,19 +77,14 @@ def split_patients(
     sizes : mapping of str to mapping of str to int
         Split to label to the number of patients wanted: ``{"train": {"positive": 100}}``.
     allow_fewer : bool
-        Share out what there is, in the proportions wanted, instead of raising.
+        Share out what there is, in the proportions wanted, instead of raising ValueError.
 
     Returns
     -------
     splits : dict of str to str
-        Patient to split. Each patient stands in one.
+        Patient to split.
     left : dict of str to list of str
         Label to the patients that remain, in the order in which they would have been taken.
-
-    Raises
-    ------
-    ValueError
-        Fewer patients than wanted; the message says how many there are of each label.
 
     Examples
     --------
@@ -132,10 +123,7 @@ def split_patients(
 def split_in_proportion(
     labels: Mapping[str, str], proportions: Mapping[str, float], *, seed: int = 0
 ) -> dict[str, str]:
-    """Deal all patients out in given proportions, label by label, at least one to every split.
-
-    Raises ValueError for a label with fewer patients than splits, or a proportion of 0.
-    """
+    """Deal all patients out in given proportions, label by label, at least one to every split."""
     if min(proportions.values()) <= 0:
         raise ValueError(f"proportions must be above 0, got {dict(proportions)}")
     counts = Counter(labels.values())
@@ -147,14 +135,10 @@ def split_in_proportion(
             f"each class; found {shown}. Join classes, add patients, or ask for fewer splits. (Is "
             "this one folder for each patient? Then name the classes in a CSV file.)"
         )
-    more = {
-        label: share(n - len(proportions), list(proportions.values()))
-        for label, n in counts.items()
-    }
-    sizes = {
-        split: {label: 1 + parts[i] for label, parts in more.items()}
-        for i, split in enumerate(proportions)
-    }
+    sizes: dict[str, dict[str, int]] = {split: {} for split in proportions}
+    for label, n in counts.items():
+        for split, more in zip(sizes, share(n - len(proportions), [*proportions.values()])):
+            sizes[split][label] = 1 + more
     return split_patients(labels, sizes, seed=seed)[0]
 
 
@@ -177,7 +161,7 @@ def choose_reference(
     `splits` maps patients to their split, `left` has those in none. A disjoint set takes only from
     `left`, which may be fewer than `n`; else it fills up with patients of the test, the validation
     and, last, the training split. Returns patient to the split that it stands in too, or to "", and
-    notes on what is fewer or shared; raises ValueError where too few are left.
+    notes on what is fewer or shared.
     """
     chosen = dict.fromkeys(left[:n], "")
     if disjoint and not chosen:
@@ -197,9 +181,9 @@ def choose_reference(
             f"the reference set has {len(chosen)} of {n} patients: no more are left outside the "
             "splits (--overlap would take them from there)"
         )
-    shared = {split: sum(s == split for s in chosen.values()) for split in SPLITS}
-    if any(shared.values()):
-        listed = ", ".join(f"{count} with {split}" for split, count in shared.items() if count)
+    shared = Counter(filter(None, chosen.values()))
+    if shared:
+        listed = ", ".join(f"{shared[split]} with {split}" for split in SPLITS if shared[split])
         notes.append(f"the reference set shares patients: {listed}; see the manifest's notes")
     return chosen, notes
 
@@ -219,8 +203,7 @@ def choose_cases(
     """Choose one image a patient, split the patients, and choose a reference set of healthy ones.
 
     ``item(name, split, other)`` makes an entry; `other` is a split that it stands in too, or "".
-    Returns the items, label to spare items of no split, and notes; see `choose_one_per_patient`,
-    `split_patients` and `choose_reference`.
+    Returns the items, label to spare items of no split, and notes.
     """
     chosen = choose_one_per_patient(patients, labels, seed=seed)
     own = {patient: labels[name] for patient, name in chosen.items()}
