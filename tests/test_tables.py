@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medbudget.data.identity import Person, is_identity
+from medbudget.data.compare import Person, is_identity
 from medbudget.data.tables import Listing, read_table
 
 

@@ -3,18 +3,80 @@
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medbudget.data.identity import Person, is_identity, read_person
+from medbudget.data.decoding import get_text, quiet
 from medbudget.data.listed import Entry
 from medbudget.data.render import hash_values
 from medbudget.data.splits import join_patients
 from medbudget.data.volumes import Source, read_pixels
-from medbudget.files import hash_settings
 from medbudget.images import is_prepared, read_record
+
+NUMBERS = ("PatientID", "OtherPatientIDs")
+NAMES = ("PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName")
+UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa", "æ": "ae"})
+
+
+@dataclass(frozen=True)
+class Person:
+    """What tags, a table or a path say of who a patient is."""
+
+    numbers: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+@quiet
+def _read_person(path: Path) -> Person:
+    """Read who the patient of a DICOM file is."""
+    import pydicom
+
+    tags = ["SpecificCharacterSet", *NUMBERS, *NAMES]
+    data = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
+    names = [form for name in NAMES for form in get_text(data, name).split("=")]
+    return Person(tuple(get_text(data, name) for name in NUMBERS), tuple(names))
+
+
+def is_identity(label: str, people: Sequence[Person]) -> bool:
+    """Tell whether a class name is a number or a name of one of its patients, or has one in it.
+
+    Letter case, accents, punctuation, the order of names and leading zeros make no difference. A
+    text that all of three or more patients carry is no identity.
+    """
+    words = _split(label)
+    whole = "".join(words).lstrip("0")
+    runs = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+    runs |= {word.lstrip("0") for word in words}
+    keys = [_list_keys(person) for person in people]
+    shared = set.intersection(*(one | part for one, part in keys)) if len(keys) >= 3 else set()
+    return any(whole in one - shared or runs & (part - shared) for one, part in keys)
+
+
+def _list_keys(person: Person) -> tuple[set[str], set[str]]:
+    """Return what tells a patient as a whole class name, and as a part of one."""
+    whole, part = set(), set()
+    for text in person.numbers:
+        own = _split(text)
+        if len(joined := "".join(own)) >= 3 and any(c.isdigit() for c in joined):
+            part.add(joined)
+        part |= {word.lstrip("0") for word in own if word.isdigit() and len(word) >= 4} - {""}
+    for text in person.names:
+        for word in (*_split(text), *_split(text.casefold().translate(UMLAUTS))):
+            if word.isalpha() and len(word) >= (3 if word.isascii() else 2):
+                part.add(word)
+    for text in (*person.numbers, *person.names):
+        whole.add("".join(_split(text)))
+    return {key.lstrip("0") for key in whole if len(key) > 1}, part
+
+
+def _split(text: str) -> list[str]:
+    """Split into folded words without accents; digits are words of their own."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    return re.findall(r"[^\W\d_]+|\d+", "".join(c for c in plain if not unicodedata.combining(c)))
 
 
 def leave_out(
@@ -43,14 +105,11 @@ def leave_out(
 
 
 def inspect(source: Source, *, root: Path, plane: str) -> tuple[str, Person, int]:
-    """Return a hash of the pixels, who the patient is, and how many slices there are in `plane`.
-
-    The hash is "" where they cannot be read.
-    """
+    """Return a hash of the pixels ("" if they cannot be read), the patient, and how many slices."""
     person, key, slices = Person(), "", 0
     with suppress(ValueError, RuntimeError, OSError, EOFError):  # making the image will say why
         if source.kind == "dicom":
-            person = read_person(root / source.files[0])
+            person = _read_person(root / source.files[0])
         values = read_pixels(root, source, plane=plane).values
         key, slices = hash_values(values), len(values)
     return key, person, slices
@@ -63,15 +122,15 @@ def check_classes(
     notes: list[str],
 ) -> list[Entry]:
     """Keep patients' names and numbers from becoming classes, which are written everywhere."""
-    patients: dict[str, set[Person]] = {}
+    patients: dict[str, list[Person]] = {}
     for entry in entries:
         person = people[entry.source.files]
         if not entry.patient.startswith("file:"):
             person = replace(person, numbers=(*person.numbers, entry.patient))
-        patients.setdefault(entry.label, set()).add(person)
+        patients.setdefault(entry.label, []).append(person)
     if by_folder:
         patients.pop("all", None)
-    named = [label for label, own in patients.items() if is_identity(label, sorted(own, key=str))]
+    named = [label for label, own in patients.items() if is_identity(label, [*{*own}])]
     if not named:
         return [*entries]
     if by_folder and len(named) == len(patients):
@@ -99,19 +158,19 @@ def join_twins(
     for entry in entries:
         if hashes[entry.source.files]:
             groups.setdefault(hashes[entry.source.files], []).append(entry)
-    contradictory, joined = set(), []
-    for group in groups.values():
-        if len({entry.label for entry in group}) == 1:
-            joined += [group] if len(group) > 1 else []
-            continue
+    contradictory = set()
+    twins = [group for group in groups.values() if len(group) > 1]
+    for group in twins:
         for entry in group:
-            contradictory.add(entry.source.files)
-            other = next(e for e in group if e.label != entry.label)
-            reason = (
-                f"in class {entry.label}, has the same pixels as {other.source.files[0]} in class "
-                f"{other.label}: keep it in the right one"
-            )
-            broken.append((entry.source.files[0], reason))
+            other = next((e for e in group if e.label != entry.label), None)
+            if other is not None:
+                contradictory.add(entry.source.files)
+                reason = (
+                    f"in class {entry.label}, has the same pixels as {other.source.files[0]} in "
+                    f"class {other.label}: keep it in the right one"
+                )
+                broken.append((entry.source.files[0], reason))
+    joined = [group for group in twins if group[0].source.files not in contradictory]
     if joined:
         n = sum(map(len, joined))
         pairs = [f"{g[1].source.files[0]} is {g[0].source.files[0]}" for g in joined[:3]]
@@ -125,10 +184,3 @@ def join_twins(
         for entry in entries
         if entry.source.files not in contradictory
     ]
-
-
-def veil(text: str | None, people: Sequence[Person]) -> str | None:
-    """Return a text for the settings, or its hash where it tells who a patient is."""
-    if text and is_identity(text, people):
-        return f"hash {hash_settings({'text': text})}"
-    return text

@@ -12,12 +12,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from medbudget.data.channels import check_channels, join_channels
-from medbudget.data.compare import check_classes, inspect, join_twins, leave_out, veil
+from medbudget.data.compare import check_classes, inspect, is_identity, join_twins, leave_out
 from medbudget.data.listed import Entry, list_by_table, name_patients
 from medbudget.data.prepare import Item, Report, check_settings, prepare_items
 from medbudget.data.render import parse_window, render_item
@@ -30,7 +29,7 @@ from medbudget.data.splits import (
     stratify,
 )
 from medbudget.data.volumes import PLANES, Source, find_sources
-from medbudget.files import check_apart, check_writable, write_text
+from medbudget.files import check_apart, check_writable, hash_settings, write_bytes
 from medbudget.images import is_prepared
 from medbudget.processes import run_parallel
 
@@ -114,12 +113,6 @@ def prepare_folder(
     key : path, optional
         Write which number is which patient to this CSV, outside of `out`. Keep it safe.
     workers : int
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No such folder or table, nothing to read, a table that does not fit, classes named after
-        patients, too few patients, an `out` inside of `root`.
     """
     n = 1 if per_class is None else per_class
     check_settings(size=size, seed=seed, workers=workers, per_class=n, reference=reference)
@@ -145,26 +138,26 @@ def prepare_folder(
         sources = join_channels(root, sources, names, notes)
     columns = (file_column, label_column, patient_column)
     if labels is None:
-        entries = [Entry(source, _class_of(source), source.patient) for source in sources]
+        entries = [Entry(one, _find_class(one), one.patient) for one in sources]
     else:
         entries = list_by_table(root, Path(labels), sources, columns, notes, broken)
-    entries = name_patients(root, entries, patient_pattern, notes)
+    entries = name_patients(entries, patient_pattern, notes)
     work, every = partial(inspect, root=root, plane=plane), [entry.source for entry in entries]
     facts = {
         source.files: fact
         for source, fact in run_parallel(work, every, workers=workers, desc="comparing")
     }
-    people = {files: person for files, (_, person, _) in facts.items()}
+    hashes, people, lengths = ({files: f[i] for files, f in facts.items()} for i in range(3))
     entries = check_classes(entries, people, labels is None, notes)
-    entries = join_twins(entries, {f: fact[0] for f, fact in facts.items()}, notes, broken)
+    entries = join_twins(entries, hashes, notes, broken)
     if flagged := sum(entry.source.burnt_in for entry in entries):
         said = "image says that it has" if flagged == 1 else "images say that they have"
         notes.append(f"{flagged} DICOM {said} text in the pixels")
     strata = stratify((entry.group, entry.label) for entry in entries)
     parts = dict(zip(SPLITS, proportions))
+    left: dict[str, list[str]] = {label: [] for label in sorted({*strata.values()})}
     if per_class is None:
         splits = split_in_proportion(strata, parts, seed=seed)
-        left: dict[str, list[str]] = {label: [] for label in sorted({*strata.values()})}
     else:
         sizes = {split: dict.fromkeys(strata.values(), per_class) for split in parts}
         splits, left = split_patients(strata, sizes, seed=seed, allow_fewer=allow_fewer)
@@ -175,9 +168,13 @@ def prepare_folder(
         extra |= chosen
         notes += [f"class {label}: {text}" for text in more]
     numbers = {p: f"p{i + 1:05d}" for i, p in enumerate(shuffle({*splits, *extra}, seed=seed))}
-    lengths = {files: n for files, (_, _, n) in facts.items()}
     items = _list_items(entries, splits, extra, numbers, slices, lengths)
-    everybody = [*people.values()]
+
+    def veil(text: str | None) -> str | None:
+        """Return a text for the settings, or its hash where it tells who a patient is."""
+        hidden = text and is_identity(text, [*people.values()])
+        return f"hash {hash_settings({'text': text})}" if hidden else text
+
     settings = {
         "dataset": "folder",
         "size": size,
@@ -190,32 +187,33 @@ def prepare_folder(
         "channels": names,
         "plane": plane,
         "window": window,
-        "patient_pattern": veil(patient_pattern, everybody),
-        "labels": None if labels is None else veil(Path(labels).name, everybody),
+        "patient_pattern": veil(patient_pattern),
+        "labels": None if labels is None else veil(Path(labels).name),
         "columns": None if labels is None else [*columns],
     }
     make = partial(
         render_item, root=root, masks=None if masks is None else Path(masks), plane=plane,
         window=window, size=size,
     )  # fmt: skip
+    content = _list_key(entries, numbers)
     if key is not None:
-        _write_key(Path(key), entries, numbers, write=False)
+        check_writable(key)
+        if Path(key).exists() and Path(key).read_bytes() != content:
+            raise FileExistsError(
+                f"{key} is there already, and is not the key of these images: choose another place"
+            )
     report = prepare_items(
         items, make, out, settings=settings, notes=notes, workers=workers, broken=broken
     )
     if key is not None:
-        _write_key(Path(key), entries, numbers)
+        write_bytes(key, content)
     return report
 
 
 def _check_options(
-    slices: str,
-    masks: object,
-    channels: object,
-    plane: str,
-    window: str,
+    slices: str, masks: object, channels: object, plane: str, window: str,
     proportions: Sequence[float],
-) -> None:
+) -> None:  # fmt: skip
     """Raise for options that cannot be."""
     if plane not in PLANES:
         raise ValueError(f"unknown plane {plane!r}; allowed are {', '.join(PLANES)}")
@@ -234,7 +232,7 @@ def _check_options(
         raise ValueError("slices='mask' and a folder of masks (--masks) belong together")
 
 
-def _class_of(source: Source) -> str:
+def _find_class(source: Source) -> str:
     """Return the first folder of a path, or "all"."""
     parts = Path(source.files[0]).parts
     return parts[0] if len(parts) > 1 else "all"
@@ -260,46 +258,31 @@ def _list_items(
     for entry in sorted(entries, key=lambda e: e.source.files):
         if entry.group not in numbers:
             continue
-        for rule in _choose_rules(slices, lengths[entry.source.files]):
-            number = numbers[entry.group]
+        number, n = numbers[entry.group], lengths[entry.source.files]
+        rules: Sequence[str | int] = [slices]
+        if slices.startswith("every:"):
+            step = int(slices.removeprefix("every:"))
+            rules = range(min(step // 2, n - 1), n, step) if n else ["middle"]  # it cannot be read
+        files = [file for one in (entry.source, *entry.source.others) for file in one.files]
+        for rule in rules:
             counts[number] += 1
-            files = [file for one in (entry.source, *entry.source.others) for file in one.files]
+            name = f"{number}_{counts[number]:03d}"
             source = "|".join((*files, str(rule))).encode("utf-8", "backslashreplace").decode()
-            item = Item(
-                f"{number}_{counts[number]:03d}", folders[entry.label], "", number,
-                (entry.source, rule), "", source,
-            )  # fmt: skip
-            if entry.group in splits:
-                items.append(replace(item, split=splits[entry.group]))
+            places = [(splits[entry.group], "")] if entry.group in splits else []
             if entry.group in extra:
                 other = extra[entry.group]
-                note = f"also in {other}" if other else ""
-                items.append(replace(item, split="reference", note=note))
+                places.append(("reference", f"also in {other}" if other else ""))
+            for split, note in places:
+                job = (entry.source, rule)
+                items.append(Item(name, folders[entry.label], split, number, job, note, source))
     return items
 
 
-def _choose_rules(slices: str, n: int) -> list[str | int]:
-    """Return the rule by which to choose a slice, or the slices of ``every:K``, of n in all."""
-    if not slices.startswith("every:"):
-        return [slices]
-    step = int(slices.removeprefix("every:"))
-    return list(range(min(step // 2, n - 1), n, step)) if n else ["middle"]  # it cannot be read
-
-
-def _write_key(
-    key: Path, entries: Sequence[Entry], numbers: Mapping[str, str], *, write: bool = True
-) -> None:
-    """Write which number is which patient, over nothing but the same key."""
+def _list_key(entries: Sequence[Entry], numbers: Mapping[str, str]) -> bytes:
+    """Return a table of which number is which patient."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("number", "patient", "file"))
     rows = [(numbers[e.group], e.patient, e.source.files[0]) for e in entries if e.group in numbers]
     writer.writerows(sorted(rows))
-    content = text.getvalue().encode("utf-8", "backslashreplace")
-    check_writable(key)
-    if key.exists() and key.read_bytes() != content:
-        raise FileExistsError(
-            f"{key} is there already, and is not the key of these images: choose another place"
-        )
-    if write:
-        write_text(key, content.decode())
+    return text.getvalue().encode("utf-8", "backslashreplace")

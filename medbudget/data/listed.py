@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medbudget.data.tables import Listing, read_table
+from medbudget.data.tables import Listing, fold, read_table
 from medbudget.data.volumes import Source, separate
 
 
@@ -40,10 +40,10 @@ def list_by_table(
         raise ValueError(f"{table} has no rows below its first line")
     file, label, patient = _choose_columns(table, [*rows[0]], columns, notes)
     listing = Listing(root)
-    listed: dict[str, tuple[str, str]] = {}
-    absent: list[tuple[str, str, str, str]] = []
-    unclear = set()
-    repeated = 0
+    listed: dict[str, tuple[str, str]] = {}  # path to class and patient
+    entries: list[Entry] = []
+    absent: list[tuple[str, tuple[str, str], str]] = []
+    unclear, repeated = set(), 0
     for row in rows:
         name, own = row[file], (row[label], row[patient] if patient else "")
         path, reason = listing.find(name)
@@ -51,19 +51,20 @@ def list_by_table(
             unclear.add(path)
             broken.append((path or name or "a row", f"{table.name} gives it no {label}"))
         elif not path:
-            absent.append((name, *own, reason))
-        elif listed.setdefault(path, own) != own:
+            absent.append((name, own, reason))
+        elif path not in listed:
+            listed[path] = own
+        elif listed[path] != own:
             both = (" of ".join(filter(None, one)) for one in (listed[path], own))
             raise ValueError(f"{table} lists {path} twice: as {' and as '.join(both)}")
         else:
             repeated += 1
-    repeated -= len(listed)
 
     def find_row(path: str) -> str | None:
         names = [p.as_posix() for p in (Path(path), *Path(path).parents)]
         return next((name for name in names if name in listed), None)
 
-    entries, used, over = [], set(), []
+    used, over = set(), []
     for source in sources:  # slices with rows of their own stay images of their own
         for one in separate(source) if len({*map(find_row, source.files)}) > 1 else [source]:
             match = find_row(one.files[0])
@@ -83,11 +84,11 @@ def list_by_table(
     if over:
         verb = "image is" if len(over) == 1 else "images are"
         notes.append(f"{len(over)} {verb} not in the table and left out, such as {over[0]}")
-    absent += [(name, *listed[name], "no image") for name in sorted(set(listed) - used)]
-    return entries + [
-        Entry(Source((name,), "picture", problem=f"listed in the table, but {reason}"), its, owner)
-        for name, its, owner, reason in absent
-    ]
+    absent += [(name, listed[name], "no image") for name in sorted({*listed} - used)]
+    for name, own, reason in absent:
+        problem = f"listed in the table, but {reason}"
+        entries.append(Entry(Source((name,), "picture", problem=problem), *own))
+    return entries
 
 
 def _choose_columns(
@@ -95,27 +96,24 @@ def _choose_columns(
 ) -> tuple[str, str, str]:
     """Find the columns of file, class and patient ("" for none), in whatever letter case."""
 
-    def find(name: str) -> str | None:
+    def find(name: str) -> str:
         same = [column for column in head if column.casefold() == name.strip().casefold()]
-        return name if name in head else same[0] if len(same) == 1 else None
+        return name if name in head else same[0] if len(same) == 1 else ""
 
-    file, label, patient = columns
-    chosen = [find(file), find(label), find(patient or "patient")]
-    for name, column in zip((file, label, patient), chosen):
-        if name is not None and column is None:
+    chosen = find(columns[0]), find(columns[1]), find(columns[2] or "patient")
+    for name, column in zip(columns, chosen):
+        if name is not None and not column:
             raise ValueError(
                 f"{table} has the columns {head}, but no {name!r}; name those of file, class and "
                 "patient with --file-column, --label-column and --patient-column"
             )
     near = [column for column in head if "patient" in column.casefold()]
-    if chosen[2] is None and near:
+    if near and not chosen[2]:
         notes.append(f"column {near[0]} is not used: --patient-column names that of the patients")
-    return str(chosen[0]), str(chosen[1]), chosen[2] or ""
+    return chosen
 
 
-def name_patients(
-    root: Path, entries: Sequence[Entry], pattern: str | None, notes: list[str]
-) -> list[Entry]:
+def name_patients(entries: Sequence[Entry], pattern: str | None, notes: list[str]) -> list[Entry]:
     """Give every entry a patient: by the pattern, as known, or its own path."""
     named = [*entries]
     if pattern is not None:
@@ -132,7 +130,7 @@ def name_patients(
             if not match or not (match[1] or "").strip():
                 raise ValueError(
                     f"patient pattern {pattern} does not fit {entry.source.files[0]}: it is "
-                    f"searched in this path below {root}, folders and ending included"
+                    "searched in this path below the folder, folders and ending included"
                 )
             named[i] = replace(entry, patient=match[1].strip())
     if unknown := sum(not entry.patient for entry in named):
@@ -144,7 +142,7 @@ def name_patients(
         )
     spellings: dict[str, dict[str, str]] = {}  # patient to each spelling, and a file that has it
     for entry in named:
-        same = spellings.setdefault(_fold(entry.patient), {})
+        same = spellings.setdefault(fold(entry.patient), {})
         same.setdefault(unicodedata.normalize("NFC", entry.patient), entry.source.files[0])
     if several := [[*same.values()] for same in spellings.values() if len(same) > 1]:
         notes.append(
@@ -152,11 +150,6 @@ def name_patients(
             f"in small letters, and each counts as one, such as that of {' and '.join(several[0][:2])}"
         )
     return [
-        replace(e, patient=min(spellings[_fold(e.patient)]) or f"file:{e.source.files[0]}")
+        replace(e, patient=min(spellings[fold(e.patient)]) or f"file:{e.source.files[0]}")
         for e in named
     ]
-
-
-def _fold(patient: str) -> str:
-    """Write a patient in one way, whatever the letter case and the form of accents."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", patient).casefold())

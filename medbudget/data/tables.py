@@ -15,11 +15,6 @@ def read_table(file: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file; cells and column names are stripped, missing cells are "".
 
     Columns are separated by commas, semicolons or tabs, whichever the first line has most of.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        Not there, no text, a column named twice, or a row with more fields than the first line.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no such table: {file}")
@@ -61,31 +56,28 @@ class Listing:
         own = self.root.resolve()
         text = name.strip().replace("\\", "/").removeprefix(f"{own.as_posix()}/")
         parts = [part for part in text.split("/") if part not in ("", ".")]
-        if not text:
-            return "", "its row names no file"
-        if ".." in parts or not parts:
-            return "", "its path leads out of the folder"
+        if not parts or ".." in parts:
+            return "", "its path leads out of the folder" if text else "its row names no file"
         if not text.startswith("/") and (self.root / Path(*parts)).exists():
             return "/".join(parts), ""
         fits = self._walk(parts)
-        if not fits and len(parts) > 1 and _fold(parts[0]) == _fold(own.name):
+        if not fits and fold(parts[0]) == fold(own.name):
             fits = self._walk(parts[1:])
         if len(fits) == 1:
             return fits[0], ""
         if fits:
             return "", f"it fits several files: {', '.join(sorted(fits)[:3])}"
-        near = self._walk([*parts[:-1], parts[-1].rpartition(".")[0] or parts[-1]])
-        near = near or self._walk(parts[-1:])
+        near = self._walk([*parts[:-1], Path(parts[-1]).stem]) or self._walk(parts[-1:])
         return "", "not in the folder" + (f"; there is {sorted(near)[0]}" if near else "")
 
     def _walk(self, parts: list[str]) -> list[str]:
         """Return the relative paths that fit, in whatever letter case and with any ending."""
-        places = [""]
+        places = [""] if parts else []
         for i, part in enumerate(parts):
             following = []
             for place in places:
-                names = self._list(place).get(_fold(part), [])
-                exact = [name for name in names if _fold(name) == _fold(part)]
+                names = self._list(place).get(fold(part), [])
+                exact = [name for name in names if fold(name) == fold(part)]
                 fits = exact or (names if i == len(parts) - 1 else [])
                 following += [f"{place}/{name}".lstrip("/") for name in fits]
             places = following
@@ -95,15 +87,15 @@ class Listing:
         """Return the names in a folder, by the spellings that mean them."""
         if folder not in self.folders:
             names = self.folders.setdefault(folder, {})
-            place = self.root / folder
-            for path in place.glob("[!.]*") if place.is_dir() else ():
-                folded = _fold(path.name)
-                once = ENDING.sub("", folded)
-                both = ENDING.sub("", once) if folded.endswith(".gz") else once
-                for spelling in {folded, once, both}:
+            for path in (self.root / folder).glob("[!.]*"):
+                whole = fold(path.name)
+                once = ENDING.sub("", whole)
+                both = ENDING.sub("", once) if whole.endswith(".gz") else once
+                for spelling in {whole, once, both}:
                     names.setdefault(spelling, []).append(path.name)
         return self.folders[folder]
 
 
-def _fold(text: str) -> str:
-    return unicodedata.normalize("NFC", text).casefold()
+def fold(text: str) -> str:
+    """Write a name in one way, whatever the letter case and the form of accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
