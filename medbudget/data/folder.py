@@ -147,9 +147,11 @@ def prepare_folder(
         source.files: fact
         for source, fact in run_parallel(work, every, workers=workers, desc="comparing")
     }
-    hashes, people, lengths = ({files: f[i] for files, f in facts.items()} for i in range(3))
+    people = {files: person for files, (_, person, _) in facts.items()}
     entries = check_classes(entries, people, labels is None, notes)
-    entries = join_twins(entries, hashes, notes, broken)
+    entries = join_twins(
+        entries, {files: key for files, (key, _, _) in facts.items()}, notes, broken
+    )
     if flagged := sum(entry.source.burnt_in for entry in entries):
         said = "image says that it has" if flagged == 1 else "images say that they have"
         notes.append(f"{flagged} DICOM {said} text in the pixels")
@@ -168,6 +170,7 @@ def prepare_folder(
         extra |= chosen
         notes += [f"class {label}: {text}" for text in more]
     numbers = {p: f"p{i + 1:05d}" for i, p in enumerate(shuffle({*splits, *extra}, seed=seed))}
+    lengths = {files: n for files, (_, _, n) in facts.items()}
     items = _list_items(entries, splits, extra, numbers, slices, lengths)
 
     def veil(text: str | None) -> str | None:
