@@ -19,6 +19,8 @@ SECTIONS = {
     "full_size": "`python benchmarks/full_size.py --out benchmarks/results/full_size.json` "
     "makes it: minutes, and about 8 GB of memory.",
     "inversion": "`python benchmarks/inversion.py --record` makes it.",
+    "adapters": "`python benchmarks/adapters.py --out benchmarks/results/adapters.json` makes it: "
+    "minutes, and 6 GB of memory.",
 }
 RELIABILITY = {
     "faults": "`python benchmarks/faults.py --record` makes it.",

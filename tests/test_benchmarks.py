@@ -68,7 +68,7 @@ def test_the_page_shows_every_record_and_says_what_is_missing(timings, tmp_path)
     assert "| [](../notebooks/00_ten_pictures.ipynb) | 42 |" in real
     assert "ran no chapter" in timings.fill_chapters(page, {})
     empty = timings.fill_page("timings", page, tmp_path)
-    assert empty.count("Not measured yet") == 3
+    assert empty.count("Not measured yet") == 4
     assert "Every figure of a GPU is missing" in empty
     with pytest.raises(ValueError, match="must have <!-- gpu --> once"):
         timings.fill_page("timings", "nothing", tmp_path)
@@ -113,6 +113,37 @@ def test_the_readme_has_the_recorded_times_of_the_chapters(timings):
     filled = timings.fill_readme(row, {"00_x": 9.6, "01_y": 61})
     assert filled == row.replace("| ? |", "| 10 s, 61 s |", 1)
     assert "| not measured yet | ? | s |" in timings.fill_readme(row, {"00_x": 9.6})
+
+
+def test_the_benchmark_of_adapters_runs_small_and_the_page_shows_it(timings, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    adapters = load_script(ROOT / "benchmarks" / "adapters.py")
+    out = tmp_path / "adapters.json"
+    small = ("--steps", "1", "--rounds", "1", "--batch", "1", "--memory", "small-random")
+    rows = adapters.main([*small, "--out", str(out)])
+    theirs, ours = rows["diffusers' way, ms per step"], rows["ours, ms per step"]
+    assert rows["diffusers' way / ours (goal 1.2)"] == pytest.approx(theirs / ours, abs=0.002)
+    networks, both = (value for name, value in rows.items() if "GiB" in name)
+    assert 0.005 < networks < both < 0.1
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["command"].startswith("python benchmarks/adapters.py --batch 1 --steps 1")
+    assert f"| ours, ms per step | {ours} |" in timings.format_record(record)
+
+
+def test_the_memory_of_a_step_is_that_of_the_tensors_alive(monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from memory import MemoryCounter
+
+    weight = torch.ones(256, 256, requires_grad=True)
+    with MemoryCounter() as counter:
+        counter.add(weight)
+        hidden = torch.ones(4, 256) @ weight  # its input is kept for the gradient
+        assert counter.now == 4 * (256 * 256 + 2 * 4 * 256)
+        del hidden
+        assert counter.now == 4 * 256 * 256
+    assert counter.peak == 4 * (256 * 256 + 2 * 4 * 256)
 
 
 def test_recorded_benchmarks_name_device_date_and_versions():
