@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 # what the tests need
-EXTRA = ("pytest", "pytest-xdist", "hypothesis", "pyyaml", "nibabel", "tensorboard")
+EXTRA = ("pytest", "pytest-xdist", "hypothesis", "pyyaml", "nibabel")
 
 
 def list_floors(pyproject: str) -> list[str]:

@@ -78,7 +78,7 @@ def test_a_new_users_hundred_xrays_from_folder_to_verdict(
         assert code == 0, error
         return said
 
-    assert "no problems found" in run("doctor")
+    assert "base sd20: " in run("doctor")
     assert "100 made" in run("prepare", "folder", "xrays", "--out", "mine", "--size", SIZE)
     learn = ("--out", "mine.safetensors", "--base", "sd2", "--steps", 2, "--samples", 0)
     assert "64 vectors" in run("invert", "mine/train/pneumonia", "--token", "<mine>", *learn)

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from medbudget.cli.options import BaseOptions, Paths, Text, Words, load_checked, read_adapters
+from medbudget.cli.options import BaseOptions, Drawing, Paths, Text, Words, load_checked
 
 DEFAULT = BaseOptions()
+DRAWING = Drawing()
 
 
 def phantoms(
@@ -46,9 +47,8 @@ def phantoms(
 
 
 def sample(
-    prompt: Text, /, *, out: Path, embeddings: Paths = None, adapter: Words = None, n: int = 16,
-    steps: int | None = None, cfg_scale: float = 2.0, negative_prompt: Text = "", seed: int = 0,
-    overwrite: bool = False, base: BaseOptions = DEFAULT,
+    prompt: Text, /, *, out: Path, embeddings: Paths = None, n: int = 16,
+    negative_prompt: Text = "", options: Drawing = DRAWING,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate images from a prompt, and a contact sheet; when stopped, the same command goes on.
 
@@ -56,30 +56,24 @@ def sample(
         prompt: e.g. "<mine>" or "<a>:0.5 AND <b>:0.5"
         out: folder for the PNG files
         embeddings: embedding file; repeatable
-        adapter: FILE or FILE:WEIGHT of an adapter (LoRA); repeatable
         n: number of images
-        steps: default: 25 on tiny, else 100
-        cfg_scale: classifier-free guidance; paper: 2
         negative_prompt: what to guide away from
-        seed: of the first image; the next ones have the next seeds
-        overwrite: replace other images that are there
     """
     from medbudget import sample_to
     from medbudget.images import SHEET
     from medbudget.progress import count
     from medbudget.sampling import default_steps, total_guidance
 
-    adapters = read_adapters(adapter)
-    loaded = load_checked(base, out, prompt, words=[*(embeddings or []), *adapters])
+    given, words = options.collect(), embeddings or []
+    loaded = load_checked(options, out, prompt, words=[*words, *given["adapters"]])
     kept = set(out.glob("*.png"))
     paths = sample_to(
-        out, loaded, prompt, embeddings=embeddings or [], adapters=adapters,
-        negative_prompt=negative_prompt, n=n, steps=steps, cfg_scale=cfg_scale, seed=seed,
-        fast=base.fast, overwrite=overwrite,
+        out, loaded, prompt, embeddings=words, negative_prompt=negative_prompt, n=n,
+        fast=options.fast, **given,
     )  # fmt: skip
-    same = 0 if overwrite else len(kept & set(paths))
+    same = 0 if options.overwrite else len(kept & set(paths))
     there = f", {same} of them kept" if same else ""
-    guidance = total_guidance(prompt, cfg_scale)
+    guidance = total_guidance(prompt, options.cfg_scale)
     print(f"{count(n, 'synthetic image')} in {out}{there}; total guidance {guidance:g}")
     print(f"look at {out / SHEET}")
     return {"steps": default_steps(loaded)}
@@ -87,8 +81,7 @@ def sample(
 
 def interpolate(
     a: Path, b: Path, /, *, out: Path, weights: Text = "0,0.25,0.5,0.75,1", method: Text = "and",
-    adapter: Words = None, n: int = 4, steps: int | None = None, cfg_scale: float = 2.0,
-    seed: int = 0, gif: bool = False, overwrite: bool = False, base: BaseOptions = DEFAULT,
+    n: int = 4, gif: bool = False, options: Drawing = DRAWING,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate images on the way from one embedding to another, with the same noise at each share.
 
@@ -98,36 +91,28 @@ def interpolate(
         out: folder for a contact sheet, and for a folder of PNG files for each share
         weights: shares of B; that of A is the rest to 1
         method: and: compose predictions, as the paper does; or vectors: mix the embeddings
-        adapter: FILE or FILE:WEIGHT of an adapter (LoRA) at all shares; repeatable
         n: images at each share
-        steps: default: 25 on tiny, else 100
-        cfg_scale: classifier-free guidance; paper: 2
-        seed: of the first image; the next ones have the next seeds
         gif: also write OUT/axis.gif
-        overwrite: replace other images that are there
     """
     from medbudget import interpolate_to
     from medbudget.progress import count
     from medbudget.sampling import default_steps
 
     shares = _parse_numbers("--weights", weights, "shares such as 0,0.5,1")
-    adapters = read_adapters(adapter)
-    loaded = load_checked(base, out, words=[a, b, *adapters])
+    given = options.collect()
+    loaded = load_checked(options, out, words=[a, b, *given["adapters"]])
     folders = interpolate_to(
-        out, loaded, a, b, weights=shares, method=method, adapters=adapters, n=n, steps=steps,
-        cfg_scale=cfg_scale, seed=seed, fast=base.fast, gif=gif, overwrite=overwrite,
-    )  # fmt: skip
+        out, loaded, a, b, weights=shares, method=method, n=n, gif=gif, fast=options.fast, **given
+    )
     print(f"{count(n, 'synthetic image')} at each of {count(len(folders), 'share')} in {out}")
     return {"steps": default_steps(loaded)}
 
 
 def inpaint(
     image: Path, /, *mask_and_prompt: Annotated[str, Parameter(name="[MASK] PROMPT")], out: Path,
-    ellipse: Words = None, embeddings: Paths = None, adapter: Words = None, save_masks: bool = False,
+    ellipse: Words = None, embeddings: Paths = None, save_masks: bool = False,
     strength: float = 0.75, mask_blur: float = 4.0, content: Text = "original",
-    overlay: Text = "plain", n: int = 1, steps: int | None = None, cfg_scale: float = 2.0,
-    negative_prompt: Text = "", seed: int = 0,
-    overwrite: bool = False, base: BaseOptions = DEFAULT,
+    overlay: Text = "plain", n: int = 1, negative_prompt: Text = "", options: Drawing = DRAWING,
 ) -> dict[str, Any]:  # fmt: skip
     """Repaint what a mask covers: every mask on every image, or a mask for each image.
 
@@ -138,18 +123,13 @@ def inpaint(
         out: folder for the PNG files
         ellipse: x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06; repeatable
         embeddings: embedding file; repeatable
-        adapter: FILE or FILE:WEIGHT of an adapter (LoRA); repeatable
         save_masks: write each image's mask to OUT/masks too
         strength: 0 to 1: how far from the original
         mask_blur: pixels at 512, scaled to the size
         content: original, fill, noise or zeros
         overlay: plain, or a1111: paint a lesion as large as A1111 does, about a third larger
         n: variants of each image and mask
-        steps: default: 25 on tiny, else 100
-        cfg_scale: classifier-free guidance; paper: 2
         negative_prompt: what to guide away from
-        seed: the same seed gives the same result
-        overwrite: replace other images that are there
     """
     from medbudget import ellipse as draw
     from medbudget import inpaint_to
@@ -166,15 +146,15 @@ def inpaint(
         unit = "x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06"
         numbers = [_parse_numbers("--ellipse", text, unit, 4) for text in ellipse]
         mask = {f"ellipse{i}": draw(four[:2], four[2:]) for i, four in enumerate(numbers)}
-    pictures = [image] if ellipse else [image, mask]
-    prompt = mask_and_prompt[-1]
-    adapters, embeddings = read_adapters(adapter), embeddings or []
-    loaded = load_checked(base, out, prompt, words=[*embeddings, *adapters], images=pictures)
+    prompt, given, words = mask_and_prompt[-1], options.collect(), embeddings or []
+    loaded = load_checked(
+        options, out, prompt, words=[*words, *given["adapters"]],
+        images=[image] if ellipse else [image, mask],
+    )  # fmt: skip
     paths = inpaint_to(
-        out, loaded, image, mask, prompt, embeddings=embeddings, adapters=adapters,
-        negative_prompt=negative_prompt, strength=strength, mask_blur=mask_blur, content=content,
-        overlay=overlay, steps=steps, cfg_scale=cfg_scale, seed=seed, n=n, save_masks=save_masks,
-        overwrite=overwrite,
+        out, loaded, image, mask, prompt, embeddings=words, negative_prompt=negative_prompt,
+        strength=strength, mask_blur=mask_blur, content=content, overlay=overlay, n=n,
+        save_masks=save_masks, **given,
     )  # fmt: skip
     print(f"{count(len(paths), 'inpainted image')} in {out}: synthetic under their masks")
     return {"steps": default_steps(loaded)}

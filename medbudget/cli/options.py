@@ -94,6 +94,73 @@ class BaseOptions(Machine):
         return load_base(self.base, device=self.prepare(), fast=bool(self.fast))
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Drawing(BaseOptions):
+    """How to draw.
+
+    Args:
+        adapter: FILE or FILE:WEIGHT of an adapter (LoRA); repeatable
+        steps: default: 25 on tiny, else 100
+        cfg_scale: classifier-free guidance; paper: 2
+        seed: of the first image; the next ones have the next seeds
+        overwrite: replace other images that are there
+    """
+
+    adapter: Words = None
+    steps: int | None = None
+    cfg_scale: float = 2.0
+    seed: int = 0
+    overwrite: bool = False
+
+    def collect(self) -> dict[str, Any]:
+        """Return these as options of the functions that draw."""
+        return {
+            "adapters": read_adapters(self.adapter), "steps": self.steps, "seed": self.seed,
+            "cfg_scale": self.cfg_scale, "overwrite": self.overwrite,
+        }  # fmt: skip
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Training(BaseOptions):
+    """How to train.
+
+    Args:
+        preset: tiny, colab or paper; default: the base's
+        steps: paper: 50000
+        lr: learning rate; paper: 0.005; of an adapter 1e-4, of all weights 5e-6
+        batch_size: paper: 1
+        init: "*" (A1111), mean, or the text trained on, e.g. "a scan"
+        latents: once (A1111), mean or resample
+        seed: the same seed gives the same result
+        checkpoint: file to save the state in and to go on from; default: OUT.ckpt until OUT is
+            saved
+        checkpoint_every: steps between checkpoints
+        samples: images on the sheet at the end, OUT with the ending .png; 0: no sheet
+        overwrite: replace OUT, its sheet and its previews if they are there
+    """
+
+    preset: Text | None = None
+    steps: int | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    init: Text | None = None
+    latents: Text | None = None
+    seed: int = 0
+    checkpoint: Path | None = None
+    checkpoint_every: int | None = None
+    samples: int = 8
+    overwrite: bool = False
+
+    def make_settings(self, kind: Any, **more: Any) -> Any:
+        """Return the settings that were given, completed by the preset if one was."""
+        names = ("steps", "lr", "batch_size", "init", "latents", "checkpoint_every")
+        given = {name: getattr(self, name) for name in names} | more | {"seed": self.seed or None}
+        settings = kind(**{k: v for k, v in given.items() if v is not None})
+        return settings.complete(self.preset) if self.preset else settings
+
+
 def load_checked(
     base: BaseOptions, out: Path | None, prompt: str = "", *, words: Sequence[Any] = (),
     images: Sequence[Path] = (),

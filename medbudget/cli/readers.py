@@ -33,15 +33,9 @@ def create(
     from medbudget.reader import QUESTION, ReaderStudy, compute_power, default_key
 
     study = ReaderStudy.create(
-        a,
-        b,
-        out,
-        seed=seed,
-        n_pairs=n_pairs,
-        repeats=repeats,
-        question=question or QUESTION,
+        a, b, out, seed=seed, n_pairs=n_pairs, repeats=repeats, question=question or QUESTION,
         key=key,
-    )
+    )  # fmt: skip
     print(f"wrote {out}: study {study.id}, {len(study.pairs)} questions on {n_pairs} pairs")
     print(f"wrote {key or default_key(out)}: the key; keep it from the readers")
     found = ", ".join(f"{p:.0%}: {compute_power(n_pairs, p):.0%}" for p in (0.6, 0.7, 0.8))
@@ -66,8 +60,8 @@ def export(study: Path, /, *, out: Path, overwrite: bool = False) -> None:
 
 @app.command
 def analyse(
-    study: Path, /, *, key: Path | None = None, answers: Paths = None, power: float = 0.8,
-    out: Path | None = None, overwrite: bool = False,
+    study: Path, /, *, key: Path | None = None, answers: Paths = None, out: Path | None = None,
+    overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Import answers, open the key, test preference, sides and agreement.
 
@@ -75,7 +69,6 @@ def analyse(
         study: the study's folder
         key: key file; default STUDY.key.json
         answers: file that a reader's page saved; repeatable; imported first
-        power: to plan the size of the next study
         out: also write the scores as JSON
         overwrite: replace OUT if it is there
     """
@@ -94,11 +87,11 @@ def analyse(
     first = scores[0]
     for name, share in zip(("as found", "lower limit"), (first.value, *(first.interval or ())[:1])):
         try:
-            n = required_pairs(share, power=power)
+            n = required_pairs(share)
         except ValueError as error:
             print(f"next study, {name}: {error}")
         else:
-            print(f"next study, {name}: {n} pairs show {share:.1%} with a power of {power:.0%}")
+            print(f"next study, {name}: {n} pairs show {share:.1%} with a power of 80%")
     if out is not None:
         to_json(scores, out)
         print(f"wrote {out}")

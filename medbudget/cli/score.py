@@ -18,8 +18,8 @@ def evaluate(
     permutation: Path | None = None, paired: bool = False, repeats: int = 1000,
     normalize: Text = "none", interval: Text = "influence",
     floor: Annotated[bool, Parameter(negative="--no-floor")] = True, size: int | None = None,
-    verbose: bool = False, out: Path | None = None, pairs: Path | None = None,
-    overwrite: bool = False, seed: int = 0, machine: Machine = DEFAULT,
+    verbose: bool = False, out: Path | None = None, overwrite: bool = False, seed: int = 0,
+    machine: Machine = DEFAULT,
 ) -> None:  # fmt: skip
     """Score generated images against real ones: a verdict, and the numbers it rests on.
 
@@ -37,21 +37,17 @@ def evaluate(
         size: longest edge of all images, padded to squares; default: that of the synthetic images
         verbose: all scores, with their notes
         out: also write all scores as JSON
-        pairs: PNG of the 8 images nearest to --train, beside theirs
-        overwrite: replace OUT and PAIRS if they are there
+        overwrite: replace OUT if it is there
         seed: the same seed gives the same result
     """
     from medbudget import evaluate as run
     from medbudget.files import check_output
     from medbudget.metrics import format_table, judge, summarize, to_json
 
-    if pairs is not None and train is None:
-        raise ValueError("--pairs shows training images: name their folder with --train")
     if paired and permutation is None:
         raise ValueError("--paired is about --permutation: name the other generator's folder")
-    for path in (out, pairs):
-        if path is not None:
-            check_output(path, overwrite=overwrite)
+    if out is not None:
+        check_output(out, overwrite=overwrite)
     scores = run(
         real, synthetic, features=features or "efficientnet-lite0", train=train,
         permutation=permutation, paired=paired, size=size, normalize=normalize, interval=interval,
@@ -64,29 +60,6 @@ def evaluate(
     if out is not None:
         to_json(scores, out)
         print(f"wrote {out}")
-    if pairs is not None and train is not None:
-        _write_pairs(synthetic, train, size, pairs)
-
-
-def _write_pairs(synthetic: Path, train: Path, size: int | None, path: Path) -> None:
-    """Draw the synthetic images nearest to training images (in pixels) above their neighbours."""
-    from medbudget import plots
-    from medbudget.files import atomic_path
-    from medbudget.metrics import pixel_neighbours
-    from medbudget.metrics.image_sets import load_sets
-
-    sets = load_sets({"synthetic": synthetic, "train": train}, size=size)
-    made, learned = sets["synthetic"].images, sets["train"].images
-    distance, index = pixel_neighbours(made, learned)
-    worst = distance.argsort()[:8].copy()
-    figure = plots.show_rows(
-        {"synthetic": made[worst], "nearest in training": learned[index[worst]]},
-        titles=[f"{value:.3f}" for value in distance[worst]],
-        note="1 - correlation, over mirror images and small shifts; 0: a copy",
-    )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-    print(f"wrote {path}")
 
 
 def membership(

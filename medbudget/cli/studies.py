@@ -56,19 +56,10 @@ class Options:
 DEFAULT = Options()
 
 
-def _print_plan(study: Any, store: Any) -> None:
-    from medbudget.studies import count
-
-    print(f"{study.name}, preset {study.preset}, base {study.settings.base} {study.base_hash}")
-    print(f"{'results':<12}{'done':>6}{'of':>6}")
-    for kind, (done, total) in count(study.tasks, store).items():
-        print(f"{kind:<12}{done:>6}{total:>6}")
-
-
 def _add(name: str, doc: str) -> None:
     def command(
         *, options: Options = DEFAULT, engine: Text = "local", workers: int | None = None,
-        address: Text | None = None, shard: Text = "1/1", dry_run: bool = False,
+        address: Text | None = None, shard: Text = "1/1",
     ) -> None:  # fmt: skip
         import torch
 
@@ -76,9 +67,6 @@ def _add(name: str, doc: str) -> None:
         from medbudget.studies import check_report, run, write_report
 
         study, store = options.plan(name)
-        if dry_run:
-            _print_plan(study, store)
-            return
         if engine == "local" and workers is None and not torch.cuda.is_available():
             workers = min(count_cores(), 4)
         folder = options.store / f"{name}-{options.preset}"
@@ -98,7 +86,6 @@ def _add(name: str, doc: str) -> None:
         workers: processes of engine local; default: GPUs, else cores up to 4
         address: of a Ray cluster
         shard: i/k: the i-th of k shares of the tasks
-        dry_run: print what there is to do, and do nothing
     """
     app.command(command, name=name)
 
@@ -118,7 +105,13 @@ def status(name: Text, /, *, options: Options = DEFAULT) -> None:
     Args:
         name: table1, figure5, table2, interpolation, stylegan3 or budget
     """
-    _print_plan(*options.plan(name))
+    from medbudget.studies import count
+
+    study, store = options.plan(name)
+    print(f"{study.name}, preset {study.preset}, base {study.settings.base} {study.base_hash}")
+    print(f"{'results':<12}{'done':>6}{'of':>6}")
+    for kind, (done, total) in count(study.tasks, store).items():
+        print(f"{kind:<12}{done:>6}{total:>6}")
 
 
 @app.command
