@@ -27,7 +27,6 @@ from medbudget.stylegan3 import (
 )
 from medbudget.stylegan3.augment import _shift, adapt, augment
 from medbudget.stylegan3.filters import (
-    attenuation,
     design_filter,
     downsample,
     make_rates,
@@ -64,7 +63,7 @@ def test_512_t_has_the_papers_number_of_parameters():
 
 
 def test_rates_of_the_papers_figure_4():
-    rates = make_rates(1024, 14, 2)
+    rates = make_rates(1024, 14)
     assert [r.rate for r in rates[:3]] == [16, 16, 32] and rates[-1].rate == 1024
     assert rates[0].cutoff == 2 and rates[12].cutoff == rates[14].cutoff == 512
     assert rates[0].cutoff + rates[0].half_width == 8  # raised to half the rate
@@ -80,6 +79,11 @@ def test_rates_of_the_papers_figure_4():
 def _meta(architecture):
     with torch.device("meta"):
         return Generator(architecture)
+
+
+def attenuation(taps, half_width, rate):
+    """Kaiser's estimate of the stop band's attenuation in dB: equation of appendix C."""
+    return 2.285 * (taps - 1) * math.pi * (2 * half_width / (rate / 2)) + 7.95
 
 
 def test_filter_is_the_kaiser_windowed_sinc_of_the_appendix():
@@ -411,13 +415,11 @@ def test_seeds_beyond_pytorchs_are_refused_as_sample_does(cases):
 
 def test_what_is_saved_is_loaded_and_other_files_are_refused(tmp_path):
     model = make_stylegan3(SMALL, replace(SMALL, channel_max=16))
-    model.save(tmp_path / "m.safetensors", half=False)
+    model.save(tmp_path / "m.safetensors")
     loaded = StyleGAN3.load(tmp_path / "m.safetensors")
-    assert loaded.hash == model.hash and loaded.record == model.record
+    assert loaded.record == model.record
     assert loaded.discriminator.architecture.channel_max == 16
-    model.save(tmp_path / "half.safetensors")
-    half = StyleGAN3.load(tmp_path / "half.safetensors").sample(2)
-    assert (half.int() - model.sample(2).int()).abs().max() <= 3
+    assert (loaded.sample(2).int() - model.sample(2).int()).abs().max() <= 3
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="holds no StyleGAN3"):
         StyleGAN3.load(tmp_path / "x.safetensors")

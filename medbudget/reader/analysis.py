@@ -32,11 +32,6 @@ def compute_preference(chosen: int, n: int) -> Preference:
     Exact binomial test, two-sided, and Wilson's score interval (Wilson 1927), both by SciPy.
     The paper's reader chose 36 of 50: p = .0026, 58.3 to 82.5 %.
 
-    Raises
-    ------
-    ValueError
-        No decision, or more choices than decisions.
-
     Examples
     --------
     >>> found = compute_preference(36, 50)
@@ -69,11 +64,6 @@ def required_pairs(
     The power of an exact test goes up and down with n: this is the number from which on it does
     not fall below `power` again.
 
-    Raises
-    ------
-    ValueError
-        A preference of one half, numbers outside (0, 1), or more than `largest` decisions.
-
     Examples
     --------
     >>> required_pairs(0.72), required_pairs(0.60)
@@ -98,23 +88,17 @@ def score_answers(
 ) -> list[Score]:
     """Return the scores of each reader, and of all together where there are several.
 
-    Parameters
-    ----------
-    answers : mapping of str to sequence
-        By reader, the answers that stand to pair 0, 1, …
-    items : sequence of mapping
-        The key: for each pair its sources ``left`` and ``right``, and which pair it ``repeats``.
-    labels : (str, str)
-        Names of the sources.
+    `answers` has each reader's answers that stand; `items` is the key: for each pair its sources
+    ``left`` and ``right``, and which pair it ``repeats``; `labels` name the sources.
     """
     first = [k for k, item in enumerate(items) if item["repeats"] is None]
     picks = {  # the source chosen for each pair: "a", "b" or "none"
         name: [items[a["pair"]].get(a["choice"], "none") for a in given]
         for name, given in answers.items()
     }
-    scores = [
-        score for name in answers for score in _score_reader(name, answers, picks, items, labels)
-    ]
+    scores: list[Score] = []
+    for name, given in answers.items():
+        scores += _score_reader(name, given, picks[name], items, labels)
     if len(picks) < 2:
         return scores
     majority = []
@@ -124,16 +108,13 @@ def score_answers(
         majority.append("a" if lead > 0 else "b" if lead < 0 else "none")
     notes = [f"{len(picks)} readers; says nothing of others"]
     most = _score_preference(f"preference for {labels[0]}, majority", majority, "a", notes)
-    agreement = _score_agreement(
-        [[own[k] for k in first if k < len(own)] for own in picks.values()]
-    )
-    return [most, *scores, agreement]
+    once = [[own[k] for k in first if k < len(own)] for own in picks.values()]
+    return [most, *scores, _score_agreement(once)]
 
 
 def _score_reader(
-    name: str, answers: Any, picks: Mapping[str, list[str]], items: Any, labels: Sequence[str]
+    name: str, given: Any, own: list[str], items: Any, labels: Sequence[str]
 ) -> list[Score]:
-    given, own = answers[name], picks[name]
     notes = ["one reader, who says nothing of others"]
     if len(given) < len(items):
         so_far = f"{len(given)} of {len(items)} pairs answered"

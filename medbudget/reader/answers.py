@@ -21,18 +21,9 @@ class ReaderError(ValueError):
 
 
 class Reading:
-    """The answers of one reader to one study; lines are only ever added.
+    """The answers of one reader to one study, in ``answers/NAME.jsonl`` of its folder.
 
-    Parameters
-    ----------
-    folder : path
-        The study's folder; answers lie in ``answers/NAME.jsonl``.
-    study : str
-        The study's id, which every line carries.
-    n_pairs : int
-        Pairs that are asked.
-    name : str
-        Who reads: a pseudonym of lower-case letters, digits, ``-`` and ``_``.
+    Lines are only ever added, and carry the study's id; the name is a pseudonym.
     """
 
     def __init__(self, folder: Path, study: str, n_pairs: int, name: str) -> None:
@@ -73,17 +64,9 @@ class Reading:
         return done if done < self.n_pairs else None
 
     def answer(self, pair: int, choice: str, *, seconds: float, note: str = "") -> None:
-        """Write down an answer; when this returns, it is on the disk.
+        """Write down an answer to the `next` pair; when this returns, it is on the disk.
 
-        Parameters
-        ----------
-        pair : int
-            Must be `next`, so that nothing is answered twice.
-        choice : {"left", "right", "none"}
-        seconds : float
-            From showing the pair to the answer.
-        note : str
-            Free text.
+        `choice` is left, right or none; `seconds` go from showing the pair to the answer.
         """
         if choice not in CHOICES:
             raise ReaderError(f"choice {choice!r}: allowed are {', '.join(CHOICES)}")
@@ -96,13 +79,7 @@ class Reading:
             self._write([*self.records(), record])
 
     def merge(self, records: Any, source: str) -> None:
-        """Add the records that an exported page wrote; those that are here already are left out.
-
-        Raises
-        ------
-        ReaderError
-            Answers of another study, or answers that contradict those here.
-        """
+        """Add the records that an exported page wrote; those that are here already are left out."""
         self._fold(records, source)
         with self._lock():
             own = self.records()

@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,6 @@ class ReaderStudy:
         n_pairs: int = 50,
         repeats: float = 0.1,
         question: str = QUESTION,
-        labels: tuple[str, str] | None = None,
         key: str | os.PathLike[str] | None = None,
     ) -> ReaderStudy:
         """Pair images of two folders at random and write the study and its key.
@@ -76,8 +74,6 @@ class ReaderStudy:
             Paper: 50.
         repeats : float
             Share of the pairs that is asked twice, up to 1/3.
-        labels : (str, str), optional
-            What the analysis calls the sources; default the folders' names.
         key : path, optional
             Default `out` with ``.key.json`` appended. Must lie outside `out`.
         """
@@ -90,9 +86,9 @@ class ReaderStudy:
         if not 0 <= repeats <= 1 / 3:
             raise ReaderError(f"repeats is a share of the pairs from 0 to 1/3, got {repeats}")
         files = _check_sources(Path(a), Path(b), n_pairs)
-        names = labels or (Path(a).resolve().name, Path(b).resolve().name)
-        if names[0] == names[1]:
-            raise ReaderError(f"both sources are called {names[0]!r}: pass two labels")
+        labels = [Path(a).resolve().name, Path(b).resolve().name]
+        if labels[0] == labels[1]:
+            raise ReaderError(f"both folders are called {labels[0]!r}: rename one of them")
         seed = secrets.randbelow(2**32) if seed is None else seed
         items = _draw_items(files, n_pairs, repeats, np.random.default_rng(seed))
         scratch = out.with_name(f".{out.name}.tmp")
@@ -102,7 +98,7 @@ class ReaderStudy:
             shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted call
             try:
                 study = _write_study(scratch, {"a": a, "b": b}, items, question)
-                secret = {"study": study, "seed": seed, "labels": list(names), "pairs": items}
+                secret = {"study": study, "seed": seed, "labels": labels, "pairs": items}
                 if key.exists() and _read_json(key) != secret:
                     raise FileExistsError(f"{key} exists: choose another place, or delete it")
                 write_json(key, secret)
@@ -180,7 +176,7 @@ class ReaderStudy:
             }
         if reference is not None:
             image, shows = reference
-            data["reference"] = {"url": _to_url(_save_png(image)), "text": shows}
+            data["reference"] = {"url": _to_url(_to_png(image)), "text": shows}
         text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
         parts = {"TITLE": html.escape(self.question), "STUDY": text}
         template = TEMPLATE.read_text(encoding="utf-8")
@@ -192,13 +188,7 @@ class ReaderStudy:
         return page
 
     def import_answers(self, path: str | os.PathLike[str]) -> Reading:
-        """Add the answers that the exported page wrote; what is here already is not added twice.
-
-        Raises
-        ------
-        ReaderError
-            Not such a file, answers of another study, or answers that contradict those here.
-        """
+        """Add the answers that the exported page wrote; what is here already is not added twice."""
         records = _parse(Path(path))
         if not isinstance(records, list) or not records:
             raise ReaderError(f"{path} holds no answers: download them again from the study's page")
@@ -207,10 +197,8 @@ class ReaderStudy:
         reading.merge(records, str(path))
         return reading
 
-    def analyse(
-        self, key: str | os.PathLike[str] | None = None, *, readers: Sequence[str] | None = None
-    ) -> list[Score]:
-        """Open the key and return the scores of the answers so far.
+    def analyse(self, key: str | os.PathLike[str] | None = None) -> list[Score]:
+        """Open the key, by default where `create` puts it; return the scores of the answers so far.
 
         For each reader the preference for the first source, and for the left side (an exact
         binomial test against one half, and Wilson's interval), whether repeats got the same
@@ -218,23 +206,9 @@ class ReaderStudy:
         pair by pair, and Krippendorff's alpha between them. Answers without a preference are
         left out of the tests, as in a sign test, and counted; repeats do not count for the
         preference.
-
-        Parameters
-        ----------
-        key : path, optional
-            Default: where `create` puts it.
-        readers : sequence of str, optional
-            Default: all.
-
-        Raises
-        ------
-        FileNotFoundError, ReaderError
-            No key, that of another study, or no answers.
         """
-        key = Path(key) if key is not None else default_key(self.folder)
-        secret = self._read_key(key)
-        names = list(readers) if readers is not None else self.readers()
-        answers = {name: self.reader(name).answers() for name in names}
+        secret = self._read_key(Path(key) if key is not None else default_key(self.folder))
+        answers = {name: self.reader(name).answers() for name in self.readers()}
         answers = {name: given for name, given in answers.items() if given}
         if not answers:
             raise ReaderError(f"{self.folder} has no answers yet: import them, or ask a reader")
@@ -250,7 +224,8 @@ def _write_study(
     for number, item in enumerate(tqdm(items, desc="pairs")):
         pairs.append([f"images/{number:03d}_{side}.png" for side in SIDES])
         for side, name in zip(SIDES, pairs[-1]):
-            png = _to_png(sources[item[side]], item[item[side]])
+            # the pixels, and nothing else of the file
+            png = _to_png(load_image(Path(sources[item[side]]) / item[item[side]]))
             (folder / name).write_bytes(png)
             digest.update(png)
     study = digest.hexdigest()[:12]
@@ -297,9 +272,8 @@ def _draw_items(
     a_left = rng.permutation(np.arange(n) % 2 == 0)
     third = n // 3
     n_again = min(round(repeats * n), third)
-    tail = [(k, False) for k in range(n - third, n)] + [
-        (int(k), True) for k in rng.permutation(third)[:n_again]
-    ]
+    tail = [(k, False) for k in range(n - third, n)]
+    tail += [(int(k), True) for k in rng.permutation(third)[:n_again]]
     order = [(k, False) for k in range(n - third)] + [tail[i] for i in rng.permutation(len(tail))]
     items = []
     for k, repeated in order:
@@ -309,12 +283,7 @@ def _draw_items(
     return items
 
 
-def _to_png(folder: str | os.PathLike[str], name: str) -> bytes:
-    """Return an image's pixels, and nothing else of its file, as PNG."""
-    return _save_png(load_image(Path(folder) / name))
-
-
-def _save_png(image: torch.Tensor) -> bytes:
+def _to_png(image: torch.Tensor) -> bytes:
     file = io.BytesIO()
     to_pil(image).save(file, format="PNG")
     return file.getvalue()
@@ -325,6 +294,7 @@ def _to_url(png: bytes) -> str:
 
 
 def _parse(path: Path) -> Any:
+    """Return what a JSON file holds."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: is this the right folder?")
     try:

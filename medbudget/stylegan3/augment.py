@@ -57,26 +57,12 @@ def _colour(n: int, p: float, generator: torch.Generator) -> torch.Tensor:
 def augment(
     images: torch.Tensor, p: float, generator: torch.Generator, *, colour: bool = True
 ) -> torch.Tensor:
-    """Change each image at random.
+    """Change each of ``(B, 3, H, H) float32`` images at random, each way with probability `p`.
 
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(B, 3, H, H) float32``, -1 to 1, on any device; gradients pass through.
-    p : float
-        Probability of each change, 0 to 1; 0 returns the images themselves.
-    generator : torch.Generator
-        On the CPU, so that the draws do not depend on the device.
-    colour : bool
-        Change brightness, contrast and saturation too.
-
-    Returns
-    -------
-    torch.Tensor
-        Of the same shape. Flips, quarter turns and shifts move pixels only.
+    Flips, quarter turns and shifts move pixels only; without `colour`, brightness, contrast and
+    saturation stay. The draws come from a generator on the CPU, so that they do not depend on the
+    device. With `p` 0 the images themselves come back.
     """
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must be 0 to 1, got {p}")
     if p == 0:
         return images
     n, size = len(images), images.shape[2]
@@ -93,17 +79,8 @@ def augment(
 def adapt(p: float, signs: float, images: int, *, target: float, images_to_one: float) -> float:
     """Return the next `p`: up where the discriminator overfits, else down.
 
-    Parameters
-    ----------
-    signs : float
-        Mean sign of the discriminator's logits of real images since the last change: the paper's
-        r_t, 0 without and 1 with complete overfitting.
-    images : int
-        Seen since the last change.
-    target : float
-        Of `signs`; the paper: 0.6.
-    images_to_one : float
-        Images in which `p` can go from 0 to 1.
+    `signs` is the mean sign of the discriminator's logits of real images since the last change, so
+    many `images` ago: the paper's r_t, 0 without and 1 with complete overfitting.
     """
     step = images / images_to_one * (1 if signs > target else -1)
     return min(max(p + step, 0.0), 1.0)

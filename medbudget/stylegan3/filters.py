@@ -20,21 +20,10 @@ TAPS = 6  # n of the paper: taps of a filter for each sample of the lower of its
 def design_filter(taps: int, cutoff: float, half_width: float, rate: float) -> torch.Tensor:
     """Return a Kaiser-windowed low-pass filter (appendix C), ``(taps,) float32`` that sums to 1.
 
-    Parameters
-    ----------
-    taps : int
-        Length.
-    cutoff, half_width : float
-        Centre of the transition band and half its width, cycles per image.
-    rate : float
-        Sampling rate at which the filter runs.
+    `cutoff` and `half_width` are the centre of the transition band and half its width; the filter
+    runs at the sampling rate `rate`.
     """
     return torch.from_numpy(firwin(taps, cutoff, width=2 * half_width, fs=rate)).float()
-
-
-def attenuation(taps: int, half_width: float, rate: float) -> float:
-    """Kaiser's estimate of the stop band's attenuation in dB: equation of appendix C."""
-    return 2.285 * (taps - 1) * math.pi * (2 * half_width / (rate / 2)) + 7.95
 
 
 @dataclass(frozen=True)
@@ -46,25 +35,16 @@ class Rates:
     rate: int  # sampling rate, pixels per image
 
 
-def make_rates(
-    size: int,
-    n_layers: int = 14,
-    n_critical: int = 2,
-    *,
-    first_cutoff: float = 2.0,
-    first_stop: float = 2**2.1,
-    last_stop: float = 2**0.3,
-) -> list[Rates]:
+def make_rates(size: int, n_layers: int = 14) -> list[Rates]:
     """Return the rates of ``n_layers`` synthesis layers and of ToRGB: the paper's section 3.2.
 
-    Cut-off and stop frequency grow geometrically; the last ``n_critical`` layers are critically
-    sampled. `last_stop` is a multiple of half the image's size.
+    Cut-off and stop frequency grow geometrically; the last two layers are critically sampled.
     """
     rates = []
     for i in range(n_layers + 1):
-        share = min(i / (n_layers - n_critical), 1)
-        cutoff = first_cutoff * (size / 2 / first_cutoff) ** share
-        stop = first_stop * (size / 2 * last_stop / first_stop) ** share
+        share = min(i / (n_layers - 2), 1)
+        cutoff = 2.0 * (size / 2 / 2.0) ** share
+        stop = 2**2.1 * (size / 2 * 2**0.3 / 2**2.1) ** share
         rate = 2 ** math.ceil(math.log2(min(2 * stop, size)))
         rates.append(Rates(cutoff, max(stop, rate / 2) - cutoff, rate))
     return rates

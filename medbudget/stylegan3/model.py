@@ -56,21 +56,19 @@ class StyleGAN3:
             for first in range(0, n, batch_size):
                 seeds = range(seed + first, seed + min(first + batch_size, n))
                 z = draw_latents(seeds, a.width).to(device)
-                images.append(to_uint8(self.generator(z, truncation=truncation)).cpu())
+                x = self.generator(z, truncation=truncation) * 127.5 + 127.5
+                images.append(x.round().clamp(0, 255).to(torch.uint8).cpu())
                 bar.update(len(z))
         return torch.cat(images)
 
-    def save(
-        self, path: str | os.PathLike[str], *, half: bool = True,
-        snapshots: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Write both networks as safetensors, in float16 unless `half` is False.
+    def save(self, path: str | os.PathLike[str], *, snapshots: torch.Tensor | None = None) -> None:
+        """Write both networks as safetensors of float16.
 
         `snapshots` ``(N, 3, H, W) uint8`` are images to keep in the same file.
         """
         path = check_writable(path)
         tensors = {
-            f"{name}.{key}": (t.half() if half and t.ndim else t).cpu().contiguous()
+            f"{name}.{key}": (t.half() if t.ndim else t).cpu().contiguous()
             for name in ("generator", "discriminator")
             for key, t in getattr(self, name).state_dict().items()
         }
@@ -128,10 +126,7 @@ def build_like(
 ) -> Network:
     """Build a network that has the shapes of tensors from a file; tried without memory first.
 
-    Raises
-    ------
-    ValueError
-        Other shapes, named: a file must not decide how much is allocated.
+    Other shapes are refused: a file must not decide how much is allocated.
     """
     with torch.device("meta"):
         wanted = kind(architecture).state_dict()
@@ -166,11 +161,6 @@ def draw_latents(seeds: Any, width: int) -> torch.Tensor:
     return torch.stack(
         [torch.randn(width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Map floats of -1 to 1 to ``uint8``."""
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:

@@ -216,12 +216,10 @@ class Generator(nn.Module):
         self.mapping = Mapping(a.width)
         canvas = rates[0].rate + 2 * a.margin
         self.input = FourierInput(a.width, channels[0], canvas, rates[0])
-        layers = []
-        for i in range(a.n_layers):
-            before = max(i - 1, 0)
-            sizes = (channels[before], channels[i], a.margin)
-            layers.append(SynthesisLayer(a.width, *sizes, rates[before], rates[i]))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(
+            SynthesisLayer(a.width, channels[j], channels[i], a.margin, rates[j], rates[i])
+            for i, j in enumerate([0, *range(a.n_layers - 1)])  # layer j comes before i
+        )
         self.to_rgb = ToRGB(a.width, channels[a.n_layers - 1], a.size)
 
     def synthesize(self, w: torch.Tensor, *, shift: torch.Tensor | None = None) -> torch.Tensor:

@@ -186,13 +186,8 @@ def import_official(path: str | os.PathLike[str]) -> StyleGAN3:
     """Read generator (the running mean) and discriminator of an official StyleGAN3-T file.
 
     Nothing of the file is run: it is a pickle of a mapping with ``G_ema`` and ``D``, as the
-    official training writes it. Its weights have a licence of their own: for research only.
-
-    Raises
-    ------
-    RefusedError
-        A pickle that names what is not on the list, or that holds other networks (configuration
-        R, StyleGAN2, a conditional model).
+    official training writes it. Its weights have a licence of their own: for research only. Other
+    networks (configuration R, StyleGAN2, a conditional model) are refused.
     """
     name = Path(path).name
     data = read_pickle(path)

@@ -31,6 +31,8 @@ from medbudget.stylegan3.losses import (
 )
 from medbudget.stylegan3.model import StyleGAN3, images_at_once, to_float
 
+NETWORKS = ("generator", "discriminator", "average")
+
 
 class GanError(RuntimeError):
     """Training that cannot go on; the message explains."""
@@ -79,9 +81,6 @@ class StyleGAN3Settings(Settings):
         check_seed(self.seed)
 
 
-# --------------------------------------------------------------------------------- training
-
-
 class Trainer:
     """The state of a training run, and one iteration of it.
 
@@ -93,8 +92,8 @@ class Trainer:
     def __init__(
         self, images: torch.Tensor, start: StyleGAN3, settings: StyleGAN3Settings, device: Any
     ) -> None:
-        s, self.images, self.device = settings, images, torch.device(device)
-        self.settings = s
+        self.settings, self.images, self.device = settings, images, torch.device(device)
+        s = settings
         self.average = copy.deepcopy(start.generator).to(device).eval().requires_grad_(False)
         self.generator = copy.deepcopy(start.generator).to(device).train()
         self.discriminator = copy.deepcopy(start.discriminator).to(device).train()
@@ -189,7 +188,7 @@ class Trainer:
         optimizer.step()
         return torch.stack(means).sum()
 
-    def average_losses(self) -> dict[str, float]:
+    def _average_losses(self) -> dict[str, float]:
         """Return the mean losses since the last snapshot, which must be finite."""
         means = {k: round(float(torch.stack(v).mean()), 4) for k, v in self.recent.items()}
         if not all(math.isfinite(v) for v in means.values()):
@@ -201,7 +200,7 @@ class Trainer:
 
     def add_history(self) -> dict[str, Any]:
         """Add a line to the history and return it: losses since the last one, p, time."""
-        means = self.average_losses()
+        means = self._average_losses()
         self.recent.clear()
         head = {"images": self.seen, "seconds": round(self.seconds, 1), "p": round(self.p, 4)}
         self.history.append(head | means)
@@ -209,18 +208,17 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a checkpoint needs."""
-        self.average_losses()
-        networks = ("generator", "discriminator", "average")
+        self._average_losses()
         plain = ("step", "p", "signs", "seconds", "history", "recent")
         return {
-            **{name: getattr(self, name).state_dict() for name in networks},
+            **{name: getattr(self, name).state_dict() for name in NETWORKS},
             **{name: getattr(self, name) for name in plain},
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        for name in ("generator", "discriminator", "average"):
+        for name in NETWORKS:
             getattr(self, name).load_state_dict(state[name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
@@ -238,14 +236,10 @@ def train_stylegan3(
     checkpoint: str | os.PathLike[str] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     extractor: str | Extractor | None = None,
-    n_evaluate: int = 100,
     device: str | torch.device = "cpu",
     data: str = "",
 ) -> StyleGAN3:
-    """Train, or fine-tune, StyleGAN3 on images.
-
-    At 512 px a batch of 4 takes 3.7 GiB, as it goes through the networks image by image, and the
-    generator's layers are computed twice.
+    """Train, or fine-tune, StyleGAN3 on images; at 512 px a batch of 4 takes 3.7 GiB.
 
     Parameters
     ----------
@@ -263,8 +257,8 @@ def train_stylegan3(
         Called after every iteration, before that is saved, with ``{"step", "images_seen",
         "losses", "p", "seconds", "snapshot"}``; the last is a `StyleGAN3` at every snapshot, else None.
     extractor : str or Extractor, optional
-        Measure the Frechet distance of `n_evaluate` generated images to `images` at every
-        snapshot, in these features.
+        Measure the Frechet distance of 100 generated images to `images` at every snapshot, in
+        these features.
     data : str
         A note on the images, kept in the record.
 
@@ -272,11 +266,6 @@ def train_stylegan3(
     -------
     StyleGAN3
         With a record of settings, images seen, seconds (on a CPU: of its cores) and history.
-
-    Raises
-    ------
-    GanError
-        A loss that is not finite.
     """
     check_images(images)
     settings = settings or StyleGAN3Settings.preset("tiny")
@@ -300,10 +289,10 @@ def train_stylegan3(
     }
 
     def copy_networks() -> StyleGAN3:
-        networks = (copy.deepcopy(trainer.average), copy.deepcopy(trainer.discriminator).eval())
-        seconds, history = round(trainer.seconds, 1), list(trainer.history)
-        now = {"images_seen": trainer.seen, "seconds": seconds, "history": history}
-        return StyleGAN3(*networks, record | now)
+        now = {"images_seen": trainer.seen, "seconds": round(trainer.seconds, 1),
+               "history": list(trainer.history)}  # fmt: skip
+        average, discriminator = copy.deepcopy((trainer.average, trainer.discriminator))
+        return StyleGAN3(average, discriminator.eval(), record | now)
 
     steps = math.ceil(settings.kimg * 1000 / settings.batch_size)
     every = max(1, round(settings.snapshot_kimg * 1000 / settings.batch_size))
@@ -317,7 +306,7 @@ def train_stylegan3(
             line = trainer.add_history()
             snapshot = copy_networks()
             if extractor is not None:
-                line["fd"] = measure_distance(images, snapshot.sample(n_evaluate), extractor)
+                line["fd"] = measure_distance(images, snapshot.sample(100), extractor)
         if callback is not None:
             state = {"step": trainer.step, "images_seen": trainer.seen, "losses": losses}
             state |= {"p": trainer.p, "seconds": trainer.seconds, "snapshot": snapshot}
