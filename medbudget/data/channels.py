@@ -52,35 +52,21 @@ def join_channels(
     """
     studies: dict[str, list[Series]] = {}
     joined: list[Source] = []
-    left_out = 0
+    left_out = sum(source.kind != "dicom" for source in sources)
     for source in sources:
-        if source.kind != "dicom":
-            left_out += 1
-            continue
         try:
-            series = _describe(root, source)
-            studies.setdefault(series.study, []).append(series)
+            if source.kind == "dicom":
+                series = _describe(root, source)
+                studies.setdefault(series.study, []).append(series)
         except BrokenCase as error:
             joined.append(replace(source, problem=source.problem or str(error)))
     for study in studies.values():
-        fits = {name: _find(name, study) for name in names}
-        wrong = next((name for name, series in fits.items() if len(series) != 1), None)
-        chosen = [series[0] for series in fits.values()] if wrong is None else study
+        chosen, problem = _choose(names, study)
+        left_out += 0 if problem else len(study) - 3
+        problem = problem or "; ".join(filter(None, (one.source.problem for one in chosen)))
         first, *rest = (one.source for one in chosen)
-        if wrong is not None:
-            shown = [one.source.files[0] for one in fits[wrong] or study]
-            problem = (
-                f"channel {wrong}: {len(fits[wrong])} of the {len(study)} series of its study fit "
-                f"({', '.join(shown[:4])}{' …' if len(shown) > 4 else ''}); name one by a part of "
-                "its series description, such as --channels t2_tra,adc,b1400"
-            )
-        elif len({one.place for one in chosen} - {""}) > 1:
-            problem = "its channels have several frames of reference, in which no place is the same"
-        else:
-            problem = "; ".join(one.source.problem for one in chosen if one.source.problem)
-            left_out += len(study) - 3
-        others = () if problem else tuple(rest)
         flagged = any(one.source.burnt_in for one in chosen)
+        others = () if problem else tuple(rest)
         joined.append(replace(first, others=others, problem=problem, burnt_in=flagged))
     if left_out:
         notes.append(f"{left_out} series and files are no channel and left out")
@@ -107,6 +93,27 @@ def _describe(root: Path, source: Source) -> Series:
         orientation is not None and find_plane(measure_axes(orientation)) == "axial",
         b_value,
     )
+
+
+def _choose(names: Sequence[str], study: Sequence[Series]) -> tuple[Sequence[Series], str]:
+    """Return the series of a study that are its channels, or all of them and what is wrong."""
+    chosen = []
+    for name in names:
+        fits = _find(name, study)
+        chosen += fits
+        if len(fits) != 1:
+            shown = [one.source.files[0] for one in fits or study]
+            return study, (
+                f"channel {name}: {len(fits)} of the {len(study)} series of its study fit "
+                f"({', '.join(shown[:4])}{' …' if len(shown) > 4 else ''}); name one by a part of "
+                "its series description, such as --channels t2_tra,adc,b1400"
+            )
+    if len({one.place for one in chosen} - {""}) > 1:
+        return (
+            chosen,
+            "its channels have several frames of reference, in which no place is the same",
+        )
+    return chosen, ""
 
 
 def _find(name: str, study: Sequence[Series]) -> list[Series]:

@@ -37,19 +37,11 @@ NIFTI: dict[int, dict[str, tuple[str, int]]] = {
 
 
 def read_volume(path: str | os.PathLike[str]) -> sitk.Image:
-    """Read a NIfTI, MetaImage or NRRD file whose pixels are all there.
+    """Read a NIfTI, MetaImage or NRRD file whose pixels are all there, or raise BrokenCase.
 
-    Returns
-    -------
-    SimpleITK.Image
-        2-D or 3-D, of one value a pixel or of 8-bit RGB; NIfTI's slope and intercept are applied.
-        A 2-D NIfTI slice becomes a 3-D image, so that it keeps its direction. The metadata have the
-        key "no spacing" where the header states none.
-
-    Raises
-    ------
-    BrokenCase
-        It is cut, damaged, of more than three dimensions, or made to use up the memory.
+    The image is 2-D or 3-D, of one value a pixel or of 8-bit RGB; NIfTI's slope and intercept are
+    applied. A 2-D NIfTI slice becomes a 3-D image, so that it keeps its direction. The metadata
+    have the key "no spacing" where the header states none.
     """
     path = Path(path)
     unpack = _unpack_nifti if path.suffix.lower() in (".nii", ".gz") else _unpack_text_header
@@ -191,13 +183,7 @@ def _unpack_nifti(path: Path, target: Path) -> tuple[Path, bool]:
 
 
 def unpack(data: bytes, packing: str, most: int) -> bytes:
-    """Unpack a whole zlib, gzip or bzip2 stream of at most so many bytes.
-
-    Raises
-    ------
-    BrokenCase
-        It is cut, its check sum does not fit, or it holds more.
-    """
+    """Unpack a whole zlib, gzip or bzip2 stream of at most so many bytes, whose check sum fits."""
     parts, rest = [], data
     while rest:
         stream: Any = bz2.BZ2Decompressor() if packing == "bzip2" else zlib.decompressobj(47)

@@ -96,9 +96,9 @@ def _grow(index: int, positive: bool, pixels: int, slices: int, seed: int) -> An
         shift = round(far * BORDER / slices)  # apex and base differ, so there is an order
         edge = max(8, 2 * round(pixels * zoom / 2))
         low = (pixels - edge) // 2
+        absent = {3: abs(k - middle) > slices // 3, 4: abs(k - middle - 1) > 2}  # gland, tumour
         for c, plane in enumerate(planes):
-            absent = {3: abs(k - middle) > slices // 3, 4: abs(k - middle - 1) > 2}  # gland, tumour
-            if absent.get(c, False):
+            if absent.get(c):
                 continue
             filter_ = Image.Resampling.BILINEAR if c < 3 else Image.Resampling.NEAREST
             small = np.asarray(plane.resize((edge, edge), filter_), np.float32) * gains[c]
@@ -106,14 +106,13 @@ def _grow(index: int, positive: bool, pixels: int, slices: int, seed: int) -> An
                 small = binary_erosion(small, iterations=abs(k - middle - 1)).astype(np.float32)
             full = stacks[c, k, BORDER + shift : BORDER + shift + pixels, across]
             full[low : low + edge, low : low + edge] = small
-    out = []
-    spacing = PHANTOM_MM / pixels
+    out, spacing = [], PHANTOM_MM / pixels
+    tilt = np.deg2rad(6)  # the planes of real studies are tilted about this much
+    cos, sin = np.cos(tilt), np.sin(tilt)
     for c, stack in enumerate(stacks):
         image = sitk.GetImageFromArray(stack if c < 3 else stack.astype(np.uint8))
         image.SetSpacing((spacing, spacing, 3.0))
         image.SetOrigin((-120.0, -70.0, -30.0))
-        tilt = np.deg2rad(6)  # the planes of real studies are tilted about this much
-        cos, sin = np.cos(tilt), np.sin(tilt)
         image.SetDirection((1, 0, 0, 0, cos, sin, 0, -sin, cos))
         out.append(image)
     return out
@@ -128,12 +127,9 @@ CHEST_LABELS = {
 
 
 def write_chexpert(
-    folder: str | os.PathLike[str],
-    counts: Mapping[str, int] | int = 6,
-    *,
-    pixels: int = 96,
+    folder: str | os.PathLike[str], counts: Mapping[str, int] | int = 6, *, pixels: int = 96,
     seed: int = 0,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write chest phantoms as CheXpert-v1.0-small: ``train.csv`` and JPEG files with black borders.
 
     Beside `counts` patients of each label it has, for each label, one patient with an uncertain
@@ -157,9 +153,8 @@ def write_chexpert(
     for label, kind in CHEST_LABELS.items():
         n = counts if isinstance(counts, int) else counts.get(label, 0)
         images = make_phantoms("chest", kind, n + 5, size=pixels, seed=seed).images
-        other = "Fracture"
         plan: list[tuple[str, Mapping[str, float]]] = [("AP", {})] * n
-        plan += [("AP", {other: -1.0}), ("AP", {other: 1.0}), ("PA", {}), ("", {})]
+        plan += [("AP", {"Fracture": -1.0}), ("AP", {"Fracture": 1.0}), ("PA", {}), ("", {})]
         first = number + 1
         for i, (side, extra) in enumerate(plan):
             number += 1
@@ -172,10 +167,7 @@ def write_chexpert(
 
 
 def write_pcam(
-    folder: str | os.PathLike[str],
-    counts: Mapping[str, int] | None = None,
-    *,
-    seed: int = 0,
+    folder: str | os.PathLike[str], counts: Mapping[str, int] | None = None, *, seed: int = 0
 ) -> Path:
     """Write histology phantoms as PatchCamelyon: six HDF5 files with the official layout.
 
@@ -194,8 +186,7 @@ def write_pcam(
         x = np.stack([both[i % 2][i // 2].permute(1, 2, 0).numpy() for i in range(n)])
         y = (np.arange(n) % 2).astype(np.uint8).reshape(n, 1, 1, 1)
         for name, values in (("x", x), ("y", y)):
-            path = folder / f"camelyonpatch_level_2_split_{split}_{name}.h5"
-            with h5py.File(path, "w") as file:
+            with h5py.File(folder / f"camelyonpatch_level_2_split_{split}_{name}.h5", "w") as file:
                 file.create_dataset(name, data=values, chunks=(min(8, n), *values.shape[1:]))
     return folder
 

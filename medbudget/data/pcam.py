@@ -64,24 +64,22 @@ def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
     A file that lies there only as ``.h5.gz`` is first unpacked beside it, once, and its MD5 sum is
     compared with the official one. If the other part is there too, it must have as many rows.
     """
-    files = {p: Path(folder) / _name(split, f"{p}.h5") for p in "xy"}
-    file, other = files[part], "y" if part == "x" else "x"
+    other = "y" if part == "x" else "x"
+    file, twin = (Path(folder) / _name(split, f"{p}.h5") for p in (part, other))
     packed = file.with_name(f"{file.name}.gz")
     if not file.is_file():
         if not packed.is_file():
             raise FileNotFoundError(f"no {file.name} or {packed.name} in {folder}")
         _unpack(packed, file, split, part)
-    opened = _open(file, part)
-    if files[other].is_file():
-        with _open(files[other], other) as twin:
-            n, m = len(opened[part]), len(twin[other])
+    if twin.is_file():
+        with _open(file, part) as own, _open(twin, other) as theirs:
+            n, m = len(own[part]), len(theirs[other])
         if n != m:
-            opened.close()
             raise OSError(
-                f"{file.name} has {n} rows, {files[other].name} {m}: they are of different splits, "
-                "or damaged; download both again"
+                f"{file.name} has {n} rows, {twin.name} {m}: they are of different splits, or "
+                "damaged; download both again"
             )
-    return opened
+    return _open(file, part)
 
 
 def _open(file: Path, part: str, shown: Path | None = None) -> Any:
@@ -93,11 +91,9 @@ def _open(file: Path, part: str, shown: Path | None = None) -> Any:
     except OSError as error:
         raise OSError(f"{shown or file} cannot be read ({error}); download it again") from None
     try:
-        data: Any = (
-            opened[part] if isinstance(opened.get(part, getlink=True), h5py.HardLink) else None
-        )
-        own = isinstance(data, h5py.Dataset) and not data.external and not data.is_virtual
-        if not own or not data.ndim:
+        own = isinstance(opened.get(part, getlink=True), h5py.HardLink)
+        data: Any = opened[part] if own else None
+        if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual or not data.ndim:
             problem = f"has no data set {part!r} of its own: it is no PatchCamelyon file"
         elif math.prod(data.chunks or (1,)) * data.dtype.itemsize > MAX_CHUNK:
             problem = f"has pieces of {data.chunks} values: it is no PatchCamelyon file"
@@ -172,21 +168,19 @@ def load_patches(
 
     Nothing else of the file is read. Patches of 96 px are resized with a Lanczos filter.
     """
-    wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
-    order, back = np.unique(wanted, return_inverse=True)  # h5py wants rising indices
+    order, back = np.unique(np.asarray(indices, np.int64), return_inverse=True)  # h5py: rising
     with open_pcam(folder, split, "x") as file:
         data = file["x"]
         if data.dtype != np.uint8:
             raise ValueError(
                 f"patches of {split} are {data.shape} {data.dtype}; expected (N, 96, 96, 3) uint8"
             )
-        if len(order) and (order[0] < 0 or order[-1] >= len(data)):
+        if order[0] < 0 or order[-1] >= len(data):
             raise IndexError(f"{split} has {len(data)} patches; asked for {order[-1]}")
-        read = _read_rows(data, order) if len(order) else np.empty((0, EDGE, EDGE, 3), np.uint8)
-    out = torch.empty((len(wanted), 3, size, size), dtype=torch.uint8)
-    for i, patch in enumerate(read[back]):
-        out[i] = from_pil(Image.fromarray(patch).resize((size, size), Image.Resampling.LANCZOS))
-    return out
+        patches = [Image.fromarray(patch) for patch in _read_rows(data, order)[back]]
+    return torch.stack(
+        [from_pil(patch.resize((size, size), Image.Resampling.LANCZOS)) for patch in patches]
+    )
 
 
 def iterate_patches(
@@ -195,9 +189,8 @@ def iterate_patches(
     """Yield a whole split in order as ``(n, 3, size, size) uint8`` and ``(n,) uint8`` batches."""
     open_pcam(folder, split, "x").close()  # unpacked before the labels are compared with it
     labels = load_labels(folder, split)
-    for start in range(0, len(labels), batch):
-        stop = min(start + batch, len(labels))
-        yield load_patches(folder, split, range(start, stop), size=size), labels[start:stop]
+    for part in torch.arange(len(labels)).split(batch):
+        yield load_patches(folder, split, part.tolist(), size=size), labels[part]
 
 
 def prepare_pcam(
@@ -236,8 +229,7 @@ def prepare_pcam(
         _choose_patches, folder, seed=seed, allow_fewer=allow_fewer, taken=taken, notes=notes
     )
     items = choose("train", "train", per_class)
-    if reference:
-        items += choose("reference", "val", reference)
+    items += choose("reference", "val", reference) if reference else []
     settings = {
         "dataset": "pcam", "size": size, "seed": seed, "per_class": per_class,
         "reference": reference,

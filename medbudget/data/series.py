@@ -90,11 +90,8 @@ def join_series(root: Path, headers: Sequence[Header], said: dict[str, list[str]
 
     `said` gets what was done, and a file of each series to which it was done.
     """
-    series: dict[str, list[Header]] = {}
-    for header in headers:
-        series.setdefault(header.series, []).append(header)
     sources: list[Source] = []
-    for members in series.values():
+    for members in _group(headers, lambda header: header.series).values():
 
         def note(text: str, file: str = members[0].file) -> None:
             said.setdefault(text, []).append(file)
@@ -129,6 +126,13 @@ def join_series(root: Path, headers: Sequence[Header], said: dict[str, list[str]
     return sources
 
 
+def _group(headers: Sequence[Header], key: Callable[..., str]) -> dict[str, list[Header]]:
+    groups: dict[str, list[Header]] = {}
+    for header in headers:
+        groups.setdefault(key(header), []).append(header)
+    return groups
+
+
 def _leave_out_copies(root: Path, members: Sequence[Header]) -> list[Header]:
     """Leave out files that are, byte for byte, copies of an earlier one."""
     first: dict[str, str] = {}
@@ -152,9 +156,7 @@ def _order(stack: list[Header], note: Callable[[str], None]) -> list[Source]:
     if len(steps) and steps.min() < 1e-3:
         places = 1 + int((steps >= 1e-3).sum())
         for i, name in enumerate(REPEATS):
-            groups: dict[str, list[Header]] = {}
-            for header in stack:
-                groups.setdefault(header.repeats[i], []).append(header)
+            groups = _group(stack, lambda header, i=i: header.repeats[i])
             if len(groups) > 1 and places > 1 and {len(g) for g in groups.values()} == {places}:
                 note(f"split into {len(groups)} volumes by {name}, as slices share positions")
                 return [source for group in groups.values() for source in _order(group, note)]

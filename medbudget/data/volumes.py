@@ -35,16 +35,7 @@ def find_sources(
 
     Slices of one series are one volume where they lie in one plane, have one size and spacing, and
     in one folder of the first level, which stands for a class. Hidden files are passed over.
-
-    Parameters
-    ----------
-    notes : list of str, optional
-        Gets a sentence on what was passed over, left out, split, or has gaps.
-
-    Raises
-    ------
-    FileNotFoundError
-        No such folder.
+    `notes` gets a sentence on what was passed over, left out, split, or has gaps.
     """
     root = Path(root)
     if not root.is_dir():
@@ -59,25 +50,22 @@ def find_sources(
             continue
         file, name = relative.as_posix(), path.name.lower()
         if name.endswith((*VOLUMES, *PICTURES)):
-            kind = "volume" if name.endswith(VOLUMES) else "picture"
-            sources.append(Source((file,), kind))
-            continue
-        certain = _is_dicom(path)
-        if certain is None:
+            sources.append(Source((file,), "volume" if name.endswith(VOLUMES) else "picture"))
+        elif (certain := _is_dicom(path)) is None:
             passed.append(path)
-            continue
-        try:
-            header = read_header(path, file)
-        except BrokenCase as error:
-            if certain:
-                sources.append(Source((file,), "dicom", problem=str(error)))
-            else:
-                passed.append(path)
-            continue
-        if isinstance(header, str):
-            objects[header] += 1
         else:
-            headers.append(header)
+            try:
+                header = read_header(path, file)
+            except BrokenCase as error:
+                if certain:
+                    sources.append(Source((file,), "dicom", problem=str(error)))
+                else:
+                    passed.append(path)
+                continue
+            if isinstance(header, str):
+                objects[header] += 1
+            else:
+                headers.append(header)
     said: dict[str, list[str]] = {}
     sources += join_series(root, headers, said)
     if notes is not None:
@@ -103,24 +91,14 @@ def _is_dicom(path: Path) -> bool | None:
 
 
 def read_pixels(root: str | os.PathLike[str], source: Source, *, plane: str = "native") -> Pixels:
-    """Read a picture or a volume.
+    """Read a picture or a volume, or raise BrokenCase for whatever is wrong with it.
 
-    Parameters
-    ----------
-    plane : {"native", "axial", "coronal", "sagittal"}
-        Which way volumes are sliced; ``native`` as they were acquired or stored. All, also single
-        slices, are turned so that they show as on a light box (axial: front up, the patient's
-        right on the left).
-
-    Raises
-    ------
-    BrokenCase
-        Whatever is wrong with it.
+    `plane` is which way volumes are sliced; ``native`` as they were acquired or stored. All, also
+    single slices, are turned so that they show as on a light box (axial: front up, the patient's
+    right on the left).
     """
     if source.problem:
         raise BrokenCase(source.problem)
-    if plane not in PLANES:
-        raise ValueError(f"unknown plane {plane!r}; allowed are {', '.join(PLANES)}")
     paths = [Path(root) / file for file in source.files]
     if source.kind == "picture":
         return _read_picture(paths[0])
@@ -130,11 +108,8 @@ def read_pixels(root: str | os.PathLike[str], source: Source, *, plane: str = "n
 def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "native") -> Array:
     """Read the mask of a volume as ``(slices, H, W) bool``, on the volume's own grid.
 
-    Parameters
-    ----------
-    masks : path
-        Folder that holds the mask under the volume's own relative name (for a DICOM series, its
-        folder's) and any of the suffixes of volumes.
+    The folder `masks` holds it under the volume's own relative name (for a DICOM series, its
+    folder's) and any of the suffixes of volumes.
     """
     path = Path(source.files[0])
     stem = path.parent if len(source.files) > 1 else path.parent / _cut_suffix(path.name)
