@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from medbudget import Adapter, Embedding, make_phantoms
+from medbudget.cli.studies import Options
 from medbudget.images import save_images
 from medbudget.studies import Store, in_order, make_study, run, study_settings
 from medbudget.studies.budgeting import load_trained
@@ -152,3 +153,8 @@ def test_perfect_images_score_as_real_ones_and_copies_are_seen(tmp_path):
     assert made["test"]["Copied share (pixels)"]["value"] < 0.2
     assert made["test"]["Disease AUC"]["value"] > 0.8
     assert made["test"]["Precision"]["value"] > 0.5
+
+
+def test_a_recorded_command_does_not_tell_where_images_lie():
+    options = Options(data=["own=/home/ann/xrays"], changes=["cases=95"])
+    assert options.repeat(store="s") == "--preset tiny --store s --data own=xrays --set 'cases=95'"

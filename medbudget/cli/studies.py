@@ -46,9 +46,11 @@ class Options:
         return study, study.store(self.store)
 
     def repeat(self, **options: str) -> str:
-        """Return these options as a command line has them."""
+        """Return these options as a command line has them, without the folders that data lie in."""
         words = [f"--{key} {value}" for key, value in options.items()]
-        words += [f"--data {item}" for item in self.data or []]
+        for item in self.data or []:
+            role, _, path = item.partition("=")
+            words.append(f"--data {role}={Path(path).name}")
         words += [f"--set '{item}'" for item in self.changes or []]
         return " ".join([f"--preset {self.preset}", *words])
 
@@ -127,8 +129,6 @@ def report(
     """
     from medbudget.studies import record_table, save_lines, write_report
 
-    if record and options.data:
-        raise ValueError("--record keeps studies of phantoms only: leave --data out")
     study, store = options.plan(name)
     print(f"report: {write_report(study, store, options.store / f'{name}-{options.preset}')}")
     for path in save_lines(study, store, images) if images else ():

@@ -95,7 +95,7 @@ def record_table(study: Study, store: Store, command: str) -> Path:
         raise ValueError("this study's networks are recorded too: python -m pretraining.rivals")
     check_done(study, store)
     values = read_values(study, store)
-    name = f"{study.name}_{study.preset}"
+    name = "_".join([study.name, study.preset, *sorted(study.sources or {})])
     return write_result(name, values, command=command, base_hash=study.base_hash)
 
 
