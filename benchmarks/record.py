@@ -29,6 +29,11 @@ RENAMED = {  # commands of results that were recorded when they had another form
         "python -m pretraining.rivals --store stylegan3_tiny --set gan.kimg=30"
     ),
 }
+XRAYS = "own=xrays"  # as a recorded command names real X-rays, prepared by:
+PREPARE = (
+    "medbudget prepare folder {real} --labels {real}/index.csv --patient-column patient --size 64 "
+    "--split .34,.33,.33 --per-class 95 --out {out}"
+)
 LONGEST = ("tiny_base", "table2_tiny", "stylegan3_tiny", "table1_tiny", "interpolation_tiny")
 
 
@@ -56,12 +61,17 @@ def split_command(text: str, *, real: Path | None, store: Path) -> list[list[str
         "medbudget": str(Path(sys.executable).parent / "medbudget"),
     }
     parts = []
-    for part in RENAMED.get(text, text).split("; "):
+    text = RENAMED.get(text, text)
+    if real is None and ("--real" in text or XRAYS in text):
+        raise ValueError(f"{text!r} needs --real: name the folder of real images")
+    if XRAYS in text:
+        out = shlex.quote(f"{store}_xrays")
+        text = f"{PREPARE.format(real=shlex.quote(str(real)), out=out)}; {text}"
+        text = text.replace(XRAYS, f"own={out}")
+    for part in text.split("; "):
         program, *words = shlex.split(part)
         for option, value in (("--real", real), ("--store", store)):
             if option in words:
-                if value is None:
-                    raise ValueError(f"{part!r} needs {option}: name the folder of real images")
                 words[words.index(option) + 1] = str(value)
         parts.append([programs[program], *words])
     return parts

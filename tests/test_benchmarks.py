@@ -191,6 +191,12 @@ def test_stale_results_are_found_and_their_commands_split(tmp_path):
         record.split_command(bars, real=None, store=tmp_path)
     script = [sys.executable, "benchmarks/tiny_base.py", "xrays", "--real", "images"]
     assert record.split_command(bars, real=Path("images"), store=tmp_path) == [script]
+    xrays = "medbudget study budget --store s --data own=xrays"
+    with pytest.raises(ValueError, match="needs --real: name the folder"):
+        record.split_command(xrays, real=None, store=tmp_path)
+    prepare, study = record.split_command(xrays, real=Path("images"), store=Path("kept"))
+    assert prepare[1:4] == ["prepare", "folder", "images"] and prepare[-1] == "kept_xrays"
+    assert study[1:] == ["study", "budget", "--store", "kept", "--data", "own=kept_xrays"]
 
 
 def test_a_failed_recording_says_so_and_runs_no_further(tmp_path, capsys):
