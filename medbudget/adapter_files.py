@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,19 +13,22 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from medbudget.embeddings import LARGEST, META, Embedding, EmbeddingError
+from medbudget.files import atomic_path
 from medbudget.torchfiles import recognise
 
 PREFIX = "lora_unet_"
+PEFT_CONFIG = "adapter_config.json"
 Change: TypeAlias = "dict[str, torch.Tensor]"
 _PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff", "diff_b")
 _OTHERS = {  # signs of other files, and what to do with them
+    "lora_unet_input_blocks": "it is for Stable Diffusion XL, whose layers have other names",
     "lora_te": "it changes the text encoder too, and only changes of the U-Net can be used here: "
     "train or export it for the U-Net alone",
     "text_encoder.": "it changes the text encoder too, and only changes of the U-Net can be used "
     "here: train or export it for the U-Net alone",
-    "lora_unet_input_blocks": "it is for Stable Diffusion XL, whose layers have other names",
     "transformer.": "it is for a transformer (Stable Diffusion 3, Flux), not for a U-Net",
     "model.diffusion_model.": "it is a whole base: pass it with --base",
     "emb_params": "it is an embedding: pass it with --embeddings",
@@ -51,11 +55,16 @@ def check_change(layer: str, change: Change) -> None:
         )
     down, up = change.get("lora_down.weight"), change.get("lora_up.weight")
     for name, tensor in change.items():
-        if not tensor.is_floating_point() or not (tensor.abs() <= LARGEST).all():
-            found = "NaN, infinity or numbers beyond 10,000" if tensor.is_floating_point() else ""
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise AdapterError(
-                f"layer {layer[:100]} holds {found or tensor.dtype} in {name}: its training "
-                "diverged, or it is damaged; train it again with a lower learning rate"
+                f"layer {layer[:100]} holds {kind} in {name}, and only tensors of floating-point "
+                "numbers are read, which quantized files do not have: get it in float16 or float32"
+            )
+        if not (tensor.abs() <= LARGEST).all():
+            raise AdapterError(
+                f"layer {layer[:100]} holds NaN, infinity or numbers beyond 10,000 in {name}: its "
+                "training diverged, or it is damaged; train it again with a lower learning rate"
             )
     lora = {"lora_down.weight", "lora_up.weight"}
     if bool(parts & lora) == bool(parts & {"diff", "diff_b"}) or 0 < len(parts & lora) < 2:
@@ -69,7 +78,8 @@ def check_change(layer: str, change: Change) -> None:
         down.ndim not in (2, 4)
         or up.ndim not in (2, 4)
         or up.shape[1] != len(down)
-        or not len(down)
+        or math.prod(up.shape[2:]) != 1
+        or not down.numel()
     ):
         raise AdapterError(
             f"layer {layer[:100]}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} make "
@@ -80,7 +90,7 @@ def check_change(layer: str, change: Change) -> None:
 
 
 _DIFFUSERS = re.compile(
-    r"(?:unet|base_model\.model)\.(?P<layer>.+?)(?:\.processor)?[._]lora(?:_(?P<ab>[AB])|\.(?P<du>down|up))\.weight"
+    r"(?:unet\.|base_model\.model\.|(?=(?:down_blocks|mid_block|up_blocks)\.))(?P<layer>.+?)(?:\.processor)?[._]lora(?:_(?P<ab>[AB])|\.(?P<du>down|up))\.weight"
 )
 
 
@@ -131,9 +141,15 @@ def read_adapter(path: Path) -> dict[str, Any]:
     about = _read_about(metadata.get(META))
     word = about.pop("word", None)
     if META not in metadata:
-        tensors |= _read_alphas(metadata, tensors)
-    tensors = {k: v.float().reshape(()) if k.endswith(".alpha") and v.numel() == 1 else v.float()
-               for k, v in tensors.items()}  # fmt: skip
+        config = _read_config(metadata.get("lora_adapter_metadata"), "unet.")
+        if any(key.startswith("base_model.") for key in keys):
+            config = _read_peft_config(path)
+        tensors |= _read_alphas(config, tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(".alpha") and tensor.numel() == 1:
+            tensors[name] = tensor.float().reshape(())
+        elif tensor.is_floating_point():
+            tensors[name] = tensor.float()
     return {**about, "tensors": tensors, "word": None if word is None else _read_word(word)}
 
 
@@ -147,26 +163,61 @@ def _recognise(keys: Sequence[str]) -> str:
     return f"it is no LoRA of a U-Net; it holds {', '.join(sorted(k[:60] for k in keys)[:3]) or 'nothing'}"
 
 
-def _read_alphas(
-    metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return the alphas that diffusers writes into the metadata."""
+def _read_config(noted: str | None, prefix: str) -> dict[str, Any]:
+    """Return the settings of an adapter as peft writes them."""
     try:
-        config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
-        config = {k.removeprefix("unet."): v for k, v in config.items() if k.startswith("unet.")}
-        alpha = config.get("lora_alpha")
-        odd = [k for k in ("alpha_pattern", "use_rslora", "use_dora", "lora_bias") if config.get(k)]
-        if odd:
-            raise AdapterError(f"its {odd[0]} is {config[odd[0]]!r:.60}, which is not read here")
-        if alpha is None:
-            return {}
-        found = torch.tensor(float(alpha))
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, AdapterError):
-            raise
+        config = json.loads(noted or "{}")
+        return {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+    except (AttributeError, ValueError, RecursionError):
+        raise AdapterError("its metadata are damaged; fetch or train it again") from None
+
+
+def _read_peft_config(path: Path) -> dict[str, Any]:
+    """Return the settings that peft writes beside a file of its own."""
+    try:
+        return _read_config((path.parent / PEFT_CONFIG).read_text(encoding="utf-8"), "")
+    except (OSError, UnicodeDecodeError):
+        raise AdapterError(
+            f"peft wrote it, and the scale of its changes stands in {PEFT_CONFIG}: put that file "
+            "beside it"
+        ) from None
+
+
+def _read_alphas(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return each layer's alpha by the settings; none where they do not tell."""
+    for key in ("alpha_pattern", "use_rslora", "use_dora", "lora_bias"):
+        if config.get(key):
+            raise AdapterError(f"its {key} is {config[key]!r:.60}, which is not read here")
+    if config.get("lora_alpha") is None:
+        return {}
+    try:
+        found = torch.tensor(float(config["lora_alpha"]))
+    except (TypeError, ValueError):
         raise AdapterError("its metadata are damaged; fetch or train it again") from None
     end = "lora_down.weight"
     return {f"{key.removesuffix(end)}alpha": found for key in tensors if key.endswith(end)}
+
+
+def is_sd2(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Tell whether changes are to a U-Net of Stable Diffusion 2, by the width of its texts."""
+    ends = ("attn2_to_k.lora_down.weight", "attn2_to_k.diff")
+    return any(v.ndim > 1 and v.shape[1] == 1024 for k, v in tensors.items() if k.endswith(ends))
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write safetensors atomically, the same bytes each time: its own order of metadata varies."""
+    content = memoryview(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(metadata)} | json.loads(bytes(content[8:begin]))
+    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for part in (len(head).to_bytes(8, "little"), head, content[begin:]):
+            file.write(part)
 
 
 def describe_word(word: Embedding) -> dict[str, Any]:

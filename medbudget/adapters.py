@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from medbudget.adapter_files import (
@@ -28,11 +27,13 @@ from medbudget.adapter_files import (
     Change,
     check_change,
     describe_word,
+    is_sd2,
     read_adapter,
+    write_tensors,
 )
 from medbudget.base import Base
-from medbudget.embeddings import Embedding, EmbeddingError
-from medbudget.files import check_writable, hash_tensors, write_bytes
+from medbudget.embeddings import Embedding, EmbeddingError, check_record
+from medbudget.files import check_writable, hash_settings, hash_tensors
 from medbudget.gpu import speed_up
 from medbudget.known import compare_origin
 from medbudget.settings import check_number
@@ -58,6 +59,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         check_number("an adapter's weight", self.weight)
+        check_record(self.record)
         if not self.tensors:
             raise AdapterError("it holds no changes to any layer")
         for layer, change in self.changes().items():
@@ -116,16 +118,24 @@ class Adapter:
         """Write ``.safetensors`` atomically, as A1111, ComfyUI and diffusers read it.
 
         The word stands in the metadata, which those programs pass over; ``adapter.word.save(…)``
-        writes it for them. diffusers reads ranks, not full changes.
+        writes it for them. diffusers reads ranks, not full changes, and A1111 passes over the
+        last norm of a full change.
         """
+        if self.weight != 1:
+            raise AdapterError(
+                f"its weight is {self.weight:g}, which a file does not keep: save "
+                "adapter.weighted(1), and give the weight where the adapter is used"
+            )
         path = check_writable(path)
         if path.suffix != ".safetensors":
             raise AdapterError(f"cannot write {path.name}: an adapter's file ends in .safetensors")
         about = {k: v for k, v in vars(self).items() if k not in ("tensors", "word", "weight")}
         if self.word is not None:
             about["word"] = describe_word(self.word)
-        note = json.dumps(about, ensure_ascii=False)
-        write_bytes(path, save_safetensors(self.tensors, metadata={META: note}))
+        metadata = {META: json.dumps(about, ensure_ascii=False)}
+        if is_sd2(self.tensors):  # else A1111 takes it for one of SD 1, and hides it in its list
+            metadata["ss_v2"] = "True"
+        write_tensors(path, self.tensors, metadata)
         return path
 
 
@@ -134,9 +144,15 @@ class Adapter:
 
 def load_adapters(base: Base, adapters: Adapters) -> list[Adapter]:
     """Return adapters (or those in files) that fit this base."""
-    if isinstance(adapters, Adapter | str | os.PathLike):
-        adapters = [adapters]
-    loaded = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    single = isinstance(adapters, Adapter | str | os.PathLike) or not isinstance(adapters, Iterable)
+    given: list[Any] = [adapters] if single else [*adapters]  # type: ignore[misc]
+    for one in given:
+        if not isinstance(one, Adapter | str | os.PathLike):
+            raise TypeError(
+                f"adapters are Adapter objects or paths of files, got {type(one).__name__}; words "
+                "belong to embeddings=…"
+            )
+    loaded = [one if isinstance(one, Adapter) else Adapter.load(one) for one in given]
     layers = _find_layers(base.unet)
     for adapter in loaded:
         for layer, change in adapter.changes().items():
@@ -157,9 +173,18 @@ def choose_adapters(adapters: Sequence[Adapter], text: str) -> tuple[Adapter, ..
 
 
 def adapt(base: Base, adapters: Sequence[Adapter]) -> Base:
-    """Return a base whose U-Net has the changes of fitting adapters; `base` stays as it is."""
+    """Return a base whose U-Net has the changes of fitting adapters; `base` stays as it is.
+
+    Its hash is another one, so that what is made with it is not taken for the base's.
+    """
     if not adapters:
         return base
+    made_of = {"base": base.hash, "adapters": [[a.hash, a.weight] for a in adapters]}
+    return replace(merge(base, adapters), hash=hash_settings(made_of))
+
+
+def merge(base: Base, adapters: Sequence[Adapter]) -> Base:
+    """Return a base with the changes of adapters under the base's own hash, as sampling uses it."""
     unet = copy_network(base.unet)
     layers = _find_layers(unet)
     changes = [(adapter.weight, adapter.changes()) for adapter in adapters]

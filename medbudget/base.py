@@ -134,8 +134,8 @@ class Base:
             raise NotFiniteError(
                 f"the {name} hold {found} (base {self.name} in {str(self.dtype)[6:]}). Ways out: "
                 "in float16, load the base with dtype=torch.bfloat16 or torch.float32; lower the "
-                "guidance (cfg_scale, weights); train the embedding with a lower learning rate; if "
-                "plain prompts fail too, the base's files are damaged: `medbudget base verify`"
+                "guidance (cfg_scale, weights of parts and adapters); train with a lower learning "
+                "rate; if plain prompts fail too, the base's files are damaged: `medbudget base verify`"
             )
         return values
 

@@ -116,5 +116,8 @@ def _split_end(end: Embedding | Adapter) -> tuple[Embedding, Adapter | None]:
     if isinstance(end, Embedding):
         return end, None
     if end.word is None:
-        raise AdapterError("an adapter at the end of an axis has no word: train it with a token")
+        raise AdapterError(
+            "an adapter at the end of an axis has no word: train it with a token, or use it at all "
+            "shares (adapters=…, --adapter)"
+        )
     return end.word, end

@@ -29,6 +29,17 @@ class EmbeddingError(ValueError):
     """An embedding, or an embedding file, that cannot be used."""
 
 
+def check_record(record: Mapping[str, Any]) -> None:
+    """Raise EmbeddingError unless what a file says of its making can be read on."""
+    for key, kind in (("image_hashes", str), ("settings", dict), ("history", dict)):
+        if not isinstance(record.get(key, kind()), kind):
+            found = type(record[key]).__name__
+            raise EmbeddingError(
+                f"its metadata is damaged ({key} is a {found}, not a {kind.__name__}); fetch or "
+                "train it again"
+            )
+
+
 def check_token(token: str) -> str:
     """Return `token` if it is ``<name>`` without spaces or path separators, else raise."""
     if not TOKEN.fullmatch(token) or not token.isprintable() or len(token) > 200:
@@ -59,6 +70,7 @@ class Embedding:
 
     def __post_init__(self) -> None:
         check_token(self.token)
+        check_record(self.record)
         v = self.vectors
         if not isinstance(v, torch.Tensor) or v.ndim != 2 or 0 in v.shape:
             shape = tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__

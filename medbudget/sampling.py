@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from medbudget.adapters import Adapter, Adapters, adapt, choose_adapters, load_adapters
+from medbudget.adapters import Adapter, Adapters, choose_adapters, load_adapters, merge
 from medbudget.base import Base, Words
 from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
@@ -121,7 +121,7 @@ class Condition:
         own = [choose_adapters(loaded, text) for text, _ in parts]
         shared = tuple(a for a in loaded if all(a in some for some in own))
         sets = [*(own[i] for i, (_, weight) in enumerate(parts) if weight and cfg_scale), shared]
-        networks = {some: adapt(base, some) if some else None for some in dict.fromkeys(sets)}
+        networks = {some: merge(base, some) if some else None for some in dict.fromkeys(sets)}
         tuned = [networks[some] for some in sets] if any(networks.values()) else []
         return cls(contexts, weights, away if needed else None, cfg_scale, tuned)
 

@@ -124,7 +124,7 @@ def make_archives():
     }
 
 
-def make_safetensors():
+def make_safetensors(key="<x>"):
     """Return name -> file whose header lies."""
 
     def file(header, data=bytes(64), length=None):
@@ -133,14 +133,14 @@ def make_safetensors():
 
     def one(**entry):
         usual = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
-        return {"<x>": {**usual, **entry}}
+        return {key: {**usual, **entry}}
 
     return {
         "length beyond the file": file(one(), length=2**31),
         "length of 2**63": file(one(), length=2**63),
         "offsets beyond the file": file(one(data_offsets=[0, 2**40], shape=[2**38])),
         "offsets backwards": file(one(data_offsets=[64, 0])),
-        "overlap": file({"a": one()["<x>"], "b": one()["<x>"]}),
+        "overlap": file({"a": one()[key], "b": one()[key]}),
         "hole": file(one(data_offsets=[16, 64], shape=[3, 4])),
         "unknown dtype": file(one(dtype="F999")),
         "shape of 2**40": file(one(shape=[2**40, 4])),
@@ -151,7 +151,7 @@ def make_safetensors():
         "text for the number of steps": file(
             {"__metadata__": {"medbudget": json.dumps({"step": "x"})}, **one()}
         ),
-        "header of 16 MiB of names": file({"k" * 2**24: one()["<x>"]}),
+        "header of 16 MiB of names": file({"k" * 2**24: one()[key]}),
         "no header": b"",
     }
 
@@ -177,6 +177,10 @@ def make_corpus(folder):
         add(f"{name}, embedding", "embedding", ".safetensors", content)
         add(f"{name}, checkpoint", "base", ".safetensors", content)
         add(f"{name}, StyleGAN3", "stylegan3", ".safetensors", content)
+    for name, content in make_safetensors("lora_unet_conv_in.diff").items():
+        add(f"{name}, adapter", "adapter", ".safetensors", content)
+    for name in ("posix.system", "nested pickle", "storage of 2**40"):
+        add(f"{name}, adapter", "adapter", ".safetensors", archive(make_pickles(folder)[name]))
     add("zipped zeros, embedding", "embedding", ".pt", gzip.compress(bytes(2**24)))
     for name, text in make_official().items():
         add(f"{name}, StyleGAN3", "official", ".pkl", text)
@@ -226,13 +230,14 @@ def main(folder):
     import diffusers.loaders.single_file_utils  # before the limit
     import torch
 
-    from medbudget import Embedding
+    from medbudget import Adapter, Embedding
     from medbudget.checkpoints import load_single_file
     from medbudget.stylegan3 import StyleGAN3, import_official
 
     torch.set_num_threads(1)
     readers = {
         "embedding": Embedding.load,
+        "adapter": Adapter.load,
         "base": load_single_file,
         "official": import_official,
         "stylegan3": StyleGAN3.load,

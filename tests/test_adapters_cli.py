@@ -1,8 +1,10 @@
 """The command line of adapters: tune one, draw with it, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
-from medbudget import Adapter, make_phantoms, sample, save_images
+from medbudget import Adapter, Embedding, make_phantoms, sample, save_images
 from medbudget.cli.options import read_adapters
 from medbudget.images import load_images, read_record
 
@@ -46,7 +48,8 @@ def test_tune_writes_an_adapter_once(medbudget, folder, tmp_path):
     few = dict(zip(FEW[::2], FEW[1::2])) | {"--out": tmp_path / "y.safetensors"}
     for option, value, message in (
         ("--out", tmp_path / "x.pt", "ends in .safetensors"), ("--rank", "65", "rank must be"),
-        ("--rank", "half", "rank must be"), ("--token", "x", "not of the form"),
+        ("--rank", "half", "rank must be"), ("--rank", "²", "rank must be"),
+        ("--token", "x", "not of the form"),
     ):  # fmt: skip
         options = [word for pair in (few | {option: value}).items() for word in pair]
         code, _, error = medbudget("tune", folder / "images", *options)
@@ -95,6 +98,46 @@ def test_inpaint_and_interpolate_take_adapters(medbudget, tuned, folder, tmp_pat
     assert code == 0, error
     record = read_record(tmp_path / "axis" / "0.5" / "00000.png")
     assert [name for name, _, _ in record["adapters"]] == ["<x>", "<y>"]
+
+
+def test_adapters_of_one_token_get_another_by_convert(medbudget, tuned, tmp_path):
+    both, few = ("--adapter", tuned, "--adapter"), ("--n", 1, "--steps", 1)
+    copy = tuned.with_name("copy.safetensors")
+    copy.write_bytes(tuned.read_bytes())
+    code, _, error = medbudget("sample", "<x>", "--out", tmp_path / "a", *both, copy, *few)
+    assert code == 1 and "two embeddings are called <x>" in error and "embedding convert" in error
+    other, word = tmp_path / "y.safetensors", tmp_path / "word.pt"
+    code, said, error = medbudget("embedding", "convert", copy, other, "--token", "<y>")
+    assert code == 0 and "wrote" in said, error
+    prompt = "<x>:0.5 AND <y>:0.5"
+    code, _, error = medbudget("sample", prompt, "--out", tmp_path / "b", *both, other, *few)
+    assert code == 0, error
+    adapter = Adapter.load(tuned)
+    assert Adapter.load(other).hash == adapter.hash and Adapter.load(other).token == "<y>"
+    assert medbudget("embedding", "convert", tuned, word)[0] == 0  # for A1111
+    assert Embedding.load(word).vectors.equal(adapter.word.vectors)
+    plain = replace(adapter, word=None).save(tmp_path / "plain.safetensors")
+    for command in ((plain, tmp_path / "no.pt"), (plain, other, "--token", "<z>", "--overwrite")):
+        code, _, error = medbudget("embedding", "convert", *command)
+        assert code == 1 and "without a word" in error
+    assert Adapter.load(other).token == "<y>" and not (tmp_path / "no.pt").exists()
+
+
+def test_show_tells_what_an_adapter_changes(medbudget, tuned, tmp_path):
+    code, said, error = medbudget("embedding", "show", tuned, "--base", "tiny")
+    assert code == 0, error
+    for line in (
+        "token   <x>",
+        "rank 2, 56 layers",
+        "(1, 96)",
+        "step    2",
+        "made on these weights",
+    ):
+        assert line in said, line
+    plain = replace(Adapter.load(tuned), word=None, base_hash="012345678901")
+    path = plain.save(tmp_path / "plain.safetensors")
+    said = medbudget("embedding", "show", path, "--base", "tiny")[1]
+    assert "none: it applies to all parts" in said and "! made on a base with hash 012345" in said
 
 
 def test_files_of_adapters_are_named_with_or_without_a_weight(tuned, tmp_path):

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cyclopts import App
 
 from medbudget.cli.options import File, Text, Words
 
-app = App(name="embedding", help="Look into an embedding file, convert, describe or upload it.")
+app = App(
+    name="embedding",
+    help="Look into an embedding's or adapter's file, convert, describe, upload it.",
+)
 released_app = App(name="embeddings", help="Embeddings that others released.")
 
 
 @app.command
 def show(file: File, /, *, base: Text | None = None) -> None:
-    """Print token, shape, steps, norms and base of an embedding file.
+    """Print token, shape, steps, norms and base of an embedding file, or of an adapter's.
 
     Args:
         base: check that it fits this base
     """
-    from medbudget import Embedding, load_base
+    from medbudget import Adapter, load_base
+    from medbudget.adapters import load_adapters
+    from medbudget.composition import read_end
     from medbudget.known import compare_origin
 
-    e = Embedding.load(file)
-    norms = e.vectors.norm(dim=1)
+    e = read_end(file)
+    rows = []
+    word = e.word if isinstance(e, Adapter) else e
+    if isinstance(e, Adapter):
+        rows = [("changes", f"rank {e.rank}, {len(e.changes())} layers of the U-Net")]
+    if word is not None:
+        norms = word.vectors.norm(dim=1)
+        rows += [
+            ("shape", f"{tuple(word.vectors.shape)} (vectors, width)"),
+            ("norms", f"mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}"),
+        ]
     for name, value in (
-        ("token", e.token),
-        ("shape", f"{tuple(e.vectors.shape)} (vectors, width)"),
+        ("token", e.token or "none: it applies to all parts of a prompt"),
+        *rows,
         ("step", e.step),
-        ("norms", f"mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}"),
         ("base", f"{e.base or 'unknown'} (hash {e.base_hash or 'unknown'})"),
         ("data", e.data or "unknown"),
         ("file", f"{file.stat().st_size / 1024:.0f} kB"),
@@ -36,7 +50,10 @@ def show(file: File, /, *, base: Text | None = None) -> None:
         print(f"{name:<7} {value}")
     if base is not None:
         loaded = load_base(base)
-        e.check_fits(loaded.width, loaded.name)
+        if isinstance(e, Adapter):
+            load_adapters(loaded, replace(e, base_hash=""))  # what differs is said below
+        if word is not None:
+            word.check_fits(loaded.width, loaded.name)
         same, reason = compare_origin(e, loaded)
         if same is False:
             print(f"! {reason}: images will differ from those it was trained for")
@@ -48,18 +65,29 @@ def show(file: File, /, *, base: Text | None = None) -> None:
 def convert(
     file: File, out: Path, /, *, token: Text | None = None, overwrite: bool = False
 ) -> None:
-    """Write an embedding in another program's format.
+    """Write an embedding in another program's format, or an adapter under another token.
 
     Args:
-        out: *.safetensors, *.pt (A1111, ComfyUI) or *.bin (diffusers)
+        out: *.safetensors, *.pt (A1111, ComfyUI) or *.bin (diffusers); of an adapter, the last two
+            hold its word
         token: give it another token
         overwrite: replace OUT if it is there
     """
-    from medbudget import Embedding
+    from medbudget import Adapter, Embedding
+    from medbudget.adapter_files import AdapterError, is_adapter
     from medbudget.files import check_output
 
     check_output(out, overwrite=overwrite)
-    e = Embedding.load(file, token=token)
+    if is_adapter(file):
+        adapter = Adapter.load(file).renamed(token) if token else Adapter.load(file)
+        if out.suffix == ".safetensors":
+            print(f"wrote {adapter.save(out)}")
+            return
+        if adapter.word is None:
+            raise AdapterError(f"{file.name}: an adapter without a word has none to write")
+        e = adapter.word
+    else:
+        e = Embedding.load(file, token=token)
     e.save(out)
     print(f"wrote {out}")
     width = e.vectors.shape[1]

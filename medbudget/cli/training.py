@@ -61,7 +61,7 @@ def tune(
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: an adapter's file ends in .safetensors")
-    size = int(rank) if rank.isdigit() else rank
+    size = int(rank) if rank.isdecimal() else rank
     settings = options.make_settings(TuneSettings, rank=size, n_vectors=n_vectors, word_lr=word_lr)
 
     def train(*inputs: Any, **more: Any) -> Any:
