@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ from medbudget.sampling import sample
 from medbudget.training import check_square
 
 Tell: TypeAlias = "Callable[[dict[str, Any]], None]"
+Trained = TypeVar("Trained", Embedding, Adapter)
 
 
 def invert_to(
@@ -41,24 +42,21 @@ def invert_to(
     and other parameters are those of `invert`.
     """
     path = Path(path)
-    check_square(images)
-    given = settings or InversionSettings()
-    settings = given.complete(base.preset)
-    wanted = _identify(base, images, check_token(token), settings)
-    read = partial(_read_identity, Embedding.load, InversionSettings)
-    if check_output(path, wanted, read, overwrite=overwrite):
-        say(f"{path} is there already, made with these settings")
-        return Embedding.load(path)
     previews = path.with_name(f"{path.name}.previews")
-    preview = wanted | {"preview": True}
-    for file in previews.glob("*.png"):
-        check_output(file, preview, read_record, overwrite=overwrite)
-    checkpoint, own = _choose_checkpoint(path, checkpoint)
-    _announce(base, images, given, settings, f"{settings.n_vectors} vectors", checkpoint)
-    if preview_every:
-        say(f"images of the word go into {previews} every {count(preview_every, 'step')}")
-    if len(images) < 5:
-        say("a word from so few images copies them; the paper's smallest set has 5")
+    preview: dict[str, Any] = {"preview": True}
+
+    def prepare(settings: InversionSettings, wanted: dict[str, Any]) -> list[str]:
+        preview.update(wanted)
+        for file in previews.glob("*.png"):
+            check_output(file, preview, read_record, overwrite=overwrite)
+        notes = [f"{settings.n_vectors} vectors"]
+        if preview_every:
+            notes.append(
+                f"images of the word go into {previews} every {count(preview_every, 'step')}"
+            )
+        if len(images) < 5:
+            notes.append("a word from so few images copies them; the paper's smallest set has 5")
+        return notes
 
     def tell(state: dict[str, Any]) -> None:
         if preview_every and state["step"] % preview_every == 0:
@@ -69,15 +67,11 @@ def invert_to(
         if callback is not None:
             callback(state)
 
-    with hold(path):
-        word = invert(
-            base, images, token=token, settings=settings, checkpoint=checkpoint,
-            callback=_time_steps(tell), **options,
-        )  # fmt: skip
-        word.save(path)
-    if own:
-        checkpoint.unlink(missing_ok=True)
-    return word
+    return _train_to(
+        path, base, images, check_token(token), settings or InversionSettings(), Embedding.load,
+        partial(invert, base, images, token=token, callback=_time_steps(tell), **options), prepare,
+        checkpoint, overwrite,
+    )  # fmt: skip
 
 
 def tune_to(
@@ -90,29 +84,49 @@ def tune_to(
     Without a `checkpoint` of yours, the state is kept as ``PATH.ckpt`` until the adapter is saved.
     The `options` and other parameters are those of `tune`.
     """
-    path = Path(path)
+
+    def prepare(settings: TuneSettings, wanted: dict[str, Any]) -> list[str]:
+        word = f", a word of {count(settings.n_vectors, 'vector')}" if settings.n_vectors else ""
+        notes = [f"rank {settings.rank}{word}"]
+        if len(images) < 100:
+            notes.append(
+                "tuning on few images copies them: compare the results with the training images"
+            )
+        return notes
+
+    return _train_to(
+        Path(path), base, images, check_token(token) if token else "", settings or TuneSettings(),
+        Adapter.load, partial(tune, base, images, token=token, callback=_time_steps(callback), **options),
+        prepare, checkpoint, overwrite,
+    )  # fmt: skip
+
+
+def _train_to(
+    path: Path, base: Base, images: torch.Tensor, token: str, given: Any,
+    load: Callable[[Path], Trained], train: Callable[..., Trained],
+    prepare: Callable[[Any, dict[str, Any]], list[str]], checkpoint: PathLike | None, overwrite: bool,
+) -> Trained:  # fmt: skip
+    """Return what is in the file if this call made it; else train it, save it, drop the checkpoint.
+
+    `prepare` returns what is said first: the size of what is trained, then other notes.
+    """
     check_square(images)
-    given = settings or TuneSettings()
     settings = given.complete(base.preset)
-    wanted = _identify(base, images, check_token(token) if token else "", settings)
-    read = partial(_read_identity, Adapter.load, TuneSettings)
-    if check_output(path, wanted, read, overwrite=overwrite):
+    wanted = _identify(base, images, token, settings)
+    if check_output(path, wanted, partial(_read_identity, load, type(given)), overwrite=overwrite):
         say(f"{path} is there already, made with these settings")
-        return Adapter.load(path)
+        return load(path)
+    size, *notes = prepare(settings, wanted)
     checkpoint, own = _choose_checkpoint(path, checkpoint)
-    word = f", a word of {count(settings.n_vectors, 'vector')}" if settings.n_vectors else ""
-    _announce(base, images, given, settings, f"rank {settings.rank}{word}", checkpoint)
-    if len(images) < 100:
-        say("tuning on few images copies them: compare the results with the training images")
+    _announce(base, images, given, settings, size, checkpoint)
+    for note in notes:
+        say(note)
     with hold(path):
-        adapter = tune(
-            base, images, token=token, settings=settings, checkpoint=checkpoint,
-            callback=_time_steps(callback), **options,
-        )  # fmt: skip
-        adapter.save(path)
+        trained = train(settings=settings, checkpoint=checkpoint)
+        trained.save(path)
     if own:
         checkpoint.unlink(missing_ok=True)
-    return adapter
+    return trained
 
 
 def _identify(base: Base, images: torch.Tensor, token: str, settings: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from medbudget.data.phantoms import KINDS as PHANTOMS
 from medbudget.metrics import disease_axis, disease_score
 from medbudget.studies.drawing import Plan
 from medbudget.studies.study import Row, Study
-from medbudget.studies.table2 import PROBLEMS, find_folder
+from medbudget.studies.table2 import PROBLEMS, find_folder, find_given, list_classes
 from medbudget.studies.tasks import Store, Task, kind
 
 
@@ -36,17 +36,12 @@ def _run_rise(task: Task, store: Store) -> dict[str, Any]:
 
 def _plan_axes(p: Plan) -> list[tuple[str, str, Task, Task]]:
     """Return each axis: kind, disease, and the words of either end."""
-    given = [name for name in PROBLEMS if name in p.sources]
-    if not given and not p.s.phantoms:
-        raise ValueError(
-            "the axes need real images: --data prostate=FOLDER, chest=FOLDER or "
-            "histology=FOLDER, each as medbudget prepare writes it"
-        )
+    given = find_given(p)
     axes = []
     for name in given or PHANTOMS:
         if given:
             healthy = find_folder(p.sources, name, "train", 0)
-            folders = sorted(f.name for f in (p.sources[name] / "train").iterdir() if f.is_dir())
+            folders = list_classes(p.sources[name] / "train")
             ends = {folder: p.folder(f"{name}/train/{folder}", p.s.cases) for folder in folders}
             first = ends.pop(Path(healthy).name)
         else:

@@ -20,7 +20,7 @@ from medbudget.studies.drawing import BLOCK, Plan
 from medbudget.studies.rivals import plan_gan_blocks, read_start
 from medbudget.studies.study import Row, Study
 from medbudget.studies.table1 import name_extractor, name_extractors
-from medbudget.studies.table2 import PROBLEMS, find_folder
+from medbudget.studies.table2 import PROBLEMS, find_folder, find_given, list_classes
 from medbudget.studies.tasks import Task
 from medbudget.stylegan3 import StyleGAN3Settings
 
@@ -64,11 +64,11 @@ class _Problem:
 def _find_classes(root: Path) -> tuple[str, str]:
     """Return the two classes of a prepared folder, the healthy one first where a name tells it."""
     train = root / "train"
-    names = sorted(p.name for p in train.iterdir() if p.is_dir()) if train.is_dir() else []
+    names = list_classes(train)
     if len(names) != 2:
         raise ValueError(
             f"{train} has {len(names)} folders of classes, 2 are needed: "
-            "{train,val,test}/{first class,second class}, as medbudget prepare folder writes them"
+            "{train,val,test}/{first class,second class}, as medbudget prepare writes them"
         )
     return order_classes(names, None, root)
 
@@ -215,13 +215,7 @@ def make_budget(p: Plan) -> Study:
     s = p.s
     if unknown := sorted({*s.methods, *s.paces} - set(METHODS)):
         raise ValueError(f"unknown method {unknown[0]!r}; allowed are {', '.join(METHODS)}")
-    given = [name for name in (*PROBLEMS, OWN) if name in p.sources]
-    if not given and not s.phantoms:
-        raise ValueError(
-            "the study needs real images: --data prostate=FOLDER, chest=FOLDER or "
-            f"histology=FOLDER, each as medbudget prepare writes it, or {OWN}=FOLDER with any two "
-            "classes"
-        )
+    given = find_given(p, OWN)
     if unknown := sorted(set(s.problems) - set(PROBLEMS)):
         raise ValueError(f"unknown problem {unknown[0]!r}; allowed are {', '.join(PROBLEMS)}")
     word = InversionSettings.preset(s.inversion, **s.overrides)

@@ -55,19 +55,37 @@ PROBLEMS = {
 }  # fmt: skip
 
 
+def find_given(p: Plan, *others: str) -> list[str]:
+    """Return the problems of which real images are given; raise if there are neither these nor phantoms."""
+    given = [name for name in (*PROBLEMS, *others) if name in p.sources]
+    if not given and not p.s.phantoms:
+        own = "".join(f", or {name}=FOLDER with any two classes" for name in others)
+        raise ValueError(
+            "the study needs real images: --data prostate=FOLDER, chest=FOLDER or "
+            f"histology=FOLDER{own}, each as medbudget prepare writes it "
+            "({train,val,test}/CLASS/*.png)"
+        )
+    return given
+
+
+def list_classes(split: Path) -> list[str]:
+    """Return the folders of classes in a split of a prepared folder."""
+    return sorted(p.name for p in split.iterdir() if p.is_dir()) if split.is_dir() else []
+
+
 def find_folder(sources: Mapping[str, Path], name: str, split: str, label: int) -> str:
     """Return where a class of a prepared problem lies: ``chest/train/no_finding``.
 
     Capitals and spaces do not matter: ``No Finding`` is found too.
     """
     wanted, root = PROBLEMS[name].folders[label], Path(sources[name]) / split
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    folders = list_classes(root)
     for folder in folders:
         if folder.lower().replace(" ", "_") == wanted:
             return f"{name}/{split}/{folder}"
     raise ValueError(
-        f"{root} has no folder {wanted} (it has: {', '.join(folders) or 'none'}); table2 reads "
-        "{train,val,test}/{" + ",".join(PROBLEMS[name].folders) + "} as medbudget prepare writes "
+        f"{root} has no folder {wanted} (it has: {', '.join(folders) or 'none'}); needed are "
+        "{train,val,test}/{" + ",".join(PROBLEMS[name].folders) + "}, as medbudget prepare writes "
         "them" + (f", or val and test by --data {PCAM}=FOLDER" if name == "histology" else "")
     )
 
@@ -125,12 +143,7 @@ def make_table2(p: Plan) -> Study:
         )
     if s.few_cases > s.cases:
         raise ValueError(f"few_cases must be at most cases ({s.cases}), got {s.few_cases}")
-    given = [name for name in PROBLEMS if name in p.sources]
-    if not given and not s.phantoms:
-        raise ValueError(
-            "table2 needs real images: --data prostate=FOLDER, chest=FOLDER or histology=FOLDER, "
-            "each as medbudget prepare writes it ({train,val,test}/CLASS/*.png)"
-        )
+    given = find_given(p)
     rows = [row for name in given or PROBLEMS for row in _make_rows(p, name)]
     noise = [f"{name} ({sd:g} gray levels)" for name, sd in s.noise.items() if sd]
     c = ClassifierSettings.preset(s.classifier, **s.changes)
