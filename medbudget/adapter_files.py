@@ -216,8 +216,8 @@ def write_tensors(
     head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        for part in (len(head).to_bytes(8, "little"), head, content[begin:]):
-            file.write(part)
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.write(content[begin:])
 
 
 def describe_word(word: Embedding) -> dict[str, Any]:

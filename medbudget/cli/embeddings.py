@@ -29,7 +29,7 @@ def show(file: File, /, *, base: Text | None = None) -> None:
     from medbudget.known import compare_origin
 
     e = read_end(file)
-    rows = []
+    rows: list[tuple[str, str]] = []
     word = e.word if isinstance(e, Adapter) else e
     if isinstance(e, Adapter):
         rows = [("changes", f"rank {e.rank}, {len(e.changes())} layers of the U-Net")]
