@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from wording import LEVEL, badge, read_values, verdict
+from wording import LEVEL, badge, pass_holm, read_values, verdict
 
 SETTINGS = {
     "sampling steps": "steps", "CFG scale": "guidance", "vectors": "vectors", "cases": "cases",
@@ -35,9 +35,7 @@ def table1(folders: tuple[Path, ...]) -> dict[str, str]:
         if fid := rows[group, value]["paper"].get("FID"):
             way = (fid - final[group]["paper"]["FID"]) * difference > 0
             numbers[f"{key}.badge"] = badge(way if test["p_value"] < LEVEL else None)
-    ordered = sorted(tests, key=lambda key: tests[key]["p_value"])
-    passed = [tests[k]["p_value"] <= LEVEL / (len(tests) - i) for i, k in enumerate(ordered)]
-    holm = ordered[: (*passed, False).index(False)]
+    holm = pass_holm({key: test["p_value"] for key, test in tests.items()})
     *names, last = (f"guidance {v}" if g == "guidance" else f"{v} {g}" for g, v in holm)
     for group, value in (("guidance", 1), ("guidance", 5), ("cases", 10), ("vectors", 64)):
         score = rows[group, value]["scores"]["Layout distance"]

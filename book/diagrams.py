@@ -198,9 +198,35 @@ def draw_mixing() -> None:
     c.save("mixing")
 
 
+def draw_tuning() -> None:
+    """Show what a word, a LoRA, full tuning and a GAN each train."""
+    c = Canvas(6.8, 3.0)
+    columns = {
+        0.95: "a word", 2.6: "LoRA", 4.25: "full tuning", 5.9: "GAN",
+    }  # fmt: skip
+    shared = ("its vectors", "two thin\nmatrices for a layer", "all weights of\nthe U-Net",
+              "a network\nof its own")  # fmt: skip
+    for (x, name), what in zip(columns.items(), shared):
+        c.say(x, 2.8, name, size=11, weight="bold")
+        c.say(x, 0.4, f"trained: {what}", color=RED, size=9)
+        if name == "GAN":
+            c.box(x, 2.3, "random\nnumbers", MADE, w=1.2, h=0.45)
+            c.box(x, 1.25, "generator", TRAINED, w=1.2, h=0.9)
+        else:
+            c.box(x, 2.3, "vectors\nof <tumour>", TRAINED if name == "a word" else FROZEN,
+                  w=1.2, h=0.45)  # fmt: skip
+            c.box(x, 1.25, "" if name == "LoRA" else "U-Net",
+                  TRAINED if name == "full tuning" else FROZEN, w=1.2, h=0.9)  # fmt: skip
+        c.arrow((x, 2.05), (x, 1.74))
+    c.say(2.36, 1.25, "$W\\;+$")
+    c.box(2.7, 1.25, "$B$", TRAINED, w=0.16, h=0.6)
+    c.box(3.0, 1.42, "$A$", TRAINED, w=0.26, h=0.16)
+    c.save("tuning")
+
+
 if __name__ == "__main__":
     for draw in (
         draw_sampling, draw_words, draw_guidance, draw_inversion, draw_inpainting, draw_frechet,
-        draw_mixing,
+        draw_mixing, draw_tuning,
     ):  # fmt: skip
         draw()

@@ -18,6 +18,7 @@ from pathlib import Path
 if (BOOK := str(Path(__file__).resolve().parent)) not in sys.path:
     sys.path.insert(0, BOOK)
 from abilities import mixing, painting, table1
+from budget_findings import budget
 from evidence import paper_numbers, privacy, stylegan3, table2, xrays
 from methods import autoencoder, coverage, distances, words
 from practice import machines, preparation, tiny
@@ -32,7 +33,7 @@ def read_numbers(folders: Iterable[Path] = FOLDERS) -> dict[str, str]:
     numbers = paper_numbers()
     for part in (
         autoencoder, words, distances, coverage, table1, table2, xrays, privacy, tiny, stylegan3,
-        mixing, painting, preparation, machines,
+        mixing, painting, preparation, machines, budget,
     ):  # fmt: skip
         numbers |= part(folders)
     return numbers

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "results", ROOT / "benchmarks" / "results")
 LEVEL = 0.05  # of every test in the book
+Key = TypeVar("Key")
 
 
 def read_values(name: str, folders: Iterable[Path] = FOLDERS) -> Any:
@@ -40,6 +41,15 @@ def verdict(difference: float, p: float, *, above: str, below: str) -> str:
     if p >= LEVEL:
         return f"not told apart ({p_value(p)})"
     return f"{above if difference > 0 else below} ({p_value(p)})"
+
+
+def pass_holm(p_values: Mapping[Key, float]) -> list[Key]:
+    """Return the tests that show something after Holm's correction, the smallest p first."""
+    ordered = sorted(p_values, key=lambda key: p_values[key])
+    for i, key in enumerate(ordered):
+        if p_values[key] > LEVEL / (len(ordered) - i):
+            return ordered[:i]
+    return ordered
 
 
 def badge(agrees: bool | None) -> str:

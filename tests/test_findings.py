@@ -98,6 +98,21 @@ def test_titles_of_what_it_can_do_follow_their_records() -> None:
     assert numbers["painting.apart"] == "do not overlap"
 
 
+def test_the_title_on_what_is_enough_follows_its_record() -> None:
+    """With a hundred X-rays, tuning hardly beats a word; with few it does, and leaks."""
+    numbers = findings.read_numbers()
+    assert numbers["budget.last.nearer"] == numbers["budget.gains.better"] == "none"
+    assert numbers["budget.closest"] == "full tuning" and numbers["budget.full.nearer"] == "2 of 3"
+    assert numbers["budget.apart.20"] == "do not overlap"
+    assert numbers["budget.full.5.copied.p"] == "p < .001"
+
+
+def test_holms_correction_stops_at_the_first_that_fails() -> None:
+    pass_holm = findings.table1.__globals__["pass_holm"]
+    assert pass_holm({"a": 0.02, "b": 0.001, "c": 0.03, "d": 0.9}) == ["b"]  # .02 > .05 / 3
+    assert pass_holm({"a": 0.04, "b": 0.01}) == ["b", "a"] and pass_holm({"a": 0.06}) == []
+
+
 def test_intervals_of_shares_are_wilsons() -> None:
     from statistics import NormalDist
 

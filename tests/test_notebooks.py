@@ -341,7 +341,8 @@ OWN: dict[str, dict[str, Any]] = {
     "00": {"folder": "images"}, "02": {"folder": "images"},
     "04": {"folder": "images", "embedding_file": "cache/embeddings/prostate_neg.pt"},
     "03": {"folder": "images", "embedding_file": "cache/embeddings/prostate_pos.pt"},
-    "08": {"folder": "images", "n_cases": 6}, "14": {"folder": "images", "n_cases": 6},
+    "08": {"folder": "images", "n_cases": 6}, "09": {"folder": "images", "n_cases": 6},
+    "14": {"folder": "images", "n_cases": 6},
     "07": {"folder": "data/prostate"}, "05": {"n_images": 3}, "06": {"image_folder": "images"},
     "10": {"folder": "images", "n_cases": 6, "n_heldout": 6, "n_few": 2, "draws": 1},
     "11": {"folder": "data/own/train", "learned": "tumour"},
@@ -359,6 +360,7 @@ def test_a_chapter_runs_to_its_end_under_the_papers_preset(
     from medbudget import hub, metrics, tiny
     from medbudget.classifier import ClassifierSettings
     from medbudget.inversion import InversionSettings
+    from medbudget.lora import TuneSettings
     from medbudget.sampling import Condition
     from medbudget.stylegan3 import StyleGAN3Settings
 
@@ -369,8 +371,8 @@ def test_a_chapter_runs_to_its_end_under_the_papers_preset(
         return call
 
     for kind, few in (
-        (InversionSettings, {"steps": 2}), (ClassifierSettings, {"steps": 2, "batch_size": 8}),
-        (StyleGAN3Settings, {"kimg": 0.008}),
+        (InversionSettings, {"steps": 2}), (TuneSettings, {"steps": 2}),
+        (ClassifierSettings, {"steps": 2, "batch_size": 8}), (StyleGAN3Settings, {"kimg": 0.008}),
     ):  # fmt: skip
         monkeypatch.setitem(kind.PRESETS, "paper", few)
     for module, name in (
@@ -527,6 +529,19 @@ def test_frechet_distance_is_the_librarys() -> None:
         x, y = (torch.randn(k, d, generator=generator, dtype=torch.float64) for k in (n, m))
         y = 1.3 * y + 0.2
         assert float(frechet(x, y)) == pytest.approx(frechet_distance(x, y), rel=1e-9)
+
+
+def test_change_of_low_rank_is_the_librarys() -> None:
+    from medbudget.adapters import compute_change
+
+    add_low_rank = equation("add_low_rank")
+    generator = torch.Generator().manual_seed(0)
+    weight, down, up = (torch.randn(s, generator=generator) for s in ((6, 5), (2, 5), (6, 2)))
+    change = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(4.0)}
+    want = weight + compute_change(change)["weight"]
+    torch.testing.assert_close(add_low_rank(weight, down, up, 4.0), want)
+    one = torch.ones(1, 1)
+    assert add_low_rank(one, 2 * one, 3 * one, 1.0).item() == 1 + 2 * 3
 
 
 def test_attack_is_the_librarys() -> None:

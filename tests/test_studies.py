@@ -175,6 +175,14 @@ def test_values_are_printed_with_intervals_tests_and_the_papers_numbers():
     ]
 
 
+def test_what_a_training_took_is_printed_where_it_is_known():
+    details = {"images_seen": 1200, "seconds": 25.4, "bytes": 28_117_960, "device": "cpu"}
+    rows = [{"setting": "a", "value": "word", "paper": {}, "details": details},
+            {"setting": "a", "value": "none", "paper": {}}]  # fmt: skip
+    table = format_values({"rows": rows})[["images seen", "seconds", "kB"]]
+    assert table.to_numpy().tolist() == [["1,200", "25", "28,118"], ["–", "–", "–"]]
+
+
 def test_two_shares_side_by_side_make_everything_once(finished, tmp_path):
     study, store = finished
     shared = Store(tmp_path)

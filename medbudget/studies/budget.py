@@ -249,15 +249,15 @@ def make_budget(p: Plan) -> Study:
         rows.append(_plan_row(p, problem, f"{name}, real images", "none", floor, None, count))
     real = "images given" if given else "phantoms"
     about = (
-        f"{p.describe(not given)} Every method learns each class from the same cases in the time "
-        f"in which {first} sees {budget} images (paces: as measured on tiny, on one core, unless "
-        f"set); 'equal images': each sees {budget}. n = {s.n} images of the ill class against "
-        f"{problem.n[1]} held-out {real}; classifiers are trained on {s.n} of either class and "
-        f"tested on held-out {real}. Gain and p: against {first} on the same cases, by a bootstrap "
-        "over cases and runs, and by a permutation test of the first distance, images paired by "
-        "seed but for the GAN; none is corrected for the number of tests. Copied share, of held-out "
-        "images 1 %; membership: 0.5 tells nothing. Disease AUC: – where images are too far from "
-        "phantoms for a disease score. The last line of a problem: real images in place of "
-        "generated ones."
+        f"{p.describe(not given)} Every method learns each class from the same cases, in the "
+        f"processor time in which {first} sees {budget} images (time for an image: as measured on "
+        f"tiny, on one core, unless set); in the rows 'equal images' each sees {budget}. Distances: "
+        f"n = {s.n} images of the ill class against {problem.n[1]} held-out {real}. Classifiers: "
+        f"trained on {s.n} images of either class, tested on held-out {real}. Gain, by a bootstrap "
+        f"over cases and runs, and p, by a permutation test of the first distance: against {first} "
+        "on the same cases, images paired by seed but for the GAN. No p is corrected for the number "
+        "of tests. Copied share: held-out images have 1 %. Membership: 0.5 is guessing. Disease "
+        "AUC: – where images are too far from phantoms for a disease score. Seconds and kB: of the "
+        "ill class's training and file. The last row of a problem: images that no model made."
     )
-    return Study(tuple(rows), about, head=("cases", "method"))
+    return Study(tuple(rows), about, head=("trained on", "method"))

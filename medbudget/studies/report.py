@@ -19,6 +19,7 @@ from medbudget.studies.study import Study
 from medbudget.studies.tasks import Store, count
 
 COLUMNS = 8
+PRICES = {"images_seen": ("images seen", 1), "seconds": ("seconds", 1), "bytes": ("kB", 1000)}
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}
@@ -46,13 +47,14 @@ def format_values(
 ) -> pd.DataFrame:
     """Return a table for print of what `read_values` or `record_table` gave.
 
-    Scores with their intervals, p where there are tests, the paper's numbers; "missing" where a
-    score is not computed yet.
+    Scores with their intervals, p where there are tests, what a training took and the size of its
+    file where that is known, the paper's numbers; "missing" where a score is not computed yet.
     """
     rows = values["rows"]
     columns = dict.fromkeys(name for row in rows for name in row.get("scores", {})) or ["score"]
     papers = dict.fromkeys(name for row in rows for name in row["paper"])
     tests = any("compare" in row for row in rows)
+    prices = PRICES if any("bytes" in row.get("details", {}) for row in rows) else {}
     lines = []
     for row in rows:
         line = dict(zip(head, (row["setting"], _format_value(row["value"]))))
@@ -62,6 +64,9 @@ def format_values(
             line[name] = _format_score(score) if score else empty
         if tests:
             line["p"] = f"{row['compare']['p_value']:.3f}" if "compare" in row else "–"
+        details = row.get("details", {})
+        for key, (name, unit) in prices.items():
+            line[name] = f"{details[key] / unit:,.0f}" if key in details else "–"
         line |= {f"{name} (paper)": str(row["paper"].get(name, "–")) for name in papers}
         lines.append(line)
     return pd.DataFrame(lines)
