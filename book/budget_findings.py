@@ -22,8 +22,14 @@ Cells = Mapping[tuple[str, int, bool], Mapping[str, Any]]  # method, cases, equa
 
 
 def budget(folders: tuple[Path, ...]) -> dict[str, str]:
-    """Return what the study found on real chest X-rays, on tiny."""
-    return tell_study("budget", read_values("budget_tiny_own", folders)["rows"])
+    """Return what the study found on real chest X-rays, and on each kind of phantoms, on tiny."""
+    numbers = tell_study("budget", read_values("budget_tiny_own", folders)["rows"])
+    kinds: dict[str, list[Any]] = {}
+    for row in read_values("budget_tiny", folders)["rows"]:
+        kinds.setdefault(row["setting"].split(",")[0], []).append(row)
+    for kind, rows in kinds.items():
+        numbers |= tell_study(f"budget.{kind}", rows)
+    return numbers
 
 
 def read_cells(rows: Iterable[Mapping[str, Any]]) -> tuple[Cells, Mapping[str, Any]]:
@@ -132,6 +138,7 @@ def tell_distances(cells: Cells) -> dict[str, str]:
         "small.nearer": count(("word1", "word8"), nearer),
         "small.further": count(("word1", "word8"), kept - nearer),
         "tuned.nearer": count(TUNED, nearer),
+        "last.methods": " and ".join(n for n, m in METHODS.items() if (m, most, False) in nearer),
         "last.nearer": str(
             sum(n == most and m in TUNED and not e for m, n, e in nearer) or "none"
         ),  # with the largest number of cases

@@ -103,6 +103,7 @@ def test_the_title_on_what_is_enough_follows_its_record() -> None:
     numbers = findings.read_numbers()
     assert numbers["budget.last.nearer"] == numbers["budget.gains.better"] == "none"
     assert numbers["budget.closest"] == "full tuning" and numbers["budget.full.nearer"] == "2 of 3"
+    assert numbers["budget.prostate.last.methods"] == "LoRA 16 + word 8 and full tuning"
     assert numbers["budget.apart.20"] == "do not overlap"
     assert numbers["budget.full.5.copied.p"] == "p < .001"
 
