@@ -132,6 +132,6 @@ def test_budgets_are_compared_on_prepared_folders(study):
     code, error, report = study("budget")
     assert code == 0, error
     assert "| chest, 4 cases | full tuning |" in report and "the images given as real" in report
-    assert "equal images" not in report.split("| cases |")[1] and "missing" not in report
+    assert "equal images" not in report.split("| trained on |")[1] and "missing" not in report
     assert "| FID | Precision | Recall | Layout distance |" in report
     assert "Disease AUC |" not in report  # no disease score for real images

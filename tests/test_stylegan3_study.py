@@ -187,8 +187,6 @@ def test_command_line_refuses_with_one_line(medbudget, tmp_path):
     (tmp_path / "x.pkl").write_bytes(b"no")
     code, _, error = medbudget("study", "stylegan3", "--data", f"start={tmp_path / 'x.pkl'}")
     assert code == 1 and "x.pkl is refused" in error
-    code, _, error = medbudget("study", "report", "stylegan3", "--data", "train=x", "--record")
-    assert code == 1 and "--record keeps" in error
 
 
 def test_shipped_snapshots_fit_the_record(tiny):
