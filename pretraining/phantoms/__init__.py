@@ -18,8 +18,6 @@ from pretraining.phantoms.drawing import shrink
 from pretraining.phantoms.histology import draw_histology
 from pretraining.phantoms.prostate import draw_prostate
 
-FINE = 4  # pixels drawn for each pixel kept, along each axis
-
 
 def make_phantoms(
     kind: str,
@@ -44,9 +42,10 @@ def make_phantoms(
     masks = np.empty((n, size, size), np.bool_)
     for index in range(n):
         rng = np.random.default_rng(today._seed_words(kind, labels, split, seed, index))
-        image, mask = draw(rng, FINE * size, labels)
-        images[index] = np.rint(255 * np.clip(shrink(image, FINE), 0, 1))
-        masks[index] = shrink(mask.astype(np.float32), FINE) > 0.5
+        image, mask = draw(rng, size, labels)
+        images[index] = np.rint(255 * np.clip(image, 0, 1))
+        cover = shrink(mask.astype(np.float32))
+        masks[index] = cover > min(0.5, 0.9 * cover.max())  # a lesion below a pixel keeps one
     return today.Phantoms(
         torch.from_numpy(images), torch.from_numpy(masks), ("+".join(labels),) * n
     )

@@ -6,23 +6,41 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from medbudget.data.phantoms.drawing import Array, Mask, blend, field, inside, place
-from pretraining.phantoms.drawing import clouds, draw_letter, draw_lines, ellipse, lens, tube
+from pretraining.phantoms.drawing import (
+    FINE,
+    clouds,
+    draw_letter,
+    draw_lines,
+    ellipse,
+    grain,
+    lens,
+    shrink,
+    tube,
+)
+
+PLATE = 512  # pixels of the detector
 
 
 def draw_chest(rng: np.random.Generator, size: int, labels: tuple[str, ...]) -> tuple[Array, Mask]:
     """Draw one radiograph ``(size, size)`` from 0 to 1, and the mask of its disease."""
     u = rng.uniform
-    x, y = place(size, u(-0.05, 0.05), (u(-0.02, 0.02), u(-0.02, 0.02)), u(0.95, 1.10))
+    size = FINE * size
+    x, y = place(size, u(-0.06, 0.06), (u(-0.03, 0.03), u(-0.03, 0.02)), u(0.98, 1.18))
     x = x + 0.004 * field(rng, size, 4)
     y = y + 0.004 * field(rng, size, 4)
     away, side = np.abs(x - 0.5), np.where(x < 0.5, -1, 1)
-    half, top, base = u(0.335, 0.385), u(0.08, 0.13), u(0.79, 0.88)
+    half, top, base = u(0.325, 0.385), u(0.11, 0.18), u(0.78, 0.88)
     grow = np.clip((y - top) / (base - top), 0, 1.15)
     wall = half * (0.30 + 0.70 * np.sqrt(np.clip(1 - (1 - np.clip(grow * 1.25, 0, 1)) ** 2, 0, 1)))
 
     # body: a soft cylinder with neck, shoulders and arms
-    shoulder = y - (u(0.0, 0.03) + 0.62 * np.maximum(away - u(0.10, 0.13), 0) ** 1.6)
-    flank = away - (half + u(0.05, 0.09)) - 0.75 * np.maximum(0.40 - y, 0) ** 1.1
+    neck = u(0.085, 0.125)
+    slope, drop = u(0.30, 0.55), u(0.02, 0.06)
+    beyond = np.maximum(away - neck, 0)
+    shoulder = y - (top - 0.10 + drop * np.clip(beyond / 0.02, 0, 1) + slope * beyond**1.2) * (
+        away > neck
+    )
+    flank = away - (half + u(0.06, 0.11)) - u(0.8, 1.6) * np.maximum(u(0.35, 0.5) - y, 0) ** 1.1
     body = np.maximum(-shoulder, flank)
     depth = u(0.95, 1.10)
     soft = depth * lens(body, 0.22) * (0.92 + 0.12 * y)
@@ -31,12 +49,12 @@ def draw_chest(rng: np.random.Generator, size: int, labels: tuple[str, ...]) -> 
 
     # lungs: air takes tissue away
     lungs, domes = [], []
-    inner = u(0.05, 0.065)
+    inner, bow = u(0.05, 0.065), u(0.15, 0.26)
     for k in (-1, 1):  # image left is the patient's right: the dome there is higher
         out = k * (x - 0.5)
         dome_top = base - u(0.075, 0.10) - (0.03 if k < 0 else 0)
         middle = 0.5 * (inner + half)
-        dome = y - dome_top - 0.16 * np.abs((out - middle + 0.02) / (half - inner)) ** 2.2
+        dome = y - dome_top - bow * np.abs((out - middle + 0.02) / (half - inner)) ** 2.2
         medial = inner + 0.02 * np.sin(3 * y) - 0.045 * np.clip((0.30 - y) / 0.2, 0, 1) - out
         lungs.append(
             np.maximum.reduce([out - wall + 0.012, medial, top - y + 0.35 * (out - 0.10) ** 2 * 9])
@@ -47,10 +65,12 @@ def draw_chest(rng: np.random.Generator, size: int, labels: tuple[str, ...]) -> 
     air = lens(lung, 0.085) * (0.86 + 0.10 * (0.6 - y)) + 0.16 * lens(
         np.maximum(thorax, y - base - 0.03), 0.06
     )
-    density = u(0.74, 0.84)
+    density = u(0.64, 0.78)
     image = soft - density * np.minimum(air, 1.0) * depth
 
-    image = image + 0.21 * _draw_vessels(rng, size, x, y, lungs, inner, base) * inside(lung, 0.02)
+    image = image + u(0.18, 0.26) * _draw_vessels(rng, size, x, y, lungs, inner, base) * inside(
+        lung, 0.02
+    )
     hilum = np.exp(-(((away - 0.105) / 0.045) ** 2) - ((y - 0.43 - 0.02 * side) / 0.075) ** 2)
     image = image + u(0.10, 0.20) * hilum * (1 + 0.25 * clouds(rng, size, 12))
 
@@ -100,7 +120,7 @@ def draw_chest(rng: np.random.Generator, size: int, labels: tuple[str, ...]) -> 
 
     bones = _draw_bones(rng, size, x, y, half, wall, top, base, body)
     under = inside(belly, 0.03)
-    image = image + u(0.85, 1.15) * bones * (1 - 0.55 * under)
+    image = image + u(1.15, 1.6) * bones * (1 - 0.55 * under)
     mask = np.zeros((size, size), np.bool_)
     if big:
         mask |= (heart < 0) & (np.where(x < 0.5, domes[0], domes[1]) < 0.02)
@@ -112,7 +132,7 @@ def draw_chest(rng: np.random.Generator, size: int, labels: tuple[str, ...]) -> 
             rng, image, x, y, lungs, domes, depth, half, base, inner, bones
         )
         mask |= fluid
-    image = _acquire(rng, image, body, size)
+    image = np.broadcast_to(_acquire(rng, image, body, size), (3, size // FINE, size // FINE))
     return image, mask
 
 
@@ -154,16 +174,16 @@ def _draw_bones(rng, size, x, y, half, wall, top, base, body) -> Array:
     """Return the thickness of ribs, spine, clavicles, scapulae and humeri."""
     u = rng.uniform
     bones = np.zeros((size, size), np.float32)
-    gap, first, slope = u(0.066, 0.076), top + u(0.0, 0.02), u(0.10, 0.16)
-    strength = u(0.12, 0.17)
+    gap, first, slope = u(0.064, 0.074), top + u(0.0, 0.02), u(0.12, 0.20)
+    strength, tilt = u(0.12, 0.17), u(0.15, 0.5)
     for k in (-1, 1):
         out = k * (x - 0.5)
         lateral = np.clip(out / wall, 0, 1)
-        rim = np.minimum(1 / np.sqrt(np.maximum(1 - lateral**2, 0.10)), 2.6)
+        rim = np.minimum(1 / np.sqrt(np.maximum(1 - lateral**2, 0.2)), 2.0)
         within = inside(out - wall - 0.004, 0.006) * (out > 0.012)
         for i in range(10):
             start = first + i * gap + rng.normal(0, 0.002)
-            thick = 0.0105 + 0.0006 * min(i, 6)
+            thick = 0.0115 + 0.0007 * min(i, 6)
             back = (
                 start
                 - 0.03 * np.sin(np.pi * np.clip(lateral * 1.2, 0, 1))
@@ -181,22 +201,22 @@ def _draw_bones(rng, size, x, y, half, wall, top, base, body) -> Array:
                 fade = inside(0.10 + 0.035 * i / 2 - out, 0.03) * within
                 bones += 0.62 * strength * tube((y - front) / 1.15, thick * 1.12, 0.30) * rim * fade
         # clavicle, scapula, humerus
-        knot = top + u(0.035, 0.065)
+        knot = top + u(0.05, 0.085)
         curve = (
             knot
-            - 0.20 * (out - 0.03)
-            + 0.35 * np.maximum(out - 0.19, 0) ** 1.2 * 0.35
-            - 0.02 * np.sin(out * 14)
+            - tilt * (out - 0.03)
+            + 0.4 * np.maximum(out - 0.17, 0) ** 1.2
+            - 0.012 * np.sin(out * 16 + k)
         )
         length = (out > 0.022) & (out < half * 0.98)
         bones += (
-            0.21
+            0.24
             * tube((y - curve) / 1.03, 0.0135 + 0.01 * np.exp(-(((out - 0.03) / 0.03) ** 2)), 0.35)
             * length
         )
         edge = out - (half * 0.70 + 0.25 * (y - 0.12)) - 0.02 * np.sin(9 * y)
         blade = np.maximum.reduce([-edge, edge - 0.20 - 0.1 * (y - 0.2), knot + 0.02 - y, y - 0.44])
-        bones += 0.05 * inside(blade, 0.012) + 0.07 * tube(edge, 0.010) * (y > knot + 0.03) * (
+        bones += 0.06 * inside(blade, 0.012) + 0.10 * tube(edge, 0.011) * (y > knot + 0.03) * (
             y < 0.43
         )
         head = ellipse(x, y, 0.5 + k * (half + u(0.08, 0.11)), knot + 0.05, 0.055, 0.06)
@@ -205,9 +225,9 @@ def _draw_bones(rng, size, x, y, half, wall, top, base, body) -> Array:
     step = 0.050 + 0.016 * y
     disc = np.cos(2 * np.pi * y / step)
     spine = inside(away - 0.036 - 0.008 * y, 0.010)
-    bones += spine * (0.10 + 0.04 * np.clip(disc * 2, -1, 1)) * inside(-y - 0.05, 0.1)
-    bones += 0.06 * tube(away - 0.024, 0.009) * np.clip(disc + 0.4, 0, 1) * spine
-    bones += 0.07 * np.exp(-((away / 0.009) ** 2)) * np.clip(0.5 - disc, 0, 1)
+    bones += spine * (0.08 + 0.02 * np.clip(disc * 2, -1, 1)) * inside(-y - 0.05, 0.1)
+    bones += 0.03 * tube(away - 0.024, 0.009) * np.clip(disc + 0.4, 0, 1) * spine
+    bones += 0.035 * np.exp(-((away / 0.009) ** 2)) * np.clip(0.5 - disc, 0, 1)
     return bones * inside(body, 0.02) * (1 + 0.06 * clouds(rng, size, 24, 3))
 
 
@@ -260,22 +280,16 @@ def _acquire(rng, image, body, size) -> Array:
     """Turn thicknesses into gray levels: scatter, blur, quantum noise, window, lead letter."""
     u = rng.uniform
     image = 0.90 * image + 0.10 * gaussian_filter(image, 0.06 * size)
-    image = gaussian_filter(image, 0.0016 * size)
     low, high = np.percentile(image[body < 0], [1.5, 99.7])
-    image = (image - low) / (high - low)
-    image = np.clip(image, -0.25, 1.2)
-    grain = gaussian_filter(rng.standard_normal((size, size), dtype=np.float32), 0.003 * size)
-    image = image + u(0.006, 0.014) * grain / grain.std()
+    image = np.clip((image - low) / (high - low), -0.25, 1.2)
     image = u(0.14, 0.24) + u(0.62, 0.74) * image
-    image = np.where(body < 0, image, np.minimum(image - 0.1, u(0.0, 0.05)))
+    air = np.minimum(image - 0.1, 0) + 0.20 * u() ** 1.5
+    image = blend(air, image, inside(body, 0.004))
     if u() < 0.7:
         right = u() < 0.8
-        letter = draw_letter(
-            size,
-            "R" if right else "L",
-            u(0.02, 0.12) if right else u(0.86, 0.94),
-            u(0.01, 0.08),
-            u(0.05, 0.07),
-        )
+        where = u(0.02, 0.12) if right else u(0.86, 0.94)
+        letter = draw_letter(size, "R" if right else "L", where, u(0.01, 0.08), u(0.05, 0.07))
         image = blend(image, 0.93, 0.95 * letter)
-    return np.clip(image, 0, 1)
+    image = gaussian_filter(shrink(image), 0.0018 * size / FINE)
+    noise = grain(rng, size // FINE, PLATE, 1.4)
+    return np.clip(image + u(0.003, 0.007) * noise * inside(shrink(body), 0.01), 0, 1)

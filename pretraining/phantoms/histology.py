@@ -6,17 +6,19 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from medbudget.data.phantoms.drawing import Array, Mask, axes, field, inside
-from pretraining.phantoms.drawing import clouds, draw_lines, ellipse
+from pretraining.phantoms.drawing import FINE, clouds, draw_lines, ellipse, grain, shrink
 
 HAEMATOXYLIN = np.array([0.66, 0.70, 0.30], np.float32)[:, None, None]  # optical density in RGB
 EOSIN = np.array([0.09, 0.95, 0.30], np.float32)[:, None, None]
+CAMERA = 256  # pixels of the scanner for a patch
 
 
 def draw_histology(
     rng: np.random.Generator, size: int, labels: tuple[str, ...]
 ) -> tuple[Array, Mask]:
-    """Draw one patch ``(3, size, size)`` from 0 to 1, about 50 µm wide, and its mask."""
+    """Draw one patch ``(3, size, size)`` from 0 to 1, about 90 µm wide, and its mask."""
     u = rng.uniform
+    size = FINE * size
     x, y = axes(size)
     mask = np.zeros((size, size), np.bool_)
     border = np.ones((size, size), np.float32)  # > 0: lymph tissue, < 0: metastasis
@@ -31,7 +33,7 @@ def draw_histology(
     eosin = u(0.22, 0.36) * (1 + 0.30 * texture) + 0.34 * fibres
     eosin = np.where(mask, 1.15 * eosin + 0.08, eosin)
 
-    gap = u(0.105, 0.135)
+    gap = u(0.085, 0.110)
     nx, ny = _scatter(rng, gap, 0.20)
     keep = (_at(border, nx, ny) > 0.02) & (rng.uniform(size=nx.shape) < u(0.80, 0.97))
     keep &= _at(fibres, nx, ny) < rng.uniform(0.25, 0.9, nx.shape)
@@ -39,35 +41,26 @@ def draw_histology(
     small = _nuclei(
         rng,
         size,
-        nx[keep],
-        ny[keep],
-        a[keep],
-        rng.uniform(0.78, 1, nx.shape)[keep],
+        nx,
+        ny,
+        a,
+        rng.uniform(0.78, 1, nx.shape),
         (0.75, 1.05),
         0.15,
+        keep,
     )
     stain = small
     spindles = rng.random(nx.shape) < 0.25  # fibroblasts along the fibres
     spindles &= _at(fibres, nx, ny) > 0.4
-    if spindles.any():
-        stain = np.maximum(
-            stain,
-            _nuclei(
-                rng,
-                size,
-                nx[spindles],
-                ny[spindles],
-                1.3 * a[spindles],
-                np.full(spindles.sum(), 0.3),
-                (0.7, 0.95),
-                0.2,
-            ),
-        )
+    flat = np.full_like(a, 0.3)
+    long = _nuclei(rng, size, nx, ny, 1.3 * a, flat, (0.7, 0.95), 0.2, spindles)
+    stain = np.maximum(stain, long)
 
     pale = np.zeros((size, size), np.float32)
-    if mask.any():
-        wide = u(0.17, 0.25)
+    if "metastasis" in labels:
+        wide = u(0.14, 0.20)
         mx, my = _scatter(rng, wide, 0.22)
+        free = np.ones(len(mx), np.bool_)
         if u() < 0.45:  # a gland: nuclei stand around a pale lumen
             gx, gy, ga, gb, turn = (
                 u(0.25, 0.75),
@@ -82,13 +75,14 @@ def draw_histology(
             around = 2 * np.pi * (np.arange(count) + rng.uniform(-0.25, 0.25, count)) / count
             da, db = (ga + 0.45 * wide) * np.cos(around), (gb + 0.45 * wide) * np.sin(around)
             free = _at(ellipse(x, y, gx, gy, ga, gb, turn), mx, my) > 0.8 * wide
-            mx = np.concatenate([mx[free], gx + np.cos(turn) * da - np.sin(turn) * db])
-            my = np.concatenate([my[free], gy + np.sin(turn) * da + np.cos(turn) * db])
+            mx = np.concatenate([mx, gx + np.cos(turn) * da - np.sin(turn) * db])
+            my = np.concatenate([my, gy + np.sin(turn) * da + np.cos(turn) * db])
+            free = np.append(free, np.ones(count, np.bool_))
         keep = (_at(border, mx, my) < -0.01) & (rng.uniform(size=mx.shape) < 0.93)
-        mx, my = mx[keep], my[keep]
+        keep &= free
         a = wide * rng.normal(0.42, 0.085, mx.shape).clip(0.26, 0.64)
         b = rng.uniform(0.58, 0.95, mx.shape)
-        large = _nuclei(rng, size, mx, my, a, b, (0.38, 0.78), 0.45)
+        large = _nuclei(rng, size, mx, my, a, b, (0.38, 0.78), 0.45, keep)
         dots = _nuclei(
             rng,
             size,
@@ -98,6 +92,7 @@ def draw_histology(
             np.ones_like(a),
             (0.35, 0.6),
             0,
+            keep,
         )
         stain = np.maximum(stain, large) + dots * (large > 0.1)
         edges = np.abs(field(rng, size, 9)) < 0.06  # borders between cells
@@ -111,11 +106,9 @@ def draw_histology(
         1
     ] * np.maximum(eosin, 0) * (1 - 0.9 * empty)
     image = u(0.93, 0.98) * np.exp(-density)
-    image = gaussian_filter(image, (0, 0.0035 * size, 0.0035 * size))
-    noise = gaussian_filter(
-        rng.standard_normal((3, size, size), dtype=np.float32), (0, 0.002 * size, 0.002 * size)
-    )
-    return np.clip(image + 0.010 * noise / noise.std(), 0, 1), mask
+    image = gaussian_filter(shrink(image), (0, *(0.0035 * size / FINE,) * 2))
+    noise = np.stack([grain(rng, size // FINE, CAMERA, 0.6) for _ in range(3)])
+    return np.clip(image + 0.012 * noise, 0, 1), mask
 
 
 def _fibres(rng: np.random.Generator) -> list[tuple[float, ...]]:
@@ -150,27 +143,28 @@ def _at(values: Array, px: Array, py: Array) -> Array:
     return values[rows, cols]
 
 
-def _nuclei(rng, size, px, py, a, ratio, tones, hollow) -> Array:
-    """Draw nuclei with a membrane, clumped chromatin and uneven outlines: stain ``(size, size)``."""
+def _nuclei(rng, size, px, py, a, ratio, tones, hollow, keep) -> Array:
+    """Draw the nuclei to keep, with membrane, clumped chromatin and uneven outlines."""
     total = np.zeros((size, size), np.float32)
     x, y = axes(size)
     clumps = clouds(rng, size, 60, 3)
-    for cx, cy, r, flat in zip(px, py, a, ratio):
+    turns, stains = rng.uniform(0, np.pi, len(px)), rng.uniform(*tones, len(px))
+    dents, phases = rng.normal(0, 0.05, (len(px), 3)), rng.uniform(0, 6, (len(px), 3))
+    for i in np.flatnonzero(keep):
+        cx, cy, r, flat, turn, tone = px[i], py[i], a[i], ratio[i], turns[i], stains[i]
         reach = 1.3 * r
         left, right = (int(np.clip(v * size, 0, size)) for v in (cx - reach, cx + reach))
         top, low = (int(np.clip(v * size, 0, size)) for v in (cy - reach, cy + reach))
         if left >= right or top >= low:
             continue
-        turn = rng.uniform(0, np.pi)
         dx, dy = x[:, left:right] - cx, y[top:low] - cy
         p, q = (
             (np.cos(turn) * dx + np.sin(turn) * dy) / r,
             (np.cos(turn) * dy - np.sin(turn) * dx) / (r * flat),
         )
         theta = np.arctan2(q, p)
-        bumps = sum(rng.normal(0, 0.05) * np.cos(k * theta + rng.uniform(0, 6)) for k in (2, 3, 4))
+        bumps = sum(dents[i, k] * np.cos((k + 2) * theta + phases[i, k]) for k in range(3))
         rho = np.hypot(p, q) * (1 + bumps)
-        tone = rng.uniform(*tones)
         body = (
             tone
             * (1 - hollow * np.clip(1 - rho**2, 0, 1))
