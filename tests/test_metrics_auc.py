@@ -88,9 +88,8 @@ def test_the_papers_test_set_cannot_show_the_papers_gain():
     se = hanley_mcneil(0.78, 100, 100)
     assert se == pytest.approx(variance**0.5)
     assert detectable_difference(se) == pytest.approx((1.959964 + 0.841621) * se, rel=1e-6)
-    for call in (lambda: detectable_difference(0.1, power=0.01), lambda: hanley_mcneil(1.2, 9, 9)):
-        with pytest.raises(ValueError, match="are needed"):
-            call()
+    with pytest.raises(ValueError, match="are needed"):
+        hanley_mcneil(1.2, 9, 9)
 
 
 def test_calibration_by_hand():

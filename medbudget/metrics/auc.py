@@ -108,21 +108,12 @@ def bootstrap_auc(
     runs too; the AUC is the mean over runs. With `other`, cases are drawn jointly for both
     (paired), runs independently.
 
-    Parameters
-    ----------
-    labels : array_like
-        ``(n,)`` of 0 and 1.
-    scores, other : array_like
-        ``(n,)`` or ``(runs, n)``.
-    patients : sequence, optional
-        Whose case each is, ``(n,)``: patients are resampled with all their cases instead of cases,
-        those of either class and those with cases of both among themselves.
+    Labels are ``(n,)`` of 0 and 1, scores ``(n,)`` or ``(runs, n)``. With `patients`, whose case each
+    is, patients are resampled with all their cases instead of cases: those of either class and
+    those with cases of both among themselves.
 
-    Returns
-    -------
-    Estimate
-        The standard error is the bootstrap's standard deviation. With `other`, its p-value is
-        twice the share of draws on the other side of 0, at least 2 / repeats.
+    The standard error is the bootstrap's standard deviation; the p-value of a difference is twice
+    the share of draws on the other side of 0, at least 2 / repeats.
     """
     positive, first = _check(labels, scores)
     if repeats < 2:
@@ -209,26 +200,18 @@ def hanley_mcneil(value: float, n_positive: int, n_negative: int) -> float:
     return float(np.sqrt(variance))
 
 
-def detectable_difference(se: float, *, power: float = 0.8, level: float = 0.05) -> float:
-    """Return the smallest true difference that a two-sided test finds with probability `power`.
+def detectable_difference(se: float) -> float:
+    """Return the smallest true difference that a two-sided test at 5 % finds four times in five.
 
-    Parameters
-    ----------
-    se : float
-        Standard error of the difference, e.g. of `bootstrap_auc` with `other`. It falls with the
-        root of the number of cases.
+    `se` is the standard error of the difference, e.g. of `bootstrap_auc` with `other`. It falls with
+    the root of the number of cases.
 
     Examples
     --------
     >>> round(detectable_difference(0.01), 3)  # 2.8 standard errors
     0.028
     """
-    if se < 0 or not (0 < level < power < 1):
-        raise ValueError(
-            f"se >= 0 and 0 < level < power < 1 are needed, got se={se}, level={level}, "
-            f"power={power}"
-        )
-    return float((norm.ppf(1 - level / 2) + norm.ppf(power)) * se)
+    return float((norm.ppf(0.975) + norm.ppf(0.8)) * se)
 
 
 @dataclass(frozen=True)
@@ -246,16 +229,11 @@ def calibration(
 ) -> Calibration:
     """Compare probabilities with what happened, in bins of equal width (Guo et al. 2017).
 
-    Parameters
-    ----------
-    labels : array_like
-        ``(n,)`` of 0 and 1.
-    probabilities : array_like
-        ``(n,)`` or ``(runs, n)``, of class 1; all runs go into the same bins.
+    Probabilities of class 1 are ``(n,)`` or ``(runs, n)``; all runs go into the same bins.
     """
     positive, score = _check(labels, probabilities)
-    if bins < 1 or score.min() < 0 or score.max() > 1:
-        raise ValueError("probabilities from 0 to 1 and at least one bin are needed")
+    if score.min() < 0 or score.max() > 1:
+        raise ValueError("probabilities must be from 0 to 1")
     flat, truth = score.ravel(), np.broadcast_to(positive, score.shape).ravel()
     place = np.minimum((flat * bins).astype(int), bins - 1)
     count = np.bincount(place, minlength=bins)

@@ -45,20 +45,9 @@ def disease_score(
     and blurred by one of them.
     Each disease is fitted against healthy alone: in the chest, another disease scores high too.
 
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(N, 3, H, W) uint8``, square, of any size.
-    kind : {"prostate", "chest", "histology"}
-    label : str, optional
-        The disease. Needed for the chest, which has three.
-
-    Raises
-    ------
-    ValueError
-        An unknown kind or disease, a chest without `label`, an image that is not square, features
-        from other weights than those it was fitted on, or images that are no phantoms nor drawn
-        like them: real ones, for example, or those of a real base.
+    Images are ``(N, 3, H, W) uint8``, square, of any size; `kind` is prostate, chest (which has
+    three diseases and needs a `label`) or histology. Images that are no phantoms nor drawn like them
+    (real ones, or those of a real base) raise ValueError.
     """
     tensors, record = load_regressions()
     row = tensors[f"{kind}_{_find_label(kind, label)}"].double().numpy()
@@ -92,15 +81,7 @@ def disease_axis(
 ) -> dict[float, Score]:
     """Return the mean `disease_score` at each place of an axis, as of `medbudget.interpolate`.
 
-    Parameters
-    ----------
-    axis : mapping of float to torch.Tensor
-        A place and its images, ``(N, 3, H, W) uint8``, N >= 2.
-
-    Returns
-    -------
-    dict of float to Score
-        Means with Student's 95 % interval over the images.
+    Means of 2 images or more at each place, with Student's 95 % interval over the images.
     """
     scores = {}
     extractor = load_extractor(OFFLINE)

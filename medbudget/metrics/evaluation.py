@@ -153,12 +153,6 @@ def evaluate(
         kernel distance, precision and recall, then permutation and memorisation. A score against
         training images, or of few images, says so in its remark.
 
-    Raises
-    ------
-    ValueError
-        Fewer than 4 real images with a floor (2 without), fewer than 2 synthetic ones, sets of
-        different shapes, or sets that cannot be paired.
-
     Examples
     --------
     >>> from medbudget import make_phantoms

@@ -208,21 +208,9 @@ def load_extractor(
 ) -> Extractor:
     """Load a feature extractor by name.
 
-    Parameters
-    ----------
-    name : str
-        One of `extractor_names`, or ``"NAME=PATH"`` with a local weights file.
-    weights : path, optional
-        A local weights file instead of the extractor's own source.
-    device : optional
-        Default: the GPU if there is one.
-
-    Raises
-    ------
-    ValueError
-        Unknown name; the message lists the allowed ones.
-    WeightsError
-        Weights that are absent, damaged or of another network.
+    `name` is one of `extractor_names`, or ``"NAME=PATH"`` with a local weights file, as `weights`. An
+    unknown name raises ValueError; weights that are absent, damaged or of another network raise
+    WeightsError.
     """
     name, _, path = name.partition("=")
     weights = weights or path or None

@@ -13,6 +13,7 @@ from medbudget.files import atomic_path, cache_folder
 from medbudget.images import check_images
 from medbudget.metrics.extractors import Extractor, load_extractor
 from medbudget.progress import tqdm
+from medbudget.settings import check_counts
 from medbudget.weights import OFFLINE
 
 NORMALISATIONS = ("none", "paper")
@@ -21,13 +22,9 @@ NORMALISATIONS = ("none", "paper")
 def normalize_images(images: torch.Tensor, rule: str = "none") -> torch.Tensor:
     """Apply a per-image normalisation before the features: ``(N, 3, H, W) uint8`` both ways.
 
-    Parameters
-    ----------
-    rule : "none" or "paper"
-        ``"paper"`` is what the released evaluation script of de Wilde et al. (2024) does: every
-        image to mean 128 and standard deviation 64 over all its pixels, clipped to 0..255 and
-        truncated. A score made with it cannot see darkness or contrast. (A constant image, which
-        has no standard deviation, becomes 128.)
+    The rule ``"paper"`` is what the released evaluation script of de Wilde et al. (2024) does: every
+    image to mean 128 and standard deviation 64 over all its pixels, clipped to 0..255 and truncated.
+    A score made with it cannot see darkness or contrast. (A constant image becomes 128.)
     """
     if rule not in NORMALISATIONS:
         raise ValueError(f"normalize={rule!r} is unknown; allowed are {NORMALISATIONS}")
@@ -73,8 +70,6 @@ def compute_features(
     cache : bool
         Keep the result in `cache_folder`, named by the content hash of images and extractor, and
         take it from there the next time. A folder that cannot be written is passed over.
-    progress : bool
-        Show a bar.
 
     Returns
     -------
@@ -82,8 +77,7 @@ def compute_features(
         ``(N, d) float32``; the same for every `batch_size` up to rounding (about 1e-6 relative).
     """
     normalize_images(check_images(images)[:1], normalize)  # an unknown rule is an error at once
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_counts(batch_size=batch_size)
     if isinstance(extractor, str):
         extractor = load_extractor(extractor, device=device)
     path = cache_folder() / "features" / f"{_cache_key(images, extractor, normalize)}.npy"

@@ -60,20 +60,8 @@ def _triangle(centred: Array) -> Array:
 def frechet_distance(x: Features, y: Features) -> float:
     """Return the Frechet distance (squared 2-Wasserstein of the fitted normals) of two sets.
 
-    Parameters
-    ----------
-    x, y : array_like
-        ``(n, d)`` and ``(m, d)`` features; n, m >= 2, smaller or larger than d.
-
-    Returns
-    -------
-    float
-        At least 0. Its expectation falls with n: compare values at the same n only.
-
-    Raises
-    ------
-    ValueError
-        Wrong shapes, fewer than two rows, NaN or infinite values.
+    The features are ``(n, d)`` and ``(m, d)``; n, m >= 2, smaller or larger than d. The value is at
+    least 0. Its expectation falls with n: compare values at the same n only.
 
     Examples
     --------

@@ -76,18 +76,9 @@ def load_sets(
 ) -> dict[str, ImageSet]:
     """Load folders by one rule: longest edge to `size` pixels, padded with black to a square.
 
-    Parameters
-    ----------
-    sources : mapping of str to tensor or path
-        Role to ``(N, 3, H, W) uint8`` images, or a folder; ``None`` is left out. Needs
-        "synthetic" where there is no `size`.
-    size : int, optional
-        Default: the longest edge of the synthetic images. Tensors stay as they are.
-
-    Raises
-    ------
-    ValueError
-        Sets that are not of one shape (width to height): they would be distorted differently.
+    `sources` map roles to ``(N, 3, H, W) uint8`` images, which stay as they are, to folders, or to
+    ``None``, which is left out. Without a `size`, that of the "synthetic" images is taken. Sets that
+    are not of one shape (width to height) would be distorted differently: ValueError.
     """
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
@@ -166,17 +157,8 @@ def _find_number(file: Path) -> int | None:
 def pair(first: ImageSet, second: ImageSet) -> tuple[Index, Index, str]:
     """Pair the images of two folders by recorded seed, or by the number in the file's name.
 
-    Returns
-    -------
-    first, second : (N,) int
-        Image ``first[i]`` belongs to ``second[i]``.
-    by : str
-        "seed", "number", or "order" for tensors.
-
-    Raises
-    ------
-    ValueError
-        Sets that do not hold exactly the same seeds or numbers, each once.
+    Returns both orders, and what they were paired by: "seed", "number", or "order" for tensors. Sets
+    that do not hold exactly the same seeds or numbers, each once, raise ValueError.
     """
     sets = (first, second)
     if len(first) != len(second):

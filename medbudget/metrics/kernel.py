@@ -29,11 +29,6 @@ def kernel_distance(
     All pairs at once, no random subsets. Unbiased: its expectation does not depend on n, and it
     may be negative for equal distributions. The standard error is that of a two-sample U-statistic,
     first and second order, so it holds near zero too. `groups` as in `frechet_interval`.
-
-    Raises
-    ------
-    ValueError
-        As `frechet_distance`.
     """
     x, y = check_pair(x, y)
     n, m = len(x), len(y)
@@ -93,11 +88,6 @@ def precision_recall(real: Features, synthetic: Features, *, k: int = 3) -> tupl
     plausible?). Recall: share of real images inside the synthetic set's (is everything there?).
     Mode collapse keeps precision and loses recall; noise around the data does the reverse. Both
     rise with n: compare at the same n.
-
-    Raises
-    ------
-    ValueError
-        As `frechet_distance`; k not below both n.
     """
     x, y = check_pair(real, synthetic)
     if not 1 <= k < min(len(x), len(y)):

@@ -28,15 +28,9 @@ def membership_inference(
     The attack of Yeom et al. (2018): a case with a low loss is called a member. 0.5 means that
     this attack learns nothing (a stronger one may).
 
-    Parameters
-    ----------
-    member_losses, other_losses : array_like
-        One loss per image ``(n,)``, or ``(n, draws)`` over several draws of noise and time, of
-        which the mean is taken. Use the same draws for both.
-    groups : (sequence or None, sequence or None)
-        The patient of every member and of every other image: the interval is then over patients.
-    name : str
-        What the losses are, for the score's name.
+    Losses are ``(n,)``, or ``(n, draws)`` over several draws of noise and time, of which the mean is
+    taken; use the same draws for both. `groups` are the patient of every member and of every other
+    image: the interval is then over patients. `name` says what the losses are.
 
     Examples
     --------
@@ -77,27 +71,14 @@ def membership_test(
 ) -> list[Score]:
     """Attack a word: who has it, and one image, tries to tell whether it was trained on that image.
 
-    Parameters
-    ----------
-    base : Base
-        The base that the word was trained on, which is public.
-    members, others : torch.Tensor or path
-        Images that the word was trained on, and images of the same kind that it was not:
-        ``(N, 3, H, W) uint8`` of the base's size, or folders. In a folder that `medbudget prepare`
-        made, intervals are over patients.
-    draws, seed : int
-        Times and noises for each image, the same for all.
+    `base` is the one that the word was trained on, which is public. `members` are images that the
+    word was trained on, `others` images of the same kind that it was not: tensors of the base's
+    size, or folders; of those that `medbudget prepare` made, intervals are over patients. `draws` are
+    the times and noises for each image, the same for all.
 
-    Returns
-    -------
-    list of Score
-        The AUC of the loss under the word, and of its difference to the loss without the word,
-        which takes away what makes an image easy or hard for every model (`membership_inference`).
-
-    Raises
-    ------
-    ValueError
-        An image that is in both sets, or among the `others` and recorded as trained on.
+    Returns the AUC of the loss under the word, and of its difference to the loss without the word,
+    which takes away what makes an image easy or hard for every model (`membership_inference`).
+    Others that are members raise ValueError.
     """
     base.load_words([word])  # refuses what does not fit this base
     sets = load_sets({"train": members, "other": others}, size=base.size)

@@ -26,6 +26,7 @@ from medbudget.metrics.kernel import squared_distances
 from medbudget.metrics.scores import Score
 
 Index = npt.NDArray[np.intp]
+SIZE, SHIFT = 32, 2  # pixels of the images that are compared, and of the largest shift
 
 
 def _unit(windows: torch.Tensor) -> torch.Tensor:
@@ -35,28 +36,12 @@ def _unit(windows: torch.Tensor) -> torch.Tensor:
     return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
-def pixel_neighbours(
-    images: torch.Tensor,
-    train: torch.Tensor,
-    *,
-    size: int = 32,
-    shift: int = 2,
-    flips: bool = True,
-) -> tuple[Array, Index]:
-    """Return the nearest training image by normalised correlation, over flips and shifts.
+def pixel_neighbours(images: torch.Tensor, train: torch.Tensor) -> tuple[Array, Index]:
+    """Return the nearest training image by normalised correlation, over flips and small shifts.
 
-    Both sets are reduced to `size` pixels by area pooling, which removes grain. The centre of
-    every training image is correlated with the windows of the other image at all shifts.
-
-    Parameters
-    ----------
-    images, train : torch.Tensor
-        ``(N, 3, H, W) uint8`` and ``(M, 3, H', W') uint8``.
-    size, shift : int
-        Pixels of the reduced image and of the largest shift in it (2 of 32: 6 % of the width);
-        shifts go by half a pixel.
-    flips : bool
-        Also compare left-right mirror images.
+    Both sets, ``(N, 3, H, W) uint8``, are reduced to 32 pixels by area pooling, which removes grain.
+    The centre of every training image is correlated with the windows of the other image, and of its
+    mirror image, at all shifts of up to 2 of these pixels (6 % of the width) by half a pixel.
 
     Returns
     -------
@@ -67,17 +52,15 @@ def pixel_neighbours(
     """
     check_images(images)
     check_images(train, name="train")
-    if not 0 <= 2 * shift < size:
-        raise ValueError(f"shift must be from 0 to {(size - 1) // 2} for size {size}, got {shift}")
-    inner = size - 2 * shift
-    small_train = F.adaptive_avg_pool2d(train.float(), size)
-    targets = _unit(small_train[..., shift : shift + inner, shift : shift + inner])
+    inner = SIZE - 2 * SHIFT
+    small_train = F.adaptive_avg_pool2d(train.float(), SIZE)
+    targets = _unit(small_train[..., SHIFT : SHIFT + inner, SHIFT : SHIFT + inner])
     best = torch.full((len(images),), -2.0)
     index = torch.zeros(len(images), dtype=torch.long)
-    fine = F.adaptive_avg_pool2d(images.float(), 2 * size)  # so that shifts go by half a pixel
-    for view in (fine, fine.flip(-1)) if flips else (fine,):
-        for row in range(4 * shift + 1):
-            for column in range(4 * shift + 1):
+    fine = F.adaptive_avg_pool2d(images.float(), 2 * SIZE)  # so that shifts go by half a pixel
+    for view in (fine, fine.flip(-1)):
+        for row in range(4 * SHIFT + 1):
+            for column in range(4 * SHIFT + 1):
                 window = view[..., row : row + 2 * inner, column : column + 2 * inner]
                 value, where = (_unit(F.avg_pool2d(window, 2)) @ targets.T).max(1)
                 better = value > best
@@ -86,30 +69,15 @@ def pixel_neighbours(
 
 
 def feature_neighbours(
-    images: torch.Tensor,
-    train: torch.Tensor,
-    extractor: str | Extractor,
-    *,
-    flips: bool = True,
-    **options: Any,
+    images: torch.Tensor, train: torch.Tensor, extractor: str | Extractor, **options: Any
 ) -> tuple[Array, Index]:
-    """Return the nearest training image by Euclidean distance of features, over flips.
+    """Return the nearest training image by distance of features, over mirror images.
 
-    Parameters
-    ----------
-    images, train : torch.Tensor
-        ``(N, 3, H, W) uint8`` and ``(M, 3, H', W') uint8``.
-    **options
-        For `compute_features`: batch_size, device, cache, progress.
-
-    Returns
-    -------
-    distance : (N,) float64
-    index : (N,) int
+    As `pixel_neighbours`, with Euclidean distances; the `options` are those of `compute_features`.
     """
-    views = (images, images.flip(-1)) if flips else (images,)
     targets, *own = (
-        compute_features(one, extractor, **options).astype(np.float64) for one in (train, *views)
+        compute_features(one, extractor, **options).astype(np.float64)
+        for one in (train, images, images.flip(-1))
     )
     table = np.min([squared_distances(features, targets) for features in own], axis=0)
     index = table.argmin(1)
@@ -202,7 +170,6 @@ def memorisation(
     *,
     space: str | Extractor = "pixels",
     level: float = 0.01,
-    flips: bool = True,
     device: str | torch.device | None = None,
     **options: Any,
 ) -> Memorisation:
@@ -212,21 +179,15 @@ def memorisation(
     ----------
     synthetic, train, heldout : torch.Tensor
         ``(N, 3, H, W) uint8``. `heldout`: real images, best of other patients, that were not
-        trained on; images that are in `train` byte for byte are left out and counted in the note.
+        trained on; those that are in `train` byte for byte are left out and counted in the note.
     space : "pixels", or an extractor's name, or an Extractor
-        Normalised correlation (flips and small shifts; blind to noise), or feature distance
-        (flips only; a little noise hides a copy, for it moves features further than a change of
-        patient does). Pixels are the default for that reason.
+        Normalised correlation (flips and small shifts; blind to noise), or feature distance (flips
+        only; a little noise hides a copy, so that pixels are the default).
     level : float
         Flag images that are nearer to training than this share of the held-out images. With fewer
-        than 1 / level - 1 held-out images it is raised to what they can show, and the note says so.
+        than 1 / level - 1 of these it is raised to what they can show, which the note says.
     **options
-        For `compute_features`: batch_size, cache, progress.
-
-    Raises
-    ------
-    ValueError
-        No held-out image is left, or a level outside (0, 1).
+        For `compute_features`.
     """
     sets = {"synthetic": synthetic, "training": train, "held-out": heldout}
     for name, images in sets.items():
@@ -253,9 +214,9 @@ def memorisation(
     elif space != "pixels":
         extractor = load_extractor(space, device=device)
     (distance, index), (far, _) = (
-        feature_neighbours(images, train, extractor, flips=flips, **options)
+        feature_neighbours(images, train, extractor, **options)
         if extractor
-        else pixel_neighbours(images, train, flips=flips)
+        else pixel_neighbours(images, train)
         for images in (synthetic, heldout[fresh])
     )
     p = (1 + np.searchsorted(np.sort(far), distance, side="right")) / (1 + len(far))

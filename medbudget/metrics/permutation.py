@@ -44,21 +44,9 @@ def permutation_test(
     If both generators make images of one distribution, their images can be exchanged. The
     observed difference of distances is compared with that after exchanging them at random.
 
-    Parameters
-    ----------
-    gen_a, gen_b, reference : array_like
-        Features ``(n_a, d)``, ``(n_b, d)``, ``(n_r, d)`` of one extractor.
-    paired : bool
-        Row i of both was made from the same seed: exchange within pairs only.
-    statistic : {"frechet", "kernel"}
-    repeats, seed, workers
-        Permutations, random seed, threads (default: all cores); the result does not depend on
-        `workers`.
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit, unequal n with `paired`, an unknown statistic.
+    The three are features ``(n, d)`` of one extractor. With `paired`, row i of both generators was
+    made from the same seed: they are exchanged within pairs only. The `statistic` is "frechet" or
+    "kernel". The `workers` are threads (default: all cores), on which the result does not depend.
     """
     terms = {"frechet": _frechet_terms, "kernel": _kernel_terms}
     if statistic not in terms:

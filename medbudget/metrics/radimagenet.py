@@ -42,7 +42,7 @@ def load_radimagenet(
     The official file calls ``layer1.0…`` ``backbone.4.0…``: a Sequential of ResNet's children.
     """
     name = f"radimagenet-{convention}"
-    path = find_weights(name, weights)
+    path = weights or find_weights(name)
     state = {}
     for key, value in load_state(name, path).items():
         for prefix in ("module.", "backbone.", "model."):
