@@ -13,10 +13,8 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from medbudget.embeddings import LARGEST, META, Embedding, EmbeddingError
-from medbudget.files import atomic_path
 from medbudget.torchfiles import recognise
 
 PREFIX = "lora_unet_"
@@ -204,20 +202,6 @@ def is_sd2(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Tell whether changes are to a U-Net of Stable Diffusion 2, by the width of its texts."""
     ends = ("attn2_to_k.lora_down.weight", "attn2_to_k.diff")
     return any(v.ndim > 1 and v.shape[1] == 1024 for k, v in tensors.items() if k.endswith(ends))
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write safetensors atomically, the same bytes each time: its own order of metadata varies."""
-    content = memoryview(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
-    begin = 8 + int.from_bytes(content[:8], "little")
-    header = {"__metadata__": dict(metadata)} | json.loads(bytes(content[8:begin]))
-    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        file.write(content[begin:])
 
 
 def describe_word(word: Embedding) -> dict[str, Any]:

@@ -120,27 +120,11 @@ def warp(
 def augment(
     images: torch.Tensor, settings: Augmentation = HEAVY, *, generator: torch.Generator
 ) -> torch.Tensor:
-    """Augment a batch: the same generator state gives the same result.
-
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(B, 3, H, W)`` float in [0, 1], on the generator's device.
-
-    Returns
-    -------
-    torch.Tensor
-        As `images`, in [0, 1]; `images` itself is left as it is.
-    """
+    """Augment ``(B, 3, H, W)`` floats in [0, 1]; the same generator state gives the same result."""
     if not images.is_floating_point() or images.ndim != 4:
         raise ValueError(
             f"images must be float (B, C, H, W) in [0, 1], got {images.dtype} "
             f"{tuple(images.shape)}; divide uint8 images by 255"
-        )
-    if images.device.type != generator.device.type:
-        raise ValueError(
-            f"images are on {images.device}, the generator on {generator.device}; make it with "
-            "torch.Generator(images.device)"
         )
     draws = draw_augmentation(len(images), settings, generator=generator)
 

@@ -7,14 +7,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from medbudget.known import (
-    ALIASES,
-    BaseError,
-    known_base,
-    read_json,
-)
+from medbudget.files import read_json
+from medbudget.known import ALIASES, BaseError, known_base
 
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 GIGABYTES = 5.2  # of a base in float32; half as much in float16
@@ -25,7 +20,7 @@ ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def choose_weights(names: Iterable[str], part: str) -> tuple[str, str | None] | None:
-    """Return the weights' file of a part and its variant, out of the names in the part's folder.
+    """Return the weights' file of a part, and its variant, out of the names in the part's folder.
 
     Full precision comes before half (``fp16``), safetensors before ``.bin``.
     """
@@ -74,15 +69,15 @@ _OTHERS = {  # classes of pipelines
     "predicts a flow instead of noise",
     "Flux": "is Flux: a transformer with other text encoders, which predicts a flow instead of noise",
 }
-_DISTILLED = (
+DISTILLED = (
     "is distilled to few steps: it no longer predicts the noise of every step, which Textual "
     "Inversion and the paper's sampler rest on"
 )
-_DISTILLED_NAMES = re.compile(
+DISTILLED_NAMES = re.compile(
     r"(?<![a-z])(turbo|lightning|lcm|hyper-?sd|distill(ed|ation)?)(?![a-z])|LatentConsistency",
     flags=re.IGNORECASE,
 )
-_CHANNELS = {
+CHANNELS = {
     9: "is an inpainting model: its U-Net takes 9 channels, of which 5 are a mask and a masked "
     "image. `medbudget inpaint` needs none of that: take the plain base",
     5: "is a depth model: its U-Net takes 5 channels",
@@ -113,25 +108,15 @@ def refuse_others(folder: Path, name: str) -> None:
     origins = [str(c.get("_name_or_path", "")).split("/")[-1] for c in (index, unet)]
     planned = str(scheduler.get("_class_name", "")).removesuffix("Scheduler")
     for word in (kind, "" if Path(name).exists() else name, *origins, planned):
-        refuse_distilled(name, word)
-    refuse(name, _DISTILLED if unet.get("time_cond_proj_dim") else "")
+        refuse(name, DISTILLED if DISTILLED_NAMES.search(word) else "")
+    refuse(name, DISTILLED if unet.get("time_cond_proj_dim") else "")
     if unet.get("mid_block_type", "") is None:
         refuse(name, "is distilled to fewer layers: its U-Net has no middle block")
     if kind and not kind.startswith("StableDiffusion"):
         refuse(name, f"is a {kind}, not a Stable Diffusion")
     latents = read_json(folder / "vae" / "config.json").get("latent_channels", 4)
     if unet.get("in_channels") != latents:
-        refuse_channels(name, unet.get("in_channels"))
-
-
-def refuse_distilled(name: str, word: str) -> None:
-    """Raise `BaseError` if the name of a file, repository or class says turbo, LCM or the like."""
-    refuse(name, _DISTILLED if _DISTILLED_NAMES.search(word) else "")
-
-
-def refuse_channels(name: str, channels: Any) -> None:
-    """Raise `BaseError` if a U-Net takes so many input channels."""
-    refuse(name, _CHANNELS.get(channels, ""))
+        refuse(name, CHANNELS.get(unet.get("in_channels", 0), ""))
 
 
 # --------------------------------------------------------------------------- the hub
@@ -162,6 +147,14 @@ def list_snapshots(repo: str, revision: str = "", *, exactly: bool = False) -> I
     yield from dict.fromkeys(matches if exactly else [*matches, *folders])
 
 
+def list_ids(name: str) -> tuple[tuple[str, str], ...]:
+    """Return the repositories of a known base, or the one that is named, each with its revision."""
+    if row := known_base(name):
+        return row.ids
+    repo, _, revision = name.partition("@")
+    return ((repo, revision),)
+
+
 def list_sources(name: str) -> list[tuple[str, Path | None, str]]:
     """Return each place of a known base or a repository: what it is, its path if whole, a note."""
     found: list[tuple[str, Path | None, str]] = []
@@ -170,7 +163,7 @@ def list_sources(name: str) -> list[tuple[str, Path | None, str]]:
         if not Path(local).exists():
             raise BaseError(f"MEDBUDGET_SD2 names {local}, which is not a folder or file")
         found.append(("MEDBUDGET_SD2", Path(local), ""))
-    for repo, revision in _list_ids(name):
+    for repo, revision in list_ids(name):
         exactly = known_base(name) is None and bool(revision)
         notes = []
         for folder in list_snapshots(repo, revision, exactly=exactly):
@@ -181,14 +174,6 @@ def list_sources(name: str) -> list[tuple[str, Path | None, str]]:
         else:
             found.append((repo, None, "; ".join(notes) or "not in the cache"))
     return found
-
-
-def _list_ids(name: str) -> tuple[tuple[str, str], ...]:
-    if row := known_base(name):
-        return row.ids
-    match = ID.fullmatch(name)
-    assert match, name
-    return ((match[1], match[2] or ""),)
 
 
 def find_base(name: str) -> Path:
@@ -209,7 +194,7 @@ def find_base(name: str) -> Path:
     elif reason := _unreachable():
         tried.append(f"  the hub: {reason}")
     else:
-        for repo, revision in _list_ids(name):
+        for repo, revision in list_ids(name):
             if row and not revision:
                 continue  # removed from the hub
             try:

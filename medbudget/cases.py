@@ -104,8 +104,8 @@ def load_cases(
     Parameters
     ----------
     source : path
-        A folder, or an official file such as ``camelyonpatch_level_2_split_test_x.h5``, of which
-        all patches are read, piece by piece; the labels lie beside it.
+        A folder, or an official file such as ``camelyonpatch_level_2_split_test_x.h5``, beside which
+        the labels lie.
     positive : str, optional
         The class that scores speak for; default: the second by name, but none that is called
         healthy, negative, normal, no_finding or control.
@@ -190,13 +190,10 @@ def _load_patches(
 
 
 def check_splits(splits: Mapping[str, Cases]) -> None:
-    """Raise if splits do not fit together.
+    """Raise ValueError if splits do not fit together.
 
-    Raises
-    ------
-    ValueError
-        Other classes or sizes, an image in two splits or in two classes, or a patient in two
-        splits; the message names them.
+    They have other classes or sizes, an image in two splits or in two classes, or a patient in two
+    splits; the message names them.
     """
     (first, one), *rest = splits.items()
     for name, other in rest:

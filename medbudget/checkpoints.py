@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from medbudget.architectures import (
     Parts,
@@ -19,7 +18,7 @@ from medbudget.architectures import (
     noise_schedule,
     read_architectures,
 )
-from medbudget.bases import refuse, refuse_channels, refuse_distilled
+from medbudget.bases import CHANNELS, DISTILLED, DISTILLED_NAMES, refuse
 from medbudget.known import BaseError, known_base
 from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise
 
@@ -29,8 +28,7 @@ FILES = (".ckpt", ".safetensors")
 def compute_a1111_hash(path: str | os.PathLike[str]) -> str:
     """Return A1111's old hash of a checkpoint file: 8 hex digits over 64 KiB at offset 1 MiB.
 
-    It stands in its embeddings as ``sd_checkpoint``; of Stable Diffusion 2.0's
-    ``512-base-ema.ckpt`` it is 09dd2ae4. The same weights in another file have another one.
+    It stands in its embeddings as ``sd_checkpoint``. The same weights in another file have another.
     """
     with open(path, "rb") as file:
         file.seek(0x100000)
@@ -78,7 +76,7 @@ _OTHER_KEYS = {  # starts of a file's keys, and what they say
 
 def _guess_architecture(state: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
     """Find the shipped architecture whose text encoder and U-Net have the file's widths."""
-    refuse_distilled(name, Path(name).stem)
+    refuse(name, DISTILLED if DISTILLED_NAMES.search(Path(name).stem) else "")
     for start, reason in _OTHER_KEYS.items():
         refuse(name, reason if any(key.startswith(start) for key in state) else "")
     first, cross = state.get(f"{UNET_KEY}input_blocks.0.0.weight"), state.get(UNET_KEY + CROSS_KEY)
@@ -87,7 +85,7 @@ def _guess_architecture(state: Mapping[str, torch.Tensor], name: str) -> dict[st
             f"{name} is no whole Stable Diffusion 1 or 2 checkpoint: it has no "
             f"{UNET_KEY}{CROSS_KEY}. LoRA, SDXL and U-Net-only files cannot serve as a base"
         )
-    refuse_channels(name, first.shape[1])
+    refuse(name, CHANNELS.get(first.shape[1], ""))
     kinds = read_architectures()
     for kind in kinds.values():
         unet = kind["unet"]
@@ -137,7 +135,10 @@ def load_single_file(path: Path) -> Parts:
             network.load_state_dict(chosen, assign=True)
         except RuntimeError as error:
             raise BaseError(f"{path.name} does not fit {architecture['title']}: {error}") from None
-        make_buffers(network)
+    for module in text_encoder.modules():  # what no checkpoint stores
+        for name, buffer in module.named_buffers(recurse=False):
+            numbers = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+            module.register_buffer(name, numbers, persistent=False)
     tokenizer = build_tokenizer(architecture["pad_token"])
     found = compute_a1111_hash(path)
     row = known_base(found)
@@ -145,19 +146,6 @@ def load_single_file(path: Path) -> Parts:
         unet.register_to_config(sample_size=row.size // 8)
     stated = row.prediction if row else ""
     return Parts(vae, unet, text_encoder, tokenizer, noise_schedule(), stated, found)
-
-
-def make_buffers(network: nn.Module) -> None:
-    """Fill what a network computes itself and no checkpoint stores: position numbers."""
-    for module in network.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                assert name == "position_ids", name
-                numbers = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-                module.register_buffer(name, numbers, persistent=False)
-
-
-# --------------------------------------------------------------------------- putting together
 
 
 def refuse_doubles(keys: Iterable[str], name: str) -> None:

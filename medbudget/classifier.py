@@ -253,17 +253,10 @@ def train_classifier(
 ) -> Classifier:
     """Train on `train`, keep the weights of the best AUC on `val` (the first of equal ones).
 
-    Parameters
-    ----------
-    settings : ClassifierSettings, optional
-        Default: ``tiny`` on a CPU, ``modern`` on a GPU.
-    checkpoint : path, optional
-        Saved every ``settings.checkpoint_every`` steps, and at Ctrl-C; if it exists, the run goes
-        on from it and ends as an undisturbed one. See `Steps`.
-    callback : callable, optional
-        Called after every validation with ``{"step", "steps", "loss", "auc"}``.
-
-    A loss that is not finite raises RuntimeError.
+    Without settings, they are those of ``tiny`` on a CPU and of ``modern`` on a GPU. A `checkpoint` is
+    saved every ``settings.checkpoint_every`` steps, and at Ctrl-C; a run goes on from it and ends as
+    an undisturbed one (see `Steps`). The `callback` is called after every validation with
+    ``{"step", "steps", "loss", "auc"}``. A loss that is not finite raises RuntimeError.
     """
     place = find_device(device)
     s = settings or choose_settings(device=place)

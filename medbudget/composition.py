@@ -28,23 +28,13 @@ def interpolate(
 ) -> dict[float, torch.Tensor]:
     """Draw images on the way from `a` to `b`, with the same noise at every weight.
 
-    Parameters
-    ----------
-    a, b : Embedding, Adapter with a word, or path
-    weights : sequence of float
-        Shares of `b`, usually 0 to 1; the share of `a` is the rest to 1.
-    method : {"and", "vectors"}
-        ``"and"`` composes the predictions, ``<a>:0.75 AND <b>:0.25`` (paper, section 4.4);
-        ``"vectors"`` draws with ``0.75 a + 0.25 b``, linear between the embeddings themselves,
-        which must have equally many vectors. Adapters are weighted likewise.
-    **options
-        For `sample`: n, steps, cfg_scale, adapters, …
+    `a` and `b` are embeddings, adapters with a word, or files; `weights` are the shares of `b`, usually
+    0 to 1, and the share of `a` is the rest to 1. The method ``"and"`` composes the predictions,
+    ``<a>:0.75 AND <b>:0.25`` (paper, section 4.4); ``"vectors"`` draws with ``0.75 a + 0.25 b``, linear
+    between embeddings of equally many vectors. Adapters are weighted likewise. The `options` are
+    those of `sample`.
 
-    Returns
-    -------
-    dict of float to torch.Tensor
-        Each share of `b` with its images, ``(n, 3, size, size) uint8``; image i has the same seed
-        in each.
+    Returns each share of `b` with its images, ``(n, 3, size, size) uint8``.
 
     Examples
     --------

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_safetensors
 
-from medbudget.files import check_writable, write_bytes
+from medbudget.files import check_writable, write_bytes, write_tensors
 from medbudget.prompts import TOKEN
 from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise, write_torch
 
@@ -108,14 +107,13 @@ class Embedding:
                 f"{path} has {path.stat().st_size / 2**20:.0f} MiB; an embedding has under 1: "
                 "this looks like a checkpoint of a whole model"
             )
-        readers = dict.fromkeys((".pt", ".bin", ".pth"), _read_pickle)
-        readers[".safetensors"] = _read_safetensors
-        if path.suffix not in readers:
+        if path.suffix not in (".safetensors", ".pt", ".bin", ".pth"):
             raise EmbeddingError(
                 f"{path.name}: unknown ending {path.suffix!r}; allowed are .safetensors, .pt, .bin"
             )
+        read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
         try:
-            return _from_tensors(*readers[path.suffix](path), path, token)
+            return _from_tensors(*read(path), path, token)
         except EmbeddingError as error:
             raise EmbeddingError(f"{path.name}: {error}") from None
 
@@ -134,16 +132,24 @@ class Embedding:
         ('<mine>', 'phantoms', True)
         """
         path = check_writable(path)
-        writers = {
-            ".safetensors": _write_safetensors,
-            ".pt": _write_a1111,
-            ".bin": _write_diffusers,
-        }
-        if path.suffix not in writers:
+        about = {key: value for key, value in vars(self).items() if key != "vectors"}
+        noted = json.dumps(about, ensure_ascii=False)
+        if path.suffix == ".safetensors":
+            # diffusers' load_textual_inversion takes the one tensor's key as the token
+            write_tensors(path, {self.token: self.vectors}, {META: noted})
+        elif path.suffix == ".pt":
+            content = {
+                "string_to_token": {"*": 265}, "string_to_param": {"*": self.vectors},
+                "name": self.token.strip("<>"), "step": self.step, "sd_checkpoint": self.base_hash,
+                "sd_checkpoint_name": self.base, META: noted,
+            }  # fmt: skip
+            write_bytes(path, write_torch(content))
+        elif path.suffix == ".bin":
+            write_bytes(path, write_torch({self.token: self.vectors}))
+        else:
             raise EmbeddingError(
-                f"cannot write {path.name}: allowed endings are {', '.join(writers)}"
+                f"cannot write {path.name}: allowed endings are .safetensors, .pt, .bin"
             )
-        write_bytes(path, writers[path.suffix](self))
         return path
 
     def renamed(self, token: str) -> Embedding:
@@ -170,30 +176,6 @@ class Embedding:
                 f"it was made for {WIDTHS.get(own, 'another base')}; load a "
                 f"{WIDTHS.get(width, f'{width}-wide')} embedding or another base"
             )
-
-
-def _describe(e: Embedding) -> str:
-    about = {key: value for key, value in vars(e).items() if key != "vectors"}
-    return json.dumps(about, ensure_ascii=False)
-
-
-def _write_safetensors(e: Embedding) -> bytes:
-    # One metadata key: safetensors writes several in random order, and equal embeddings should be
-    # equal files. diffusers' load_textual_inversion takes the one tensor's key as the token.
-    return save_safetensors({e.token: e.vectors}, metadata={META: _describe(e)})
-
-
-def _write_a1111(e: Embedding) -> bytes:
-    content = {
-        "string_to_token": {"*": 265}, "string_to_param": {"*": e.vectors},
-        "name": e.token.strip("<>"), "step": e.step, "sd_checkpoint": e.base_hash,
-        "sd_checkpoint_name": e.base, META: _describe(e),
-    }  # fmt: skip
-    return write_torch(content)
-
-
-def _write_diffusers(e: Embedding) -> bytes:
-    return write_torch({e.token: e.vectors})
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Any]:

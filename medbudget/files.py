@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import save
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Record: TypeAlias = "Mapping[str, Any]"  # what a file says of its making
@@ -91,6 +92,22 @@ def write_bytes(path: PathLike, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def write_tensors(
+    path: PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write safetensors atomically, the same bytes each time: its own order of metadata varies."""
+    content = memoryview(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:begin]))
+    if metadata:
+        header = {"__metadata__": dict(metadata)} | header
+    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.write(content[begin:])
+
+
 def write_text(path: PathLike, text: str) -> None:
     """Write a text file atomically (UTF-8)."""
     write_bytes(path, text.encode("utf-8"))
@@ -99,6 +116,15 @@ def write_text(path: PathLike, text: str) -> None:
 def write_json(path: PathLike, value: Any) -> None:
     """Write JSON atomically: indented, in the order given."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def cache_folder() -> Path:

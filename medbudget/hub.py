@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 from medbudget.base import Base
 from medbudget.bases import ID, is_offline
 from medbudget.embeddings import Embedding, EmbeddingError
-from medbudget.files import atomic_path, cache_folder, check_writable, hash_file, write_text
+from medbudget.files import cache_folder, check_writable, write_bytes, write_text
 from medbudget.known import known_base
 from medbudget.tiny import load_trained
 
@@ -26,10 +27,11 @@ PAPER_CHECKPOINT = "09dd2ae4"
 
 @dataclass(frozen=True)
 class PaperEmbedding:
-    """One of the authors' files: what it draws, its steps, SHA-256."""
+    """One of the authors' files."""
 
     name: str
-    draws: str
+    kind: str  # as in `make_phantoms`
+    label: str
     steps: int
     sha256: str
 
@@ -37,35 +39,35 @@ class PaperEmbedding:
 # Three of the 50,000 steps are stored as 49,999 (see the book's paper_vs_artifacts).
 PAPER_EMBEDDINGS = (
     PaperEmbedding(
-        "chexpert_cardiomegaly", "chest X-ray, cardiomegaly", 50_000,
+        "chexpert_cardiomegaly", "chest", "cardiomegaly", 50_000,
         "354671688a79e28e674d9604f01654f3f5342b55579ec5de112410f7c45ace21",
     ),
     PaperEmbedding(
-        "chexpert_healthy", "chest X-ray, no finding", 50_000,
+        "chexpert_healthy", "chest", "healthy", 50_000,
         "36e45ca1442a7c98dc920bf2a1e06b3ac529657bc037e6bc4c7cd2a96ade3f1c",
     ),
     PaperEmbedding(
-        "chexpert_pleural_effusion", "chest X-ray, pleural effusion", 50_000,
+        "chexpert_pleural_effusion", "chest", "pleural_effusion", 50_000,
         "d04020ca56888a16d33c443d26a5574a724bd104ae1982c13c8eba0954b32e47",
     ),
     PaperEmbedding(
-        "chexpert_pneumonia", "chest X-ray, pneumonia", 50_000,
+        "chexpert_pneumonia", "chest", "pneumonia", 50_000,
         "9f3bf0299b6e03a1c84d484989b452d2c045c2311fc237b7b2fd5179dfd85d37",
     ),
     PaperEmbedding(
-        "pcam_neg", "lymph node histopathology, normal", 50_000,
+        "pcam_neg", "histology", "normal", 50_000,
         "9a6fbf3b12b8b25838dd421808f6e79b921dbc4f4cb9f9975f4605587763d0ff",
     ),
     PaperEmbedding(
-        "pcam_pos", "lymph node histopathology, metastasis", 50_000,
+        "pcam_pos", "histology", "metastasis", 50_000,
         "919ce80bf1bf7c59ce514e34a2d3f4aadf6534510e3e94e348689fc531611960",
     ),
     PaperEmbedding(
-        "prostate_neg", "prostate MRI, no tumour", 100_000,
+        "prostate_neg", "prostate", "healthy", 100_000,
         "e5bb3837fb8a8705dda35ed47fa8c29033c260e950b73d5e762efc1a45ef661f",
     ),
     PaperEmbedding(
-        "prostate_pos", "prostate MRI, tumour", 100_000,
+        "prostate_pos", "prostate", "tumour", 100_000,
         "b17cb11905e511122fb56cd9a1f244567b09ebabbb11e03bddc573dd65314ab7",
     ),
 )  # fmt: skip
@@ -78,45 +80,72 @@ TEXT_PROMPTS = ("a prostate MRI scan", "a T2-weighted MRI scan of a prostate")
 def fetch_paper_embedding(name: str, folder: str | os.PathLike[str]) -> Path:
     """Fetch one of the authors' embeddings into `folder`, unless it is there; return its path.
 
-    Its SHA-256 is checked before it gets its name. Nothing in it is executed.
-
-    Raises
-    ------
-    ValueError
-        Unknown name, offline, or a file that is not the authors'.
+    ValueError: an unknown name, no network, or a file that is not the authors' by its SHA-256.
     """
-    known = {e.name: e for e in PAPER_EMBEDDINGS}
+    known = {e.name: e.sha256 for e in PAPER_EMBEDDINGS}
     if name not in known:
         raise ValueError(f"unknown embedding {name!r}; the authors' are {', '.join(known)}")
-    path = check_writable(Path(folder) / f"{name}.pt")
-    if path.exists():
-        check_paper_embedding(known[name], path)
-        return path
-    url = PAPER_URL.format(name=name)
-    if is_offline():
+    path, url = check_writable(Path(folder) / f"{name}.pt"), PAPER_URL.format(name=name)
+    there = path.exists()
+    if there:
+        content = path.read_bytes()
+    elif is_offline():
         raise ValueError(f"HF_HUB_OFFLINE is set; fetch {url} elsewhere and put it at {path}")
-    print(f"fetching {url}")
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer:  # a fixed https address
-            content = answer.read(2**22)
-    except OSError as error:
-        raise ValueError(f"{url} cannot be reached ({error}); put it at {path}") from None
-    with tempfile.TemporaryDirectory() as scratch:
-        fresh = Path(scratch) / path.name
-        fresh.write_bytes(content)
-        check_paper_embedding(known[name], fresh)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+    else:
+        print(f"fetching {url}")
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer:  # a fixed https address
+                content = answer.read(2**22)
+        except OSError as error:
+            raise ValueError(f"{url} cannot be reached ({error}); put it at {path}") from None
+    if (found := hashlib.sha256(content).hexdigest()) != known[name]:
+        raise EmbeddingError(
+            f"{name} has SHA-256 {found[:12]}…, the authors' has {known[name][:12]}…; remove it and "
+            "fetch it again"
+        )
+    if not there:
+        write_bytes(path, content)
     return path
 
 
-def check_paper_embedding(known: PaperEmbedding, path: Path) -> None:
-    """Raise `EmbeddingError` if the file is not the authors'."""
-    if (found := hash_file(path)) != known.sha256:
-        raise EmbeddingError(
-            f"{known.name} has SHA-256 {found[:12]}…, the authors' has {known.sha256[:12]}…; "
-            "remove it and fetch it again"
-        )
+CARD = """---
+license: {licence}
+library_name: medbudget
+tags: [textual-inversion, medical, stable-diffusion, synthetic-data]
+{base_model}---
+
+# {token}: a Textual Inversion embedding
+
+**Not for clinical use.** Every image drawn with this embedding is synthetic.
+
+| | |
+|---|---|
+{facts}
+
+## Scores
+
+{scores}
+
+## Intended use
+
+Research on and teaching about synthetic medical images, with the base named above. An \
+embedding fits no base of another kind.
+
+## Limits
+
+- Learned from few images of one class: it shows what these show, with their scanner, \
+population and labels, and nothing rarer.
+- A file this small can still give training images away, most of all after few images or \
+many steps; whether one case was among them can be tested. Share it as you would share \
+the images' descriptions, within the terms of the data.
+- Distances between image sets are no evidence of clinical value.
+
+## Use
+
+```bash
+medbudget sample "{token}" --embeddings FILE --base {base} --out made
+```
+"""
 
 
 def make_card(
@@ -124,29 +153,18 @@ def make_card(
 ) -> str:
     """Return a model card: Markdown under the hub's metadata header.
 
-    Parameters
-    ----------
-    scores : list of dict, optional
-        What ``medbudget evaluate --out scores.json`` wrote.
-    licence : str
-        Of the embedding, as the hub spells it, e.g. ``mit``. The training images' terms decide.
+    `scores` are what ``medbudget evaluate --out`` wrote; the `licence` is the embedding's, as the hub
+    spells it, e.g. ``mit``: the training images' terms decide.
     """
     e = embedding
     named = known_base(e.base_hash or "-")
     row = named or known_base(e.base)
     base = e.base or (row.title if row else "unknown")
-    header = [
-        "---",
-        f"license: {licence}",
-        "library_name: medbudget",
-        "tags: [textual-inversion, medical, stable-diffusion, synthetic-data]",
-    ]
     repo = next((repo for repo, revision in row.ids if revision), "") if row else ""
-    if repo or ID.fullmatch(e.base):
-        header.append(f"base_model: {repo or e.base.split('@')[0]}")
-    name = row.name if row else e.base or "sd20"
+    if not repo and ID.fullmatch(e.base):
+        repo = e.base.split("@")[0]
     settings = e.record.get("settings", {})
-    rows = {
+    facts = {
         "token": f"`{e.token}`",
         "vectors": f"{e.vectors.shape[0]} x {e.vectors.shape[1]}",
         "training images": e.data or "not recorded",
@@ -156,40 +174,28 @@ def make_card(
     }
     for key in ("lr", "batch_size", "schedule", "loss", "init", "latents", "seed"):
         if key in settings:
-            rows[key] = str(settings[key])
-    lines = [*header, "---", "", f"# {e.token}: a Textual Inversion embedding", ""]
-    lines += [
-        "**Not for clinical use.** Every image drawn with this embedding is synthetic.", "",
-        "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), "",
-        "## Scores", "",
-    ]  # fmt: skip
+            facts[key] = str(settings[key])
+    table = ["None recorded: `medbudget evaluate real made --out scores.json` makes them."]
     if scores:
-        lines += ["| score | value | 95 % interval | n | notes |", "|---|---|---|---|---|"]
-        for score in scores:
-            low_high = score.get("interval")
-            interval = " to ".join(f"{x:.3g}" for x in low_high) if low_high else ""
-            lines.append(
-                f"| {score['name']} | {score['value']:.4g} | {interval} | {score['n']} | "
-                f"{score.get('note', '')} |"
-            )
-    else:
-        lines.append("None recorded: `medbudget evaluate real made --out scores.json` makes them.")
-    lines += [
-        "", "## Intended use", "",
-        "Research on and teaching about synthetic medical images, with the base named above. An "
-        "embedding fits no base of another kind.", "",
-        "## Limits", "",
-        "- Learned from few images of one class: it shows what these show, with their scanner, "
-        "population and labels, and nothing rarer.",
-        "- A file this small can still give training images away, most of all after few images or "
-        "many steps; whether one case was among them can be tested. Share it as you would share "
-        "the images' descriptions, within the terms of the data.",
-        "- Distances between image sets are no evidence of clinical value.", "",
-        "## Use", "", "```bash",
-        f'medbudget sample "{e.token}" --embeddings FILE --base {name} --out made',
-        "```", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+        table = ["| score | value | 95 % interval | n | notes |", "|---|---|---|---|---|"]
+    for score in scores or ():
+        interval = " to ".join(f"{x:.3g}" for x in score.get("interval") or ())
+        cells = (
+            score["name"],
+            f"{score['value']:.4g}",
+            interval,
+            score["n"],
+            score.get("note", ""),
+        )
+        table.append(f"| {' | '.join(map(str, cells))} |")
+    return CARD.format(
+        licence=licence,
+        base_model=f"base_model: {repo}\n" if repo else "",
+        token=e.token,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        scores="\n".join(table),
+        base=row.name if row else e.base or "sd20",
+    )
 
 
 def push_embedding(
@@ -228,49 +234,22 @@ def read_scores(path: str | os.PathLike[str] | None) -> list[dict[str, Any]] | N
     return scores
 
 
-_AUTHORS = {
-    ("prostate", "healthy"): "prostate_neg",
-    ("prostate", "tumour"): "prostate_pos",
-    ("histology", "normal"): "pcam_neg",
-    ("histology", "metastasis"): "pcam_pos",
-    **{
-        ("chest", label): f"chexpert_{label}"
-        for label in ("healthy", "cardiomegaly", "pleural_effusion", "pneumonia")
-    },
-}
-
-
-def load_word(kind: str, label: str, folder: str | os.PathLike[str] = "") -> Embedding:
-    """Return the word ``<label>`` for Stable Diffusion 2.0: yours, or the authors' by default.
-
-    Parameters
-    ----------
-    kind, label : str
-        As in `make_phantoms`, e.g. ``"chest", "cardiomegaly"``.
-    folder : path
-        With your ``chest_cardiomegaly.safetensors``; "" fetches the authors' into
-        ``~/.cache/medbudget`` (or ``MEDBUDGET_CACHE``).
-    """
-    if folder:
-        return Embedding.load(Path(folder) / f"{kind}_{label}.safetensors", token=f"<{label}>")
-    if (kind, label) not in _AUTHORS:
-        known = ", ".join(" ".join(pair) for pair in _AUTHORS)
-        raise ValueError(f"the authors released no embedding of {kind} {label}; they have: {known}")
-    path = fetch_paper_embedding(_AUTHORS[kind, label], cache_folder() / "embeddings")
-    return Embedding.load(path, token=f"<{label}>")
-
-
 def find_word(kind: str, label: str, base: Base, place: str | os.PathLike[str] = "") -> Embedding:
-    """Return the word for a class on a base: yours, the package's for `tiny`, or the authors'.
+    """Return the word for a class of phantoms or of the paper, on a base.
 
-    Parameters
-    ----------
-    kind, label, place
-        See `load_word`; `place` may also be the embedding's file.
-    base : Base
+    With a `place`, yours: a file, or a folder with its ``chest_cardiomegaly.safetensors``. Else the
+    package's for ``tiny``, and the authors' for other bases, fetched into ``~/.cache/medbudget`` (or
+    ``MEDBUDGET_CACHE``), as ``<label>``.
     """
     if place and Path(place).is_file():
         return Embedding.load(place)
-    if base.name == "tiny" and not place:
+    if place:
+        return Embedding.load(Path(place) / f"{kind}_{label}.safetensors", token=f"<{label}>")
+    if base.name == "tiny":
         return load_trained(kind, label, base)
-    return load_word(kind, label, place)
+    names = {f"{e.kind} {e.label}": e.name for e in PAPER_EMBEDDINGS}
+    if (name := names.get(f"{kind} {label}")) is None:
+        known = ", ".join(names)
+        raise ValueError(f"the authors released no embedding of {kind} {label}; they have: {known}")
+    path = fetch_paper_embedding(name, cache_folder() / "embeddings")
+    return Embedding.load(path, token=f"<{label}>")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from medbudget.files import PathLike, Record, atomic_path, check_output, check_writable
+from medbudget.files import PathLike, Record, atomic_path, check_output, check_writable, read_json
 from medbudget.pictures import SUFFIXES, TRANSPARENT, ImageError, describe_passed_over, open_picture
 
 SHEET = "contact_sheet.png"
@@ -128,11 +128,7 @@ def find_images(folder: PathLike) -> list[Path]:
 
 def is_prepared(folder: PathLike) -> bool:
     """Tell whether ``medbudget prepare`` made this folder."""
-    try:
-        settings = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and {"medbudget", "dataset", "selection"} <= settings.keys()
+    return {"medbudget", "dataset", "selection"} <= read_json(Path(folder) / "settings.json").keys()
 
 
 def _choose_class(folder: Path) -> Path:
@@ -164,23 +160,10 @@ def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = Non
     All files are loaded; a warning counts those that have the pixels of another one, since each
     then weighs twice in training and in a score.
 
-    Parameters
-    ----------
-    source : path or sequence of paths
-        A folder (see `find_images`; not those in folders below), one file, or several files.
-    size : int, optional
-        See `load_image`; a warning says where images are enlarged twofold or more. Without it, all
-        files must have the same size.
-
-    Returns
-    -------
-    torch.Tensor
-        ``(N, 3, H, W) uint8``, RGB.
-
-    Raises
-    ------
-    FileNotFoundError, ImageError
-        No such folder or file, no images, images that `load_image` refuses, or different sizes.
+    A folder is read by `find_images`, not those below it. With a `size`, images become squares by
+    `load_image`'s rule, and a warning says where they are enlarged twofold or more; without it, all
+    must have one size. Returns ``(N, 3, H, W) uint8``, RGB. What cannot be used raises
+    FileNotFoundError or ImageError.
     """
     one = isinstance(source, str | os.PathLike)
     files = find_images(source) if one else [Path(p) for p in source]  # type: ignore[arg-type, union-attr]

@@ -75,8 +75,6 @@ def inpaint(
     mask : array, tensor or path
         1 where to repaint; see `check_masks`. Any square size, soft or binary. One mask for all
         images, one for each, or several for one image. A mask of all 1 repaints everything.
-    adapters : Adapter, path, or several of them
-        As in `sample`.
     strength : float
         Share of the noise schedule, 0 to 1: how far the covered part may leave the original.
     mask_blur : float
@@ -92,14 +90,8 @@ def inpaint(
     seed : int
         The k-th returned image has the seed ``seed + k``.
     n : int
-        Variants of each image.
-    callback : callable, optional
-        As in `sample`.
-
-    Returns
-    -------
-    torch.Tensor
-        ``(N * n, 3, H, H) uint8``, the variants of one image next to each other.
+        Variants of each image, which come next to each other: ``(N * n, 3, H, H)``. The other
+        parameters are those of `sample`.
 
     Examples
     --------

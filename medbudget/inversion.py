@@ -131,7 +131,6 @@ def invert(
 
     Parameters
     ----------
-    base : Base
     images : torch.Tensor
         ``(N, 3, H, H) uint8``, of the base's size or another multiple of its grid.
     token : str
@@ -149,11 +148,6 @@ def invert(
         Compile the U-Net first; default: on a GPU for 300 steps and more.
     data : str
         A note on the images, kept in the file.
-
-    Returns
-    -------
-    Embedding
-        Vectors with their provenance and the loss history.
 
     Examples
     --------

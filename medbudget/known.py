@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from medbudget.files import cache_folder, write_text
+from medbudget.files import cache_folder, read_json, write_json
 
 
 class BaseError(RuntimeError):
@@ -113,6 +111,7 @@ KNOWN = (
     ),
 )  # fmt: skip
 ALIASES = {"sd2": "sd20"}
+VERIFIED = "verified.json"  # in the cache: hash of what drew its golden picture, and its name
 
 
 def known_base(name: str) -> KnownBase | None:
@@ -133,24 +132,11 @@ def unknown_base(name: str) -> BaseError:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _verified_file() -> Path:
-    return cache_folder() / "verified.json"
-
-
 def record_verified(base_hash: str, name: str) -> None:
     """Remember that weights of this hash drew the golden picture of a known base."""
-    file = _verified_file()
+    file = cache_folder() / VERIFIED
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(read_json(file) | {base_hash: name}, indent=1))
+    write_json(file, read_json(file) | {base_hash: name})
 
 
 def identify(base: Any) -> tuple[KnownBase | None, bool]:
@@ -158,7 +144,7 @@ def identify(base: Any) -> tuple[KnownBase | None, bool]:
 
     That is the hash of its file, or a golden picture that it drew here (`verify_base`).
     """
-    proven = base.checkpoint_hash or read_json(_verified_file()).get(base.hash, "")
+    proven = base.checkpoint_hash or read_json(cache_folder() / VERIFIED).get(base.hash, "")
     if row := known_base(proven):
         return row, True
     return known_base(base.name), False

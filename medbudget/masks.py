@@ -31,16 +31,9 @@ def ellipse(
 ) -> torch.Tensor:
     """Return a mask in the shape of an ellipse, ``(size, size) float32`` from 0 to 1.
 
-    Parameters
-    ----------
-    center : (float, float)
-        x to the right and y down, in fractions of the image's edge.
-    radii : (float, float) or float
-        Half the width and half the height, in the same fractions; or the radius of a circle.
-    angle : float
-        Radians, clockwise as seen.
-    size : int
-        Pixels; `inpaint` resizes masks to its images, so any will do.
+    `center` is x to the right and y down, `radii` half the width and half the height or the radius of
+    a circle, all in fractions of the image's edge; `angle` is in radians, clockwise as seen. `size`
+    are pixels: `inpaint` resizes masks to its images, so any will do.
 
     Examples
     --------
@@ -130,13 +123,8 @@ def read_mask(path: str | os.PathLike[str], *, size: int | None = None) -> torch
 def check_masks(mask: Mask, size: int | None = None) -> torch.Tensor:
     """Return one or several masks as ``(M, H, W) float32`` from 0 (keep) to 1 (repaint).
 
-    Parameters
-    ----------
-    mask : array, tensor or path
-        ``(H, W)`` or ``(M, H, W)``: bool, integers 0/1 or 0..255, floats 0..1; or an image file,
-        see `read_mask`.
-    size : int, optional
-        Pixels to bring square masks to (antialiased, so that borders become soft).
+    They are ``(H, W)`` or ``(M, H, W)``: bool, integers 0/1 or 0..255, floats 0..1; or an image file,
+    see `read_mask`. Square masks are brought to `size` pixels, with soft borders.
     """
     if isinstance(mask, str | os.PathLike):
         mask = read_mask(mask)

@@ -70,13 +70,7 @@ class Network(nn.Module):
 
 
 def make_network(settings: ClassifierSettings) -> Network:
-    """Build the network, load its weights, and give it a head drawn from the seed.
-
-    Raises
-    ------
-    WeightsError
-        Weights that are neither in a cache nor to be had, or of another network.
-    """
+    """Build the network, load its weights, and give it a head drawn from the seed."""
     path = None if settings.weights in ("imagenet", "none") else Path(settings.weights)
     mean: tuple[float, ...] = (0.0,) * 3
     sd: tuple[float, ...] = (1.0,) * 3

@@ -147,18 +147,10 @@ def inpaint_to(
 ) -> list[Path]:
     """Repaint image files into PNG files, and return their paths, variants next to each other.
 
-    Each file records how it was made. Originals are never replaced. The `options` are those of
-    `inpaint`.
-
-    Parameters
-    ----------
-    image : path
-        A file or a folder. Images come out in the base's size.
-    mask : mask, path, or mapping of str to mask
-        One for all images; a folder with a mask for each image under its name; or several with
-        names, each for all images.
-    save_masks : bool
-        Write each image's mask to ``FOLDER/masks`` too.
+    Each file records how it was made. Originals are never replaced. `image` is a file or a folder;
+    images come out in the base's size. `mask` is one for all images, a folder with a mask for each
+    image under its name, or several with names, each for all images; `save_masks` writes each
+    image's mask to ``FOLDER/masks`` too. The `options` are those of `inpaint`.
     """
     folder = Path(folder)
     masked = mask if isinstance(mask, str | os.PathLike) else None

@@ -50,19 +50,10 @@ def list_formats() -> tuple[str, ...]:
 def open_picture(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
     """Read an image file whole and upright.
 
-    Returns
-    -------
-    image : PIL.Image.Image
-        Of mode ``L`` or ``RGB``, of ``RGBA`` where pixels are transparent, or of ``I;16``, ``I``
-        or ``F`` for gray of more than 8 bits.
-    inverted : bool
-        Of gray of more than 8 bits: low values are white.
-
-    Raises
-    ------
-    ImageError
-        Unreadable, of several pages, of more than 8 bits a colour, or of another colour model. The
-        message begins with a verb, so that the caller can name the file.
+    The image is of mode ``L`` or ``RGB``, of ``RGBA`` where pixels are transparent, or of ``I;16``,
+    ``I`` or ``F`` for gray of more than 8 bits, of which the second value tells if low values are
+    white. What is unreadable, has several pages, more than 8 bits a colour or another colour model
+    raises ImageError; its message begins with a verb, so that the caller can name the file.
     """
     suffix = Path(path).suffix.lower()
     if suffix in HEIF and "HEIF" not in list_formats():

@@ -50,16 +50,8 @@ def write_result(
 ) -> Path:  # fmt: skip
     """Record measured values as ``results/NAME.json``, with what is needed to measure them again.
 
-    Parameters
-    ----------
-    values : mapping
-        JSON types only.
-    command : str
-        The line that makes this file, from the repository's root.
-    base_hash : str, optional
-        `Base.hash` of the base on whose weights the values depend; None where they depend on none.
-    device : str, optional
-        Default `describe_device`.
+    The values are JSON types; `command` is the line that makes this file, from the repository's root.
+    `base_hash` is that of the base on whose weights they depend, None where they depend on none.
     """
     path = check_writable(Path(folder or results_folder()) / f"{name}.json")
     today = datetime.date.today().isoformat()

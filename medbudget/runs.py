@@ -32,19 +32,11 @@ class Steps:
     Ctrl-C and SIGTERM end the run after the current step, once its checkpoint is saved; a second
     one ends it at once.
 
-    Parameters
-    ----------
-    run : object
-        Has ``step``, the steps done, ``state_dict()`` and ``load_state_dict(state)``. A step comes
-        again where the loop's body has not raised ``step``.
-    total : int
-        Steps of the whole run.
-    checkpoint : path, optional
-        Saved every `every` steps, when the run is stopped, and at the end; never deleted here. If
-        the file exists, the run goes on from it.
-    identity : mapping
-        Names the run, e.g. ``{"settings": {…}, "base": hash, "images": hash}``. A checkpoint with
-        another identity is refused; entries that are mappings are compared one by one.
+    `run` has ``step``, the steps done, ``state_dict()`` and ``load_state_dict(state)``; a step comes
+    again where the loop's body has not raised ``step``. The `checkpoint` is saved every `every` steps,
+    when the run is stopped, and at the end, and is never deleted here; if the file exists, the run
+    goes on from it. Its `identity` names the run, e.g. ``{"settings": {…}, "base": hash}``; a
+    checkpoint with another one is refused, and entries that are mappings are compared one by one.
 
     Examples
     --------
@@ -131,10 +123,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Return the state in a checkpoint of `Steps`, on the CPU.
 
-    Raises
-    ------
-    ValueError
-        A damaged file, or one of another `identity`; says which settings differ.
+    A damaged file, or one of another `identity`, raises ValueError, which says what differs.
     """
     path = Path(path)
     try:

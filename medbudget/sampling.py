@@ -20,7 +20,6 @@ from medbudget.gpu import choose_speed, draw_in_batches, speed_up
 from medbudget.prompts import parse_prompt, plain_text, unused_tokens
 from medbudget.settings import check_counts, check_number, list_seeds
 
-STEPS = {"tiny": 25, "paper": 100}  # by the base's preset
 BATCH = 16
 USUAL = 20  # total guidance beyond which a word is said
 Callback = Callable[[dict[str, Any]], None]
@@ -165,8 +164,7 @@ def denoise(
 ) -> torch.Tensor:
     """Run the loop from latents ``x (n, c, h, w) float32`` at ``sigmas[0]`` to the end.
 
-    `noises` yields one ``(n, c, h, w)`` tensor a step; `blend` maps the denoised prediction
-    (inpainting).
+    `noises` yields one such tensor a step; `blend` maps the denoised prediction (inpainting).
     """
     for i, t in enumerate(timesteps):
         sigma, sigma_next = float(sigmas[i]), float(sigmas[i + 1])
@@ -222,7 +220,7 @@ def sample(
     callback: Callback | None = None,
     **others: Any,
 ) -> torch.Tensor:
-    """Generate images from a prompt (paper, section 3.1).
+    """Generate images ``(n, 3, size, size) uint8`` from a prompt (paper, section 3.1).
 
     Parameters
     ----------
@@ -253,11 +251,6 @@ def sample(
     callback : callable, optional
         Called after every step with ``{"step", "steps", "sigma", "denoised", "x", "first"}``, the
         last the index of the batch's first image.
-
-    Returns
-    -------
-    torch.Tensor
-        ``(n, 3, size, size) uint8``.
 
     Examples
     --------
@@ -315,7 +308,7 @@ def add_first(callback: Callback | None, first: int) -> Callback:
 
 def default_steps(base: Base) -> int:
     """Return the number of steps where none is given: 25 on ``tiny``, else the paper's 100."""
-    return STEPS["tiny" if base.preset == "tiny" else "paper"]
+    return 25 if base.preset == "tiny" else 100
 
 
 def refuse_options(function: str, others: dict[str, Any]) -> None:

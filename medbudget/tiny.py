@@ -111,7 +111,7 @@ def load_trained(
         raise ValueError(
             f"the embeddings in the package are for the base 'tiny', this one is {base.name!r}: "
             "learn a word with medbudget.invert, load one with Embedding.load(file), or use the "
-            "paper's with medbudget.hub.load_word"
+            "paper's with medbudget.hub.find_word"
         )
     path = find_trained(kind, label, n_vectors=n_vectors, cases=cases)
     embedding = Embedding.load(path)

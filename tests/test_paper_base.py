@@ -9,14 +9,14 @@ import torch
 from paper_base import SIZE
 
 from medbudget import Embedding, known, load_base, load_images, sample, verify
-from medbudget.hub import PAPER_EMBEDDINGS, load_word
+from medbudget.hub import PAPER_EMBEDDINGS, find_word
 from medbudget.known import KNOWN
 
 
 def test_the_papers_base_and_words_are_found_offline(paper):
     base = load_base("sd20", device="cpu")
     assert (base.width, base.prediction, base.preset, base.note) == (1024, "epsilon", "paper", "")
-    words = [load_word("chest", label) for label in ("healthy", "cardiomegaly")]
+    words = [find_word("chest", label, base) for label in ("healthy", "cardiomegaly")]
     images = sample(
         base, "<healthy>:0.25 AND <cardiomegaly>:0.75", embeddings=words, n=2, steps=2
     )  # fmt: skip
@@ -40,7 +40,7 @@ def test_verify_proves_the_base_and_finds_one_swapped_layer(paper, medbudget, mo
     lines = dict(line.split(maxsplit=1) for line in said.splitlines()[1:])
     assert code == 1 and lines.pop("identity").startswith("FAILED: not Stable Diffusion 2.0")
     assert lines.pop("hash")
-    assert all(line.startswith("ok:") for line in lines.values()) and len(lines) == 4, said
+    assert all(line.startswith("ok:") for line in lines.values()) and len(lines) == 3, said
     base = load_base("sd20", device="cpu")
     for weights in base.vae.decoder.conv_out.parameters():
         weights.mul_(0.02)  # random weights draw black and white

@@ -171,7 +171,7 @@ def paper(*, fetch: Words = None, out: Path = Path("embeddings")) -> None:
     if not fetch:
         print(f"{'name':<27}{'steps':>8}  {'SHA-256':<14}draws")
         for e in PAPER_EMBEDDINGS:
-            print(f"{e.name:<27}{e.steps:>8,}  {e.sha256[:12]:<14}{e.draws}")
+            print(f"{e.name:<27}{e.steps:>8,}  {e.sha256[:12]:<14}{e.kind} {e.label}")
         print(
             f"64 vectors of width 1024 each, for Stable Diffusion 2.0 ({PAPER_CHECKPOINT}); MIT. "
             f"From {PAPER_URL}. Get them with --fetch NAME or --fetch all"

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
-from safetensors.torch import save as save_safetensors
 
-from medbudget.files import hash_settings, write_bytes, write_json
+from medbudget.files import hash_settings, write_json, write_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +178,7 @@ def make_result(task: Task, store: Store) -> None:
     if isinstance(result, dict):
         write_json(temporary, result)
     elif isinstance(result, torch.Tensor):
-        write_bytes(temporary, save_safetensors({"images": result.contiguous()}))
+        write_tensors(temporary, {"images": result})
     else:
         result(temporary)
     path.parent.mkdir(parents=True, exist_ok=True)

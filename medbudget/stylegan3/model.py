@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from medbudget.files import check_writable, hash_tensors, write_bytes
+from medbudget.files import check_writable, hash_tensors, write_tensors
 from medbudget.progress import tqdm
 from medbudget.settings import check_seed
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
@@ -68,7 +67,7 @@ class StyleGAN3:
         """
         path = check_writable(path)
         tensors = {
-            f"{name}.{key}": (t.half() if t.ndim else t).cpu().contiguous()
+            f"{name}.{key}": t.half() if t.ndim else t
             for name in ("generator", "discriminator")
             for key, t in getattr(self, name).state_dict().items()
         }
@@ -77,8 +76,7 @@ class StyleGAN3:
         about = {"architecture": asdict(self.generator.architecture),
                  "discriminator": asdict(self.discriminator.architecture),
                  "record": self.record}  # fmt: skip
-        meta = {"medbudget_stylegan3": json.dumps(about)}
-        write_bytes(path, save_safetensors(tensors, metadata=meta))
+        write_tensors(path, tensors, {"medbudget_stylegan3": json.dumps(about)})
 
     @classmethod
     def load(
