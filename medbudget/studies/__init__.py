@@ -116,25 +116,12 @@ def make_study(
     sources: Mapping[str, Path] | None = None,
     settings: StudySettings | None = None,
 ) -> Study:
-    """Plan a study.
+    """Plan the study of a name in `STUDIES`.
 
-    Parameters
-    ----------
-    name : str
-        A key of `STUDIES`.
-    preset : {"tiny", "colab", "paper"}
-    base_hash : str
-        `Base.hash` of the base that the settings name.
-    sources : mapping of str to path, optional
-        Folders of real images by role, see `Recipe.roles`; needed where there are no phantoms. For
-        Table 1: ``train``, ``reference`` and, for the floor, ``floor``.
-    settings : StudySettings, optional
-        In place of the preset's; see `study_settings`.
-
-    Raises
-    ------
-    ValueError
-        Unknown study, preset or role, images that are needed and not given, or too few of them.
+    `base_hash` is that of the base that the settings name. `sources` are folders of real images by
+    role (see `Recipe.roles`), needed where there are no phantoms: for Table 1 ``train``,
+    ``reference`` and, for the floor, ``floor``. `settings` are in place of the preset's. An unknown
+    role, or too few images, raise ValueError.
     """
     settings, recipe = settings or study_settings(name, preset), _find_recipe(name)
     given = {role: Path(path) for role, path in (sources or {}).items()}

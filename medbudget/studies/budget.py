@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from medbudget.cases import order_classes
-from medbudget.classifier import ClassifierSettings
 from medbudget.inversion import InversionSettings
 from medbudget.lora import TuneSettings
 from medbudget.studies import budgeting  # noqa: F401  (its kinds of tasks)
+from medbudget.studies.classifying import plan_runs
 from medbudget.studies.drawing import BLOCK, Plan
 from medbudget.studies.rivals import plan_gan_blocks, read_start
 from medbudget.studies.study import Row, Study
@@ -58,7 +58,7 @@ class _Problem:
     train: tuple[Task, Task]
     val: tuple[Task, Task]
     test: tuple[Task, Task]
-    n: tuple[int, int]  # images of a class in validation and test
+    n: int  # images of a class in validation and in test
 
 
 def _find_classes(root: Path) -> tuple[str, str]:
@@ -89,7 +89,7 @@ def _plan_problem(p: Plan, name: str, cases: int) -> _Problem:
         return first, last
 
     sets = plan("train", cases), plan("val", others), plan("test", others)
-    return _Problem(name, "" if real else labels[1], *sets, (others, others))
+    return _Problem(name, "" if real else labels[1], *sets, others)
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,12 @@ def _plan_training(p: Plan, method: str, train: Task, cases: int, seen: int) -> 
         gan = StyleGAN3Settings.preset(
             s.stylegan3, **{**s.gan, "kimg": kimg, "snapshot_kimg": kimg}
         )
-        cut = replace(p.s, cases=cases)
         start = read_start(p.sources)
-        own = train if train.settings["n"] == cases else _cut(train, cut.cases)
+        own = (
+            train
+            if train.settings["n"] == cases
+            else Task("images", {**train.settings, "n": cases})
+        )
         settings = {"stylegan3": asdict(gan), "start": start.hash} | name_extractor(p)
         return Task("stylegan3", settings, p.shrink([own], start.generator.architecture.size))
     word = InversionSettings.preset(s.inversion, **s.overrides)
@@ -120,23 +123,13 @@ def _plan_training(p: Plan, method: str, train: Task, cases: int, seen: int) -> 
         training: Any = replace(word, n_vectors=m.vectors, steps=steps)
     else:
         shared = {key: getattr(word, key) for key in SHARED} | {"steps": steps}
-        training = TuneSettings.preset(
-            s.inversion,
-            rank=m.rank,
-            n_vectors=m.vectors,
-            word_lr=word.lr,
-            **(shared | {**s.tuning}),
-        )
+        extent = {"rank": m.rank, "n_vectors": m.vectors, "word_lr": word.lr}
+        training = TuneSettings.preset(s.inversion, **extent, **(shared | {**s.tuning}))
     settings = {
         "base": s.base, "base_hash": p.base_hash, "cases": cases, "training": asdict(training),
         "adapter": m.rank is not None,
     }  # fmt: skip
     return Task("trained", settings, (train,))
-
-
-def _cut(train: Task, n: int) -> Task:
-    """Return the task of the first `n` images of another one."""
-    return Task("images", {**train.settings, "n": n})
 
 
 def _plan_cell(p: Plan, problem: _Problem, method: str, cases: int, seen: int) -> _Cell:
@@ -160,20 +153,10 @@ def _plan_classifiers(
     p: Plan, problem: _Problem, images: Sequence[Sequence[Task]], n: int, role: str = "synthetic"
 ) -> tuple[Task, ...]:
     """Return trainings on `images`, by label, that are validated and tested on real ones."""
-    s = p.s
-    parts: list[list[Any]] = []
-    inputs: list[Task] = []
-    sets = [(role, images, n)]
-    for role, split, count in zip(("val", "test"), (problem.val, problem.test), problem.n):
-        sets.append((role, [[one] for one in split], count))
-    for role, both, count in sets:
-        for label, tasks in enumerate(both):
-            parts.append([role, label, len(tasks), count])
-            inputs += tasks
-    settings = asdict(ClassifierSettings.preset(s.classifier, **s.changes))
-    common = {"parts": parts, "noise": float(s.noise.get(problem.name, 0))}
-    each = [common | {"classifier": settings | {"seed": seed}} for seed in range(s.runs)]
-    return tuple(Task("classifier", one, tuple(inputs)) for one in each)
+    parts = [(role, label, tasks, n) for label, tasks in enumerate(images)]
+    for name, split in (("val", problem.val), ("test", problem.test)):
+        parts += [(name, label, [task], problem.n) for label, task in enumerate(split)]
+    return plan_runs(p, problem.name, parts)
 
 
 def _plan_row(
@@ -192,10 +175,10 @@ def _plan_row(
     if cell.trained:
         base = {"base": s.base, "base_hash": p.base_hash, "draws": DRAWS}
         inputs = (cell.trained[1], *train, *val)
-        sizes = {"n": [min(cases, MEMBERS), min(problem.n[0], MEMBERS)]}
+        sizes = {"n": [min(cases, MEMBERS), min(problem.n, MEMBERS)]}
         others.append(Task("leak", base | sizes, inputs))
     sets = [*cell.drawn, real, train]
-    cuts = [[len(own), n] for own, n in zip(sets, (s.n, s.n, problem.n[1], cases))]
+    cuts = [[len(own), n] for own, n in zip(sets, (s.n, s.n, problem.n, cases))]
     about = {"sets": cuts, "kind": problem.name if problem.label else "", "label": problem.label}
     about |= {"trained": bool(cell.trained)} | name_extractors(p)
     weigh = Task("weigh", about, (*(task for own in sets for task in own), *others))
@@ -203,7 +186,7 @@ def _plan_row(
     if reference:
         same = method != GAN  # images from the same seeds
         other = p.shrink(reference.drawn[1], size)
-        tests = [[len(cell.drawn[1]), s.n], [len(other), s.n], [1, problem.n[1]]]
+        tests = [[len(cell.drawn[1]), s.n], [len(other), s.n], [1, problem.n]]
         test = {"sets": tests, "paired": same, "repeats": 1000} | name_extractor(p)
         compare = Task("compare", test, (*cell.drawn[1], *other, *real))
     price = Task("price", {}, (cell.trained[1],)) if cell.trained else None
@@ -242,17 +225,16 @@ def make_budget(p: Plan) -> Study:
                 cell = _plan_cell(p, problem, method, numbers[-1], budget)
                 group = f"{name}, {numbers[-1]} cases, equal images"
                 rows.append(_plan_row(p, problem, group, method, cell, cells[first], numbers[-1]))
-        floor = _Cell((), tuple((one,) for one in problem.val), ())
-        count = min(problem.n[0], numbers[-1])
-        images = [[one] for one in problem.train]
-        floor = replace(floor, runs=_plan_classifiers(p, problem, images, count, "real"))
+        count = min(problem.n, numbers[-1])
+        runs = _plan_classifiers(p, problem, [[one] for one in problem.train], count, "real")
+        floor = _Cell((), tuple((one,) for one in problem.val), runs)
         rows.append(_plan_row(p, problem, f"{name}, real images", "none", floor, None, count))
     real = "images given" if given else "phantoms"
     about = (
         f"{p.describe(not given)} Every method learns each class from the same cases, in the "
         f"processor time in which {first} sees {budget} images (time for an image: as measured on "
         f"tiny, on one core, unless set); in the rows 'equal images' each sees {budget}. Distances: "
-        f"n = {s.n} images of the ill class against {problem.n[1]} held-out {real}. Classifiers: "
+        f"n = {s.n} images of the ill class against {problem.n} held-out {real}. Classifiers: "
         f"trained on {s.n} images of either class, tested on held-out {real}. Gain, by a bootstrap "
         f"over cases and runs, and p, by a permutation test of the first distance: against {first} "
         "on the same cases, images paired by seed but for the GAN. No p is corrected for the number "

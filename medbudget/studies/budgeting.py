@@ -28,14 +28,8 @@ from medbudget.studies.tasks import Store, Task, kind
 from medbudget.stylegan3 import StyleGAN3
 from medbudget.stylegan3.model import to_float
 
-SHOWN = (
-    "FD",
-    "FID",
-    "Layout",
-    "Precision",
-    "Recall",
-    "Copied share (pixels)",
-)  # starts of scores' names
+# starts of scores' names
+SHOWN = ("FD", "FID", "Layout", "Precision", "Recall", "Copied share (pixels)")
 
 
 def load_trained(path: Path) -> Embedding | Adapter:

@@ -18,15 +18,11 @@ import torch
 from medbudget.cases import Cases, check_drawn, check_splits
 from medbudget.classifier import ClassifierSettings, train_classifier
 from medbudget.data.pcam import load_labels, load_patches
-from medbudget.metrics.auc import (
-    bootstrap_auc,
-    calibration,
-    compute_auc,
-    delong_difference,
-)
+from medbudget.metrics.auc import bootstrap_auc, calibration, compute_auc, delong_difference
 from medbudget.metrics.frechet import Estimate
 from medbudget.metrics.scores import Score
 from medbudget.networks import make_network, resize
+from medbudget.studies.drawing import Plan
 from medbudget.studies.gains import score_gain, score_runs
 from medbudget.studies.tasks import Store, Task, kind
 
@@ -69,18 +65,32 @@ def read_part(
     return torch.cat(parts)[:n]
 
 
+def plan_runs(
+    p: Plan, name: str, parts: Sequence[tuple[str, int, Sequence[Task], int]],
+    judges: Sequence[Task] = (),
+) -> tuple[Task, ...]:  # fmt: skip
+    """Return the trainings of a line, which differ in their seed.
+
+    `parts` are a role (``real``, ``synthetic``, ``val``, ``test`` or ``also``), a label, the tasks of
+    its images, and how many of these; `judges` are trainings that filter the synthetic ones.
+    """
+    s = p.s
+    settings = asdict(ClassifierSettings.preset(s.classifier, **s.changes))
+    common = {
+        "parts": [[role, label, len(tasks), n] for role, label, tasks, n in parts],
+        "noise": float(s.noise.get(name, 0)),
+    } | ({"filter": "median"} if judges else {})
+    inputs = [task for _, _, tasks, _ in parts for task in tasks]
+    each = [common | {"classifier": settings | {"seed": seed}} for seed in range(s.runs)]
+    return tuple(Task("classifier", one, (*inputs, *judges)) for one in each)
+
+
 def keep_agreed(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Tell which images the judges, on average, rank on the side that they were made for.
 
-    Half of the images are of either class, so the median divides them; 0.5 would not, as the
-    probabilities of classifiers that were trained briefly all lie on one side of it.
-
-    Parameters
-    ----------
-    labels : array_like
-        ``(n,)`` of 0 and 1.
-    probabilities : array_like
-        ``(judges, n)``, of class 1.
+    Labels are ``(n,)``, the judges' probabilities of class 1 ``(judges, n)``. Half of the images are
+    of either class, so the median divides them; 0.5 would not, as the probabilities of classifiers
+    that were trained briefly all lie on one side of it.
     """
     mean = np.asarray(probabilities).mean(0)
     return (mean > np.median(mean)) == np.asarray(labels, bool)

@@ -7,12 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from medbudget.metrics.auc import (
-    bootstrap_auc,
-    calibration,
-    compute_auc,
-    detectable_difference,
-)
+from medbudget.metrics.auc import bootstrap_auc, calibration, compute_auc, detectable_difference
 from medbudget.metrics.frechet import Estimate
 from medbudget.metrics.scores import Score
 
@@ -26,16 +21,8 @@ def score_runs(
 ) -> list[Score]:
     """Return the mean AUC of repeated runs with its interval, their spread, and calibration.
 
-    Parameters
-    ----------
-    labels : array_like
-        ``(n,)`` of 0 and 1.
-    scores : array_like
-        ``(runs, n)``: probabilities of class 1.
-    repeats : int
-        Of the two-level bootstrap, over cases and runs.
-    patients : sequence, optional
-        Whose case each is: patients are resampled instead of cases.
+    Labels are ``(n,)`` of 0 and 1, scores ``(runs, n)``: probabilities of class 1. The interval is
+    that of `bootstrap_auc`.
     """
     truth, values = np.asarray(labels), np.atleast_2d(np.asarray(scores, dtype=np.float64))
     n = (int((truth == 0).sum()), int((truth == 1).sum()))

@@ -105,14 +105,9 @@ def record_table(study: Study, store: Store, command: str) -> Path:
 
 
 def save_lines(study: Study, store: Store, folder: Path) -> list[Path]:
-    """Write the first `n` images of every finished line as PNG files, a folder for each line.
+    """Write the first `n` images of every finished line as PNG files, a new folder for each line.
 
-    Named by number alone, as a reader study wants them.
-
-    Raises
-    ------
-    FileExistsError
-        A folder of a line is there already.
+    They are named by number alone, as a reader study wants them.
     """
     rows = [row for row in study.rows if row.images and all(map(store.has, row.images))]
     single = len({row.group for row in rows}) == len(rows)

@@ -68,14 +68,6 @@ def run(
         Of a Ray cluster.
     gpus : float, optional
         GPUs that a heavy Ray task asks for; default 1 where the cluster has any, else 0.
-
-    Raises
-    ------
-    ValueError
-        Unknown engine or shard, no workers, something that the tasks need and that is not there,
-        or a store that Ray's nodes do not share.
-    RuntimeError
-        A worker died.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; allowed are {', '.join(ENGINES)}")

@@ -6,9 +6,8 @@ A line is a training set, repeated over runs that differ in their seed; see `cla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from medbudget.cases import Cases, check_drawn, check_splits
 from medbudget.classifier import ClassifierSettings
 from medbudget.data.pcam import load_patches
 from medbudget.files import hash_tensors
-from medbudget.studies.classifying import PCAM, find_patches
+from medbudget.studies.classifying import PCAM, find_patches, plan_runs
 from medbudget.studies.drawing import BLOCK, Plan, read_source
 from medbudget.studies.study import Row, Study
 from medbudget.studies.tasks import Task
@@ -164,7 +163,6 @@ def make_table2(p: Plan) -> Study:
 
 def _make_rows(p: Plan, name: str) -> list[Row]:
     s, problem, real = p.s, PROBLEMS[name], _plan_real(p, name)
-    settings = asdict(ClassifierSettings.preset(s.classifier, **s.changes))
     drawn: dict[str, list[tuple[Task, ...]]] = {}
     for word, cases in (("many", s.cases), ("few", s.few_cases))[: 1 + problem.few]:
         for label in (0, 1):
@@ -176,22 +174,16 @@ def _make_rows(p: Plan, name: str) -> list[Row]:
         with_real: bool, n: int = 0, word: str = "many", *, also: bool = False,
         judges: Sequence[Task] = (),
     ) -> tuple[Task, ...]:  # fmt: skip
-        parts: list[list[Any]] = []
-        inputs: list[Task] = []
+        parts: list[tuple[str, int, Sequence[Task], int]] = []
         for split, role in (("train", "real"), ("val", "val"), ("test", "test")):
-            if split != "train" or with_real:
-                parts += [[role, label, 1, real[split, label][1]] for label in (0, 1)]
-                inputs += [real[split, label][0] for label in (0, 1)]
+            for label in (0, 1) if split != "train" or with_real else ():
+                task, number = real[split, label]
+                parts.append((role, label, [task], number))
         for role in ("synthetic",) * (n > 0) + ("also",) * also:
             half = (n or s.many) // 2
             for label, blocks in enumerate(drawn[word]):
-                blocks = blocks[: -(-half // BLOCK)]
-                parts.append([role, label, len(blocks), half])
-                inputs += blocks
-        common: dict[str, Any] = {"parts": parts, "noise": float(s.noise.get(name, 0))}
-        common |= {"filter": "median"} if judges else {}
-        each = [common | {"classifier": settings | {"seed": seed}} for seed in range(s.runs)]
-        return tuple(Task("classifier", one, (*inputs, *judges)) for one in each)
+                parts.append((role, label, blocks[: -(-half // BLOCK)], half))
+        return plan_runs(p, name, parts, judges)
 
     n_real, many = 2 * s.cases, s.many
     base = train(True, also=True)
