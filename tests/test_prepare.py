@@ -285,5 +285,5 @@ def test_load_images_finds_what_was_prepared_and_never_the_contact_sheet(tmp_pat
 
 def test_sizes_out_of_range(tmp_path: Path) -> None:
     for size in (7, 100_000):
-        with pytest.raises(ValueError, match=f"from 8 to 4096 pixels, got {size}"):
+        with pytest.raises(ValueError, match=f"size must be 8 to 4096, got {size}"):
             check_settings(size=size)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from medbudget.settings import check_number
+
 SIZES = (8, 4096)  # pixels of an edge that can be asked for
 Cells = dict[tuple[str, str], int]  # split and class to a number
 
@@ -86,8 +88,5 @@ class Report:
 def check_settings(*, size: int, **numbers: int) -> None:
     """Raise ValueError for numbers that are out of range."""
     for name, value in numbers.items():
-        least = 0 if name in ("seed", "reference") else 1
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"size must be from {SIZES[0]} to {SIZES[1]} pixels, got {size}")
+        check_number(name, value, 0 if name in ("seed", "reference") else 1, whole=True)
+    check_number("size", size, *SIZES, whole=True)

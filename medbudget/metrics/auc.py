@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy.stats import norm, rankdata
 
 from medbudget.metrics.frechet import Z95, Array, Estimate
+from medbudget.settings import check_number
 
 Cases = npt.NDArray[np.bool_]
 
@@ -116,8 +117,7 @@ def bootstrap_auc(
     the share of draws on the other side of 0, at least 2 / repeats.
     """
     positive, first = _check(labels, scores)
-    if repeats < 2:
-        raise ValueError(f"repeats must be at least 2, got {repeats}")
+    check_number("repeats", repeats, 2)
     sets = [np.atleast_2d(first)]
     if other is not None:
         sets.append(np.atleast_2d(_check(labels, other)[1]))

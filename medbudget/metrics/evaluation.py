@@ -17,6 +17,7 @@ from medbudget.metrics.kernel import kernel_distance, precision_recall
 from medbudget.metrics.neighbours import memorisation, wilson
 from medbudget.metrics.permutation import permutation_test
 from medbudget.metrics.scores import FEW, FLOOR, HALVED, Score
+from medbudget.settings import check_number
 from medbudget.weights import OFFLINE
 
 NO_GROUPS: tuple[Groups, Groups] = (None, None)
@@ -169,8 +170,7 @@ def evaluate(
     ):
         if word not in allowed:
             raise ValueError(f"{name}={word!r} is unknown; allowed are {', '.join(allowed)}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+    check_number("seed", seed, 0)
     names = [features] if isinstance(features, str | Extractor) else list(features)
     if not any((f if isinstance(f, str) else f.name) == "layout" for f in names):
         names.append("layout")

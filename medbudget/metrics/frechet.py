@@ -21,6 +21,7 @@ from scipy.linalg import qr, svd, svdvals
 from threadpoolctl import threadpool_limits
 
 from medbudget.results import count_cores
+from medbudget.settings import check_counts, check_number
 
 Array = npt.NDArray[np.float64]
 Features = npt.ArrayLike
@@ -217,8 +218,8 @@ def map_threads(
     Decompositions release Python's lock, so processes are no faster, and threads share the
     matrices.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    if workers is not None:
+        check_counts(workers=workers)
     with threadpool_limits(1), ThreadPoolExecutor(workers or count_cores()) as pool:
         return list(pool.map(function, items))
 
@@ -260,8 +261,7 @@ def bootstrap_distances(
     often: 63 % of n, from one precomputed Gram matrix.
     """
     x, y = check_pair(x, y)
-    if repeats < 2:
-        raise ValueError(f"repeats must be at least 2, got {repeats}")
+    check_number("repeats", repeats, 2)
     nx, ny = len(x), len(y)
     gap = x.mean(0) - y.mean(0)
     xc, yc = x - x.mean(0), y - y.mean(0)

@@ -9,6 +9,7 @@ import numpy as np
 
 from medbudget.metrics.frechet import Array, Features, check_pair, map_threads, root_trace
 from medbudget.metrics.kernel import polynomial_kernel
+from medbudget.settings import check_counts
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def permutation_test(
     terms = {"frechet": _frechet_terms, "kernel": _kernel_terms}
     if statistic not in terms:
         raise ValueError(f"statistic={statistic!r} is unknown; allowed are 'frechet', 'kernel'")
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    check_counts(repeats=repeats)
     a, ref = check_pair(gen_a, reference)
     b, _ = check_pair(gen_b, reference)
     na, nb = len(a), len(b)

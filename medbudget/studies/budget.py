@@ -110,13 +110,10 @@ def _plan_training(p: Plan, method: str, train: Task, cases: int, seen: int) -> 
             s.stylegan3, **{**s.gan, "kimg": kimg, "snapshot_kimg": kimg}
         )
         start = read_start(p.sources)
-        own = (
-            train
-            if train.settings["n"] == cases
-            else Task("images", {**train.settings, "n": cases})
-        )
+        if train.settings["n"] != cases:
+            train = Task("images", {**train.settings, "n": cases})
         settings = {"stylegan3": asdict(gan), "start": start.hash} | name_extractor(p)
-        return Task("stylegan3", settings, p.shrink([own], start.generator.architecture.size))
+        return Task("stylegan3", settings, p.shrink([train], start.generator.architecture.size))
     word = InversionSettings.preset(s.inversion, **s.overrides)
     steps = max(1, round(seen / word.batch_size))
     if m.rank is None:

@@ -41,7 +41,7 @@ from medbudget.metrics.auc import bootstrap_auc, delong_difference
 from medbudget.metrics.scores import Score, format_table, to_json
 from medbudget.networks import resize
 from medbudget.progress import tqdm
-from medbudget.settings import check_seed
+from medbudget.settings import check_counts, check_seed
 from medbudget.studies.gains import judge_gain, score_gain, score_runs
 
 Source = Cases | str | os.PathLike[str]
@@ -105,8 +105,7 @@ def classify(
     overwrite : bool
         Replace another comparison in `out`.
     """
-    if runs < 1:
-        raise ValueError(f"at least one run is needed, got {runs}")
+    check_counts(runs=runs)
     out, place = Path(out), find_device(device)
     settings = settings or choose_settings(device=place)
     sources = {"train": train, "val": val, "test": test}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from medbudget.settings import check_counts, check_number
 from medbudget.stylegan3.filters import TAPS, Rates, design_filter, downsample, make_rates, upsample
 
 SLOPE, GAIN = 0.2, math.sqrt(2)
@@ -40,11 +41,9 @@ class Architecture:
     def __post_init__(self) -> None:
         if self.size & (self.size - 1) or not 32 <= self.size <= 8192:
             raise ValueError(f"size must be a power of two from 32 to 8192, got {self.size}")
-        if not 3 <= self.n_layers <= 64:
-            raise ValueError(f"n_layers must be from 3 to 64, got {self.n_layers}")
+        check_number("n_layers", self.n_layers, 3, 64, whole=True)
         for name in ("channel_base", "channel_max", "width", "mbstd_group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_counts(**{name: getattr(self, name)})
 
 
 class Dense(nn.Module):

@@ -19,7 +19,7 @@ from medbudget.metrics.evaluation import frechet_score
 from medbudget.metrics.extractors import Extractor, load_extractor
 from medbudget.metrics.features import compute_features
 from medbudget.runs import Steps, draw_indices
-from medbudget.settings import Settings, check_seed
+from medbudget.settings import SEEDS, Settings
 from medbudget.stylegan3.augment import adapt, augment
 from medbudget.stylegan3.losses import (
     discriminator_loss,
@@ -65,7 +65,7 @@ class StyleGAN3Settings(Settings):
              "snapshot_kimg"), (1e-9, None),
         ),
         **dict.fromkeys(("batch_size", "r1_every", "ada_every", "mbstd_group"), (1, None)),
-        "gamma": (0, None), "ema_rampup": (0, None), "ada_target": (0, 0.999),
+        "gamma": (0, None), "ema_rampup": (0, None), "ada_target": (0, 0.999), "seed": SEEDS,
     }  # fmt: skip
     PRESETS: ClassVar = {
         "tiny": {
@@ -75,10 +75,6 @@ class StyleGAN3Settings(Settings):
         "colab": {"kimg": 10},
         "paper": {},
     }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed(self.seed)
 
 
 class Trainer:
