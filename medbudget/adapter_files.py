@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import SafetensorError, safe_open
 
-from medbudget.embeddings import LARGEST, META, Embedding, EmbeddingError
+from medbudget.embeddings import LARGEST, META, Embedding, EmbeddingError, read_about
 from medbudget.torchfiles import recognise
 
 PREFIX = "lora_unet_"
@@ -136,7 +136,9 @@ def read_adapter(path: Path) -> dict[str, Any]:
         raise AdapterError(f"it holds {strange[0][:100]}, which is no change to a U-Net's layer")
     if len(tensors) < len(keys):
         raise AdapterError("it holds a layer twice, under two names")
-    about = _read_about(metadata.get(META))
+    about = read_about(metadata.get(META))
+    if not all(isinstance(value, _KINDS.get(key, ())) for key, value in about.items()):
+        raise AdapterError("its metadata are damaged; fetch or train it again")
     word = about.pop("word", None)
     if META not in metadata:
         config = _read_config(metadata.get("lora_adapter_metadata"), "unet.")
@@ -223,14 +225,3 @@ def _read_word(noted: dict[str, Any]) -> Embedding:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         raise AdapterError("its word is damaged; fetch or train it again") from None
-
-
-def _read_about(noted: str | None) -> dict[str, Any]:
-    """Return what we wrote beside the tensors; empty for other programs' files."""
-    try:
-        about = {} if noted is None else json.loads(noted)
-        if isinstance(about, dict) and all(isinstance(v, _KINDS[k]) for k, v in about.items()):
-            return about
-    except (KeyError, ValueError, RecursionError):
-        pass
-    raise AdapterError("its metadata are damaged; fetch or train it again")

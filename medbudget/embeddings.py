@@ -207,7 +207,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Any], Any]:
 
 
 def _from_tensors(content: dict[str, Any], noted: Any, path: Path, token: str | None) -> Embedding:
-    about = _read_about(noted)
+    about = read_about(noted)
     if "string_to_param" in content:  # A1111
         params = content["string_to_param"]
         if isinstance(params, Mapping):  # the original repository stored a ParameterDict
@@ -257,7 +257,7 @@ def _read_text(about: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _read_about(noted: Any) -> dict[str, Any]:
+def read_about(noted: Any) -> dict[str, Any]:
     """Return what we wrote beside the vectors; empty for other programs' files."""
     try:
         about = {} if noted is None else json.loads(noted)

@@ -23,14 +23,7 @@ from medbudget.files import hash_tensors
 from medbudget.gpu import choose_speed
 from medbudget.inversion import InversionSettings, choose_weights, compare_noise, make_init
 from medbudget.settings import SEEDS, Settings, check_number
-from medbudget.training import (
-    InversionError,
-    Run,
-    check_square,
-    describe_data,
-    name_origin,
-    train,
-)
+from medbudget.training import InversionError, Run, check_square, describe_data, name_origin, train
 
 FULL = "full"
 MAX_RANK = 64
@@ -103,31 +96,13 @@ def tune(
 
     Parameters
     ----------
-    base : Base
-    images : torch.Tensor
-        ``(N, 3, H, H) uint8``, of the base's size or another multiple of its grid.
     token : str, optional
         ``<name>`` of the adapter's word: parts of a prompt that name it have the changes. Without
         one all parts have them, and the prompt says ``settings.init``.
-    settings : TuneSettings, optional
-        What is not given follows the preset of the base.
-    checkpoint : path, optional
-        See `Steps`. A run that goes on from it ends with the same tensors as an undisturbed one.
-    callback : callable, optional
-        Called after every step, before that is saved, with ``{"step", "steps", "loss", "lr",
-        "grad_norm"}``.
     init_vectors : torch.Tensor, optional
         ``(n, d)``: the word to train with, e.g. one that `invert` found; trained further where
-        ``settings.n_vectors`` is not 0.
-    fast : bool, optional
-        Compile the U-Net first; default: on a GPU for 300 steps and more.
-    data : str
-        A note on the images, kept in the file.
-
-    Returns
-    -------
-    Adapter
-        Changes and word, with their provenance and the loss history.
+        ``settings.n_vectors`` is not 0. The other parameters are those of `invert`; the callback
+        gets no vectors.
 
     Examples
     --------

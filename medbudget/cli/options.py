@@ -185,7 +185,7 @@ def load_checked(
 RECORDED = (
     "phantoms", "invert", "tune", "sample", "interpolate", "inpaint", "evaluate", "classify", "prepare",
 )  # fmt: skip
-NOT_KEPT = ("out", "overwrite", "checkpoint", "log_dir", "pairs", "key")  # differ in a next run
+NOT_KEPT = ("out", "overwrite", "checkpoint", "key")  # differ in a next run
 HEAD = "# medbudget"
 
 

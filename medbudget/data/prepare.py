@@ -61,22 +61,11 @@ def prepare_items(
     Images of the same pixels (`Made.pixels`) stay in one split, the first of train, val, test and
     reference; those in two classes are all left out.
 
-    Parameters
-    ----------
-    items : sequence of Item
-    make : callable
-        ``make(item) -> Made``; at module level or a `functools.partial` of such a function, so that
-        other processes can run it. Whatever is wrong with a case, it raises as `BrokenCase`,
-        ``ValueError``, ``RuntimeError`` or ``OSError``.
-    settings : mapping
-        What decides what the images look like; JSON. A later run must have the same.
-    spares : mapping of str to sequence of Item, optional
-        Class to the items that replace broken ones, in this order.
-    workers : int
-        Processes. On Windows and macOS, more than one needs ``if __name__ == "__main__":`` in a
-        script.
-    broken : sequence of (str, str)
-        Cases that are known to be unusable, and why.
+    `make` is at module level or a `functools.partial` of such a function, so that the processes of
+    `workers` can run it; whatever is wrong with a case, it raises as `BrokenCase`, ``ValueError``,
+    ``RuntimeError`` or ``OSError``. The `settings` decide what the images look like: JSON, and a
+    later run must have the same. `spares` replace broken items of their class, in this order;
+    `broken` are cases that are known to be unusable, and why.
     """
     if not items and not broken:
         raise ValueError("nothing to prepare: no case was selected")
