@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -87,6 +89,18 @@ def from_pil(image: Image.Image) -> torch.Tensor:
 def to_pil(image: torch.Tensor) -> Image.Image:
     """Turn one ``(3, H, W) uint8`` image into a PIL image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def to_png(image: torch.Tensor) -> bytes:
+    """Turn one ``(3, H, W) uint8`` image into the bytes of a PNG file, without any metadata."""
+    file = io.BytesIO()
+    to_pil(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+def to_url(png: bytes) -> str:
+    """Turn a PNG file into a data URL, for a page."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def find_images(folder: PathLike) -> list[Path]:

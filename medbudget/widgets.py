@@ -6,9 +6,7 @@ of their own, wait until the hand rests, and have a Stop button.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +19,7 @@ from IPython.display import HTML
 
 from medbudget.base import Base
 from medbudget.embeddings import Embedding
-from medbudget.images import check_images, make_grid, save_images, to_pil
+from medbudget.images import check_images, make_grid, save_images, to_png, to_url
 from medbudget.inpainting import inpaint
 from medbudget.masks import brush_mask
 from medbudget.reader import ReaderStudy, default_key
@@ -32,18 +30,11 @@ SHOWN = 160  # screen pixels of an image in a row of frames
 DELAY = 0.4  # seconds without a change before a drawing starts
 
 
-def _to_png(images: torch.Tensor, *, columns: int = 4, edge: int = 128) -> bytes:
+def _draw_png(images: torch.Tensor, *, columns: int = 4, edge: int = 128) -> bytes:
     """Return images as one PNG file in reading order, each about `edge` pixels wide."""
     zoom = max(1, round(edge / images.shape[-1]))
     grid = make_grid(images, columns=columns, gap=2)
-    grid = grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    file = io.BytesIO()
-    to_pil(grid).save(file, format="PNG")
-    return file.getvalue()
-
-
-def _embed(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return to_png(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
 
 
 # shows one frame of its figure; it travels with the output, as a page of the book has no kernel
@@ -74,10 +65,10 @@ def show_frames(
     wide = SHOWN * min(columns, *map(len, frames.values()))
     parts = []
     for i, (place, images) in enumerate(frames.items()):
-        png = _to_png(check_images(images), columns=columns, edge=images.shape[-1])
+        png = _draw_png(check_images(images), columns=columns, edge=images.shape[-1])
         hidden = "" if i == start else " hidden"
         parts.append(
-            f'<div data-frame="{i}" data-place="{say(place)}"{hidden}><img src="{_embed(png)}" '
+            f'<div data-frame="{i}" data-place="{say(place)}"{hidden}><img src="{to_url(png)}" '
             f'alt="{say(f"{alt} {label}: {place}.")}" style="width: {wide}px; max-width: 100%">'
             f"<div>{say(label)}: <strong>{say(place)}</strong></div></div>"
         )
@@ -221,7 +212,7 @@ class PromptMixer(ipw.VBox):
     def _draw(self, check: Callable[..., None], prompt: str, scale: float) -> None:
         words = {"embeddings": self.embeddings, **self.options}
         images = sample(self.base, prompt, cfg_scale=scale, callback=check, **words)
-        self.picture.value = _to_png(images)
+        self.picture.value = _draw_png(images)
 
 
 # sends a stroke, the points in fractions of the edge, to the text field beside the picture
@@ -278,7 +269,7 @@ class MaskPainter(ipw.VBox):
         shown = (self.image * (1 - share) + tint * share).round().to(torch.uint8)
         covered = 100 * self.mask.mean().item()
         self.picture.value = (
-            f'<img draggable="false" src="{_embed(_to_png(shown, edge=EDGE))}" width="{EDGE}" '
+            f'<img draggable="false" src="{to_url(_draw_png(shown, edge=EDGE))}" width="{EDGE}" '
             f'alt="The image to draw on; the mask covers {covered:.0f} percent of it." '
             'style="image-rendering: pixelated; touch-action: none; cursor: crosshair" '
             f'onpointerdown="{html.escape(_DRAW)}">'
@@ -324,7 +315,7 @@ class Inpainter(ipw.VBox):
     def _show(self, images: torch.Tensor | None) -> None:
         """Show images, or with None no picture at all."""
         self.images = images
-        self.result.value = b"" if images is None else _to_png(images)
+        self.result.value = b"" if images is None else _draw_png(images)
         self.result.layout.display = "none" if images is None else ""
         self.save.disabled = images is None
 

@@ -5,10 +5,8 @@ Which image came from which source stands in the key alone, a file beside the fo
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import html
-import io
 import json
 import os
 import re
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 
 from medbudget.files import check_output, hold, write_bytes, write_json
-from medbudget.images import find_images, hash_pixels, load_image, to_pil
+from medbudget.images import find_images, hash_pixels, load_image, to_png, to_url
 from medbudget.metrics.scores import Score
 from medbudget.progress import tqdm
 from medbudget.reader.analysis import score_answers
@@ -125,7 +123,7 @@ class ReaderStudy:
 
     def urls(self, pair: int) -> list[str]:
         """Return the left and the right image of a pair as data URLs, for a page."""
-        return [_to_url((self.folder / name).read_bytes()) for name in self.pairs[pair]]
+        return [to_url((self.folder / name).read_bytes()) for name in self.pairs[pair]]
 
     def _read_key(self, path: Path) -> dict[str, Any]:
         secret = _read_json(path, "study", "labels", "pairs")
@@ -176,7 +174,7 @@ class ReaderStudy:
             }
         if reference is not None:
             image, shows = reference
-            data["reference"] = {"url": _to_url(_to_png(image)), "text": shows}
+            data["reference"] = {"url": to_url(to_png(image)), "text": shows}
         text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
         parts = {"TITLE": html.escape(self.question), "STUDY": text}
         template = TEMPLATE.read_text(encoding="utf-8")
@@ -225,7 +223,7 @@ def _write_study(
         pairs.append([f"images/{number:03d}_{side}.png" for side in SIDES])
         for side, name in zip(SIDES, pairs[-1]):
             # the pixels, and nothing else of the file
-            png = _to_png(load_image(Path(sources[item[side]]) / item[item[side]]))
+            png = to_png(load_image(Path(sources[item[side]]) / item[item[side]]))
             (folder / name).write_bytes(png)
             digest.update(png)
     study = digest.hexdigest()[:12]
@@ -281,16 +279,6 @@ def _draw_items(
         names = {"a": chosen[0][k], "b": chosen[1][k]}
         items.append({"left": left, "right": right, **names, "repeats": k if repeated else None})
     return items
-
-
-def _to_png(image: torch.Tensor) -> bytes:
-    file = io.BytesIO()
-    to_pil(image).save(file, format="PNG")
-    return file.getvalue()
-
-
-def _to_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _parse(path: Path) -> Any:
