@@ -135,8 +135,9 @@ def load_single_file(path: Path) -> Parts:
             network.load_state_dict(chosen, assign=True)
         except RuntimeError as error:
             raise BaseError(f"{path.name} does not fit {architecture['title']}: {error}") from None
-    for module in text_encoder.modules():  # what no checkpoint stores
+    for module in text_encoder.modules():
         for name, buffer in module.named_buffers(recurse=False):
+            assert name == "position_ids", name  # the one that no checkpoint stores
             numbers = torch.arange(buffer.shape[-1]).expand(buffer.shape)
             module.register_buffer(name, numbers, persistent=False)
     tokenizer = build_tokenizer(architecture["pad_token"])

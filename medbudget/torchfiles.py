@@ -26,10 +26,10 @@ class RefusedError(ValueError):
     """A file that is damaged, is something else, or holds more than tensors and plain values."""
 
 
-class _Inert(dict):
+class Inert(dict):
     """The state of an object whose class is not loaded."""
 
-    def __new__(cls, *args: Any) -> _Inert:
+    def __new__(cls, *args: Any) -> Inert:
         return super().__new__(cls)
 
     def __init__(self, *args: Any) -> None:
@@ -40,7 +40,7 @@ class _Inert(dict):
             self.update(state)
 
 
-class _Dtype(_Inert):
+class _Dtype(Inert):
     """NumPy's dtype: numbers and truth values of at most 8 bytes, else no code."""
 
     def __init__(self, code: Any = "", *args: Any) -> None:
@@ -61,13 +61,13 @@ def _read_scalar(dtype: Any, data: Any = b"") -> Any:
 
 # Named in embeddings of the original repository and in official checkpoints; stand-ins for all.
 _STAND_INS: list[Any] = [
-    (_Inert, "torch.nn.modules.container.ParameterDict"),
-    (_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-    (_Inert, "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"),
-    (_Inert, "numpy.ndarray"),
+    (Inert, "torch.nn.modules.container.ParameterDict"),
+    (Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (Inert, "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"),
+    (Inert, "numpy.ndarray"),
     (_Dtype, "numpy.dtype"),
     *((_read_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((_Inert, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((Inert, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
 
 

@@ -21,21 +21,15 @@ import torch
 
 from medbudget.stylegan3.model import StyleGAN3, build_like
 from medbudget.stylegan3.networks import Architecture, Discriminator, Generator
-from medbudget.torchfiles import RefusedError, check_instructions, check_tensors, read_torch
+from medbudget.torchfiles import Inert, RefusedError, check_instructions, check_tensors, read_torch
 
 
-class _Box(dict):
-    """The state of an object whose class is not loaded."""
-
-    def __new__(cls, *args: Any) -> _Box:
-        return super().__new__(cls)
+class _Box(Inert):
+    """The state of an object, also where it is given at once."""
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*(a for a in args[:1] if isinstance(a, dict)))
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.update(state)
+        super().__init__()
+        self.update(*(a for a in args[:1] if isinstance(a, dict)))
 
 
 class _Call:
