@@ -225,7 +225,8 @@ def make_budget(p: Plan) -> Study:
         count = min(problem.n, numbers[-1])
         runs = _plan_classifiers(p, problem, [[one] for one in problem.train], count, "real")
         floor = _Cell((), tuple((one,) for one in problem.val), runs)
-        rows.append(_plan_row(p, problem, f"{name}, real images", "none", floor, None, count))
+        group = f"{name}, {'real images' if given else 'phantoms'}"
+        rows.append(_plan_row(p, problem, group, "none", floor, None, count))
     real = "images given" if given else "phantoms"
     about = (
         f"{p.describe(not given)} Every method learns each class from the same cases, in the "
