@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import binomtest
-from wording import LEVEL, badge, p_value, pass_holm, read_values, share, verdict
+from wording import LEVEL, badge, enumerate_words, p_value, pass_holm, read_values, share, verdict
 
 FD = "FD (EfficientNet-Lite0)"
 INSIDE = ("Recall",)
@@ -133,7 +133,9 @@ def tell_distances(cells: Cells) -> dict[str, str]:
         "gan.further": count(("gan",), kept - nearer),
         "small.further": count(("word1", "word8"), kept - nearer),
         "tuned.nearer": count(TUNED, nearer),
-        "last.methods": " and ".join(n for n, m in METHODS.items() if (m, most, False) in nearer),
+        "last.methods": enumerate_words(
+            [name for name, method in METHODS.items() if (method, most, False) in nearer]
+        ),
         "last.nearer": str(
             sum(n == most and m in TUNED and not e for m, n, e in nearer) or "none"
         ),  # with the largest number of cases

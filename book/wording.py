@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,11 @@ def share(value: float, digits: int = 2) -> str:
     sign = "−" if value < 0 else ""
     text = f"{abs(value):.{digits}f}"
     return sign + (text[1:] if text.startswith("0.") else text)
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    """Write words as in a sentence: a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
 def p_value(value: float) -> str:
