@@ -69,11 +69,11 @@ _OTHERS = {  # classes of pipelines
     "predicts a flow instead of noise",
     "Flux": "is Flux: a transformer with other text encoders, which predicts a flow instead of noise",
 }
-DISTILLED = (
+_DISTILLED = (
     "is distilled to few steps: it no longer predicts the noise of every step, which Textual "
     "Inversion and the paper's sampler rest on"
 )
-DISTILLED_NAMES = re.compile(
+_DISTILLED_NAMES = re.compile(
     r"(?<![a-z])(turbo|lightning|lcm|hyper-?sd|distill(ed|ation)?)(?![a-z])|LatentConsistency",
     flags=re.IGNORECASE,
 )
@@ -108,8 +108,8 @@ def refuse_others(folder: Path, name: str) -> None:
     origins = [str(c.get("_name_or_path", "")).split("/")[-1] for c in (index, unet)]
     planned = str(scheduler.get("_class_name", "")).removesuffix("Scheduler")
     for word in (kind, "" if Path(name).exists() else name, *origins, planned):
-        refuse(name, DISTILLED if DISTILLED_NAMES.search(word) else "")
-    refuse(name, DISTILLED if unet.get("time_cond_proj_dim") else "")
+        refuse_distilled(name, word)
+    refuse(name, _DISTILLED if unet.get("time_cond_proj_dim") else "")
     if unet.get("mid_block_type", "") is None:
         refuse(name, "is distilled to fewer layers: its U-Net has no middle block")
     if kind and not kind.startswith("StableDiffusion"):
@@ -117,6 +117,11 @@ def refuse_others(folder: Path, name: str) -> None:
     latents = read_json(folder / "vae" / "config.json").get("latent_channels", 4)
     if unet.get("in_channels") != latents:
         refuse(name, CHANNELS.get(unet.get("in_channels", 0), ""))
+
+
+def refuse_distilled(name: str, word: str) -> None:
+    """Raise `BaseError` if the name of a file, repository or class says turbo, LCM or the like."""
+    refuse(name, _DISTILLED if _DISTILLED_NAMES.search(word) else "")
 
 
 # --------------------------------------------------------------------------- the hub

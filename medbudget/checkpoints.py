@@ -18,7 +18,7 @@ from medbudget.architectures import (
     noise_schedule,
     read_architectures,
 )
-from medbudget.bases import CHANNELS, DISTILLED, DISTILLED_NAMES, refuse
+from medbudget.bases import CHANNELS, refuse, refuse_distilled
 from medbudget.known import BaseError, known_base
 from medbudget.torchfiles import RefusedError, check_tensors, read_torch, recognise
 
@@ -76,7 +76,7 @@ _OTHER_KEYS = {  # starts of a file's keys, and what they say
 
 def _guess_architecture(state: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
     """Find the shipped architecture whose text encoder and U-Net have the file's widths."""
-    refuse(name, DISTILLED if DISTILLED_NAMES.search(Path(name).stem) else "")
+    refuse_distilled(name, Path(name).stem)
     for start, reason in _OTHER_KEYS.items():
         refuse(name, reason if any(key.startswith(start) for key in state) else "")
     first, cross = state.get(f"{UNET_KEY}input_blocks.0.0.weight"), state.get(UNET_KEY + CROSS_KEY)

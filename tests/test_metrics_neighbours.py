@@ -58,6 +58,12 @@ def test_correlation_by_hand():
     down = left.transpose(2, 3).contiguous()
     inverse, _ = pixel_neighbours(down, 200 - down)  # no mirror image of it is the other
     assert inverse[0] > 1.2
+    # a ramp keeps its shape under every shift, and one from top to bottom its mirror image
+    rising = (4 * torch.arange(64)).to(torch.uint8).view(64, 1).expand(1, 3, 64, 64)
+    opposite, _ = pixel_neighbours(rising, 255 - rising)
+    assert opposite[0] == pytest.approx(2, abs=1e-5)
+    across, _ = pixel_neighbours(rising, rising.transpose(2, 3).contiguous())
+    assert across[0] == pytest.approx(1, abs=1e-5)
 
 
 def test_feature_neighbours_see_mirror_images():

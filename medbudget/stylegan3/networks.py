@@ -42,8 +42,8 @@ class Architecture:
         if self.size & (self.size - 1) or not 32 <= self.size <= 8192:
             raise ValueError(f"size must be a power of two from 32 to 8192, got {self.size}")
         check_number("n_layers", self.n_layers, 3, 64, whole=True)
-        for name in ("channel_base", "channel_max", "width", "mbstd_group"):
-            check_counts(**{name: getattr(self, name)})
+        counts = ("channel_base", "channel_max", "width", "mbstd_group")
+        check_counts(**{name: getattr(self, name) for name in counts})
 
 
 class Dense(nn.Module):
