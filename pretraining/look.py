@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from medbudget.data import picai, resample
-from medbudget.data.phantoms import KINDS
-from medbudget.data.phantoms import make_phantoms as make_todays
-from pretraining.phantoms import make_phantoms
+from medbudget.data.phantoms import KINDS, make_phantoms
 
 Array = NDArray[np.floating]
 PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
@@ -83,19 +81,18 @@ def tile(rows: list[tuple[str, list[Array]]], edge: int) -> Image.Image:
 
 
 def draw_sheets(kind: str, size: int, folder: Path | None, n: int = 6) -> Image.Image:
-    """Draw today's and the next phantoms of each class, and real images where there are some."""
+    """Draw phantoms of each class, and real images where there are some."""
     rows: list[tuple[str, list[Array]]] = []
     edge = max(size, 256)
     for label in KINDS[kind]:
-        for name, make in (("today", make_todays), ("next", make_phantoms)):
-            images = make(kind, label, n, size=size, split="test").images.numpy()
-            title = f"{name}: {kind} {label}, {size} px"
-            if kind == "prostate":
-                rows += [(f"{title}, {s}", list(images[:, c])) for c, s in enumerate(SEQUENCES)]
-            elif kind == "chest":
-                rows.append((title, list(images[:, 0])))
-            else:
-                rows.append((title, list(images.transpose(0, 2, 3, 1))))
+        images = make_phantoms(kind, label, n, size=size, split="test").images.numpy()
+        title = f"phantoms: {kind} {label}, {size} px"
+        if kind == "prostate":
+            rows += [(f"{title}, {s}", list(images[:, c])) for c, s in enumerate(SEQUENCES)]
+        elif kind == "chest":
+            rows.append((title, list(images[:, 0])))
+        else:
+            rows.append((title, list(images.transpose(0, 2, 3, 1))))
     if folder and kind == "prostate":
         real = load_prostates(folder, size)
         rows += [(f"real: one patient, {s}", list(real[:n, c])) for c, s in enumerate(SEQUENCES)]

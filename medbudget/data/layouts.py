@@ -83,7 +83,7 @@ def _grow(index: int, positive: bool, pixels: int, slices: int, seed: int) -> An
     phantom = make_phantoms("prostate", label, 1, size=pixels, seed=seed * 10000 + index)
     middle = slices // 2
     x, y = np.meshgrid(*[np.linspace(-1, 1, pixels)] * 2)
-    oval = Image.fromarray(((x / 0.4) ** 2 + (y / 0.34) ** 2 < 1).astype(np.uint8))
+    oval = Image.fromarray(((x / 0.32) ** 2 + (y / 0.25) ** 2 < 1).astype(np.uint8))
     planes = [*(Image.fromarray(c.numpy()) for c in phantom.images[0]), oval]
     planes.append(Image.fromarray(phantom.masks[0].numpy().astype(np.uint8)))
     stacks = np.zeros((5, slices, pixels + 2 * BORDER, pixels + 2 * BORDER), np.float32)

@@ -1,4 +1,4 @@
-"""The phantoms of the next base: drawn fine and averaged, with the statistics of real images."""
+"""Phantoms: drawn fine and averaged, with the statistics of real images."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ from scipy.ndimage import binary_dilation
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
+from medbudget.data.phantoms import make_phantoms
+from medbudget.data.phantoms.drawing import enlarge, oval, shrink
 from medbudget.metrics.auc import compute_auc
 from pretraining.look import compare, load_chests, load_prostates
-from pretraining.phantoms import make_phantoms
-from pretraining.phantoms.drawing import enlarge, oval, shrink
 
 CLASSES = [
     ("prostate", "healthy", "tumour"),

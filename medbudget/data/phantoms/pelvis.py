@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pretraining.phantoms.drawing import Points, Sketch, oval
+from medbudget.data.phantoms.drawing import Points, Sketch, oval
 
 # T2W, ADC and DWI from 0 to 1 (white: urine on T2W and ADC, four times the gland on DWI); signal
 # without diffusion weighting; coarse and fine mottle
