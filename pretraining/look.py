@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from medbudget.data import picai, resample
 from medbudget.data.phantoms import KINDS, make_phantoms
+from medbudget.data.phantoms.prostate import WIDER, WINDOW, crop_middle
 
 Array = NDArray[np.floating]
 PERCENTILES = (5, 10, 25, 50, 75, 90, 95)
@@ -37,14 +38,18 @@ def load_chests(folder: Path, size: int, n: int = 60) -> Array:
 
 
 def load_prostates(folder: Path, size: int) -> Array:
-    """Load the real prostate's slices through the gland, ``(slices, 3, size, size)``."""
-    root = folder / "picai"
-    case = picai.load_case(root / "images", root / "labels", CASE, size=size)
+    """Load the real prostate's slices through the gland, ``(slices, 3, size, size)``.
+
+    Cropped and windowed as phantoms are.
+    """
+    root, wide = folder / "picai", round(WIDER * size)
+    case = picai.load_case(root / "images", root / "labels", CASE, size=wide)
     slices = []
     for index in range(case.slice_index - 3, case.slice_index + 4):
         with mock.patch.object(resample, "_choose_slice", lambda _, index=index: index):
-            slices.append(picai.load_case(root / "images", root / "labels", CASE, size=size).image)
-    return np.stack([image.numpy() for image in slices]).astype(float)
+            slices.append(picai.load_case(root / "images", root / "labels", CASE, size=wide).image)
+    middle = crop_middle(np.stack([image.numpy() for image in slices]).astype(float), size)
+    return np.clip(middle * np.array(WINDOW)[:, None, None], 0, 255)
 
 
 def measure_spectrum(images: Array) -> Array:

@@ -62,11 +62,11 @@ def prostates():
 def test_no_single_pixel_and_no_mean_colour_tells_a_tumour(prostates):
     images, ill, _ = prostates
     regression = LogisticRegression(max_iter=999)
-    for part in (images, images[:, :, 20:44, 18:46]):  # the whole, and the gland's surroundings
+    for part in (images, images[:, :, 14:50, 11:53]):  # the whole, and the gland's surroundings
         means = part.mean((2, 3)) / 255
         guess = cross_val_predict(regression, means, ill, cv=5, method="decision_function")
         assert compute_auc(ill, guess) < 0.7
-    t2w, adc, dwi = images[:, :, 20:44, 18:46].transpose(1, 0, 2, 3)
+    t2w, adc, dwi = images[:, :, 14:50, 11:53].transpose(1, 0, 2, 3)
     for values in (-t2w, -adc, dwi, dwi - adc):  # the darkest, the brightest, the most restricted
         assert compute_auc(ill, values.max((1, 2))) < 0.8
 
@@ -97,6 +97,6 @@ def test_spectrum_and_gray_levels_are_those_of_real_images(real_data, kind, size
         ratio, levels = compare(ours, theirs)
         # radius 1 of the one real prostate is the balance of its centre and its border
         ratio = np.abs(ratio[1 if kind == "prostate" else 0 :])
-        assert (ratio < np.log10(2)).mean() > 0.9 and ratio.max() < np.log10(2.5)
-        assert np.abs(levels[:-1]).max() <= 10  # at 5 to 90 %
+        assert (ratio < np.log10(2)).mean() > 0.9 and ratio.max() < np.log10(2.2)
+        assert np.abs(levels[:-1]).max() <= 15  # at 5 to 90 %
         assert abs(levels[-1]) <= 20  # few pixels of DWI: fat that folds over, in the one patient

@@ -48,8 +48,8 @@ def test_tumour_is_dark_on_t2w_and_adc_and_bright_on_dwi():
         contrast.append(image[:, mask].mean(1) - image[:, ring].mean(1))
     t2w, adc, dwi = torch.stack(contrast).T
     assert (dwi > 0).float().mean() >= 0.9 and dwi.mean() > 25
-    assert adc.mean() < -10 and t2w.mean() < -10
-    assert dwi.min() < 0.5 * dwi.mean()  # some are hard to see
+    assert adc.mean() < -10 and t2w.mean() < -8
+    assert dwi.min() < 0.6 * dwi.mean()  # some are hard to see
 
 
 def test_cardiomegaly_widens_the_bright_heart():
@@ -66,7 +66,8 @@ def test_effusion_brightens_a_lung_base_and_pneumonia_the_lung():
         sick = make_phantoms("chest", label, 40)
         inside = torch.stack([i[0].float()[m].mean() for i, m in zip(sick.images, sick.masks)])
         same_place = torch.stack([healthy.mean(0)[m].mean() for m in sick.masks])
-        assert (inside > same_place).float().mean() > 0.9
+        # exposures differ between patients
+        assert (inside > same_place).float().mean() > 0.8 and inside.mean() > same_place.mean() + 8
 
 
 def test_metastasis_has_fewer_dark_nuclei():

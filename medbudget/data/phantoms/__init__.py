@@ -123,7 +123,7 @@ def find_tumours(images: torch.Tensor) -> torch.Tensor:
     height, width = excess.shape[1:]
     smooth = gaussian_filter(excess.cpu().numpy(), (0, width / 64, width / 64))
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    return torch.from_numpy((smooth > RESTRICTED) & ((x / 0.4) ** 2 + ((y - 0.02) / 0.3) ** 2 < 1))
+    return torch.from_numpy((smooth > RESTRICTED) & ((x / 0.6) ** 2 + ((y - 0.03) / 0.45) ** 2 < 1))
 
 
 def _check_labels(kind: str, label: str | Sequence[str]) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from medbudget.data.phantoms.drawing import Points, Sketch, oval
 # T2W, ADC and DWI from 0 to 1 (white: urine on T2W and ADC, four times the gland on DWI); signal
 # without diffusion weighting; coarse and fine mottle
 TISSUE = {
-    "fat": (0.34, 0.07, 0.10, 0.045, 0.08, 0.04),
-    "muscle": (0.055, 0.33, 0.19, 0.185, 0.15, 0.25),
+    "fat": (0.345, 0.07, 0.10, 0.045, 0.08, 0.04),
+    "muscle": (0.055, 0.33, 0.18, 0.16, 0.15, 0.25),
     "marrow": (0.20, 0.08, 0.09, 0.045, 0.16, 0.20),
     "cortex": (0.03, 0.10, 0.02, 0.02, 0.0, 0.2),
     "fascia": (0.15, 0.25, 0.10, 0.08, 0.1, 0.3),
@@ -18,8 +18,8 @@ TISSUE = {
     "vein": (0.42, 0.55, 0.10, 0.20, 0.2, 0.2),
     "urine": (0.97, 0.93, 0.16, 1.00, 0.01, 0.0),
     "wall": (0.085, 0.42, 0.18, 0.25, 0.2, 0.25),
-    "peripheral": (0.36, 0.56, 0.23, 0.50, 0.14, 0.14),
-    "transition": (0.19, 0.41, 0.255, 0.40, 0.17, 0.22),
+    "peripheral": (0.40, 0.56, 0.22, 0.50, 0.14, 0.14),
+    "transition": (0.19, 0.41, 0.24, 0.40, 0.17, 0.22),
     "capsule": (0.11, 0.36, 0.18, 0.25, 0.1, 0.2),
     "stroma": (0.085, 0.34, 0.19, 0.25, 0.2, 0.2),
     "rectum": (0.095, 0.38, 0.20, 0.24, 0.2, 0.25),

@@ -2,7 +2,8 @@
 
 A map of tissues first, after textbook anatomy (150 mm wide, as PI-CAI's crop); then what each
 sequence makes of it: coil shading, noise of its own grid, and diffusion maps of 2 mm voxels, cut off
-where there is no signal.
+where there is no signal. Shown is the middle, 100 mm wide, in a window as one reads it: at 64 px a
+crop of 150 mm leaves 20 px for the gland, and urine as white leaves the gland dark.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from medbudget.data.phantoms.pelvis import NAMES, TISSUE, draw_front, draw_rectu
 
 VOXELS = 75  # of 2 mm, of the diffusion maps
 T2W_VOXELS = 300  # of 0.5 mm
+WIDER = 1.5  # times the image's edge is drawn, and the middle kept
+WINDOW = (1.7, 1.2, 1.25)  # gains of T2W, ADC and DWI
 BLUR = 0.0030  # standard deviation of T2W's point spread: 0.45 mm
 
 
@@ -39,7 +42,7 @@ def draw_prostate(
     """Draw one slice ``(3, size, size)`` from 0 to 1, and the mask of its tumour."""
     u = rng.uniform
     tissue = [np.array(values) for values in TISSUE.values()]
-    size = FINE * size
+    kept, size = size, FINE * round(WIDER * size)
     sketch = Sketch(rng, size)
     level = u()  # of the slice: 0 at the apex, 1 at the base
     cy, a, b = u(0.49, 0.53), u(0.125, 0.170), u(0.095, 0.130)
@@ -89,7 +92,14 @@ def draw_prostate(
             [rectum[i % 12] for i in range(first, last + 2)], u(0.010, 0.022), 0.004
         )
         _mix(maps, (None, u(0.08, 0.3), u(0.4, 0.95), 0.5), ridge * u(0.5, 1))
-    return _acquire(rng, maps, size // FINE), mask
+    slices = _acquire(rng, maps, size // FINE) * np.array(WINDOW, np.float32)[:, None, None]
+    return crop_middle(slices, kept), crop_middle(mask, FINE * kept)
+
+
+def crop_middle(images: Array, size: int) -> Array:
+    """Return the middle ``size x size`` pixels of images ``(…, s, s)``."""
+    first = (images.shape[-1] - size) // 2
+    return images[..., first : first + size, first : first + size]
 
 
 def _mix(maps: list[Array], tones: tuple[float | None, ...], cover: Array) -> None:
@@ -196,7 +206,7 @@ def _place_tumour(
         (px + 0.15 * la * rng.normal(), py + 0.15 * la * rng.normal())
         for px, py in oval(x, y, la, lb, turn)
     ]
-    return points, (u(0.10, 0.16), u(0.20, 0.31), u(0.38, 0.75), 0.45), u(0.5, 1.0)
+    return points, (u(0.10, 0.16), u(0.20, 0.31), u(0.38, 0.75), 0.45), u(0.45, 1.0)
 
 
 def _acquire(rng: np.random.Generator, maps: list[Array], size: int) -> Array:
@@ -204,7 +214,7 @@ def _acquire(rng: np.random.Generator, maps: list[Array], size: int) -> Array:
     u = rng.uniform
     y = axes(size)[1]
     gain = 0.90 * np.exp(0.10 * rng.normal())
-    shade = gain * np.exp(u(-0.1, 0.25) * (y - 0.55) + 0.07 * field(rng, size, 3))
+    shade = gain * np.exp(u(0.2, 0.9) * (y - 0.55) + 0.07 * field(rng, size, 3))
     spread = u(0.009, 0.016)
     seen = gaussian_filter(resize(maps[0], size), BLUR * size)
     t2w = np.hypot(seen * shade + spread * grain(rng, size, T2W_VOXELS, 0.45), 0.3 * spread)
