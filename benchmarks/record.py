@@ -4,7 +4,8 @@
 
 Runs the command that each file in results/ names, in as many lanes as cores, one thread each; what
 was interrupted goes on from the stores in --work where a command has one. Without names: every
-result of another base than the package's.
+result of another base than the package's, and whatever an interrupted recording left. The words
+that ship must be of this base already (`python -m pretraining.words`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from medbudget import load_base
+from medbudget.files import write_text
 from medbudget.results import StaleResultError, count_cores, load_result
+from medbudget.tiny import SPECS, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 RENAMED = {  # commands of results that were recorded when they had another form
@@ -48,8 +51,10 @@ def find_stale(folder: Path, base_hash: str) -> list[str]:
     return sorted(stale, key=lambda name: (*(name != long for long in LONGEST), name))
 
 
-def split_command(text: str, *, real: Path | None, store: Path) -> list[list[str]]:
-    """Return a recorded command's parts, ready to run.
+def split_command(
+    text: str, *, real: Path | None, store: Path, go_on: bool = False
+) -> list[list[str]]:
+    """Return a recorded command's parts, ready to run; `go_on` after an interruption.
 
     Raises
     ------
@@ -73,6 +78,8 @@ def split_command(text: str, *, real: Path | None, store: Path) -> list[list[str
         for option, value in (("--real", real), ("--store", store)):
             if option in words:
                 words[words.index(option) + 1] = str(value)
+        if words[0].endswith("tiny_base.py"):
+            words += ["--store", str(store), *(["--go-on"] if go_on else [])]
         parts.append([programs[program], *words])
     return parts
 
@@ -88,6 +95,8 @@ def run(name: str, parts: list[list[str]], work: Path) -> bool:
             if done.returncode:
                 result = f"failed with {done.returncode}, see {log.name}"
                 break
+    if result == "recorded":
+        (work / f"{name}.begun").unlink(missing_ok=True)
     print(f"{name}: {result} after {time.monotonic() - start:.0f} s", flush=True)
     return result == "recorded"
 
@@ -103,24 +112,32 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
     args = parser.parse_args()
     folder = ROOT / "results"
-    names = args.names or find_stale(folder, load_base("tiny").hash)
+    base = load_base("tiny")
+    work = args.work.resolve()
+    begun = {path.stem: path.read_text(encoding="utf-8") for path in work.glob("*.begun")}
+    names = args.names or list(dict.fromkeys([*find_stale(folder, base.hash), *begun]))
     unknown = sorted(set(names) - {path.stem for path in folder.glob("*.json")})
     if unknown:
         parser.error(f"no results/{unknown[0]}.json")
-    work = args.work.resolve()
     real = args.real.resolve() if args.real else None
     commands = {}
     for name in names:
-        text = json.loads((folder / f"{name}.json").read_text("utf-8"))["command"]
+        go_on = name in begun
+        if not go_on:
+            begun[name] = json.loads((folder / f"{name}.json").read_text("utf-8"))["command"]
         try:
-            commands[name] = split_command(text, real=real, store=work / name)
+            commands[name] = split_command(begun[name], real=real, store=work / name, go_on=go_on)
         except ValueError as error:
             parser.error(str(error))
     if args.list:
         for name, parts in commands.items():
             print(f"{name}: {'; '.join(shlex.join(part) for part in parts)}")
         return
+    for kind, label, n_vectors, cases in SPECS:
+        load_trained(kind, label, base, n_vectors=n_vectors, cases=cases)  # or says what to run
     work.mkdir(parents=True, exist_ok=True)
+    for name in commands:  # a file that has a part of its rows names a part of its command
+        write_text(work / f"{name}.begun", begun[name])
     with ThreadPoolExecutor(args.lanes) as pool:
         done = [pool.submit(run, name, parts, work) for name, parts in commands.items()]
     sys.exit(0 if all(future.result() for future in done) else 1)

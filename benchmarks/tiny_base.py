@@ -1,17 +1,18 @@
 """Claim: on the embedded base, Textual Inversion shows the paper's effects; the bars of its card.
 
     python benchmarks/tiny_base.py [BAR …] [--n 200] [--seeds 3] [--real FOLDER] [--out FILE]
-        [--store FOLDER]
+        [--store FOLDER] [--go-on]
 
 Bars: `autoencoder`, `inversion` (the shipped embeddings against prompts), `trends` (vectors, cases,
 guidance, sampling steps), `disease` (generated diseased against healthy), `axis` (weighted AND),
 `xrays` (real chest X-rays that nobody here drew; needs --real), and `limits`, which is no bar and
 asks at which noise the distance is lost. Each one's rows replace its rows in the file, so that they
-can be run one by one; the words that `trends` and `xrays` learn are kept in --store, where a run
-that goes on finds them. Distances are Frechet distances of EfficientNet-Lite0 features ("FD") and
-of 8 x 8 thumbnails ("layout"), always beside the real-versus-real floor of the same n. An older
-autoencoder was trained with EfficientNet's features: beside the bars stand two views that were
-trained on nothing, random convolutions and the power spectrum.
+can be run one by one, and --go-on leaves out those that it has of this base; the words that `trends`
+and `xrays` learn are kept in --store, where a run that goes on finds them. Distances are Frechet
+distances of EfficientNet-Lite0 features ("FD") and of 8 x 8 thumbnails ("layout"), always beside the
+real-versus-real floor of the same n. An older autoencoder was trained with EfficientNet's features:
+beside the bars stand two views that were trained on nothing, random convolutions and the power
+spectrum.
 """
 
 from __future__ import annotations
@@ -400,6 +401,7 @@ def main() -> None:
     parser.add_argument("--real", type=Path, help="folder with normal/ and pneumonia/")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--store", type=Path, help="folder of the words that it learns")
+    parser.add_argument("--go-on", action="store_true", help="only bars that --out lacks")
     args = parser.parse_args()
     unknown = sorted(set(args.bars) - set(BARS))
     if unknown:
@@ -414,6 +416,9 @@ def main() -> None:
         except StaleResultError as error:
             print(f"its rows are dropped: {error}")
     for name in args.bars or list(BARS):
+        if args.go_on and name in values:
+            print(f"{name}: recorded already")
+            continue
         rows = []
         print(f"{name}", flush=True)
         for row in BARS[name](base, args):

@@ -190,7 +190,10 @@ def test_stale_results_are_found_and_their_commands_split(tmp_path):
     with pytest.raises(ValueError, match="needs --real: name the folder"):
         record.split_command(bars, real=None, store=tmp_path)
     script = [sys.executable, "benchmarks/tiny_base.py", "xrays", "--real", "images"]
-    assert record.split_command(bars, real=Path("images"), store=tmp_path) == [script]
+    script += ["--store", str(tmp_path)]
+    given = {"real": Path("images"), "store": tmp_path}
+    assert record.split_command(bars, **given) == [script]
+    assert record.split_command(bars, **given, go_on=True) == [[*script, "--go-on"]]
     xrays = "medbudget study budget --store s --data own=xrays"
     with pytest.raises(ValueError, match="needs --real: name the folder"):
         record.split_command(xrays, real=None, store=tmp_path)
