@@ -22,8 +22,8 @@ from medbudget.masks import check_masks, seam_ratio
 from medbudget.results import write_result
 from medbudget.tiny import load_trained
 
-PLACES = {"left": (0.4, 0.55), "right": (0.6, 0.55)}
-RADII = (0.07, 0.1, 0.13)
+PLACES = {"left": (0.4, 0.57), "right": (0.6, 0.57)}  # of the peripheral zone
+RADII = (0.07, 0.09, 0.11)  # phantoms' tumours: 0.036 to 0.11
 FINAL: dict[str, Any] = {
     "cfg_scale": 10.0, "away from": "healthy", "strength": 0.75, "content": "original", "steps": 25,
     "mask_blur": 4.0,

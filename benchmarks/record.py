@@ -3,9 +3,11 @@
     python benchmarks/record.py [NAME …] [--real FOLDER] [--work _build/record] [--lanes 2] [--list]
 
 Runs the command that each file in results/ names, in as many lanes as cores, one thread each; what
-was interrupted goes on from the stores in --work where a command has one. Without names: every
-result of another base than the package's, and whatever an interrupted recording left. The words
-that ship must be of this base already (`python -m pretraining.words`).
+was interrupted goes on from the stores in --work where a command has one: on Ctrl-C or SIGTERM the
+running commands are stopped, and none is begun. Without names: every result of another base than
+the package's, and whatever an interrupted recording left. The words that ship must be of this base
+already (`python -m pretraining.words`), and the disease scores of these phantoms (`python -m
+pretraining.diseases`).
 """
 
 from __future__ import annotations
@@ -14,14 +16,20 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from medbudget import load_base
+import numpy as np
+
+from medbudget import load_base, make_phantoms
 from medbudget.files import write_text
+from medbudget.metrics import compute_auc, disease_score
 from medbudget.results import StaleResultError, count_cores, load_result
 from medbudget.tiny import SPECS, load_trained
 
@@ -37,7 +45,10 @@ PREPARE = (
     "medbudget prepare folder {real} --labels {real}/index.csv --patient-column patient --size 64 "
     "--split .34,.33,.33 --per-class 95 --out {out}"
 )
-LONGEST = ("tiny_base", "table2_tiny", "stylegan3_tiny", "table1_tiny", "interpolation_tiny")
+LONGEST = (
+    "tiny_base", "budget_tiny", "table2_tiny", "budget_tiny_own", "stylegan3_tiny", "interpolation_tiny",
+    "table1_tiny",
+)  # fmt: skip
 
 
 def find_stale(folder: Path, base_hash: str) -> list[str]:
@@ -48,7 +59,12 @@ def find_stale(folder: Path, base_hash: str) -> list[str]:
             load_result(path.stem, base_hash=base_hash, folder=folder)
         except StaleResultError:
             stale.append(path.stem)
-    return sorted(stale, key=lambda name: (*(name != long for long in LONGEST), name))
+    return in_order(stale)
+
+
+def in_order(names: list[str]) -> list[str]:
+    """Return names, each once, those that take longest first: so lanes end together."""
+    return sorted(set(names), key=lambda name: (*(name != long for long in LONGEST), name))
 
 
 def split_command(
@@ -70,7 +86,7 @@ def split_command(
     if real is None and ("--real" in text or XRAYS in text):
         raise ValueError(f"{text!r} needs --real: name the folder of real images")
     if XRAYS in text:
-        out = shlex.quote(f"{store}_xrays")
+        out = shlex.quote(f"{store}_data/xrays")  # a study records the folder's own name
         text = f"{PREPARE.format(real=shlex.quote(str(real)), out=out)}; {text}"
         text = text.replace(XRAYS, f"own={out}")
     for part in text.split("; "):
@@ -84,21 +100,60 @@ def split_command(
     return parts
 
 
-def run(name: str, parts: list[list[str]], work: Path) -> bool:
-    """Run the parts one after the other into ``NAME.log``; return whether all of them succeeded."""
-    start = time.monotonic()
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = "recorded"
-    with open(work / f"{name}.log", "w", encoding="utf-8") as log:
-        for part in parts:
-            done = subprocess.run(part, cwd=ROOT, env=one_thread, stdout=log, stderr=log)
-            if done.returncode:
-                result = f"failed with {done.returncode}, see {log.name}"
-                break
-    if result == "recorded":
-        (work / f"{name}.begun").unlink(missing_ok=True)
-    print(f"{name}: {result} after {time.monotonic() - start:.0f} s", flush=True)
-    return result == "recorded"
+class Lanes:
+    """Run commands side by side, and stop them together."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.stopped = work, False
+        self.running: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, name: str, parts: list[list[str]]) -> bool:
+        """Run the parts one after the other into ``NAME.log``; return whether all succeeded."""
+        start = time.monotonic()
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = "recorded"
+        with open(self.work / f"{name}.log", "a", encoding="utf-8") as log:
+            for part in parts:
+                if self.stopped:
+                    result = "stopped"
+                    break
+                child = subprocess.Popen(
+                    part, cwd=ROOT, env=one_thread, stdout=log, stderr=log, start_new_session=True
+                )
+                self.running.add(child)
+                if self.stopped:  # between the look above and now
+                    self.end(child)
+                code = child.wait()
+                self.running.discard(child)
+                if code:
+                    result = f"failed with {code}, see {log.name}"
+                    break
+        if result == "recorded":
+            (self.work / f"{name}.begun").unlink(missing_ok=True)
+        print(f"{name}: {result} after {time.monotonic() - start:.0f} s", flush=True)
+        return result == "recorded"
+
+    def end(self, child: subprocess.Popen[bytes]) -> None:
+        """Ask a command and its workers to end: a training saves its checkpoint first."""
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+
+    def stop(self, number: int, frame: Any) -> None:
+        """End what runs, begin nothing more."""
+        self.stopped = True
+        for child in list(self.running):
+            self.end(child)
+
+
+def check_diseases() -> None:
+    """Raise unless the disease scores know today's phantoms: with others a recording is in vain."""
+    sets = [make_phantoms("prostate", label, 16, split="val") for label in ("healthy", "tumour")]
+    scores = np.concatenate([disease_score(phantoms.images, "prostate") for phantoms in sets])
+    if (auc := compute_auc(np.repeat([0, 1], 16), scores)) < 0.7:
+        raise ValueError(
+            f"the disease scores tell prostate phantoms apart with an AUC of {auc:.2f}, at least .7 "
+            "is needed; fit them anew with python -m pretraining.diseases"
+        )
 
 
 def main() -> None:
@@ -115,7 +170,7 @@ def main() -> None:
     base = load_base("tiny")
     work = args.work.resolve()
     begun = {path.stem: path.read_text(encoding="utf-8") for path in work.glob("*.begun")}
-    names = args.names or list(dict.fromkeys([*find_stale(folder, base.hash), *begun]))
+    names = in_order(args.names or [*find_stale(folder, base.hash), *begun])
     unknown = sorted(set(names) - {path.stem for path in folder.glob("*.json")})
     if unknown:
         parser.error(f"no results/{unknown[0]}.json")
@@ -135,12 +190,17 @@ def main() -> None:
         return
     for kind, label, n_vectors, cases in SPECS:
         load_trained(kind, label, base, n_vectors=n_vectors, cases=cases)  # or says what to run
+    check_diseases()
     work.mkdir(parents=True, exist_ok=True)
     for name in commands:  # a file that has a part of its rows names a part of its command
         write_text(work / f"{name}.begun", begun[name])
+    lanes = Lanes(work)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lanes.stop)
     with ThreadPoolExecutor(args.lanes) as pool:
-        done = [pool.submit(run, name, parts, work) for name, parts in commands.items()]
-    sys.exit(0 if all(future.result() for future in done) else 1)
+        done = [pool.submit(lanes.run, name, parts) for name, parts in commands.items()]
+        results = [future.result() for future in done]
+    sys.exit(0 if all(results) else 1)
 
 
 if __name__ == "__main__":

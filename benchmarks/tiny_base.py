@@ -7,12 +7,12 @@ Bars: `autoencoder`, `inversion` (the shipped embeddings against prompts), `tren
 guidance, sampling steps), `disease` (generated diseased against healthy), `axis` (weighted AND),
 `xrays` (real chest X-rays that nobody here drew; needs --real), and `limits`, which is no bar and
 asks at which noise the distance is lost. Each one's rows replace its rows in the file, so that they
-can be run one by one, and --go-on leaves out those that it has of this base; the words that `trends`
-and `xrays` learn are kept in --store, where a run that goes on finds them. Distances are Frechet
-distances of EfficientNet-Lite0 features ("FD") and of 8 x 8 thumbnails ("layout"), always beside the
-real-versus-real floor of the same n. An older autoencoder was trained with EfficientNet's features:
-beside the bars stand two views that were trained on nothing, random convolutions and the power
-spectrum.
+can be run one by one, and --go-on leaves out those that it has of this base. The words that
+`trends` and `xrays` learn and all images that are drawn are kept in --store, where other bars and a
+run that goes on find them. Distances are Frechet distances of EfficientNet-Lite0 features ("FD") and
+of 8 x 8 thumbnails ("layout"), always beside the real-versus-real floor of the same n. The
+autoencoder was trained with EfficientNet's features: beside the bars stand two views that were
+trained on nothing, random convolutions and the power spectrum.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_safetensors
 
 from medbudget import (
     Embedding,
@@ -39,13 +42,13 @@ from medbudget import (
 from medbudget.base import Base
 from medbudget.cases import Cases
 from medbudget.classifier import ClassifierSettings, train_classifier
-from medbudget.files import hash_tensors
+from medbudget.files import hash_settings, hash_tensors, write_bytes
 from medbudget.images import find_images
 from medbudget.metrics import compute_auc, frechet_distance, precision_recall
 from medbudget.metrics.features import compute_features
 from medbudget.results import StaleResultError, load_result, write_result
 from medbudget.sampling import BATCH, Condition, denoise, draw_noises, make_sigmas
-from medbudget.tiny import CASES, SHIPPED, load_trained
+from medbudget.tiny import CASES, FOLDER, SHIPPED, load_trained
 
 Row = dict[str, Any]
 NETWORK, LAYOUT = "efficientnet-lite0", "layout"
@@ -53,18 +56,17 @@ VIEWS = {"random": "random-convolutions", "spectrum": "spectrum"}
 
 # Twenty honest prompts for each kind of image: every ground with every set of objects.
 GROUNDS = {
-    "prostate": ("grainy red orange field ground", "faint red ground",
-                 "grainy red orange coarse field mirrored ground", "smooth brown red gradient ground"),
+    "prostate": ("grainy red brown field ground", "faint brown ground",
+                 "grainy red brown coarse field mirrored ground", "smooth brown red gradient ground"),
     "chest": ("grainy silver ground", "faint gray silver coarse field mirrored ground",
               "smooth gray ground", "grainy silver white gradient ground"),
     "histology": ("grainy pink purple fine cells ground", "noisy pink purple fine field ground",
                   "faint pink ground", "grainy purple pink coarse cells ground"),
 }  # fmt: skip
 OBJECTS = {
-    "prostate": ("", "medium yellow ellipse top large olive ellipse center",
-                 "medium yellow ellipse top large olive ellipse center medium black ellipse bottom",
-                 "pair medium red ellipse left large olive ellipse center black ellipse bottom",
-                 "medium yellow ellipse top large olive ellipse center small blue ellipse center"),
+    "prostate": ("", "large olive ellipse center", "large olive ellipse center medium black ellipse bottom",
+                 "pair medium green bar left large olive ellipse center medium black ellipse bottom",
+                 "medium green ellipse top large olive ellipse center medium black ellipse bottom"),
     "chest": ("", "pair large charcoal ellipse left", "pair large charcoal ellipse left white bar center",
               "pair large charcoal ellipse left white bar center medium silver ellipse bottom",
               "pair huge black shaded ellipse left white bar center silver box bottom"),
@@ -95,32 +97,60 @@ def other_views(name: str, of: dict[str, float], beside: dict[str, float]) -> It
         }  # fmt: skip
 
 
+STORE: list[Path] = []  # the folder of --store, if there is one
+DRAWN: dict[str, torch.Tensor] = {}  # without it
+
+
 def draw(base: Base, prompt: str, n: int, embeddings: Any = (), **options: Any) -> torch.Tensor:
-    """Sample `n` images at the paper's guidance of 2, 25 steps, unless told otherwise."""
-    return sample(base, prompt, embeddings=list(embeddings), n=n, **options)
+    """Sample `n` images at the paper's guidance of 2, 25 steps, unless told otherwise.
+
+    What was drawn in the same way before, by another bar or an earlier run, is not drawn again.
+    """
+    words = {word.token: hash_tensors({"vectors": word.vectors}) for word in embeddings}
+    name = {"base": base.hash, "prompt": prompt, "n": n, "words": words, "seed": 0} | options
+    if len(words) == 1 and prompt in words:  # a word alone: what it is called does not matter
+        name |= {"prompt": "<x>", "words": list(words.values())}
+    key = hash_settings(name)
+    path = STORE[0] / "images" / f"{key}.safetensors" if STORE else None
+    if path and path.exists():
+        return load_file(path)["images"]
+    if key in DRAWN:
+        return DRAWN[key]
+    images = sample(base, prompt, embeddings=list(embeddings), n=n, **options)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, save_safetensors({"images": images.contiguous()}))
+    else:
+        DRAWN[key] = images
+    return images
 
 
-DRAWN: dict[tuple[str, str, int], torch.Tensor] = {}
+@cache
+def draw_phantoms(kind: str, label: str, n: int, split: str = "train") -> torch.Tensor:
+    """Draw phantoms once for all bars."""
+    return make_phantoms(kind, label, n, split=split).images
 
 
 def draw_class(base: Base, kind: str, label: str, n: int) -> torch.Tensor:
-    """Sample a class's shipped word; two bars look at the same images."""
-    if (kind, label, n) not in DRAWN:
-        word = load_trained(kind, label, base)
-        DRAWN[kind, label, n] = draw(base, word.token, n, [word])
-    return DRAWN[kind, label, n]
+    """Sample a class's shipped word."""
+    word = load_trained(kind, label, base)
+    return draw(base, word.token, n, [word])
 
 
 def learn(base: Base, name: str, images: torch.Tensor, args: argparse.Namespace, **settings: Any):
-    """Learn a word with the preset `tiny`, or take it from --store if it was learned the same way."""
+    """Learn a word with the preset `tiny`, or take one that was learned in the same way.
+
+    From --store, or from those that ship with the package.
+    """
     wanted = InversionSettings.preset("tiny", steps=args.steps, **settings)
     path = args.store / f"{name.replace(' ', '_')}.safetensors" if args.store else None
-    if path and path.exists():
-        found = Embedding.load(path)
-        same = (base.hash, dataclasses.asdict(wanted), hash_tensors({"images": images}))
-        if same == (found.base_hash, found.record["settings"], found.record["images_hash"]):
-            return found
-        print(f"  {path.name} was learned otherwise: learned again", flush=True)
+    same = (base.hash, dataclasses.asdict(wanted), hash_tensors({"images": images}))
+    for other in (*((path,) if path else ()), *sorted(FOLDER.glob("*.safetensors"))):
+        if other.exists():
+            found = Embedding.load(other)
+            record = found.record
+            if same == (found.base_hash, record.get("settings"), record.get("images_hash")):
+                return found
     word = invert(base, images, token="<x>", settings=wanted)
     if path:
         word.save(path)
@@ -152,7 +182,7 @@ def run_autoencoder(base: Base, args: argparse.Namespace) -> Iterator[Row]:
     """Bar 1: reconstructions of held-out phantoms and real X-rays."""
     sets = {
         f"{kind} {label}": tuple(
-            make_phantoms(kind, label, args.n, split=split).images for split in ("val", "test")
+            draw_phantoms(kind, label, args.n, split) for split in ("val", "test")
         )
         for kind, label in SHIPPED
     }
@@ -187,13 +217,13 @@ def run_inversion(base: Base, args: argparse.Namespace) -> Iterator[Row]:
     """Bar 2: the shipped embeddings, the best of twenty plain prompts, the described mean."""
     for kind, label in SHIPPED:
         name = f"{kind} {label}"
-        a, b = (make_phantoms(kind, label, args.n, split=s).images for s in ("val", "test"))
+        a, b = (draw_phantoms(kind, label, args.n, split) for split in ("val", "test"))
         floor = distances(a, b)
         made = draw_class(base, kind, label, args.n)
         ti = distances(made, b)
         prompt, plain = best_prompt(base, kind, a, args)
         words = distances(plain, b)
-        cases = make_phantoms(kind, label, CASES).images
+        cases = draw_phantoms(kind, label, CASES)
         said = distances(draw(base, describe(base, cases), args.n), b)
         precision, recall = precision_recall(
             compute_features(b, NETWORK), compute_features(made, NETWORK)
@@ -217,7 +247,7 @@ def at_least(name: str, value: float, limit: float) -> Row:
 
 def run_trends(base: Base, args: argparse.Namespace) -> Iterator[Row]:
     """Bar 3: vectors, cases, guidance and sampling steps; mean and 95 % interval over seeds."""
-    real = make_phantoms("prostate", "tumour", args.n, split="test").images
+    real = draw_phantoms("prostate", "tumour", args.n, "test")
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(args.seeds):
         images = make_phantoms("prostate", "tumour", CASES, seed=seed).images
@@ -284,8 +314,11 @@ def run_axis(base: Base, args: argparse.Namespace) -> Iterator[Row]:
         words = [load_trained(kind, name, base) for name in (healthy, label)]
         means = []
         for weight in (0, 0.25, 0.5, 0.75, 1):
-            prompt = f"{words[0].token}:{1 - weight} AND {words[1].token}:{weight}"
-            images = draw(base, prompt, args.n // 2, words)
+            if weight in (0, 1):  # one word alone, as the other bars draw it
+                images = draw_class(base, kind, (healthy, label)[weight], args.n)[: args.n // 2]
+            else:
+                prompt = f"{words[0].token}:{1 - weight} AND {words[1].token}:{weight}"
+                images = draw(base, prompt, args.n // 2, words)
             means.append(float(np.mean(np.asarray(disease_score(images, kind, label)))))
         steps = np.diff(means)
         yield {
@@ -355,7 +388,7 @@ def run_limits(base: Base, args: argparse.Namespace) -> Iterator[Row]:
     sigmas, timesteps = make_sigmas(base.alphas_cumprod, 25)
     for kind, label in (("prostate", "tumour"), ("chest", "healthy"), ("histology", "normal")):
         word = load_trained(kind, label, base)
-        a, b = (make_phantoms(kind, label, args.n, split=s).images for s in ("val", "test"))
+        a, b = (draw_phantoms(kind, label, args.n, split) for split in ("val", "test"))
         floor = distances(a, b)
         condition = Condition.encode(base, word.token, word, "", 2.0)
         for start in (25, 23, 20, 16, 12, 8, 0):
@@ -406,6 +439,7 @@ def main() -> None:
     unknown = sorted(set(args.bars) - set(BARS))
     if unknown:
         parser.error(f"unknown bar {', '.join(unknown)}; allowed are {', '.join(BARS)}")
+    STORE[:] = [args.store] if args.store else []
     base = load_base("tiny")
     values: dict[str, Any] = {}
     if args.out:

@@ -23,7 +23,7 @@ PROMPT = (  # the best of twenty for chests, as benchmarks/tiny_base.py lists th
     "faint gray silver coarse field mirrored ground pair large charcoal ellipse left "
     "white bar center medium silver ellipse bottom"
 )
-CENTRE, RADII = (0.4, 0.6), (0.09, 0.07)  # of the painted lesion, in shares of the image
+CENTRE, RADII = (0.41, 0.58), (0.09, 0.07)  # of the painted lesion, in shares of the image
 SEQUENCES = ("T2W", "ADC", "DWI")
 N = 4  # images in a row
 

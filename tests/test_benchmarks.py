@@ -3,11 +3,16 @@
 import json
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from scripts import load_script
 
+from medbudget import Embedding
 from medbudget.results import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,8 +203,8 @@ def test_stale_results_are_found_and_their_commands_split(tmp_path):
     with pytest.raises(ValueError, match="needs --real: name the folder"):
         record.split_command(xrays, real=None, store=tmp_path)
     prepare, study = record.split_command(xrays, real=Path("images"), store=Path("kept"))
-    assert prepare[1:4] == ["prepare", "folder", "images"] and prepare[-1] == "kept_xrays"
-    assert study[1:] == ["study", "budget", "--store", "kept", "--data", "own=kept_xrays"]
+    assert prepare[1:4] == ["prepare", "folder", "images"] and prepare[-1] == "kept_data/xrays"
+    assert study[1:] == ["study", "budget", "--store", "kept", "--data", "own=kept_data/xrays"]
 
 
 def test_a_failed_recording_says_so_and_runs_no_further(tmp_path, capsys):
@@ -208,8 +213,43 @@ def test_a_failed_recording_says_so_and_runs_no_further(tmp_path, capsys):
         [sys.executable, "-c", code]
         for code in ("print(1, flush=True)", "raise SystemExit(3)", "print(2)")
     ]
-    assert not record.run("x", parts, tmp_path)
+    lanes = record.Lanes(tmp_path)
+    assert not lanes.run("x", parts)
     assert (tmp_path / "x.log").read_text() == "1\n"
     assert "x: failed with 3" in capsys.readouterr().out
-    assert record.run("x", parts[:1], tmp_path)
+    assert lanes.run("x", parts[:1])
     assert "x: recorded" in capsys.readouterr().out
+
+
+def test_a_stopped_recording_ends_its_commands_and_begins_no_other(tmp_path, capsys):
+    record = load_script(ROOT / "benchmarks" / "record.py")
+    lanes = record.Lanes(tmp_path)
+    sleep = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.begun").write_text("command")
+    with ThreadPoolExecutor(1) as pool:
+        both = [pool.submit(lanes.run, name, [sleep, sleep]) for name in ("a", "b")]
+        while not (tmp_path / "a.log").exists() or not (tmp_path / "a.log").read_text():
+            time.sleep(0.01)
+        lanes.stop(15, None)
+        assert [future.result(timeout=30) for future in both] == [False, False]
+    said = capsys.readouterr().out
+    assert "a: failed with -15" in said and "b: stopped" in said
+    assert (tmp_path / "a.log").read_text() == "1\n" and (tmp_path / "b.log").read_text() == ""
+    assert len(list(tmp_path.glob("*.begun"))) == 2, "both are named when it goes on"
+    assert record.in_order(["privacy", "tiny_base", "privacy"]) == ["tiny_base", "privacy"]
+
+
+def test_bars_draw_nothing_twice(tiny, tmp_path):
+    script = load_script(ROOT / "benchmarks" / "tiny_base.py")
+    word = Embedding(torch.randn(2, tiny.width), "<a>")
+    script.STORE[:] = [tmp_path]
+    first = script.draw(tiny, "<a>", 2, [word], steps=2)
+    same = script.draw(tiny, "<b>", 2, [replace(word, token="<b>")], steps=2, seed=0)
+    (file,) = (tmp_path / "images").iterdir()
+    assert first.equal(same) and first.equal(
+        script.sample(tiny, "<a>", embeddings=word, n=2, steps=2)
+    )
+    script.draw(tiny, "<a>", 2, [replace(word, vectors=2 * word.vectors)], steps=2)
+    script.draw(tiny, "red ground", 2, steps=2)
+    assert len(list((tmp_path / "images").iterdir())) == 3 and file.exists()

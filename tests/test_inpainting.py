@@ -310,7 +310,7 @@ def test_find_tumours_finds_most_of_the_phantoms_own():
     assert seen.float().mean() > 0.6
     assert (found & ~drawn.masks).float().mean() < 0.01
     none = make_phantoms("prostate", "healthy", 60, seed=5, split="test").images
-    assert (find_tumours(none).sum((1, 2)) > 4).float().mean() < 0.25
+    assert (find_tumours(none).float().mean((1, 2)) > 0.0015).float().mean() < 0.2
 
 
 def test_png_masks_of_pillow(tmp_path):

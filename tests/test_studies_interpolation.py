@@ -22,7 +22,7 @@ def test_ends_are_shared_by_axes_and_with_table1(study):
     kinds = [task.kind for task in in_order(study.tasks)]
     # 8 classes; 64 images are 4 blocks: 3 healthy ends, 5 diseased ends, 3 shares between for
     # each, and all of it at two CFG scales
-    assert kinds.count("embedding") == 8
+    assert kinds.count("word") == 8
     assert kinds.count("block") == 2 * 4 * (3 + 5 + 5 * 3)
     shares = [row.value for row in study.rows if row.group == "tumour, CFG 2"]
     assert shares == [0, 0.25, 0.5, 0.75, 1]

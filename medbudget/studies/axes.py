@@ -47,7 +47,8 @@ def _plan_axes(p: Plan) -> list[tuple[str, str, Task, Task]]:
         else:
             ends = {label: p.phantoms(name, label, "train", p.s.cases) for label in PHANTOMS[name]}
             first = ends.pop(next(iter(ends)))
-        axes += [(name, label, p.word(first), p.word(ill)) for label, ill in ends.items()]
+        words = {label: p.shipped_word(ill) for label, ill in ends.items()}
+        axes += [(name, label, p.shipped_word(first), word) for label, word in words.items()]
     return axes
 
 

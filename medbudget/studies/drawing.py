@@ -162,15 +162,17 @@ class Plan:
         }  # fmt: skip
         return Task("embedding", settings, (train,))
 
-    def shipped_word(self, train: Task, *, cases: int | None = None) -> Task:
+    def shipped_word(
+        self, train: Task, *, vectors: int | None = None, cases: int | None = None
+    ) -> Task:
         """Return the word of a class of phantoms that comes with the package, else `word`."""
-        s, cases = self.s, cases or self.s.cases
+        s, vectors, cases = self.s, vectors or self.s.vectors, cases or self.s.cases
         name, label = (str(train.settings.get(key)) for key in ("kind", "label"))
-        if s.base != "tiny" or s.overrides or (name, label, s.vectors, cases) not in SPECS:
-            return self.word(train, cases=cases)
-        word = Embedding.load(find_trained(name, label, n_vectors=s.vectors, cases=cases))
+        if s.base != "tiny" or s.overrides or (name, label, vectors, cases) not in SPECS:
+            return self.word(train, vectors=vectors, cases=cases)
+        word = Embedding.load(find_trained(name, label, n_vectors=vectors, cases=cases))
         settings = {
-            "kind": name, "label": label, "vectors": s.vectors, "cases": cases,
+            "kind": name, "label": label, "vectors": vectors, "cases": cases,
             "base_hash": self.base_hash, "hash": hash_tensors({"v": word.vectors}),
         }  # fmt: skip
         return Task("word", settings)

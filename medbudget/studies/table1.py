@@ -105,7 +105,8 @@ def make_table1(p: Plan) -> Study:
     }  # fmt: skip
 
     def draw(chosen: dict[str, float]) -> tuple[Task, ...]:
-        word = p.word(train, vectors=int(chosen["vectors"]), cases=int(chosen["cases"]))
+        vectors, cases = int(chosen["vectors"]), int(chosen["cases"])
+        word = p.shipped_word(train, vectors=vectors, cases=cases)
         steps, cfg_scale = int(chosen["sampling steps"]), chosen["CFG scale"]
         return p.blocks([word], n=s.n, steps=steps, cfg_scale=cfg_scale)
 

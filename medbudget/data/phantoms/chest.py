@@ -175,36 +175,54 @@ def _draw_vessels(rng, size, x, y, lungs, inner, base) -> Array:
     return draw_lines(size, lines)
 
 
+def _window(rows: Mask, columns: Array) -> tuple[slice, slice]:
+    """Return the smallest window around rows that are marked and columns that are listed."""
+    (marked,) = np.nonzero(rows)
+    return slice(marked[0], marked[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
 def _draw_bones(rng, size, x, y, half, wall, top, base, body) -> Array:
     """Return the thickness of ribs, spine, clavicles, scapulae and humeri."""
     u = rng.uniform
     bones = np.zeros((size, size), np.float32)
     gap, first, slope = u(0.064, 0.074), top + u(0.0, 0.02), u(0.12, 0.20)
     strength, tilt = u(0.12, 0.17), u(0.15, 0.5)
+    lowest, highest = y.min(1), y.max(1)  # of each row: what is drawn where a rib can be is quick
     for k in (-1, 1):
         out = k * (x - 0.5)
         lateral = np.clip(out / wall, 0, 1)
         rim = np.minimum(1 / np.sqrt(np.maximum(1 - lateral**2, 0.2)), 2.0)
         within = inside(out - wall - 0.004, 0.006) * (out > 0.012)
+        lift = 0.03 * np.sin(np.pi * np.clip(lateral * 1.2, 0, 1))
+        fall, tip = slope * lateral**2.4, (1 - lateral) ** 1.1
+        stretch = np.sqrt(1 + (0.9 * lateral) ** 2)
+        columns = np.flatnonzero((out > 0.012).any(0))
         for i in range(10):
             start = first + i * gap + rng.normal(0, 0.002)
             thick = 0.0115 + 0.0007 * min(i, 6)
-            back = (
-                start
-                - 0.03 * np.sin(np.pi * np.clip(lateral * 1.2, 0, 1))
-                + slope * lateral**2.4 * (0.6 + 0.06 * i)
+            share = 0.6 + 0.06 * i
+            near = (highest > start - 0.03 - 1.4 * thick) & (
+                lowest < start + slope * share + 1.4 * thick
             )
-            bones += (
-                strength
-                * tube((y - back) / np.sqrt(1 + (0.9 * lateral) ** 2), thick, 0.32)
-                * rim
-                * within
-            )
+            if near.any():
+                part = _window(near, columns)
+                back = start - lift[part] + fall[part] * share
+                bones[part] += (
+                    strength * tube((y[part] - back) / stretch[part], thick, 0.32)
+                    * rim[part] * within[part]
+                )  # fmt: skip
             if 0 < i < 6:  # anterior part: runs back to the middle, downwards, fainter
-                end = start + slope * (0.6 + 0.06 * i) + 0.02
-                front = end + (0.10 + 0.012 * i) * (1 - lateral) ** 1.1 * 1.15
-                fade = inside(0.10 + 0.035 * i / 2 - out, 0.03) * within
-                bones += 0.62 * strength * tube((y - front) / 1.15, thick * 1.12, 0.30) * rim * fade
+                end = start + slope * share + 0.02
+                far = 0.10 + 0.012 * i
+                near = (highest > end - 1.4 * thick) & (lowest < end + 1.2 * far + 1.4 * thick)
+                if near.any():
+                    part = _window(near, columns)
+                    front = end + far * tip[part] * 1.15
+                    fade = inside(0.10 + 0.035 * i / 2 - out[part], 0.03) * within[part]
+                    bones[part] += (
+                        0.62 * strength * tube((y[part] - front) / 1.15, thick * 1.12, 0.30)
+                        * rim[part] * fade
+                    )  # fmt: skip
         # clavicle, scapula, humerus
         knot = top + u(0.05, 0.085)
         curve = (
@@ -284,7 +302,8 @@ def _add_effusion(
 def _acquire(rng, image, body, size) -> Array:
     """Turn thicknesses into gray levels: scatter, blur, quantum noise, window, lead letter."""
     u = rng.uniform
-    image = 0.90 * image + 0.10 * gaussian_filter(image, 0.06 * size)
+    scatter = gaussian_filter(shrink(image), 0.06 * size / FINE)  # too wide for fine pixels
+    image = 0.90 * image + 0.10 * scatter.repeat(FINE, 0).repeat(FINE, 1)
     low, high = np.percentile(image[body < 0], [1.5, 99.7])
     image = np.clip((image - low) / (high - low), -0.25, 1.2)
     image = u(0.14, 0.24) + u(0.62, 0.74) * image
