@@ -17,7 +17,7 @@ from medbudget.data.phantoms import make_phantoms
 from medbudget.data.picai_files import GLAND, HUMAN, MACHINE, MARKSHEET
 from medbudget.images import to_pil
 
-PHANTOM_MM = 150.0  # what a prostate phantom's edge stands for
+PHANTOM_MM = 150.0  # an edge: the 100 mm of a phantom, enlarged to fill the crop of PI-CAI
 BORDER = 20  # pixels of padding around the field of view of a PI-CAI phantom
 
 
@@ -83,7 +83,7 @@ def _grow(index: int, positive: bool, pixels: int, slices: int, seed: int) -> An
     phantom = make_phantoms("prostate", label, 1, size=pixels, seed=seed * 10000 + index)
     middle = slices // 2
     x, y = np.meshgrid(*[np.linspace(-1, 1, pixels)] * 2)
-    oval = Image.fromarray(((x / 0.32) ** 2 + (y / 0.25) ** 2 < 1).astype(np.uint8))
+    oval = Image.fromarray(((x / 0.48) ** 2 + (y / 0.37) ** 2 < 1).astype(np.uint8))
     planes = [*(Image.fromarray(c.numpy()) for c in phantom.images[0]), oval]
     planes.append(Image.fromarray(phantom.masks[0].numpy().astype(np.uint8)))
     stacks = np.zeros((5, slices, pixels + 2 * BORDER, pixels + 2 * BORDER), np.float32)
