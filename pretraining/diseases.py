@@ -46,7 +46,7 @@ def make_features(kind: str, label: str, n: int, *, split: str) -> npt.NDArray[n
     images = make_phantoms(kind, label, n, size=SIZE, split=split).images
     varied = vary_look(images, seed=SPLITS.index(split))
     varied[::4] = images[::4]
-    return disease_features(varied)
+    return disease_features(varied, kind)
 
 
 def fit_disease(kind: str, label: str, n: int = CASES) -> tuple[torch.Tensor, dict[str, float]]:

@@ -38,7 +38,7 @@ def test_prompts_name_both_words_with_weights_that_sum_to_one(study):
     assert block.settings["prompt"] == "<healthy>:0.75 AND <disease>:0.25"
     assert block.settings["cfg_scale"] == 5
     assert block.settings["tokens"] == ["<healthy>", "<disease>"]
-    labels = [word.inputs[0].settings["label"] for word in block.inputs]
+    labels = [word.settings["label"] for word in block.inputs]
     assert labels == ["healthy", "pneumonia"]
 
 
