@@ -42,7 +42,7 @@ SMALL = StudySettings.preset(
 PHANTOM = {"source": "phantoms", "kind": "prostate", "label": "healthy", "split": "train",
            "n": 1, "size": 64}  # fmt: skip
 KEYS = {
-    "table1": "6b445eeb8efa", "table2": "991682fc5683", "interpolation": "700098281176",
+    "table1": "7ba401481b0b", "table2": "991682fc5683", "interpolation": "66df6c43acc5",
     "stylegan3": "d6399c22caad",
 }  # fmt: skip
 
