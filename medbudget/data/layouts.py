@@ -84,7 +84,9 @@ def _grow(index: int, positive: bool, pixels: int, slices: int, seed: int) -> An
     middle = slices // 2
     x, y = np.meshgrid(*[np.linspace(-1, 1, pixels)] * 2)
     oval = Image.fromarray(((x / 0.48) ** 2 + (y / 0.37) ** 2 < 1).astype(np.uint8))
-    planes = [*(Image.fromarray(c.numpy()) for c in phantom.images[0]), oval]
+    channels = phantom.images[0].numpy().copy()
+    channels[2][phantom.masks[0].numpy()] = 230  # a bright tumour: what windows are about
+    planes = [*(Image.fromarray(c) for c in channels), oval]
     planes.append(Image.fromarray(phantom.masks[0].numpy().astype(np.uint8)))
     stacks = np.zeros((5, slices, pixels + 2 * BORDER, pixels + 2 * BORDER), np.float32)
     gains = (6.0, 12.0, 2.0, 1.0, 1.0)
