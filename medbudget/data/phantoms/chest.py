@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
 from medbudget.data.phantoms.drawing import (
@@ -175,7 +176,7 @@ def _draw_vessels(rng, size, x, y, lungs, inner, base) -> Array:
     return draw_lines(size, lines)
 
 
-def _window(rows: Mask, columns: Array) -> tuple[slice, slice]:
+def _window(rows: Mask, columns: npt.NDArray[np.intp]) -> tuple[slice, slice]:
     """Return the smallest window around rows that are marked and columns that are listed."""
     (marked,) = np.nonzero(rows)
     return slice(marked[0], marked[-1] + 1), slice(columns[0], columns[-1] + 1)

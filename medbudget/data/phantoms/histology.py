@@ -122,7 +122,7 @@ def draw_histology(
     return np.clip(image + 0.012 * noise, 0, 1), mask
 
 
-def _fibres(rng: np.random.Generator) -> list[tuple[float, ...]]:
+def _fibres(rng: np.random.Generator) -> list[tuple[float, float, float, float, float, float]]:
     """Return bundles of wavy stroma fibres."""
     lines = []
     for _ in range(int(rng.integers(1, 4))):

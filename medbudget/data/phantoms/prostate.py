@@ -8,7 +8,10 @@ crop of 150 mm leaves 20 px for the gland, and urine as white leaves the gland d
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -29,6 +32,7 @@ from medbudget.data.phantoms.drawing import (
 )
 from medbudget.data.phantoms.pelvis import NAMES, TISSUE, draw_front, draw_rectum, draw_walls
 
+Scalar = TypeVar("Scalar", bound=np.generic)
 VOXELS = 75  # of 2 mm, of the diffusion maps
 T2W_VOXELS = 300  # of 0.5 mm
 WIDER = 1.5  # times the image's edge is drawn, and the middle kept
@@ -96,7 +100,7 @@ def draw_prostate(
     return crop_middle(slices, kept), crop_middle(mask, FINE * kept)
 
 
-def crop_middle(images: Array, size: int) -> Array:
+def crop_middle(images: npt.NDArray[Scalar], size: int) -> npt.NDArray[Scalar]:
     """Return the middle ``size x size`` pixels of images ``(…, s, s)``."""
     first = (images.shape[-1] - size) // 2
     return images[..., first : first + size, first : first + size]
