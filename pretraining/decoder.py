@@ -1,12 +1,14 @@
-"""Train an autoencoder of 128 px (f = 8) around the latents of a base of 64 px (f = 4).
+"""Train a decoder that draws sharper out of the latents of the embedded base.
 
-``python -m pretraining.decoder --work DIR --steps 20000``, resumable. The U-Net and the words of the
-base stay as they are: the new encoder learns to give the latents that the old one gives for the
-image at half the size, and the new decoder draws 128 px from them. The decoder sees latents as
-sampling leaves them: noise of t = 10 to 200 is added, and the U-Net takes it away at once. A patch
-discriminator asks for texture where the latents no longer hold it (Rombach et al. 2022, section
-3.1; Isola et al. 2017). Around a base of 128 px its own autoencoder is trained on in the same way.
-``python -m pretraining.export --decoder DIR/decoder.ckpt`` puts the result into the package.
+``python -m pretraining.decoder --work DIR --size 64``, resumable, trains on the decoder of the base;
+encoder, U-Net and words stay as they are. With ``--size 128`` it trains an autoencoder of 128 px
+(f = 8) around the latents of a base of 64 px (f = 4): the new encoder learns to give the latents that
+the old one gives for the image at half the size. The decoder sees latents as sampling leaves them:
+noise of t = 10 to 200 is added to most, and the U-Net takes it away at once. A patch discriminator
+asks for the texture that these latents no longer hold (Rombach et al. 2022, section 3.1; Isola et
+al. 2017), and its first layers for equal local means of their features (Wang et al. 2018).
+``python -m pretraining.export --decoder DIR/decoder.ckpt --share .5`` puts the mean of the weights
+before and after into the package (Wortsman et al. 2022: it is sharper, without the dots of the end).
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ from pretraining.pictures import draw_picture
 SIZE = 128
 
 
-def build_autoencoder(old: nn.Module) -> nn.Module:
-    """Build an AutoencoderKL of 128 px: `old` and one level more, or a copy if it has 128 px."""
+def build_autoencoder(old: nn.Module, size: int = SIZE) -> nn.Module:
+    """Build an AutoencoderKL of `size` px: `old` and one level more, or a copy if it has that size."""
     from diffusers import AutoencoderKL
 
     config: Any = old.config
-    if config.sample_size == SIZE:
+    if config.sample_size == size:
         return deepcopy(old).float().requires_grad_(True)
     channels = tuple(config.block_out_channels)
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -61,33 +63,50 @@ def build_autoencoder(old: nn.Module) -> nn.Module:
     return new
 
 
-class Discriminator(nn.Sequential):
-    """Judge overlapping patches of 38 px: ``(B, 3, H, W)`` to ``(B, 1, H / 8, W / 8)``."""
+class Discriminator(nn.Module):
+    """Judge overlapping patches: ``(B, 3, H, W)`` to ``(B, 1, H / 8, W / 8)``, and all features.
+
+    Layers are averaged down, not skipped through: that leaves the decoder fewer checkerboards.
+    """
 
     def __init__(self, width: int = 48) -> None:
-        layers: list[nn.Module] = []
+        super().__init__()
         channels = (3, width, 2 * width, 3 * width)
-        for before, after in pairwise(channels):
-            convolution = nn.Conv2d(before, after, 4, stride=2, padding=1)
-            layers += [spectral_norm(convolution), nn.LeakyReLU(0.2)]
-        layers += [spectral_norm(nn.Conv2d(channels[-1], 1, 3, padding=1))]
-        super().__init__(*layers)
+        self.convolutions = nn.ModuleList(
+            spectral_norm(nn.Conv2d(before, after, 3, padding=1))
+            for before, after in pairwise(channels)
+        )
+        self.last = spectral_norm(nn.Conv2d(channels[-1], 1, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        features = []
+        for convolution in self.convolutions:
+            x = F.leaky_relu(convolution(x), 0.2)
+            features.append(x)
+            x = F.avg_pool2d(x, 2)
+        return self.last(x), features
 
 
 class DecoderRun:
     """Networks, optimizers and counters of one training."""
 
-    def __init__(self, base: Any, batch: int, lr: float) -> None:
+    def __init__(self, base: Any, batch: int, lr: float, size: int = SIZE) -> None:
         torch.manual_seed(0)
+        self.size = size
         self.base, self.batch, self.step, self.rate, self.seconds = base, batch, 0, lr, 0.0
         self.device = base.device
-        self.new = build_autoencoder(base.vae).to(self.device)
-        self.average = build_autoencoder(base.vae).to(self.device).requires_grad_(False)
+        self.new = build_autoencoder(base.vae, size).to(self.device)
+        if size == base.vae.config.sample_size:  # its own encoder gives the latents
+            self.new.encoder.requires_grad_(False)
+            self.new.quant_conv.requires_grad_(False)
+        self.average = build_autoencoder(base.vae, size).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.new.state_dict())
         self.critic = Discriminator().to(self.device)
         self.networks = {"new": self.new, "average": self.average, "critic": self.critic}
         self.optimizers = {
-            "new": torch.optim.AdamW(self.new.parameters(), lr, betas=(0.5, 0.99)),
+            "new": torch.optim.AdamW(
+                [p for p in self.new.parameters() if p.requires_grad], lr, betas=(0.5, 0.99)
+            ),
             "critic": torch.optim.AdamW(self.critic.parameters(), 2 * lr, betas=(0.5, 0.99)),
         }
         for network in self.networks.values():
@@ -125,46 +144,60 @@ class DecoderRun:
     def train(self, pictures: np.ndarray | torch.Tensor, *, fade: float = 1.0) -> dict[str, float]:
         """Take one step at `fade` of the learning rate; draws depend on the step alone."""
         begun = time.monotonic()
-        rng = np.random.default_rng([7, self.step])
+        rng = np.random.default_rng([9, self.step])
         torch.manual_seed(int(rng.integers(2**62)))
-        pick = rng.integers(64, len(pictures), self.batch)
-        chosen = torch.as_tensor(pictures[np.sort(pick)]).to(self.device)
-        x = chosen.float() / 127.5 - 1
-        x = x[:, rng.permutation(3)].to(memory_format=torch.channels_last)
+        pick = np.sort(rng.integers(64, len(pictures), self.batch))
+        x = self.draw(torch.as_tensor(pictures[pick]).to(self.device).float() / 127.5 - 1, rng)
         scale = self.old.config.scaling_factor
         with torch.autocast(self.device.type, torch.bfloat16):
             with torch.no_grad():
-                own = F.avg_pool2d(x, SIZE // self.old.config.sample_size)
+                own = F.avg_pool2d(x, self.size // self.old.config.sample_size)
                 target = self.old.encode(own).latent_dist.mean.float()
-                half = self.batch // 2
-                smoothed = self.smooth(target[:half] * scale, rng) / scale
-                latents = torch.cat([smoothed, target[half:]])
-                spread = 0.05 / scale * torch.rand(len(x), 1, 1, 1, device=self.device)
-                latents = latents + spread * torch.randn_like(latents)
-            mean = self.new.encode(x).latent_dist.mean.float()
-            distilled = ((mean - target) * scale).square().mean()
+                most = 3 * self.batch // 4
+                smoothed = self.smooth(target[:most] * scale, rng) / scale
+                latents = torch.cat([smoothed, target[most:]])
             y = self.new.decode(latents).sample.float()
             l1 = (x - y).abs().mean()
             coarse = (F.avg_pool2d(x, 4) - F.avg_pool2d(y, 4)).abs().mean()
             self.critic.requires_grad_(False)
-            fooled = -self.critic(y).float().mean()
-            strength = 0.1 * min(1.0, self.step / 500)
-            loss = 0.5 * l1 + coarse + strength * fooled + distilled
+            judged, features = self.critic(y)
+            with torch.no_grad():
+                wanted = self.critic(x)[1]
+            matched = torch.stack([
+                (F.avg_pool2d(a.float(), 4) - F.avg_pool2d(b.float(), 4)).abs().mean()
+                for a, b in zip(features[:2], wanted[:2])
+            ]).sum()  # fmt: skip
+            strength = 0.1 * min(1.0, self.step / 300)
+            loss = 0.5 * l1 + coarse + matched - strength * judged.float().mean()
+            losses = {"l1": l1, "coarse": coarse, "matched": matched}
+            if self.size != self.old.config.sample_size:
+                mean = self.new.encode(x).latent_dist.mean.float()
+                losses["distilled"] = ((mean - target) * scale).square().mean()
+                loss = loss + losses["distilled"]
         self.apply("new", loss, fade)
         self.critic.requires_grad_(True)
         with torch.autocast(self.device.type, torch.bfloat16):
-            real, drawn = self.critic(x).float(), self.critic(y.detach()).float()
-            hinge = F.relu(1 - real).mean() + F.relu(1 + drawn).mean()
-        self.apply("critic", hinge, fade)
-        keep = min(0.999, (1 + self.step) / (10 + self.step))
+            real, drawn = self.critic(x)[0].float(), self.critic(y.detach())[0].float()
+            losses["hinge"] = F.relu(1 - real).mean() + F.relu(1 + drawn).mean()
+        self.apply("critic", losses["hinge"], fade)
+        keep = min(0.998, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             pairs = list(self.average.parameters()), list(self.new.parameters())
             torch._foreach_lerp_(*pairs, 1 - keep)
         self.step += 1
-        losses = {"l1": l1, "coarse": coarse, "hinge": hinge, "distilled": distilled}
         values = {name: value.item() for name, value in losses.items()}
         self.seconds += time.monotonic() - begun
         return values
+
+    def draw(self, x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Average half of the pictures down to the size, crop the others; turn some to gray."""
+        half, (top, left) = len(x) // 2, rng.integers(0, x.shape[-1] - self.size + 1, 2)
+        averaged = F.avg_pool2d(x[:half], x.shape[-1] // self.size)
+        cropped = x[half:, :, top : top + self.size, left : left + self.size]
+        x = torch.cat([averaged, cropped])[rng.permutation(len(x))][:, rng.permutation(3)]
+        if rng.random() < 0.3:
+            x = x[:, :1].expand(-1, 3, -1, -1)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def apply(self, name: str, loss: torch.Tensor, fade: float) -> None:
         network, optimizer = self.networks[name], self.optimizers[name]
@@ -172,7 +205,7 @@ class DecoderRun:
             group["lr"] = fade * self.rate * (2 if name == "critic" else 1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_([p for p in network.parameters() if p.requires_grad], 1.0)
         optimizer.step()
 
 
@@ -193,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--size", type=int, choices=(64, SIZE), default=SIZE)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--pictures", type=int, default=6_000)
@@ -201,8 +235,10 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     pictures = load_pictures(options.work, options.pictures, options.clipart)
     base = load_base("tiny", device="cpu")
-    run = DecoderRun(base, options.batch, options.lr)
-    identity = {"base": base.hash, "batch": options.batch, "lr": options.lr}
+    run = DecoderRun(base, options.batch, options.lr, options.size)
+    identity = {
+        "base": base.hash, "batch": options.batch, "lr": options.lr, "size": options.size
+    }  # fmt: skip
     log = options.work / "decoder.csv"
     for _ in Steps(run, options.steps, checkpoint=options.work / "decoder.ckpt", identity=identity,
                    every=200, desc="decoder"):  # fmt: skip

@@ -22,7 +22,7 @@ from medbudget.loading import TINY, load_base
 from medbudget.runs import load_checkpoint
 from medbudget.tiny import GRIDS, N_WORDS
 from pretraining import model
-from pretraining.decoder import build_autoencoder
+from pretraining.decoder import SIZE, build_autoencoder
 
 WEIGHTS = TINY  # the package's
 
@@ -114,7 +114,7 @@ def export(work: Path) -> None:
     _tell_size()
 
 
-def export_decoder(checkpoint: Path, minutes: float | None = None) -> None:
+def export_decoder(checkpoint: Path, minutes: float | None = None, share: float = 1.0) -> None:
     """Write the averaged autoencoder of a checkpoint of `pretraining.decoder`, and its record.
 
     Parameters
@@ -123,12 +123,14 @@ def export_decoder(checkpoint: Path, minutes: float | None = None) -> None:
         ``decoder.ckpt``; ``decoder.csv`` beside it is the curve.
     minutes : float, optional
         That it was trained for, if the checkpoint does not say so.
+    share : float
+        0 to 1: of its weights, beside those that the package's autoencoder of the same size has.
 
     Raises
     ------
     ValueError
-        The checkpoint was trained around another base than the package's, or it does not say for
-        how long and `minutes` are not given.
+        There is nothing of the same size to mix it with, the checkpoint was trained around another
+        base than the package's, or it does not say for how long and `minutes` are not given.
     """
     state = load_checkpoint(checkpoint)
     if minutes is None and "seconds" not in state:
@@ -142,8 +144,17 @@ def export_decoder(checkpoint: Path, minutes: float | None = None) -> None:
             f"{checkpoint} was trained around the base {around['base']}, the package has {base.hash}: "
             "its latents would mean other images; train a decoder around the package's base"
         )
-    new = build_autoencoder(base.vae)
-    new.load_state_dict(state["average"])
+    size = around.get("size", SIZE)
+    if share != 1 and (size != base.size or base.hash != around["base"]):
+        raise ValueError(
+            f"a share of {share} needs the autoencoder that training began with; the package has one "
+            f"of {base.size} px (base {base.hash}), {checkpoint} has {size} px (around {around['base']})"
+        )
+    new = build_autoencoder(base.vae, size)
+    old = new.state_dict()
+    new.load_state_dict(
+        {k: v if share == 1 else torch.lerp(old[k], v, share) for k, v in state["average"].items()}
+    )
     new.half().save_pretrained(WEIGHTS / "vae", safe_serialization=True)
     run = {
         "step": state["step"], "batch": around["batch"], "start": True,
@@ -151,7 +162,7 @@ def export_decoder(checkpoint: Path, minutes: float | None = None) -> None:
         "device": state.get("device", "CPU"),
     }  # fmt: skip
     earlier = record["vae"][:-1] if last.get("around") == around["base"] else record["vae"]
-    record["vae"] = [*earlier, {**_summary(run), "around": around["base"]}]
+    record["vae"] = [*earlier, {**_summary(run), "around": around["base"], "share": share}]
     record["curves"]["vae"] = _curve(checkpoint.with_suffix(".csv"))
     write_json(WEIGHTS / "training.json", record)
     base = load_base(WEIGHTS, device="cpu")
@@ -182,8 +193,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--decoder", type=Path, required=True, help="checkpoint")
     parser.add_argument("--minutes", type=float, help="of its training, if it does not say so")
+    parser.add_argument("--share", type=float, default=1.0, help="of the new weights, 0 to 1")
     options = parser.parse_args()
-    export_decoder(options.decoder, options.minutes)
+    export_decoder(options.decoder, options.minutes, options.share)
 
 
 if __name__ == "__main__":

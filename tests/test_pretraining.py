@@ -101,6 +101,29 @@ def test_a_decoder_becomes_the_autoencoder_of_the_package(
         assert (weights / file).read_bytes() == (loading.TINY / file).read_bytes()
 
 
+def test_a_share_of_a_decoder_is_the_mean_of_both(
+    tiny: Base, pictures: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder stays to the byte; the decoder's weights lie between those before and after."""
+    weights = tmp_path / "weights"
+    shutil.copytree(export.WEIGHTS, weights)
+    monkeypatch.setattr(export, "WEIGHTS", weights)
+    (tmp_path / "decoder.csv").write_text("step,l1\n1,.1\n")
+    run, checkpoint = DecoderRun(tiny, 2, 1e-2, 64), tmp_path / "decoder.ckpt"
+    identity = {"base": tiny.hash, "batch": 2, "size": 64}
+    for _ in Steps(run, 3, checkpoint=checkpoint, identity=identity):
+        run.train(pictures)
+    export.export_decoder(checkpoint, share=0.5)
+    before, after = tiny.vae.state_dict(), run.average.state_dict()
+    for name, tensor in load_base(weights, device="cpu").vae.state_dict().items():
+        wanted = (before[name] + after[name]) / 2
+        torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-3)
+        moved = not torch.equal(before[name], after[name])
+        assert moved == name.startswith(("decoder", "post_quant_conv")), name
+    with pytest.raises(ValueError, match="needs the autoencoder that training began with"):
+        export.export_decoder(checkpoint, share=0.5)  # the package's is no longer that one
+
+
 def test_a_decoder_around_another_base_is_refused(tiny: Base, tmp_path: Path) -> None:
     content = {"identity": {"base": "0123456789ab", "batch": 2}, "state": {"step": 1}}
     torch.save(content, tmp_path / "decoder.ckpt")
