@@ -156,6 +156,9 @@ def export_decoder(checkpoint: Path, minutes: float | None = None, share: float 
         {k: v if share == 1 else torch.lerp(old[k], v, share) for k, v in state["average"].items()}
     )
     new.half().save_pretrained(WEIGHTS / "vae", safe_serialization=True)
+    config = json.loads((WEIGHTS / "vae" / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # a folder of this machine
+    write_json(WEIGHTS / "vae" / "config.json", config)
     run = {
         "step": state["step"], "batch": around["batch"], "start": True,
         "seconds": state["seconds"] if minutes is None else 60 * minutes,

@@ -114,6 +114,7 @@ def test_a_share_of_a_decoder_is_the_mean_of_both(
     for _ in Steps(run, 3, checkpoint=checkpoint, identity=identity):
         run.train(pictures)
     export.export_decoder(checkpoint, share=0.5)
+    assert str(tmp_path) not in (weights / "vae" / "config.json").read_text()
     before, after = tiny.vae.state_dict(), run.average.state_dict()
     for name, tensor in load_base(weights, device="cpu").vae.state_dict().items():
         wanted = (before[name] + after[name]) / 2
