@@ -53,7 +53,7 @@ def tell_study(head: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     numbers = {
         f"{head}.inside": "0 for all" if not any(inside) else f"at most {share(max(inside))}",
         f"{head}.floor": f"{real['scores'][FD]['value']:.0f}",
-        f"{head}.auc": with_interval(real["scores"]["AUC on real"]),
+        f"{head}.auc": with_interval(real["scores"]["Classifier AUC"]),
     }
     for (method, cases, equal), row in cells.items():
         at = f"{head}.{method}.{cases}" + (".equal" if equal else "")
@@ -82,7 +82,7 @@ def tell_row(row: Mapping[str, Any]) -> dict[str, str]:
         "leak.interval": "{} to {}".format(*map(share, leak["interval"])),
         "copied": f"{suspects or 'none'} of {drawn}",
         "copied.p": p_value(binomtest(suspects, drawn, 0.01, alternative="greater").pvalue),
-        "auc": with_interval(scores["AUC on real"]),
+        "auc": with_interval(scores["Classifier AUC"]),
         "bytes": f"{size / 1000:.0f} MB" if size >= 9500 else f"{size:.0f} kB",
         "seconds": f"{details['seconds']:.0f}",
     }
@@ -148,9 +148,9 @@ def tell_distances(cells: Cells) -> dict[str, str]:
 def tell_gains(cells: Cells) -> dict[str, str]:
     """Return how many classifiers of a method's images beat those of the word of 64 vectors."""
     gains = {
-        key: row["scores"]["gain on real"]
+        key: row["scores"]["Classifier gain"]
         for key, row in cells.items()
-        if "gain on real" in row["scores"]
+        if "Classifier gain" in row["scores"]
     }
     ps = {key: read_p(gain) for key, gain in gains.items()}
     shown = [key for key in gains if ps[key] < LEVEL]

@@ -115,9 +115,9 @@ def test_a_small_study_runs_to_its_table(tiny, tmp_path):
     kinds = [type(load_trained(store.path(r.details.inputs[0]))) for r in (word, lora)]
     assert kinds == [Embedding, Adapter]
     scores = {row.value: store.read_json(row.score) for row in (word, lora, real)}
-    assert {"Layout distance", "AUC on real", "Membership AUC"} <= set(scores["word 64"])
-    assert {"gain on real", "Copied share (pixels)"} <= set(scores["LoRA 4"])
-    assert "Membership AUC" not in scores["none"] and "gain on real" not in scores["none"]
+    assert {"Layout distance", "Classifier AUC", "Membership AUC"} <= set(scores["word 64"])
+    assert {"Classifier gain", "Copied share (pixels)"} <= set(scores["LoRA 4"])
+    assert "Membership AUC" not in scores["none"] and "Classifier gain" not in scores["none"]
     price = store.read_json(lora.details)
     assert price["images_seen"] == 4 and price["seconds"] > 0 and price["peak_bytes"] is None
     adapter = load_trained(store.path(lora.details.inputs[0]))

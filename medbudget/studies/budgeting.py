@@ -128,7 +128,7 @@ def _run_weigh(task: Task, store: Store) -> dict[str, Any]:
         except ValueError:  # too far from phantoms for a disease score
             pass
     aucs, *leaks = map(store.read_json, task.inputs[sum(n for n, _ in s["sets"]) :])
-    scores |= {f"{name} on real": aucs[name] for name in ("AUC", "gain") if name in aucs}
+    scores |= {f"Classifier {name}": aucs[name] for name in ("AUC", "gain") if name in aucs}
     for leak in leaks:
         scores |= leak
     return scores
