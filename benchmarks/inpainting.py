@@ -25,7 +25,7 @@ from medbudget.tiny import load_trained
 PLACES = {"left": (0.4, 0.57), "right": (0.6, 0.57)}  # of the peripheral zone
 RADII = (0.07, 0.09, 0.11)  # phantoms' tumours: 0.036 to 0.11
 FINAL: dict[str, Any] = {
-    "cfg_scale": 6.0, "away from": "healthy", "strength": 0.75, "content": "original", "steps": 25,
+    "cfg_scale": 10.0, "away from": "healthy", "strength": 0.75, "content": "original", "steps": 25,
     "mask_blur": 4.0,
 }  # fmt: skip
 GRID: dict[str, tuple[Any, ...]] = {

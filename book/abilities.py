@@ -131,7 +131,7 @@ def painting(folders: tuple[Path, ...]) -> dict[str, str]:
     count = ours["n"] * len(ours["found"])
     numbers = {}
     for name, row in (
-        ("paper", rows["cfg_scale", 2.0]), ("ours", ours), ("ten", rows["cfg_scale", 10.0]),
+        ("paper", rows["cfg_scale", 2.0]), ("ours", ours), ("six", rows["cfg_scale", 6.0]),
         ("nothing", rows["away from", "nothing"]), ("weak", rows["strength", 0.3]),
     ):  # fmt: skip
         low, high = wilson(row["share"] * row["n"], row["n"])
@@ -155,10 +155,10 @@ def painting(folders: tuple[Path, ...]) -> dict[str, str]:
         "painting.off": f"{ours['off_colour']:.0f}",
         "painting.off.paper": f"{rows['cfg_scale', 2.0]['off_colour']:.0f}",
         "painting.seam": f"{ours['seam']:.1f}",
-        "painting.off.ten": f"{rows['cfg_scale', 10.0]['off_colour']:.0f}",
+        "painting.off.six": f"{rows['cfg_scale', 6.0]['off_colour']:.0f}",
         "painting.true": f"{values['true_found'] * 100:.0f} %",
         "painting.seam.true": f"{values['true_seam']:.1f}",
-        "painting.seam.ten": f"{rows['cfg_scale', 10.0]['seam']:.1f}",
+        "painting.seam.six": f"{rows['cfg_scale', 6.0]['seam']:.1f}",
         "painting.seam.sharp": f"{rows['mask_blur', 0.0]['seam']:.1f}",
         "painting.seam.soft": f"{rows['mask_blur', 8.0]['seam']:.1f}",
         "painting.small": f"{ours['found']['left 0.07']} of {ours['n']}",

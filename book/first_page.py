@@ -60,7 +60,7 @@ def draw_strip(base: Base) -> list[str]:
         ellipse(CENTRE, RADII, size=base.size),
         tumour.token,
         embeddings=[healthy, tumour],
-        cfg_scale=6.0,
+        cfg_scale=10.0,
         negative_prompt=healthy.token,
     )
     return [

@@ -76,7 +76,7 @@ def draw_link(base: Base) -> Figure:
         ellipse(CENTRE, RADII, size=base.size),
         words[0].token,
         embeddings=words,
-        cfg_scale=6.0,
+        cfg_scale=10.0,
         negative_prompt=words[1].token,
     )
     t2w = torch.cat([case[:, :1], painted[:, :1], painted[:, 1:2], painted[:, 2:]])
