@@ -3,11 +3,11 @@
     python benchmarks/record.py [NAME …] [--real FOLDER] [--work _build/record] [--lanes 2] [--list]
 
 Runs the command that each file in results/ names, in as many lanes as cores, one thread each; what
-was interrupted goes on from the stores in --work where a command has one: on Ctrl-C or SIGTERM the
-running commands are stopped, and none is begun. Without names: every result of another base than
-the package's, and whatever an interrupted recording left. The words that ship must be of this base
-already (`python -m pretraining.words`), and the disease scores of these phantoms (`python -m
-pretraining.diseases`).
+was interrupted goes on from the stores in --work where a command has one: on Ctrl-C, SIGTERM or a
+closed terminal the running commands are stopped, and none is begun. Without names: every result of
+another base than the package's, and whatever an interrupted recording left. The words that ship must
+be of this base and of these phantoms already (`python -m pretraining.words`), and so must the disease
+scores (`python -m pretraining.diseases`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from medbudget import load_base, make_phantoms
-from medbudget.files import write_text
+from medbudget.base import Base
+from medbudget.data.phantoms import KINDS
+from medbudget.files import hash_tensors, hold, write_text
 from medbudget.metrics import compute_auc, disease_score
 from medbudget.results import StaleResultError, count_cores, load_result
-from medbudget.tiny import SPECS, load_trained
+from medbudget.tiny import CASES, SPECS, find_trained, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 RENAMED = {  # commands of results that were recorded when they had another form
@@ -138,6 +141,12 @@ class Lanes:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
 
+    def catch_signals(self) -> None:
+        """Stop at Ctrl-C and SIGTERM, and at a closed terminal unless nohup says to go on."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.stop)
+
     def stop(self, number: int, frame: Any) -> None:
         """End what runs, begin nothing more."""
         self.stopped = True
@@ -145,15 +154,49 @@ class Lanes:
             self.end(child)
 
 
+def check_words(base: Base) -> None:
+    """Raise unless the words that ship were learned on this base, from today's phantoms."""
+    drawn: dict[tuple[str, str], torch.Tensor] = {}
+    for kind, label, n_vectors, cases in SPECS:
+        word = load_trained(kind, label, base, n_vectors=n_vectors, cases=cases)
+        if (kind, label) not in drawn:
+            drawn[kind, label] = make_phantoms(kind, label, CASES).images
+        if hash_tensors({"images": drawn[kind, label][:cases]}) != word.record["images_hash"]:
+            name = find_trained(kind, label, n_vectors=n_vectors, cases=cases).name
+            raise ValueError(
+                f"{name} was learned from other phantoms than today's: delete it and learn it again "
+                "with python -m pretraining.words"
+            )
+
+
 def check_diseases() -> None:
     """Raise unless the disease scores know today's phantoms: with others a recording is in vain."""
-    sets = [make_phantoms("prostate", label, 16, split="val") for label in ("healthy", "tumour")]
-    scores = np.concatenate([disease_score(phantoms.images, "prostate") for phantoms in sets])
-    if (auc := compute_auc(np.repeat([0, 1], 16), scores)) < 0.7:
-        raise ValueError(
-            f"the disease scores tell prostate phantoms apart with an AUC of {auc:.2f}, at least .7 "
-            "is needed; fit them anew with python -m pretraining.diseases"
-        )
+    for kind, (healthy, *diseases) in KINDS.items():
+        for disease in diseases:
+            sets = [make_phantoms(kind, one, 16, split="val").images for one in (healthy, disease)]
+            scores = np.concatenate([disease_score(images, kind, disease) for images in sets])
+            if (auc := compute_auc(np.repeat([0, 1], 16), scores)) < 0.7:
+                raise ValueError(
+                    f"the disease score of {disease} tells {kind} phantoms apart with an AUC of "
+                    f"{auc:.2f}, at least .7 is needed; fit the scores anew with python -m "
+                    "pretraining.diseases"
+                )
+
+
+def check_real(folder: Path) -> None:
+    """Raise unless the folder has what commands want of it: hours later is too late."""
+    for name in ("normal", "pneumonia", "index.csv"):
+        if not (folder / name).exists():
+            raise ValueError(
+                f"--real {folder} has no {name}; it needs normal/, pneumonia/, index.csv"
+            )
+
+
+def begin(work: Path, name: str, command: str) -> None:
+    """Note that a command is begun, from its beginning, and forget what an earlier one recorded."""
+    for old in (work / name).glob("*.recorded"):
+        old.unlink()
+    write_text(work / f"{name}.begun", command)
 
 
 def main() -> None:
@@ -175,10 +218,16 @@ def main() -> None:
     if unknown:
         parser.error(f"no results/{unknown[0]}.json")
     real = args.real.resolve() if args.real else None
-    commands = {}
+    try:
+        if real:
+            check_real(real)
+    except ValueError as error:
+        parser.error(str(error))
+    commands, fresh = {}, []
     for name in names:
         go_on = name in begun
         if not go_on:
+            fresh.append(name)
             begun[name] = json.loads((folder / f"{name}.json").read_text("utf-8"))["command"]
         try:
             commands[name] = split_command(begun[name], real=real, store=work / name, go_on=go_on)
@@ -188,18 +237,17 @@ def main() -> None:
         for name, parts in commands.items():
             print(f"{name}: {'; '.join(shlex.join(part) for part in parts)}")
         return
-    for kind, label, n_vectors, cases in SPECS:
-        load_trained(kind, label, base, n_vectors=n_vectors, cases=cases)  # or says what to run
+    check_words(base)
     check_diseases()
     work.mkdir(parents=True, exist_ok=True)
-    for name in commands:  # a file that has a part of its rows names a part of its command
-        write_text(work / f"{name}.begun", begun[name])
-    lanes = Lanes(work)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lanes.stop)
-    with ThreadPoolExecutor(args.lanes) as pool:
-        done = [pool.submit(lanes.run, name, parts) for name, parts in commands.items()]
-        results = [future.result() for future in done]
+    with hold(work):
+        for name in fresh:  # a file that has a part of its rows names a part of its command
+            begin(work, name, begun[name])
+        lanes = Lanes(work)
+        lanes.catch_signals()
+        with ThreadPoolExecutor(args.lanes) as pool:
+            done = [pool.submit(lanes.run, name, parts) for name, parts in commands.items()]
+            results = [future.result() for future in done]
     sys.exit(0 if all(results) else 1)
 
 

@@ -7,12 +7,12 @@ Bars: `autoencoder`, `inversion` (the shipped embeddings against prompts), `tren
 guidance, sampling steps), `disease` (generated diseased against healthy), `axis` (weighted AND),
 `xrays` (real chest X-rays that nobody here drew; needs --real), and `limits`, which is no bar and
 asks at which noise the distance is lost. Each one's rows replace its rows in the file, so that they
-can be run one by one, and --go-on leaves out those that it has of this base. The words that
-`trends` and `xrays` learn and all images that are drawn are kept in --store, where other bars and a
-run that goes on find them. Distances are Frechet distances of EfficientNet-Lite0 features ("FD") and
-of 8 x 8 thumbnails ("layout"), always beside the real-versus-real floor of the same n. The
-autoencoder was trained with EfficientNet's features: beside the bars stand two views that were
-trained on nothing, random convolutions and the power spectrum.
+can be run one by one, and --go-on leaves out those that an interrupted run with the same --store has
+recorded. The words that `trends` and `xrays` learn and all images that are drawn are kept in --store,
+where other bars and a run that goes on find them. Distances are Frechet distances of
+EfficientNet-Lite0 features ("FD") and of 8 x 8 thumbnails ("layout"), always beside the
+real-versus-real floor of the same n. The autoencoder was trained with EfficientNet's features: beside
+the bars stand two views that were trained on nothing, random convolutions and the power spectrum.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from medbudget import (
 from medbudget.base import Base
 from medbudget.cases import Cases
 from medbudget.classifier import ClassifierSettings, train_classifier
-from medbudget.files import hash_settings, hash_tensors, write_bytes
+from medbudget.files import hash_settings, hash_tensors, write_bytes, write_text
 from medbudget.images import find_images
 from medbudget.metrics import compute_auc, frechet_distance, precision_recall
 from medbudget.metrics.features import compute_features
@@ -433,12 +433,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="TI steps where it trains; default the preset's")
     parser.add_argument("--real", type=Path, help="folder with normal/ and pneumonia/")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--store", type=Path, help="folder of the words that it learns")
-    parser.add_argument("--go-on", action="store_true", help="only bars that --out lacks")
+    parser.add_argument("--store", type=Path, help="folder of words learned and images drawn")
+    parser.add_argument(
+        "--go-on", action="store_true", help="leave out bars recorded with this --store"
+    )
     args = parser.parse_args()
     unknown = sorted(set(args.bars) - set(BARS))
     if unknown:
         parser.error(f"unknown bar {', '.join(unknown)}; allowed are {', '.join(BARS)}")
+    if args.go_on and not (args.out and args.store):
+        parser.error("--go-on needs the --out and the --store of the run that it goes on with")
     STORE[:] = [args.store] if args.store else []
     base = load_base("tiny")
     values: dict[str, Any] = {}
@@ -449,8 +453,12 @@ def main() -> None:
             pass
         except StaleResultError as error:
             print(f"its rows are dropped: {error}")
-    for name in args.bars or list(BARS):
-        if args.go_on and name in values:
+    recorded = {name: args.store / f"{name}.recorded" for name in BARS if args.store}
+    bars = args.bars or list(BARS)
+    for name in bars if recorded and not args.go_on else ():
+        recorded[name].unlink(missing_ok=True)
+    for name in bars:
+        if args.go_on and name in values and recorded[name].exists():
             print(f"{name}: recorded already")
             continue
         rows = []
@@ -471,6 +479,9 @@ def main() -> None:
                 base_hash=base.hash,
                 folder=args.out.parent,
             )
+            if recorded:
+                args.store.mkdir(parents=True, exist_ok=True)
+                write_text(recorded[name], "")
 
 
 def make_command(values: dict[str, list[Row]], args: argparse.Namespace) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import pytest
 import torch
 from scripts import load_script
 
-from medbudget import Embedding
+from medbudget import Embedding, make_phantoms
 from medbudget.results import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -253,3 +254,82 @@ def test_bars_draw_nothing_twice(tiny, tmp_path):
     script.draw(tiny, "<a>", 2, [replace(word, vectors=2 * word.vectors)], steps=2)
     script.draw(tiny, "red ground", 2, steps=2)
     assert len(list((tmp_path / "images").iterdir())) == 3 and file.exists()
+
+
+def test_bars_go_on_after_those_that_the_same_recording_wrote(tmp_path, monkeypatch, capsys):
+    """Rows of an earlier recording on the same base are of other phantoms, perhaps: made anew."""
+    script = load_script(ROOT / "benchmarks" / "tiny_base.py")
+    runs = []
+
+    def measure(name):
+        def bar(base, args):
+            runs.append(name)
+            if name == "b" and len(runs) == 4:
+                raise KeyboardInterrupt
+            yield {"name": name, "value": len(runs)}
+
+        return bar
+
+    monkeypatch.setattr(script, "BARS", {name: measure(name) for name in "ab"})
+
+    def run(*options):
+        given = ["tiny_base.py", "--out", str(tmp_path / "x.json"), *options]
+        monkeypatch.setattr(sys, "argv", given)
+        script.main()
+
+    store = ("--store", str(tmp_path / "store"))
+    run(*store)
+    with pytest.raises(KeyboardInterrupt):
+        run(*store)  # recorded again, and interrupted in the second bar
+    run(*store, "--go-on")
+    assert runs == ["a", "b", "a", "b", "b"]
+    values = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["values"]
+    assert {name: rows[0]["value"] for name, rows in values.items()} == {"a": 3, "b": 5}
+    record = load_script(ROOT / "benchmarks" / "record.py")
+    record.begin(tmp_path, "store", "command")
+    assert not list((tmp_path / "store").glob("*.recorded"))
+    assert (tmp_path / "store.begun").read_text() == "command"
+    with pytest.raises(SystemExit):
+        run("--go-on")
+    assert "needs the --out and the --store" in capsys.readouterr().err
+
+
+def test_a_recording_refuses_other_phantoms_words_and_scores(tiny, tmp_path, monkeypatch):
+    record = load_script(ROOT / "benchmarks" / "record.py")
+    monkeypatch.setattr(record, "SPECS", (("prostate", "healthy", 64, 5),))
+    record.check_words(tiny)
+
+    def draw(kind, label, n, **options):
+        return make_phantoms(kind, label, n, **options | {"seed": 1})
+
+    monkeypatch.setattr(record, "make_phantoms", draw)
+    with pytest.raises(ValueError, match=r"64vectors_5cases.* other phantoms.*pretraining.words"):
+        record.check_words(tiny)
+    monkeypatch.setattr(record, "make_phantoms", lambda *args, **options: make_phantoms(*args))
+    monkeypatch.setattr(record, "KINDS", {"chest": ("healthy", "pneumonia")})
+    monkeypatch.setattr(
+        record, "disease_score", lambda images, *_: images[:, 0].double().mean((1, 2)) * 0
+    )
+    with pytest.raises(ValueError, match=r"of pneumonia tells chest .*AUC of 0.50"):
+        record.check_diseases()
+    (tmp_path / "normal").mkdir()
+    with pytest.raises(ValueError, match="has no pneumonia"):
+        record.check_real(tmp_path)
+
+
+def test_a_closed_terminal_stops_a_recording_unless_it_was_told_to_go_on(tmp_path):
+    record = load_script(ROOT / "benchmarks" / "record.py")
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    lanes = record.Lanes(tmp_path)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        lanes.catch_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        lanes.catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert lanes.stopped
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
