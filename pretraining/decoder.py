@@ -42,6 +42,11 @@ def build_autoencoder(old: nn.Module, size: int = SIZE) -> nn.Module:
     config: Any = old.config
     if config.sample_size == size:
         return deepcopy(old).float().requires_grad_(True)
+    if size != 2 * config.sample_size:
+        raise ValueError(
+            f"an autoencoder of {size} px cannot be built around one of {config.sample_size} px, only "
+            f"one of {config.sample_size} or {2 * config.sample_size}: choose --size"
+        )
     channels = tuple(config.block_out_channels)
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     settings |= {

@@ -124,14 +124,18 @@ def export_decoder(checkpoint: Path, minutes: float | None = None, share: float 
     minutes : float, optional
         That it was trained for, if the checkpoint does not say so.
     share : float
-        0 to 1: of its weights, beside those that the package's autoencoder of the same size has.
+        Above 0, at most 1: of its weights, beside those that the package's autoencoder of the same
+        size has.
 
     Raises
     ------
     ValueError
-        There is nothing of the same size to mix it with, the checkpoint was trained around another
-        base than the package's, or it does not say for how long and `minutes` are not given.
+        The share is out of range, or there is nothing of the same size to mix it with; the checkpoint
+        was trained around another base than the package's, or it does not say for how long and
+        `minutes` are not given.
     """
+    if not 0 < share <= 1:
+        raise ValueError(f"a share above 0 and at most 1 is needed, got {share:g}")
     state = load_checkpoint(checkpoint)
     if minutes is None and "seconds" not in state:
         raise ValueError(f"{checkpoint} does not say how long it was trained: give --minutes")
@@ -196,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--decoder", type=Path, required=True, help="checkpoint")
     parser.add_argument("--minutes", type=float, help="of its training, if it does not say so")
-    parser.add_argument("--share", type=float, default=1.0, help="of the new weights, 0 to 1")
+    parser.add_argument("--share", type=float, default=1.0, help="of the new weights, up to 1")
     options = parser.parse_args()
     export_decoder(options.decoder, options.minutes, options.share)
 

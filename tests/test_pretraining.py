@@ -125,6 +125,18 @@ def test_a_share_of_a_decoder_is_the_mean_of_both(
         export.export_decoder(checkpoint, share=0.5)  # the package's is no longer that one
 
 
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(tmp_path: Path, share: float) -> None:
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        export.export_decoder(tmp_path / "decoder.ckpt", share=share)
+
+
+def test_a_decoder_has_the_size_of_the_old_or_twice_that(tiny: Base) -> None:
+    for size in (32, 256):
+        with pytest.raises(ValueError, match=f"{size} px cannot be built around one of 64 px"):
+            DecoderRun(tiny, 2, 1e-2, size)
+
+
 def test_a_decoder_around_another_base_is_refused(tiny: Base, tmp_path: Path) -> None:
     content = {"identity": {"base": "0123456789ab", "batch": 2}, "state": {"step": 1}}
     torch.save(content, tmp_path / "decoder.ckpt")
