@@ -25,7 +25,7 @@ from medbudget.images import check_images
 from medbudget.known import BaseError
 
 FOLDER = Path(__file__).parent / "weights" / "embeddings"
-VECTORS, CASES = 64, 100
+VECTORS, CASES, SIZE = 64, 100, 64  # SIZE: pixels of the phantoms that were learned from
 SHIPPED = tuple((kind, label) for kind, labels in KINDS.items() for label in labels)
 SPECS = (
     *((kind, label, VECTORS, CASES) for kind, label in SHIPPED),

@@ -102,6 +102,15 @@ def test_the_tiny_table1_draws_each_word_once():
     assert few < blocks and len(blocks) == 13 * 63, "images are shared between small and large n"
 
 
+@pytest.mark.parametrize(
+    "change", [{"size": 128}, {"inversion": "colab"}, {"overrides": {"steps": 5}}]
+)
+def test_words_that_ship_stand_in_only_for_what_would_be_learned_alike(change):
+    settings = study_settings("table1", "tiny", **change)
+    study = make_study("table1", "tiny", base_hash="0" * 12, settings=settings)
+    assert counts(study.tasks)["embedding"] == 7 and "word" not in counts(study.tasks)
+
+
 def test_a_changed_setting_recomputes_what_depends_on_it(tiny, finished):
     _, store = finished
     other = small(tiny.hash, grid=SMALL.grid | {"CFG scale": (2, 7)})

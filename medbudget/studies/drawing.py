@@ -20,7 +20,7 @@ from medbudget.loading import load_base
 from medbudget.sampling import sample
 from medbudget.studies.study import StudySettings
 from medbudget.studies.tasks import Store, Task, kind
-from medbudget.tiny import SPECS, find_trained
+from medbudget.tiny import SIZE, SPECS, find_trained
 
 BLOCK = 16  # images of one task
 TOKEN = "<class>"  # of every word that a study learns
@@ -155,27 +155,37 @@ class Plan:
     def word(self, train: Task, *, vectors: int | None = None, cases: int | None = None) -> Task:
         """Return the task that learns a word from the first `cases` images of a class."""
         s = self.s
-        changes = {**s.overrides, "n_vectors": vectors or s.vectors}
         settings = {
             "base": s.base, "base_hash": self.base_hash, "token": TOKEN, "cases": cases or s.cases,
-            "inversion": asdict(InversionSettings.preset(s.inversion, **changes)),
+            "inversion": self._inversion(vectors),
         }  # fmt: skip
         return Task("embedding", settings, (train,))
 
     def shipped_word(
         self, train: Task, *, vectors: int | None = None, cases: int | None = None
     ) -> Task:
-        """Return the word of a class of phantoms that comes with the package, else `word`."""
+        """Return the word of a class of phantoms that comes with the package, else `word`.
+
+        It must have been learned as the study would learn it.
+        """
         s, vectors, cases = self.s, vectors or self.s.vectors, cases or self.s.cases
         name, label = (str(train.settings.get(key)) for key in ("kind", "label"))
-        if s.base != "tiny" or s.overrides or (name, label, vectors, cases) not in SPECS:
+        other = s.base != "tiny" or train.settings.get("size") != SIZE
+        if other or (name, label, vectors, cases) not in SPECS:
             return self.word(train, vectors=vectors, cases=cases)
         word = Embedding.load(find_trained(name, label, n_vectors=vectors, cases=cases))
+        if word.record["settings"] != self._inversion(vectors):
+            return self.word(train, vectors=vectors, cases=cases)
         settings = {
             "kind": name, "label": label, "vectors": vectors, "cases": cases,
             "base_hash": self.base_hash, "hash": hash_tensors({"v": word.vectors}),
         }  # fmt: skip
         return Task("word", settings)
+
+    def _inversion(self, vectors: int | None) -> dict[str, Any]:
+        """Return the settings that a word is learned with."""
+        changes = {**self.s.overrides, "n_vectors": vectors or self.s.vectors}
+        return asdict(InversionSettings.preset(self.s.inversion, **changes))
 
     def blocks(
         self, words: Sequence[Task], prompt: str = TOKEN, *, n: int, steps: int | None = None,
