@@ -32,10 +32,10 @@ def write_picai(
 ) -> tuple[Path, Path]:
     """Write prostate phantoms of `n` patients as PI-CAI, and return the folders of images and labels.
 
-    Every second patient is positive; every third positive has a machine's lesion mask only; the
-    first patient has two studies. T2W has `slices` of `pixels` (150 mm) an edge and a border. ADC
-    and high-b DWI have coarser grids, whose centres lie `offset_mm` off T2W's in x and y, as they
-    do in the real case that this was modelled on.
+    Every second patient is positive, with a tumour that is brighter on DWI than other phantoms';
+    every third positive has a machine's lesion mask only; the first patient has two studies. T2W has
+    `slices` of `pixels` (150 mm) an edge and a border. ADC and high-b DWI have coarser grids, whose
+    centres lie `offset_mm` off T2W's in x and y, as they do in the real case that this was modelled on.
     """
     import SimpleITK as sitk
 
