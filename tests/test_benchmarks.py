@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,6 +298,7 @@ def test_bars_go_on_after_those_that_the_same_recording_wrote(tmp_path, monkeypa
 def test_a_recording_refuses_other_phantoms_words_and_scores(tiny, tmp_path, monkeypatch):
     record = load_script(ROOT / "benchmarks" / "record.py")
     monkeypatch.setattr(record, "SPECS", (("prostate", "healthy", 64, 5),))
+    monkeypatch.setattr(record, "CASES", 5)
     record.check_words(tiny)
 
     def draw(kind, label, n, **options):
@@ -305,11 +307,10 @@ def test_a_recording_refuses_other_phantoms_words_and_scores(tiny, tmp_path, mon
     monkeypatch.setattr(record, "make_phantoms", draw)
     with pytest.raises(ValueError, match=r"64vectors_5cases.* other phantoms.*pretraining.words"):
         record.check_words(tiny)
-    monkeypatch.setattr(record, "make_phantoms", lambda *args, **options: make_phantoms(*args))
+    blank = SimpleNamespace(images=torch.zeros(24, 3, 8, 8))
+    monkeypatch.setattr(record, "make_phantoms", lambda *args, **options: blank)
     monkeypatch.setattr(record, "KINDS", {"chest": ("healthy", "pneumonia")})
-    monkeypatch.setattr(
-        record, "disease_score", lambda images, *_: images[:, 0].double().mean((1, 2)) * 0
-    )
+    monkeypatch.setattr(record, "disease_score", lambda images, *_: images[:, 0, 0, 0].numpy())
     with pytest.raises(ValueError, match=r"of pneumonia tells chest .*AUC of 0.50"):
         record.check_diseases()
     (tmp_path / "normal").mkdir()
