@@ -74,6 +74,21 @@ def test_drawings_of_tiny_get_a_score_and_images_that_are_no_phantoms_none(tiny,
             disease_score(other, "chest", "pneumonia")
 
 
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_images_without_contrast_get_no_score(level):
+    """Black images are no further from phantoms than a poor drawing."""
+    images = make_phantoms("histology", "normal", 2).images
+    images[1] = level
+    with pytest.raises(ValueError, match="1 of 2 images have one gray level throughout"):
+        disease_score(images, "histology")
+
+
+def test_gray_prostates_get_no_score():
+    images = make_phantoms("prostate", "tumour", 2).images
+    with pytest.raises(ValueError, match="2 of 2 prostates have the same ADC and DWI"):
+        disease_score(images[:, :1].expand(-1, 3, -1, -1), "prostate")
+
+
 @pytest.mark.realdata
 def test_real_x_rays_get_no_disease_score_of_phantoms(real_data):
     files = sorted((real_data / "chest_xray" / "pneumonia").iterdir())[:12]

@@ -46,8 +46,11 @@ def disease_score(
     Each disease is fitted against healthy alone: in the chest, another disease scores high too.
 
     Images are ``(N, 3, H, W) uint8``, square, of any size; `kind` is prostate, chest (which has
-    three diseases and needs a `label`) or histology. Images that are no phantoms nor drawn like them
-    (real ones, or those of a real base) raise ValueError.
+    three diseases and needs a `label`) or histology. Above 128 pixels, images that are no phantoms
+    nor drawn like them (real ones, or those of a real base) raise ValueError. Up to 128, only those
+    do that are further away than poor drawings of the embedded base: small real images may get a
+    score, and it says nothing about them. Images of one gray level raise ValueError, and so do
+    prostates whose ADC and DWI are the same.
     """
     tensors, record = load_regressions()
     row = tensors[f"{kind}_{_find_label(kind, label)}"].double().numpy()
@@ -59,6 +62,7 @@ def disease_score(
             "python -m pretraining.diseases"
         )
     x = _whole_features(images)
+    _check_contrast(images, kind)
     distance = float(np.median(np.sqrt(squared_distances(x, _phantom_features(kind)).min(1))))
     if distance > (limit := FAR if images.shape[-1] <= 128 else FAR_LARGE):
         raise ValueError(
@@ -70,6 +74,22 @@ def disease_score(
     if kind == "prostate":
         x = disease_features(images, kind)
     return x @ row[:-1] + row[-1]
+
+
+def _check_contrast(images: torch.Tensor, kind: str) -> None:
+    """Raise ValueError for images in which there is nothing to score."""
+    low, high = images.flatten(1).aminmax(dim=1)
+    if flat := int((low == high).sum()):
+        raise ValueError(
+            f"{flat} of {len(images)} images have one gray level throughout: nothing in them can be "
+            "scored; leave them out, or draw them again"
+        )
+    same = (images[:, 1] == images[:, 2]).flatten(1).all(1)
+    if kind == "prostate" and same.any():
+        raise ValueError(
+            f"{int(same.sum())} of {len(images)} prostates have the same ADC and DWI: the score needs "
+            "T2W, ADC and DWI as red, green and blue, not gray images"
+        )
 
 
 @lru_cache(maxsize=3)
