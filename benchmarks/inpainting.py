@@ -58,8 +58,9 @@ def is_found(images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def measure(base: Base, settings: dict[str, Any], *, n: int, seed: int) -> dict[str, Any]:
     """Paint `n` healthy phantoms under six masks each; return what was found."""
     words = [load_trained("prostate", label, base) for label in ("tumour", "healthy")]
-    healthy = make_phantoms("prostate", "healthy", n, size=base.size, seed=seed).images
-    true = make_phantoms("prostate", "tumour", 100, size=base.size, split="test")
+    held = {"size": base.size, "split": "test"}  # neither word has learned from these
+    healthy = make_phantoms("prostate", "healthy", n, seed=seed, **held).images
+    true = make_phantoms("prostate", "tumour", 100, **held)
     masks = make_masks(base.size)
     options = dict(settings)
     if options.pop("away from") == "healthy":
