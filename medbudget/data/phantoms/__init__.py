@@ -1,8 +1,8 @@
 """Phantoms: procedural look-alikes of the paper's three kinds of images, with lesion masks.
 
-They are drawn as they would be acquired: at four times the size, then averaged, with the voxels,
-windows and noise of an acquisition. A phantom is the same "patient" at any size. Everything is drawn
-from textbook anatomy: nothing was fitted to a base, and the embedded base was pretrained without it.
+They are drawn at four times the size and averaged, with the voxels, windows and noise of an
+acquisition. A phantom is the same "patient" at any size. The anatomy is that of textbooks: nothing
+was fitted to a base, and the embedded base was pretrained without phantoms.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ KINDS: dict[str, tuple[str, ...]] = {
     "chest": ("healthy", "cardiomegaly", "pleural_effusion", "pneumonia"),
     "histology": ("normal", "metastasis"),
 }
-RESTRICTED = 10.0  # gray levels that DWI is above ADC in what `find_tumours` finds
+RESTRICTED = 10.0  # gray levels by which DWI exceeds ADC where `find_tumours` sees a tumour
 SPLITS = ("train", "val", "test")
 MIN_SIZE, MAX_SIZE = 32, 512
 
 
 @dataclass(frozen=True, eq=False)
 class Phantoms:
-    """Phantom images with what is known about them.
+    """Phantom images with their lesions and labels.
 
     Prostate images have T2W, ADC and DWI as R, G and B, chest images three equal channels. The mask
     is the tumour, the abnormal region of the chest or the metastasis.
@@ -102,16 +102,18 @@ def make_phantoms(
         image, mask = draw(rng, size, labels)
         images[index] = np.rint(np.clip(image, 0, 1) * 255)
         cover = shrink(mask.astype(np.float32))
-        masks[index] = cover > min(0.5, 0.9 * cover.max())  # a lesion below a pixel keeps one
+        masks[index] = cover > min(
+            0.5, 0.9 * cover.max()
+        )  # a lesion smaller than a pixel keeps one
     return Phantoms(torch.from_numpy(images), torch.from_numpy(masks), ("+".join(labels),) * n)
 
 
 def find_tumours(images: torch.Tensor) -> torch.Tensor:
     """Return where prostate phantoms show a tumour, ``(N, H, W) bool``: a rule, not the truth.
 
-    Restricted diffusion around the gland: DWI (blue) brighter than ADC (green), after a blur of one
-    pixel at 64 against grain. It misses about a quarter of the tumours, those of low contrast, and
-    in every eighth healthy prostate it takes more than 0.15 % of the image for one.
+    It marks restricted diffusion in and around the gland: DWI (blue) brighter than ADC (green) after
+    a blur of 1/64 of the width. It misses about a quarter of the tumours, those of low contrast, and
+    marks more than 0.15 % of the image in one of eight healthy prostates.
 
     Parameters
     ----------
@@ -132,8 +134,8 @@ def _check_labels(kind: str, label: str | Sequence[str]) -> tuple[str, ...]:
     labels = (label,) if isinstance(label, str) else tuple(label)
     unknown = [one for one in labels if one not in allowed]
     if unknown or not labels:
-        found = ", ".join(map(repr, unknown)) or "none"
-        raise ValueError(f"unknown label {found} for {kind}; allowed are {', '.join(allowed)}")
+        refused = ", ".join(map(repr, unknown)) or "none"
+        raise ValueError(f"unknown label {refused} for {kind}; allowed are {', '.join(allowed)}")
     if len(set(labels)) != len(labels):
         raise ValueError(f"a label is named twice in {labels}")
     if len(labels) > 1 and (kind != "chest" or allowed[0] in labels):
@@ -144,7 +146,7 @@ def _check_labels(kind: str, label: str | Sequence[str]) -> tuple[str, ...]:
 def _seed_words(
     kind: str, labels: tuple[str, ...], split: str, seed: int, index: int
 ) -> tuple[int, ...]:
-    """Name one image by six 32-bit words; a fixed number of them, so that none can run together."""
-    which = sum(1 << KINDS[kind].index(one) for one in labels)
-    place = SPLITS.index(split) + 1, list(KINDS).index(kind) + 1
-    return (*place, which, seed & 0xFFFFFFFF, seed >> 32, index)
+    """Name one image by six 32-bit words: a fixed number, so that no two names run together."""
+    label_bits = sum(1 << KINDS[kind].index(one) for one in labels)
+    names = SPLITS.index(split) + 1, list(KINDS).index(kind) + 1
+    return (*names, label_bits, seed & 0xFFFFFFFF, seed >> 32, index)
