@@ -1,7 +1,8 @@
 """Draw what surrounds the prostate: bones, muscles, vessels, bladder, levator ani and rectum.
 
-Coordinates are in units of the image's edge, 150 mm; `level` is the slice's: 0 at the prostate's apex,
-1 at its base.
+Coordinates are in units of the slice's edge, 150 mm; `level` is the slice's: 0 at the prostate's apex,
+1 at its base. Only the middle 100 mm are kept: femoral heads and vessels, iliopsoas, gluteus maximus
+and coccyx lie outside.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 from medbudget.data.phantoms.drawing import Rng
 from medbudget.data.phantoms.sketch import Oval, Points, Sketch, outline
 
-# Outlines: distance from the midline, and height in the image (downwards)
+# Outlines: distance from the midline and distance from the slice's upper edge
 # fmt: off
 RECTUS = [(-0.01, -0.02), (0.09, -0.026), (0.18, 0.012), (0.10, 0.028), (-0.01, 0.03)]
 SUPERIOR_RAMUS = [
