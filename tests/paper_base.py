@@ -68,13 +68,18 @@ class PaperBase:
         }  # fmt: skip
 
 
-def make_paper_base(folder: Path) -> PaperBase:
-    """Write everything; about ten seconds."""
-    made = PaperBase(
+def place_paper_base(folder: Path) -> PaperBase:
+    """Say where in a folder everything lies."""
+    return PaperBase(
         folder / "hub", folder / "hub" / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots"
         / COMMIT, folder / "cache", folder / "torch", folder / "data", folder / "images",
         folder / "pcam",
     )  # fmt: skip
+
+
+def make_paper_base(folder: Path) -> PaperBase:
+    """Write everything; about ten seconds."""
+    made = place_paper_base(folder)
     write_base(folder / "plain")
     put_in_cache(folder / "plain", made.snapshot)
     write_words(made.cache / "embeddings")

@@ -100,8 +100,8 @@ def test_the_page_on_reliability_shows_its_records_and_says_what_is_missing(timi
 
 def test_a_short_soak_stays_flat(tiny):
     soak = load_script(ROOT / "benchmarks" / "soak.py")
-    values = soak.main(["--images", "20", "--steps", "1", "--embeddings", "20"])
-    assert len(values["memory_mib"]) == 20
+    values = soak.main(["--images", "10", "--steps", "1", "--embeddings", "10"])
+    assert len(values["memory_mib"]) == 10
     assert soak.growth(values["memory_mib"])[2] < soak.GOAL
     assert len(set(values["open_files"][2:])) == 1
     assert soak.growth([1.0] * 10 + [2.0] * 90)[2] == 0

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no POSIX
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(tmp_path_factory, forkserver):
     """The folder of `faults.try_kills`, with what its commands work on."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
@@ -136,22 +135,18 @@ def _study(store, said):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-def test_workers_of_a_study_are_orphaned_and_are_interrupted(tiny, tmp_path):
+def test_workers_of_a_study_are_orphaned_and_are_interrupted(tiny, tmp_path, forkserver):
     from test_studies import small
 
     from medbudget.studies import Store, run
 
     store = tmp_path / "store"
 
-    def disturb(how, blocks):
-        said = tmp_path / f"said{blocks}.txt"
-        context = get_context("forkserver")
-        context.set_forkserver_preload(faults.MODULES)
-        process = context.Process(target=_study, args=(store, said))
+    def disturb(how, kind, n):
+        said = tmp_path / f"said_{kind}.txt"
+        process = forkserver.Process(target=_study, args=(store, said))
         process.start()
-        wait_for(
-            lambda: len(list((store / "block").glob("[0-9a-f]*.safetensors"))) >= blocks, process
-        )
+        wait_for(lambda: len(list((store / kind).glob("[0-9a-f]*.safetensors"))) >= n, process)
         workers = children(process.pid)
         assert len(workers) == 2
         how(process)
@@ -164,9 +159,9 @@ def test_workers_of_a_study_are_orphaned_and_are_interrupted(tiny, tmp_path):
             line for line in error.splitlines() if not any(word in line for word in noise)
         ]
 
-    code, _ = disturb(lambda process: process.kill(), 1)
+    code, _ = disturb(lambda process: process.kill(), "images", 1)
     assert code == -signal.SIGKILL
-    code, said = disturb(lambda process: os.killpg(process.pid, signal.SIGINT), 3)
+    code, said = disturb(lambda process: os.killpg(process.pid, signal.SIGINT), "block", 3)
     assert code == 130 and said == ["stopped: the same command goes on from here"]
     study = small(tiny.hash, n=32, steps=1, grid=FOURS)
     assert run(study.tasks, Store(store)) > 0
@@ -252,13 +247,13 @@ def _hold(path, ready, fork):
 
 
 @pytest.fixture
-def holder(work, tmp_path):
+def holder(forkserver, tmp_path):
     """Start a process that holds an output; all of them are killed at the end."""
     started = []
 
     def start(path, fork=False):
         ready = tmp_path / f"ready{len(started)}"
-        process = get_context("forkserver").Process(target=_hold, args=(path, ready, fork))
+        process = forkserver.Process(target=_hold, args=(path, ready, fork))
         process.start()
         started.append(process)
         wait_for(ready.exists, process)

@@ -155,7 +155,7 @@ def test_no_error_holds_anything_of_a_header(marked):
 def test_a_word_has_nothing_to_lose(marked, prepared, medbudget, tmp_path):
     """What a word is trained on tells only counts and the name of the folder."""
     images, word = next((marked / "out" / "train").iterdir()), tmp_path / "x.safetensors"
-    options = ["--steps", 1, "--n-vectors", 1, "--batch-size", 1, "--out", word]
+    options = ["--steps", 1, "--n-vectors", 1, "--batch-size", 1, "--samples", 1, "--out", word]
     code, out, err = medbudget("invert", images, "--token", "<x>", *options)
     assert code == 0
     assert_clean(out + err, "what is shown")

@@ -48,7 +48,7 @@ def test_outline_has_its_half_axes():
 
 
 @pytest.mark.parametrize(("kind", "label"), CLASSES)
-def test_image_i_depends_on_seed_and_index_alone(kind, label):
+def test_image_i_depends_on_seed_and_index_alone(new_phantoms, kind, label):
     five, two = make_phantoms(kind, label, 5, seed=3), make_phantoms(kind, label, 2, seed=3)
     assert torch.equal(five.images[:2], two.images)
     assert five.images.shape == (5, 3, 64, 64) and five.images.dtype == torch.uint8
@@ -81,7 +81,7 @@ def test_every_image_has_its_own_random_numbers():
 
 
 @pytest.mark.parametrize("kind, ill", [(kind, labels[-1]) for kind, labels in KINDS.items()])
-def test_a_patient_is_the_same_at_any_size(kind, ill):
+def test_a_patient_is_the_same_at_any_size(new_phantoms, kind, ill):
     small = make_phantoms(kind, ill, 2, size=64, seed=5).images.float()
     large = make_phantoms(kind, ill, 2, size=128, seed=5).images.float()
     for one, halved in zip(small, torch.nn.functional.avg_pool2d(large, 2)):

@@ -89,10 +89,10 @@ def test_the_wheel_works_outside_the_checkout(files: tuple[Path, Path], tmp_path
     package, *results = call([python, "-c", where], tmp_path).split("\n")
     assert Path(package).is_relative_to(home) and any(results)
     command = bin_folder / "medbudget"
-    said = call([command, "doctor"], tmp_path)
-    assert f"medbudget {medbudget.__version__}" in said and "base tiny: ready" in said
+    assert call([command, "--version"], tmp_path) == f"medbudget {medbudget.__version__}\n"
     small = "--steps 2 --batch-size 2 --n-vectors 2 --samples 0"
     commands = (
+        "doctor",
         "phantoms real --n 6",
         f"invert real --token <x> --out x.safetensors {small}",
         "sample <x> --embeddings x.safetensors --out made --n 2 --steps 2",
@@ -100,7 +100,8 @@ def test_the_wheel_works_outside_the_checkout(files: tuple[Path, Path], tmp_path
     code = "from contextlib import suppress\nfrom medbudget.cli import main\n"
     for line in commands:  # in one process: imports are slow
         code += f"with suppress(SystemExit):\n    main({line.split()})\n"
-    call([python, "-c", code], tmp_path)
+    said = call([python, "-c", code], tmp_path)
+    assert f"medbudget {medbudget.__version__}" in said and "base tiny: ready" in said
     assert len(list((tmp_path / "made").glob("0*.png"))) == 2
 
 

@@ -124,7 +124,7 @@ def run(line):
 for split in ("train", "val", "test"):
     for label in ("healthy", "tumour"):
         run(f"phantoms {split}/{label} --label {label} --n 4 --split {split}")
-run("invert train/tumour --token <x> --out x.pt --steps 2 --n-vectors 2")
+run("invert train/tumour --token <x> --out x.pt --steps 2 --n-vectors 2 --samples 1")
 run("sample <x> --embeddings x.pt --out made --n 2 --steps 2")
 run("inpaint train/healthy <x> --ellipse .5,.5,.2,.2 --embeddings x.pt --out painted --steps 2")
 run("evaluate test/tumour made --out scores.json")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -204,21 +200,21 @@ def test_two_shares_side_by_side_make_everything_once(finished, tmp_path):
     assert contents(tmp_path) == contents(store.folder)
 
 
-def test_killed_and_started_again_gives_the_same_bytes(tiny, finished, tmp_path):
+def run_small(base_hash, folder):
+    torch.set_num_threads(1)
+    run(small(base_hash).tasks, Store(folder))
+
+
+def test_killed_and_started_again_gives_the_same_bytes(tiny, finished, tmp_path, forkserver):
     study, store = finished
-    script = (
-        "import sys; from test_studies import small; from medbudget.studies import *;"
-        "from pathlib import Path; import torch; torch.set_num_threads(1);"
-        "run(small(sys.argv[1]).tasks, Store(Path(sys.argv[2])))"
-    )
-    command = [sys.executable, "-c", script, tiny.hash, tmp_path]
-    work = subprocess.Popen(command, cwd=Path(__file__).parent)
+    work = forkserver.Process(target=run_small, args=(tiny.hash, tmp_path))
+    work.start()
     deadline = time.monotonic() + 240
     while not list((tmp_path / "block").glob("*.safetensors")):
-        assert work.poll() is None and time.monotonic() < deadline
+        assert work.exitcode is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(work.pid, signal.SIGKILL)
-    work.wait()
+    work.kill()
+    work.join()
     made = run(study.tasks, Store(tmp_path))
     assert 0 < made < len(in_order(study.tasks))
     assert contents(tmp_path) == contents(store.folder)
@@ -376,7 +372,7 @@ def test_ray_loses_a_node_and_makes_every_result_once(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="no Ray here: pip install 'medbudget[ray]'")
     from ray.cluster_utils import Cluster
 
-    tasks = [Task("images", PHANTOM | {"seed": seed, "n": 300}) for seed in range(8)]
+    tasks = [Task("images", PHANTOM | {"seed": seed, "n": 60}) for seed in range(8)]
     sets = {"sets": [[1, 20], [1, 20]], "extractors": ["layout"]}
     tasks += [Task("score", sets, pair) for pair in pairwise(tasks)]
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
