@@ -24,9 +24,16 @@ IMPORTED = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder that the processes of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory):
-    os.environ["MEDBUDGET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def _own_cache(shared_folder):
+    os.environ["MEDBUDGET_CACHE"] = str(shared_folder / "cache")
 
 
 @pytest.fixture(scope="session")
@@ -73,13 +80,11 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def paper_base(tmp_path_factory):
+def paper_base(shared_folder):
     """Stable Diffusion 2.0 in small, the authors' words and prepared folders; see `paper_base`."""
     from paper_base import make_paper_base, place_paper_base
 
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return make_paper_base(tmp_path_factory.mktemp("paper"))
-    folder = tmp_path_factory.getbasetemp().parent / "paper"  # the workers share it
+    folder = shared_folder / "paper"
     with FileLock(f"{folder}.lock"):
         if not (folder / "made").exists():
             make_paper_base(folder)

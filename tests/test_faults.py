@@ -106,7 +106,8 @@ def test_a_signal_stops_between_two_steps_with_a_checkpoint(work, tmp_path, numb
 
 FOURS = {"CFG scale": (1, 2), "vectors": (4, 64)}
 STUDY = [
-    *("n=32", "steps=1", "extractors=layout", "overrides.steps=2", "overrides.batch_size=1"),
+    *("n=32", "cases=8", "steps=1", "extractors=layout"),
+    *("overrides.steps=2", "overrides.batch_size=1"),
     *("grid.CFG scale=[1, 2]", "grid.vectors=[4, 64]", "grid.cases=[]", "grid.sampling steps=[]"),
 ]
 

@@ -32,7 +32,7 @@ from medbudget.studies.run import parse_shard
 from medbudget.studies.tasks import KINDS, ensure
 
 SMALL = StudySettings.preset(
-    "tiny", n=16, steps=2, extractors=("layout",), overrides={"steps": 2, "batch_size": 1},
+    "tiny", n=16, cases=8, steps=2, extractors=("layout",), overrides={"steps": 2, "batch_size": 1},
     grid={"CFG scale": (1, 2), "vectors": (4, 64)},
 )  # fmt: skip
 PHANTOM = {"source": "phantoms", "kind": "prostate", "label": "healthy", "split": "train",
@@ -357,7 +357,8 @@ def test_folders_of_real_images_replace_phantoms_and_are_checked(tiny, tmp_path)
     study = make_study("table1", "tiny", base_hash=tiny.hash, sources=sources, settings=settings)
     assert study.floor is None and "the images given" in study.about
     with pytest.raises(ValueError, match="16 images for train, 100 are needed"):
-        make_study("table1", "tiny", base_hash=tiny.hash, sources=sources, settings=SMALL)
+        more = replace(SMALL, cases=100)
+        make_study("table1", "tiny", base_hash=tiny.hash, sources=sources, settings=more)
     study = make_study("figure5", "tiny", base_hash=tiny.hash, sources=sources, settings=settings)
     store = study.store(tmp_path / "store")
     assert run(study.tasks, store) == 1
