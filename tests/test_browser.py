@@ -94,17 +94,9 @@ def test_the_slider_of_a_built_page_changes_the_image(browser: Browser, page: Pa
     assert scripts == [], "the page asks for widget scripts that it does not need"
 
 
-def ask(url: str, method: str = "GET") -> bytes:
-    """Ask a server on this machine."""
-    request = urllib.request.Request(url, method=method)
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
-        return bytes(answer.read())
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A JupyterLab server: its address and its folder."""
-    tmp_path = tmp_path_factory.mktemp("lab")
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A JupyterLab server in an empty folder: its address and the folder."""
     pytest.importorskip("jupyterlab", reason="needs the `book` extra")
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
@@ -120,20 +112,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         server = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=tmp_path)
     url = f"http://127.0.0.1:{port}"
 
+    def answers() -> bool:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/api") as a:
+            return bool(a.status == 200)
+
     try:
-        until(lambda: ask(f"{url}/api"), "JupyterLab does not start")
+        until(answers, "JupyterLab does not start")
         yield url, tmp_path
     finally:
         server.terminate()
         server.wait()
-
-
-@pytest.fixture
-def lab(server: tuple[str, Path]) -> Iterator[tuple[str, Path]]:
-    """The server, whose kernels end with the test."""
-    yield server
-    for kernel in json.loads(ask(f"{server[0]}/api/kernels")):
-        ask(f"{server[0]}/api/kernels/{kernel['id']}", "DELETE")
 
 
 def run_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], *, shows: str) -> None:
@@ -146,9 +134,8 @@ def run_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], *, s
 def run_all(browser: Browser, lab: tuple[str, Path], notebook: Any, *, done: str) -> None:
     """Open a notebook in JupyterLab, run all its cells, wait until the script `done` is true."""
     url, folder = lab
-    name = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].partition(" ")[0]
-    nbformat.write(notebook, folder / f"{name}.ipynb")
-    browser.open(f"{url}/lab/workspaces/{name}/tree/{name}.ipynb")  # nothing else is open there
+    nbformat.write(notebook, folder / "page.ipynb")
+    browser.open(f"{url}/lab/tree/page.ipynb")
     browser.wait_for(
         "return document.querySelector('.jp-NotebookPanel') && window.jupyterapp.commands"
         ".isEnabled('notebook:run-all-cells')",
