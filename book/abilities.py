@@ -41,9 +41,10 @@ def table1(folders: tuple[Path, ...]) -> dict[str, str]:
         score = rows[group, value]["scores"]["Layout distance"]
         numbers[f"table1.layout.{group}.{value}"] = _with_interval(score, 2)
     first = "FD (EfficientNet-Lite0)"
-    moves = sorted(abs(test["difference"]) for test in tests.values())
+    badges = [numbers[key] for key in numbers if key.endswith(".badge")]
     return numbers | {
-        "table1.others": f"{moves[-2]:.0f}",
+        "table1.judged": str(len(badges)),
+        "table1.agree": str(sum("agrees" in one for one in badges)),
         "table1.final": _with_interval(rows["vectors", 64]["scores"][first], 0),
         "table1.floor": f"{values['floor'][first]['value']:.0f}",
         "table1.tests": str(len(tests)),

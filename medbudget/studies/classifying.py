@@ -78,7 +78,7 @@ def plan_runs(
     settings = asdict(ClassifierSettings.preset(s.classifier, **s.changes))
     common = {
         "parts": [[role, label, len(tasks), n] for role, label, tasks, n in parts],
-        "noise": float(s.noise.get(name, 0)),
+        "noise": 0.0 if name in p.sources else float(s.noise.get(name, 0)),
     } | ({"filter": "median"} if judges else {})
     inputs = [task for _, _, tasks, _ in parts for task in tasks]
     each = [common | {"classifier": settings | {"seed": seed}} for seed in range(s.runs)]

@@ -144,7 +144,8 @@ def make_table2(p: Plan) -> Study:
         raise ValueError(f"few_cases must be at most cases ({s.cases}), got {s.few_cases}")
     given = find_given(p)
     rows = [row for name in given or PROBLEMS for row in _make_rows(p, name)]
-    noise = [f"{name} ({sd:g} gray levels)" for name, sd in s.noise.items() if sd]
+    added = {name: sd for name, sd in s.noise.items() if sd and name not in p.sources}
+    noise = [f"{name} ({sd:g} gray levels)" for name, sd in added.items()]
     c = ClassifierSettings.preset(s.classifier, **s.changes)
     about = (
         f"AUC of classifiers ({c.network}, {c.size} px, {c.steps} batches of "
