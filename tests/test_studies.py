@@ -38,7 +38,7 @@ SMALL = StudySettings.preset(
 PHANTOM = {"source": "phantoms", "kind": "prostate", "label": "healthy", "split": "train",
            "n": 1, "size": 64}  # fmt: skip
 KEYS = {
-    "table1": "75420ae452b7", "table2": "3341c78950a1", "interpolation": "bc5b5057aa34",
+    "table1": "75420ae452b7", "table2": "2b11e14bceff", "interpolation": "bc5b5057aa34",
     "stylegan3": "1adeedb9e6fc",
 }  # fmt: skip
 
