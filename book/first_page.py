@@ -79,7 +79,7 @@ def draw_strip(base: Base) -> list[str]:
         write_row(
             "A lesion, painted in.",
             "A healthy prostate phantom, the chosen place, and the tumour that the word painted "
-            "there: dark on ADC, bright on DWI. Nothing outside has changed.",
+            "there: bright on DWI, a little darker on ADC. Nothing outside has changed.",
             [
                 write_image(
                     phantom[0, 0],
