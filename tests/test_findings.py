@@ -92,9 +92,12 @@ def test_a_claim_has_evidence_only_where_its_test_shows_some() -> None:
 def test_titles_of_what_it_can_do_follow_their_records() -> None:
     numbers = findings.read_numbers()
     moves = {k: int(v) for k, v in numbers.items() if re.fullmatch(r"table1\.\w+\.\d+\.by", k)}
-    assert len(moves) == 12 and max(moves, key=moves.__getitem__) == "table1.vectors.8.by"
-    assert numbers["table1.vectors.32"].startswith("nearer"), "a take-away of chapter 04"
-    assert numbers["mixing.higher"] == "all" and numbers["mixing.tumour.first"].startswith("falls")
+    assert len(moves) == 12 and max(moves, key=moves.__getitem__) == "table1.guidance.1.by"
+    assert not any(v.startswith("nearer") for k, v in numbers.items() if k.startswith("table1."))
+    for setting in ("vectors.8", "vectors.16", "vectors.32", "cases.5", "cases.10", "guidance.5"):
+        assert "agrees" in numbers[f"table1.{setting}.badge"]
+    assert numbers["table1.holm.opposite"] == "1", "guidance 1 alone"
+    assert numbers["mixing.higher"] == "all" and numbers["mixing.2.fall"] == "0"
     assert numbers["painting.apart"] == "do not overlap"
 
 
