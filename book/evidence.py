@@ -145,21 +145,21 @@ def stylegan3(folders: tuple[Path, ...]) -> dict[str, str]:
         if name == "FD (EfficientNet-Lite0), difference to the other set"
     )
     p = float(note.split()[2])
-    inside = [found[name]["value"] for found in scores.values() for name in ("Precision", "Recall")]
     numbers = {
         "stylegan3.nearer": names[nearer],
         "stylegan3.p": p_value(p),
         "stylegan3.badge": badge(nearer == "stylegan3" if p < LEVEL else None),
-        "stylegan3.inside": "0 for both" if not any(inside) else "not 0 for both",
     }
     for name in names:
         low, high = fd[name]["interval"]
         run = values[name]
+        inside = max(scores[name][score]["value"] for score in ("Precision", "Recall"))
         numbers |= {
             f"{name}.fd": f"{fd[name]['value']:.0f}",
             f"{name}.fd.interval": f"{low:.0f} to {high:.0f}",
             f"{name}.images": f"{run['images_seen']:,}",
             f"{name}.minutes": f"{run['seconds'] / 60:.0f}",
+            f"{name}.inside": f"at most {inside:.2f}".replace("0.", ".") if inside else "0",
         }
     history = values["stylegan3"]["history"]
     within = [h for h in history if h["images"] <= values["diffusion"]["images_seen"]]
