@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from wording import LEVEL, badge, p_value, read_values, share
+from wording import LEVEL, badge, p_value, pass_holm, read_values, share
 
 PAPER = {"preferred": 36, "pairs": 50, "alone": 0.780, "added": 0.803, "cases": 100}  # 4.1, 4.2
 AGREEMENT = 0.95  # a generous guess at how far two classifiers agree: the paper does not say
@@ -60,6 +60,10 @@ def table2(folders: tuple[Path, ...]) -> dict[str, str]:
         "table2.rows": str(len(tests)),
         "table2.better": str(sum(test["difference"] > 0 for test in shown) or "none"),
         "table2.worse": str(sum(test["difference"] < 0 for test in shown) or "none"),
+        "table2.holm": str(len(pass_holm({key: test["p_value"] for key, test in tests.items()}))),
+        "table2.sd_most": share(
+            max(row["scores"]["sd of runs"]["value"] for row in rows.values()), 3
+        ),
     }
     for name, key in (
         ("table2", ("prostate", ADDED)), ("table2.half", ("prostate", "200 real + 200 synthetic")),

@@ -112,6 +112,18 @@ def test_the_title_on_what_is_enough_follows_its_record() -> None:
     assert numbers["budget.full.5.copied.p"] == "p < .001"
 
 
+def test_the_title_on_classifiers_follows_its_record() -> None:
+    """Two kinds of three gain, every row beside phantoms lies above zero, and ten cases fail."""
+    numbers = findings.read_numbers()
+    assert all("agrees" in numbers[f"{k}.higher"] for k in ("table2", "chest"))
+    assert "no evidence" in numbers["histology.higher"] and numbers["table2.holm"] == "2"
+    assert "agrees" in numbers["table2.ten.lower"] and numbers["table2.worse"] == "1"
+    rows = json.loads((ROOT / "results" / "table2_tiny.json").read_text(encoding="utf-8"))[
+        "values"
+    ]["rows"]
+    assert all(r["compare"]["difference"] > 0 for r in rows if r["value"].startswith("200 real +"))
+
+
 def test_holms_correction_stops_at_the_first_that_fails() -> None:
     pass_holm = findings.table1.__globals__["pass_holm"]
     assert pass_holm({"a": 0.02, "b": 0.001, "c": 0.03, "d": 0.9}) == ["b"]  # .02 > .05 / 3
