@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import faults  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no POSIX signals here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no POSIX signals here"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ def fuzz():
     return load_script(ROOT / "benchmarks" / "fuzz.py")
 
 
+@pytest.mark.slow
 def test_hundreds_of_damaged_files_do_no_harm(fuzz):
     tally, wrong = fuzz.fuzz(INPUTS, seed=20)
     assert not wrong, "\n".join(wrong[:10])

@@ -108,6 +108,7 @@ def test_training_images_are_no_held_out_images_and_few_raise_the_level():
         memorisation(fresh, train, train[:4])
 
 
+@pytest.mark.slow
 def test_planted_copies_of_phantoms():
     """Chests are the hard ones: they resemble each other, so half a pixel matters."""
     train, heldout, fresh = (

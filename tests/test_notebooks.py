@@ -350,6 +350,7 @@ OWN: dict[str, dict[str, Any]] = {
 REFUSED = "{} is for phantoms and the base tiny"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [p.stem[:2] for p in NOTEBOOKS if p.stem[:2] not in ("12", "15")]
 )

@@ -62,6 +62,7 @@ def test_the_words_are_in_a1111s_format(paper, name):
     assert Embedding.load(path).base_hash == content["sd_checkpoint"] == "09dd2ae4"
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_a_new_users_hundred_xrays_from_folder_to_verdict(
     paper, medbudget, real_data, tmp_path, monkeypatch

@@ -170,6 +170,7 @@ def test_the_block_is_a_block(tmp_path):
     assert "the network is blocked" in done.stderr and "create_connection" in tried
 
 
+@pytest.mark.slow
 def test_the_whole_tiny_path_uses_no_network(tmp_path):
     unshare = shutil.which("unshare")
     command = [unshare, "--net", "--map-root-user"] if unshare else []

@@ -205,6 +205,7 @@ def run_small(base_hash, folder):
     run(small(base_hash).tasks, Store(folder))
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_bytes(tiny, finished, tmp_path, forkserver):
     study, store = finished
     work = forkserver.Process(target=run_small, args=(tiny.hash, tmp_path))

@@ -127,6 +127,7 @@ def test_a_small_study_runs_to_its_table(tiny, tmp_path):
     assert store.read_json(lora.compare)["p_value"] > 0 and again.value == "LoRA 4"
 
 
+@pytest.mark.slow
 def test_perfect_images_score_as_real_ones_and_copies_are_seen(tmp_path):
     """Phantoms in place of generated images: held-out ones for the word, copies for LoRA."""
     settings = replace(

@@ -12,6 +12,8 @@ from test_metrics_extractors import randomise
 from medbudget.metrics import inception, radimagenet
 from medbudget.stylegan3 import TINY, make_stylegan3
 
+pytestmark = pytest.mark.slow
+
 FEW = ("size=64", "n=4", "cases=4", "steps=2", "overrides.steps=2", "vectors=4")
 GRID = ("grid.CFG scale=[1, 2]", "grid.sampling steps=[]", "grid.vectors=[]", "grid.cases=[]")
 STUDIES = {
