@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from wording import LEVEL, badge, pass_holm, read_values, verdict
+from wording import LEVEL, badge, enumerate_words, pass_holm, read_values, verdict
 
 SETTINGS = {
     "sampling steps": "steps", "CFG scale": "guidance", "vectors": "vectors", "cases": "cases",
@@ -36,7 +36,7 @@ def table1(folders: tuple[Path, ...]) -> dict[str, str]:
             way = (fid - final[group]["paper"]["FID"]) * difference > 0
             numbers[f"{key}.badge"] = badge(way if test["p_value"] < LEVEL else None)
     holm = pass_holm({key: test["p_value"] for key, test in tests.items()})
-    *names, last = (f"guidance {v}" if g == "guidance" else f"{v} {g}" for g, v in holm)
+    names = [f"guidance {v}" if g == "guidance" else f"{v} {g}" for g, v in holm]
     for group, value in (("guidance", 1), ("guidance", 5), ("cases", 10), ("vectors", 64)):
         score = rows[group, value]["scores"]["Layout distance"]
         numbers[f"table1.layout.{group}.{value}"] = _with_interval(score, 2)
@@ -50,7 +50,7 @@ def table1(folders: tuple[Path, ...]) -> dict[str, str]:
         "table1.tests": str(len(tests)),
         "table1.shown": str(sum(test["p_value"] < LEVEL for test in tests.values())),
         "table1.holm": str(len(holm)),
-        "table1.holm.names": f"{', '.join(names)} and {last}",
+        "table1.holm.names": enumerate_words(names),
         "table1.holm.opposite": str(
             sum("opposite" in numbers.get(f"table1.{g}.{v}.badge", "") for g, v in holm)
         ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import binomtest
-from wording import LEVEL, badge, enumerate_words, p_value, pass_holm, read_values, share, verdict
+from wording import LEVEL, badge, p_value, pass_holm, read_values, share, verdict
 
 FD = "FD (EfficientNet-Lite0)"
 INSIDE = ("Recall",)
@@ -106,9 +106,9 @@ def tell_distances(cells: Cells) -> dict[str, str]:
     most = max(cases for _, cases, _ in cells)
     nearer = {key for key in kept if tests[key]["difference"] < 0}
 
-    def count(methods: Iterable[str], keys: Iterable[Any], equal: bool = False) -> str:
-        wanted = [key for key in keys if key[0] in methods and key[2] == equal]
-        every = [key for key in tests if key[0] in methods and key[2] == equal]
+    def count(methods: Iterable[str], keys: Iterable[Any]) -> str:
+        wanted = [key for key in keys if key[0] in methods and not key[2]]
+        every = [key for key in tests if key[0] in methods and not key[2]]
         return f"{len(wanted) or 'none'} of {len(every)}"
 
     def judge(methods: Iterable[str], agreeing: set[Any]) -> str:
@@ -127,15 +127,10 @@ def tell_distances(cells: Cells) -> dict[str, str]:
         "shown": str(len(shown)),
         "holm": str(len(kept)),
         "adapters.nearer": count(ADAPTERS, nearer),
-        "adapters.equal.nearer": count(ADAPTERS, nearer, True),
         "full.nearer": count(("full",), nearer),
-        "full.further": count(("full",), kept - nearer),
         "gan.further": count(("gan",), kept - nearer),
         "small.further": count(("word1", "word8"), kept - nearer),
         "tuned.nearer": count(TUNED, nearer),
-        "last.methods": enumerate_words(
-            [name for name, method in METHODS.items() if (method, most, False) in nearer]
-        ),
         "last.nearer": str(
             sum(n == most and m in TUNED and not e for m, n, e in nearer) or "none"
         ),  # with the largest number of cases

@@ -163,7 +163,7 @@ def stylegan3(folders: tuple[Path, ...]) -> dict[str, str]:
             f"{name}.fd.interval": f"{low:.0f} to {high:.0f}",
             f"{name}.images": f"{run['images_seen']:,}",
             f"{name}.minutes": f"{run['seconds'] / 60:.0f}",
-            f"{name}.inside": f"at most {inside:.2f}".replace("0.", ".") if inside else "0",
+            f"{name}.inside": f"at most {share(inside)}" if inside else "0",
         }
     history = values["stylegan3"]["history"]
     within = [h for h in history if h["images"] <= values["diffusion"]["images_seen"]]
