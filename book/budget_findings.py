@@ -91,6 +91,8 @@ def tell_row(row: Mapping[str, Any]) -> dict[str, str]:
         told["test"] = verdict(
             test["difference"], test["p_value"], above="further away", below="nearer"
         )
+    if gain := scores.get("Classifier gain"):
+        told["gain"] = verdict(gain["value"], read_p(gain), above="better", below="worse")
     return told
 
 
@@ -112,8 +114,10 @@ def tell_distances(cells: Cells) -> dict[str, str]:
         return f"{len(wanted) or 'none'} of {len(every)}"
 
     def judge(methods: Iterable[str], agreeing: set[Any]) -> str:
-        """Judge a claim of others at equal time: by all tests of it, or there is no evidence."""
+        """Judge a claim of others at equal time by all tests of it, or say how many agree."""
         own = {key for key in tests if key[0] in methods and not key[2]}
+        if own & agreeing and not own <= agreeing and not own & (kept - agreeing):
+            return badge(None, f"agrees in {len(own & agreeing)} of {len(own)}")
         return badge(True if own <= agreeing else False if own <= kept - agreeing else None)
 
     values = {key: row["scores"][FD]["value"] for key, row in cells.items() if not key[2]}
@@ -136,7 +140,6 @@ def tell_distances(cells: Cells) -> dict[str, str]:
         ),  # with the largest number of cases
         "badge": judge(TUNED, nearer),
         "small.badge": judge(("word1", "word8"), kept - nearer),
-        "gan.badge": judge(("gan",), nearer),
     }
 
 
@@ -163,13 +166,15 @@ def tell_leaks(cells: Cells) -> dict[str, str]:
     counts = sorted({cases for _, cases, equal in cells if not equal})
     leaks = {key: row["scores"]["Membership AUC"] for key, row in cells.items() if not key[2]}
     told = {}
-    rises = []
+    steps = []
     for cases in counts:
         row = [leaks[method, cases, False] for method in LADDER]
-        rises += [a["value"] <= b["value"] for a, b in pairwise(row)]
+        steps += pairwise(row)
         word, full = leaks["word64", cases, False], leaks["full", cases, False]
         apart = word["interval"][1] < full["interval"][0]
         told[f"apart.{cases}"] = "do not overlap" if apart else "overlap"
         betrays = [m for m in METHODS.values() if leaks[m, cases, False]["interval"][0] > 0.5]
         told[f"leaky.{cases}"] = f"{len(betrays)} of {len(METHODS)}"
-    return told | {"leak.order": f"{sum(rises)} of {len(rises)}"}
+    rises = sum(a["value"] <= b["value"] for a, b in steps)
+    apart = sum(a["interval"][1] < b["interval"][0] for a, b in steps)
+    return told | {"leak.order": f"{rises} of {len(steps)}", "leak.apart": str(apart or "none")}

@@ -57,11 +57,11 @@ def pass_holm(p_values: Mapping[Key, float]) -> list[Key]:
     return ordered
 
 
-def badge(agrees: bool | None) -> str:
-    """Return a verdict on the paper's claim: True agrees, False is opposite, None shows nothing."""
+def badge(agrees: bool | None, text: str = "no evidence") -> str:
+    """Return a verdict on the paper's claim: True agrees, False is opposite, None says `text`."""
     kind, text = {
         True: ("agrees", "agrees with the paper"),
         False: ("opposite", "opposite to the paper"),
-        None: ("none", "no evidence"),
+        None: ("none", text),
     }[agrees]
     return f'<span class="verdict {kind}">{text}</span>'
