@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from medbudget.data import phantoms
 
 PLACE = "MEDBUDGET_TEST_PHANTOMS"  # names their folder; a test run has one for all its processes
-_draw = phantoms.make_phantoms
+_draw, _name = phantoms.make_phantoms, phantoms._seed_words
 _off: list[bool] = []
 
 
@@ -37,9 +38,12 @@ def make_phantoms(
     name = hashlib.sha256(repr((kind, labels, size, seed, split)).encode()).hexdigest()
     path = Path(os.environ[PLACE]) / f"{name}.npy"
     both = np.load(path) if path.exists() else np.empty((0, 4, size, size), np.uint8)
-    if len(both) < n:  # image i does not depend on n
-        drawn = _draw(kind, label, n, **more)
-        both = torch.cat([drawn.images, drawn.masks[:, None].byte()], 1).numpy()
+    if (start := len(both)) < n:  # image i does not depend on n
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(phantoms, "_seed_words", lambda *name: _name(*name[:-1], name[-1] + start))
+            drawn = _draw(kind, label, n - start, **more)
+        new = torch.cat([drawn.images, drawn.masks[:, None].byte()], 1).numpy()
+        both = np.concatenate([both, new])
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             np.save(file, both)
         os.replace(file.name, path)

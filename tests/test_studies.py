@@ -374,8 +374,8 @@ def test_ray_loses_a_node_and_makes_every_result_once(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="no Ray here: pip install 'medbudget[ray]'")
     from ray.cluster_utils import Cluster
 
-    tasks = [Task("images", PHANTOM | {"seed": seed, "n": 60}) for seed in range(8)]
-    sets = {"sets": [[1, 20], [1, 20]], "extractors": ["layout"]}
+    tasks = [Task("images", PHANTOM | {"seed": seed, "n": 16}) for seed in range(8)]
+    sets = {"sets": [[1, 16], [1, 16]], "extractors": ["layout"]}
     tasks += [Task("score", sets, pair) for pair in pairwise(tasks)]
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     store = Store(tmp_path / "ray")
