@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from medbudget.data.phantoms import KINDS, SPLITS, make_phantoms
 from medbudget.files import atomic_path
 from medbudget.metrics.auc import compute_auc
-from medbudget.metrics.disease import FILE, SIZE, disease_features
+from medbudget.metrics.disease import FILE, SIZE, disease_features, whole_features
 from medbudget.metrics.extractors import load_extractor
 from medbudget.weights import OFFLINE
 
@@ -76,10 +76,17 @@ def fit_disease(kind: str, label: str, n: int = CASES) -> tuple[torch.Tensor, di
     return torch.from_numpy(row).float(), measured
 
 
+def sample_features(kind: str) -> torch.Tensor:
+    """Return features of phantoms, 24 of each label, which tell what is no phantom."""
+    sets = [make_phantoms(kind, label, 24, seed=555).images for label in KINDS[kind]]
+    return torch.from_numpy(np.concatenate([whole_features(images) for images in sets])).half()
+
+
 def main() -> None:
     """Fit all and write them."""
     rows, measured = {}, {}
     for kind, labels in KINDS.items():
+        rows[f"phantoms_{kind}"] = sample_features(kind)
         for label in labels[1:]:
             name = f"{kind}_{label}"
             rows[name], measured[name] = fit_disease(kind, label)

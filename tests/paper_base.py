@@ -280,7 +280,9 @@ def write_data(made: PaperBase, raw: Path) -> None:
         *layouts.write_picai(raw / "picai", n=40, pixels=32, slices=3),
         made.data / "prostate", **few,
     )  # fmt: skip
-    chexpert.prepare_chexpert(layouts.write_chexpert(raw, 20, pixels=48), made.data / "chest", **few)
+    chexpert.prepare_chexpert(
+        layouts.write_chexpert(raw, 20, pixels=48), made.data / "chest", **few
+    )
     layouts.write_pcam(made.pcam, {"train": 24, "valid": 24, "test": 24})
     pcam.prepare_pcam(made.pcam, made.data / "histology", **few)
     for label in ("healthy", "tumour"):

@@ -40,7 +40,9 @@ def make_phantoms(
     both = np.load(path) if path.exists() else np.empty((0, 4, size, size), np.uint8)
     if (start := len(both)) < n:  # image i does not depend on n
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(phantoms, "_seed_words", lambda *name: _name(*name[:-1], name[-1] + start))
+            patch.setattr(
+                phantoms, "_seed_words", lambda *name: _name(*name[:-1], name[-1] + start)
+            )
             drawn = _draw(kind, label, n - start, **more)
         new = torch.cat([drawn.images, drawn.masks[:, None].byte()], 1).numpy()
         both = np.concatenate([both, new])

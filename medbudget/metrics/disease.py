@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from scipy.stats import t
 
-from medbudget.data.phantoms import KINDS, make_phantoms
+from medbudget.data.phantoms import KINDS
 from medbudget.images import check_images, shrink
 from medbudget.metrics.extractors import load_extractor, resize_bilinear
 from medbudget.metrics.features import compute_features
@@ -61,9 +61,10 @@ def disease_score(
             f"{record['extractor_hash']}, installed is {extractor.hash}; fit them again with "
             "python -m pretraining.diseases"
         )
-    x = _whole_features(images)
+    x = whole_features(images)
     _check_contrast(images, kind)
-    distance = float(np.median(np.sqrt(squared_distances(x, _phantom_features(kind)).min(1))))
+    phantoms = tensors[f"phantoms_{kind}"].double().numpy()
+    distance = float(np.median(np.sqrt(squared_distances(x, phantoms).min(1))))
     if distance > (limit := FAR if images.shape[-1] <= 128 else FAR_LARGE):
         raise ValueError(
             f"these images are no phantoms of the {kind}, nor drawn like them (distance of features "
@@ -90,12 +91,6 @@ def _check_contrast(images: torch.Tensor, kind: str) -> None:
             f"{int(same.sum())} of {len(images)} prostates have the same ADC and DWI: the score needs "
             "T2W, ADC and DWI as red, green and blue, not gray images"
         )
-
-
-@lru_cache(maxsize=3)
-def _phantom_features(kind: str) -> npt.NDArray[np.float64]:
-    sets = [make_phantoms(kind, label, 24, seed=555).images for label in KINDS[kind]]
-    return np.concatenate([_whole_features(images) for images in sets])
 
 
 def disease_axis(
@@ -140,7 +135,9 @@ def _find_label(kind: str, label: str | None) -> str:
 
 @lru_cache(maxsize=1)
 def load_regressions() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return each regression, ``kind_label``, and how they were fitted, with the AUC measured."""
+    """Return each regression, ``kind_label``, the features of phantoms, ``phantoms_kind``, and how
+    the regressions were fitted, with the AUC measured.
+    """
     with safe_open(FILE, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return tensors, json.loads((file.metadata() or {})["record"])
@@ -153,13 +150,14 @@ def disease_features(images: torch.Tensor, kind: str) -> npt.NDArray[np.float64]
     its restricted diffusion: four times what DWI has above ADC, around the gland.
     """
     if kind != "prostate":
-        return _whole_features(images)
+        return whole_features(images)
     _, adc, dwi = _bring_to_size(images)[:, :, GLAND, GLAND].short().unbind(1)
     excess = (4 * (dwi - adc)).clamp(0, 255).byte()[:, None].expand(-1, 3, -1, -1)
     return compute_features(excess, OFFLINE).astype(np.float64)
 
 
-def _whole_features(images: torch.Tensor) -> npt.NDArray[np.float64]:
+def whole_features(images: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Return the features of whole images, ``(N, 1280)``."""
     return compute_features(_bring_to_size(images), OFFLINE).astype(np.float64)
 
 
