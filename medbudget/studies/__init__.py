@@ -22,27 +22,10 @@ from medbudget.studies.study import Row, Study, StudySettings, parse_changes, pa
 from medbudget.studies.tasks import Store, Task, check_needs, count, in_order
 
 __all__ = [
-    "STUDIES",
-    "Row",
-    "Store",
-    "Study",
-    "StudySettings",
-    "Task",
-    "check_needs",
-    "check_report",
-    "count",
-    "format_values",
-    "in_order",
-    "make_study",
-    "parse_changes",
-    "parse_sources",
-    "read_values",
-    "record_table",
-    "run",
-    "save_lines",
-    "study_settings",
-    "write_report",
-]
+    "STUDIES", "Row", "Store", "Study", "StudySettings", "Task", "check_needs", "check_report",
+    "count", "format_values", "in_order", "make_study", "parse_changes", "parse_sources",
+    "read_values", "record_table", "run", "save_lines", "study_settings", "write_report",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,24 +74,20 @@ STUDIES = {
 }  # fmt: skip
 
 
-def _find_recipe(name: str) -> Recipe:
-    if name not in STUDIES:
-        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
-    return STUDIES[name]
-
-
 def study_settings(name: str, preset: str, **changes: Any) -> StudySettings:
     """Return the settings of a study: a preset of `StudySettings` as the study wants it.
 
     Changes of a setting that is a mapping change its entries. An unknown study, preset or setting
     raises ValueError.
     """
-    own = dict(_find_recipe(name).changes.get(preset, {}))
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
+    own = STUDIES[name].changes.get(preset, {})
     before = vars(StudySettings.preset(preset, **own))
     for key, value in changes.items():
         if isinstance(value, Mapping) and key in before:
             changes[key] = {**before[key], **value}
-    settings: StudySettings = StudySettings.preset(preset, **(own | changes))
+    settings: StudySettings = StudySettings.preset(preset, **{**own, **changes})
     return settings
 
 
@@ -127,7 +106,8 @@ def make_study(
     ``reference`` and, for the floor, ``floor``. `settings` are in place of the preset's. An unknown
     role, or too few images, raise ValueError.
     """
-    settings, recipe = settings or study_settings(name, preset), _find_recipe(name)
+    settings = settings or study_settings(name, preset)
+    recipe = STUDIES[name]
     given = {role: Path(path) for role, path in (sources or {}).items()}
     if unknown := sorted(set(given) - set(recipe.roles)):
         raise ValueError(

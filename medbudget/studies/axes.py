@@ -6,7 +6,6 @@ The paper draws them with a CFG scale of 2; a stronger one is tried beside it.
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from scipy.stats import ttest_rel
@@ -15,8 +14,8 @@ from medbudget.data.phantoms import KINDS as PHANTOMS
 from medbudget.metrics import disease_axis, disease_score
 from medbudget.studies.drawing import Plan
 from medbudget.studies.study import Row, Study
-from medbudget.studies.table2 import PROBLEMS, find_folder, find_given, list_classes
-from medbudget.studies.tasks import Store, Task, kind
+from medbudget.studies.table2 import find_folder, find_given, list_classes
+from medbudget.studies.tasks import Store, Task, kind, score_sets
 
 
 @kind("disease")
@@ -34,21 +33,20 @@ def _run_rise(task: Task, store: Store) -> dict[str, Any]:
     return {"difference": difference, "p_value": float(ttest_rel(now, before).pvalue)}
 
 
-def _plan_axes(p: Plan) -> list[tuple[str, str, Task, Task]]:
+def _plan_axes(p: Plan, given: list[str]) -> list[tuple[str, str, Task, Task]]:
     """Return each axis: kind, disease, and the words of either end."""
-    given = find_given(p)
     axes = []
     for name in given or PHANTOMS:
         if given:
-            healthy = find_folder(p.sources, name, "train", 0)
-            folders = list_classes(p.sources[name] / "train")
-            ends = {folder: p.folder(f"{name}/train/{folder}", p.s.cases) for folder in folders}
-            first = ends.pop(Path(healthy).name)
+            healthy = find_folder(p.sources, name, "train", 0).rpartition("/")[2]
+            labels = list_classes(p.sources[name] / "train")
+            ends = {label: p.folder(f"{name}/train/{label}", p.s.cases) for label in labels}
         else:
+            healthy = next(iter(PHANTOMS[name]))
             ends = {label: p.phantoms(name, label, "train", p.s.cases) for label in PHANTOMS[name]}
-            first = ends.pop(next(iter(ends)))
-        words = {label: p.shipped_word(ill) for label, ill in ends.items()}
-        axes += [(name, label, p.shipped_word(first), word) for label, word in words.items()]
+        words = {label: p.word(train) for label, train in ends.items()}
+        first = words.pop(healthy)
+        axes += [(name, label, first, word) for label, word in words.items()]
     return axes
 
 
@@ -58,27 +56,25 @@ def make_interpolation(p: Plan) -> Study:
     Phantoms get a disease score at each share. It is fitted on phantoms, so images of real cases
     get none.
     """
-    s, phantoms = p.s, not set(PROBLEMS) & set(p.sources)
-
-    def draw(words: tuple[Task, Task], share: float, cfg_scale: float) -> tuple[Task, ...]:
-        if share in (0, 1):  # one word: shared by all axes from it, and by other studies
-            return p.blocks([words[int(share)]], n=s.n, cfg_scale=cfg_scale)
-        prompt = f"<healthy>:{1 - share!r} AND <disease>:{share!r}"
-        tokens = ("<healthy>", "<disease>")
-        return p.blocks(words, prompt, n=s.n, cfg_scale=cfg_scale, tokens=tokens)
-
+    s, given = p.s, find_given(p)
     rows = []
-    for (name, label, *words), cfg_scale in product(_plan_axes(p), s.grid["CFG scale"]):
+    for (name, label, *ends), cfg_scale in product(_plan_axes(p, given), s.grid["CFG scale"]):
         before: tuple[Task, ...] = ()
         for share in s.grid["share"]:
-            images = draw((words[0], words[1]), share, cfg_scale)
+            changes: dict[str, Any] = {"cfg_scale": float(cfg_scale)}
+            words = ends
+            if share in (0, 1):  # one word: shared by all axes from it, and by other studies
+                words = [ends[int(share)]]
+            else:
+                changes["prompt"] = f"<healthy>:{1 - share!r} AND <disease>:{share!r}"
+                changes["tokens"] = ["<healthy>", "<disease>"]
+            images = p.blocks(words, n=s.n, **changes)
             score = rise = None
-            if phantoms:
+            if not given:
                 axis = {"kind": name, "label": label}
-                score = Task("disease", axis | {"sets": [[len(images), s.n]]}, images)
+                score = score_sets("disease", axis, (images, s.n))
                 if before:
-                    sets = [[len(images), s.n], [len(before), s.n]]
-                    rise = Task("rise", axis | {"sets": sets}, (*images, *before))
+                    rise = score_sets("rise", axis, (images, s.n), (before, s.n))
             rows.append(Row(f"{label}, CFG {cfg_scale:g}", share, score, rise, images=images))
             before = images
     scores = (
@@ -86,8 +82,8 @@ def make_interpolation(p: Plan) -> Study:
         "diseased; mean over images. p: paired t test against the share before. "
     )
     about = (
-        f"{p.describe(phantoms)} Composed of the healthy word and the disease's by weighted "
+        f"{p.describe(not given)} Composed of the healthy word and the disease's by weighted "
         f"prediction, {s.steps} steps, {s.n} images from the same seeds at each share. "
-        f"{scores if phantoms else ''}The paper shows such axes and has no number for them."
+        f"{'' if given else scores}The paper shows such axes and has no number for them."
     )
     return Study(tuple(rows), about, head=("axis", "share"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from medbudget.classifier import find_device
 from medbudget.embeddings import Embedding
 from medbudget.images import load_image, load_images, save_images
 from medbudget.inversion import InversionSettings
@@ -19,12 +20,11 @@ from medbudget.studies.study import Row, Study
 from medbudget.studies.table1 import (
     RULES,
     load_extractors,
-    name_extractor,
     name_extractors,
     plan_cases,
     uses_phantoms,
 )
-from medbudget.studies.tasks import Store, Task, kind
+from medbudget.studies.tasks import Store, Task, kind, score_sets
 from medbudget.stylegan3 import StyleGAN3, StyleGAN3Settings, import_official, train_stylegan3
 from medbudget.stylegan3.model import PRETRAINED, WEIGHTS
 from medbudget.stylegan3.training import measure_distance
@@ -54,19 +54,15 @@ def _run_stylegan3(task: Task, store: Store) -> Callable[[Path], Any]:
     keep(start := read_start(store.sources))
     network = train_stylegan3(
         cases, StyleGAN3Settings(**s["stylegan3"]), start=start, callback=look,
-        checkpoint=store.scratch(task, "checkpoint"), extractor=extractor, device=_find_device(),
+        checkpoint=store.scratch(task, "checkpoint"), extractor=extractor, device=find_device(None).type,
         data=f"{len(cases)} cases of a study",
     )  # fmt: skip
     return partial(network.save, snapshots=load_images(folder))
 
 
-def _find_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @kind("gan_block", ".safetensors", heavy=True)
 def _run_gan_block(task: Task, store: Store) -> torch.Tensor:
-    network = StyleGAN3.load(store.path(task.inputs[0]), device=_find_device())
+    network = StyleGAN3.load(store.path(task.inputs[0]), device=find_device(None).type)
     return network.sample(task.settings["n"], seed=task.settings["seed"])
 
 
@@ -111,6 +107,19 @@ def read_start(sources: Mapping[str, Path]) -> StyleGAN3:
     return import_official(path) if path.suffix == ".pkl" else StyleGAN3.load(path)
 
 
+def find_size(p: Plan) -> int:
+    """Return the size of the images that the GAN makes, in pixels an edge."""
+    return int(read_start(p.sources).generator.architecture.size)
+
+
+def plan_gan(p: Plan, train: Task, **changes: float) -> Task:
+    """Return the task that trains StyleGAN3 on images, with changes to the study's settings."""
+    gan = StyleGAN3Settings.preset(p.s.stylegan3, **{**p.s.gan, **changes})
+    settings = {"stylegan3": asdict(gan), "start": read_start(p.sources).hash}
+    settings |= name_extractors(p, first=True)
+    return Task("stylegan3", settings, p.shrink([train], find_size(p)))
+
+
 def plan_gan_blocks(network: Task, n: int, seed: int = 0) -> tuple[Task, ...]:
     """Return the tasks of `n` images, in the batches of one call of `StyleGAN3.sample`."""
     blocks = [{"seed": seed + i, "n": min(BATCH, n - i)} for i in range(0, n, BATCH)]
@@ -119,36 +128,32 @@ def plan_gan_blocks(network: Task, n: int, seed: int = 0) -> tuple[Task, ...]:
 
 def make_rivals(p: Plan) -> Study:
     """Section 4.2: train StyleGAN3 and a word on the same cases, draw with both, and compare."""
-    s, start = p.s, read_start(p.sources)
-    if s.size not in ((size := start.generator.architecture.size), 2 * size):
+    s, size = p.s, find_size(p)
+    if s.size not in (size, 2 * size):
         raise ValueError(
             f"the networks to start from make {size} px, this study wants {s.size}: for 512 px, "
             f"give an official file with --data {START}=FILE"
         )
-    train, real = plan_cases(p, "train", s.cases), plan_cases(p, "reference", s.n)
-    (cases,), (real,) = p.shrink([train], size), p.shrink([real], size)
-    gan = StyleGAN3Settings.preset(s.stylegan3, **s.gan)
-    settings = {"stylegan3": asdict(gan), "start": start.hash} | name_extractor(p)
-    network, word = Task("stylegan3", settings, (cases,)), p.shipped_word(train)
-    inversion = InversionSettings.preset(s.inversion, **s.overrides)
+    train = plan_cases(p, "train", s.cases)
+    network, word = plan_gan(p, train), p.word(train)
+    real = p.shrink([plan_cases(p, "reference", s.n)], size)
     made, drawn = plan_gan_blocks(network, s.n), p.shrink(p.blocks([word], n=s.n), size)
 
     def score(*sets: tuple[Task, ...]) -> Task:
-        cuts = {"sets": [[len(own), s.n] for own in sets]}
-        return Task("rival", cuts | name_extractors(p), tuple(task for own in sets for task in own))
+        return score_sets("rival", name_extractors(p), *((own, s.n) for own in sets))
 
     def cost(*inputs: Task) -> Task:
-        return Task("cost", name_extractor(p), inputs)
+        return Task("cost", name_extractors(p, first=True), inputs)
 
+    inversion = InversionSettings.preset(s.inversion, **s.overrides)
+    seen = float(inversion.steps * inversion.batch_size)
+    some = (*p.shrink([train], size), *drawn[:7])  # the cases, and 100 images
     rows = (
         Row(
-            "StyleGAN3", 1000 * gan.kimg, score(made, (real,), drawn), images=made,
-            details=cost(network),
+            "StyleGAN3", 1000 * network.settings["stylegan3"]["kimg"], score(made, real, drawn),
+            images=made, details=cost(network),
         ),
-        Row(
-            "diffusion", float(inversion.steps * inversion.batch_size), score(drawn, (real,)),
-            images=drawn, details=cost(word, cases, *drawn[:7]),  # 100 images
-        ),
+        Row("diffusion", seen, score(drawn, real), images=drawn, details=cost(word, *some)),
     )  # fmt: skip
     about = (
         f"{p.describe(uses_phantoms(p))} StyleGAN3 and a word learned from the same {s.cases} "

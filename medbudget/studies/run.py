@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from medbudget.files import write_text
 from medbudget.processes import start_worker
 from medbudget.progress import quiet, tqdm
 from medbudget.runs import Stopped
+from medbudget.settings import check_counts
 from medbudget.studies.drawing import get_base
 from medbudget.studies.tasks import KINDS, Store, Task, check_needs, ensure, in_order
-
-ENGINES = ("local", "ray")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -38,57 +35,34 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def run(
-    tasks: Sequence[Task],
-    store: Store,
-    *,
-    engine: str = "local",
-    workers: int | None = None,
-    shard: str = "1/1",
-    address: str | None = None,
-    gpus: float | None = None,
-) -> int:
-    """Make the results that are missing; return how many this call made.
+    tasks: Sequence[Task], store: Store, *, engine: str = "local", workers: int | None = None,
+    shard: str = "1/1", address: str | None = None,
+) -> int:  # fmt: skip
+    """Make the results that are missing, and what they need; return how many this call made.
 
-    Every engine makes the same bytes on machines of one kind: tasks compute on one thread each.
-
-    Parameters
-    ----------
-    tasks : sequence of Task
-        The wanted results; what they need is made too, once it is known that all of that is at
-        hand (`check_needs`).
-    engine : {"local", "ray"}
-        ``local``: this process, or `workers` of them. ``ray``: the cluster at `address`, or one
-        that is started here.
-    workers : int, optional
-        Processes of the local engine; default one for each GPU, without a GPU one. Each loads the
-        base, about 1 GB for ``tiny``.
-    shard : str
-        ``"i/k"``: only every k-th task, from the i-th. Shares may run side by side on one folder.
-    address : str, optional
-        Of a Ray cluster.
-    gpus : float, optional
-        GPUs that a heavy Ray task asks for; default 1 where the cluster has any, else 0.
+    Engine ``local`` is this process, or `workers` of them, by default one for each GPU; each loads
+    the base, about 1 GB for ``tiny``. ``ray`` is the cluster at `address`, or one that is started
+    here. `shard` ``"i/k"`` makes only every k-th task, from the i-th; shares may run side by side on
+    one folder. All make the same bytes on machines of one kind.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; allowed are {', '.join(ENGINES)}")
-    i, k = parse_shard(shard)
+    if engine not in ("local", "ray"):
+        raise ValueError(f"unknown engine {engine!r}; allowed are local, ray")
     if engine == "ray" and workers is not None:
         raise ValueError("workers are for the local engine; Ray takes what its cluster has")
+    i, k = parse_shard(shard)
     devices = torch.cuda.device_count()
     count = max(1, devices) if workers is None else workers
-    if count < 1:
-        raise ValueError(f"at least one worker is needed, got {count}")
+    check_counts(workers=count)
     check_needs(tasks, store)
-    if engine == "ray" or count > 1:
-        get_base.cache_clear()  # others load it
-        gc.collect()
-        torch.cuda.empty_cache()
     share = in_order(tasks)[i - 1 :: k]
-    if engine == "ray":
-        return _run_ray(share, store, address, gpus)
-    if count == 1:
+    if engine == "local" and count == 1:
         with tqdm(share, desc="study", unit="task") as bar:
             return sum(ensure(task, store) for task in bar)
+    get_base.cache_clear()  # others load it
+    gc.collect()
+    torch.cuda.empty_cache()
+    if engine == "ray":
+        return _run_ray(in_order(share), store, address)
     return _run_processes([task for task in share if not store.has(task)], store, count, devices)
 
 
@@ -98,14 +72,8 @@ def _run_processes(tasks: Sequence[Task], store: Store, workers: int, devices: i
     numbers = context.Queue()
     for worker in range(workers):
         numbers.put(worker % devices if devices else None)
-    bar = tqdm(total=len(tasks), desc="study", unit="task")
-    with (
-        bar,
-        quiet(),
-        ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start, initargs=(numbers,)
-        ) as pool,
-    ):
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(numbers,))
+    with tqdm(total=len(tasks), desc="study", unit="task") as bar, quiet(), pool:
         futures = [pool.submit(_work, task, store) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -139,7 +107,7 @@ def _work(task: Task, store: Store) -> int:
         os._exit(1)
 
 
-def _run_ray(tasks: Sequence[Task], store: Store, address: str | None, gpus: float | None) -> int:
+def _run_ray(tasks: Sequence[Task], store: Store, address: str | None) -> int:
     try:
         import ray
     except ImportError:
@@ -147,10 +115,7 @@ def _run_ray(tasks: Sequence[Task], store: Store, address: str | None, gpus: flo
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
     store = Store(store.folder.resolve(), {n: p.resolve() for n, p in store.sources.items()})
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if gpus is None:
-        gpus = 1.0 if any(node["Resources"].get("GPU") for node in nodes) else 0.0
-    _check_shared(store.folder, nodes)
+    gpus = float(any(n["Alive"] and n["Resources"].get("GPU") for n in ray.nodes()))
 
     def work(task: Task, store: Store, *needed: Any) -> int:
         return ensure(task, store)
@@ -158,40 +123,22 @@ def _run_ray(tasks: Sequence[Task], store: Store, address: str | None, gpus: flo
     # Only lost nodes and processes are retried: an error of a task would come again.
     remote: Any = ray.remote(max_retries=-1)(work)
     refs: dict[str, Any] = {}
-    for task in in_order(tasks):
+    paths = {}
+    for task in tasks:
         if not store.has(task):
             needed = [refs[t.key] for t in task.inputs if t.key in refs]
             share = gpus if KINDS[task.kind].heavy else 0
-            refs[task.key] = remote.options(num_gpus=share).remote(task, store, *needed)
-    waiting, made = list(refs.values()), 0
+            ref = remote.options(num_gpus=share).remote(task, store, *needed)
+            refs[task.key], paths[ref] = ref, store.path(task)
+    waiting, made = list(paths), 0
     with tqdm(total=len(waiting), desc="study", unit="task") as bar:
         while waiting:
             done, waiting = ray.wait(waiting)
             made += sum(ray.get(done))
             bar.update(len(done))
-    return made
-
-
-def _check_shared(folder: Path, nodes: Sequence[Any]) -> None:
-    """Raise unless every node of the cluster sees a file that this machine writes."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    file, word = folder / "shared.txt", os.urandom(8).hex()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, word)
-
-    def see() -> bool:
-        return file.exists() and file.read_text(encoding="utf-8") == word
-
-    remote: Any = ray.remote(num_cpus=0)(see)
-    try:
-        for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            if not ray.get(remote.options(scheduling_strategy=there).remote()):
+            if not all(paths[ref].exists() for ref in done):
                 raise ValueError(
-                    f"node {node['NodeManagerAddress']} does not see {folder}: the study's folder "
+                    f"a node of the cluster does not write into {store.folder}: the study's folder "
                     "must be on storage that all nodes share under the same path (--store)"
                 )
-    finally:
-        file.unlink(missing_ok=True)
+    return made

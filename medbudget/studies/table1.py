@@ -14,7 +14,7 @@ from medbudget.metrics.extractors import Extractor, load_extractor
 from medbudget.metrics.features import compute_features
 from medbudget.studies.drawing import Plan
 from medbudget.studies.study import Row, Study
-from medbudget.studies.tasks import Store, Task, kind
+from medbudget.studies.tasks import Store, Task, kind, score_sets
 
 # de Wilde et al. 2024, Table 1: FID, MFID (T2W, healthy prostate, 1000 real and 1000 generated).
 TABLE1 = {
@@ -63,24 +63,20 @@ def _run_compare(task: Task, store: Store) -> dict[str, Any]:
 # ------------------------------------------------------------------------------- their planning
 
 
-def name_extractors(p: Plan) -> dict[str, Any]:
-    """Return the extractors as settings of a task: names, and a hash of weights that were given."""
-    return {"extractors": list(p.s.extractors)} | _hash_weights(p, p.s.extractors)
-
-
-def name_extractor(p: Plan) -> dict[str, Any]:
-    """Return the first extractor as settings of a task, as `name_extractors` does all."""
-    return {"extractor": p.s.extractors[0]} | _hash_weights(p, p.s.extractors[:1])
-
-
-def _hash_weights(p: Plan, names: Sequence[str]) -> dict[str, Any]:
+def name_extractors(p: Plan, *, first: bool = False) -> dict[str, Any]:
+    """Return the extractors, or the first one, as settings of a task, with hashes of given weights."""
+    names = p.s.extractors[:1] if first else p.s.extractors
     weights = {name: hash_file(p.sources[name])[:12] for name in names if name in p.sources}
-    return {"weights": weights} if weights else {}
+    named = {"extractor": names[0]} if first else {"extractors": list(names)}
+    return named | ({"weights": weights} if weights else {})
 
 
-def plan_cases(p: Plan, role: str, n: int) -> Task:
-    """Return the task of `n` real images for a role: ``train``, ``reference`` or ``floor``."""
-    return p.phantoms(*CLASS, SPLITS[role], n) if uses_phantoms(p) else p.folder(role, n)
+def plan_compare(
+    p: Plan, a: Sequence[Task], b: Sequence[Task], real: Sequence[Task], n: int, *, paired: bool
+) -> Task:
+    """Return the test of the first distance to `n` real images between two sets of `p.s.n`."""
+    settings = {"paired": paired, "repeats": 1000} | name_extractors(p, first=True)
+    return score_sets("compare", settings, (a, p.s.n), (b, p.s.n), (real, n))
 
 
 def uses_phantoms(p: Plan) -> bool:
@@ -88,10 +84,14 @@ def uses_phantoms(p: Plan) -> bool:
     return p.s.phantoms and not set(SPLITS) & set(p.sources)
 
 
+def plan_cases(p: Plan, role: str, n: int) -> Task:
+    """Return the task of `n` real images for a role: ``train``, ``reference`` or ``floor``."""
+    return p.phantoms(*CLASS, SPLITS[role], n) if uses_phantoms(p) else p.folder(role, n)
+
+
 def _plan_score(p: Plan, images: tuple[Task, ...], real: Task) -> Task:
-    settings = {"sets": [[len(images), p.s.n], [1, p.s.n]]} | name_extractors(p)
-    settings |= {"z_scored": True} if p.s.z_scored else {}
-    return Task("score", settings, (*images, real))
+    settings = name_extractors(p) | ({"z_scored": True} if p.s.z_scored else {})
+    return score_sets("score", settings, (images, p.s.n), ([real], p.s.n))
 
 
 def make_table1(p: Plan) -> Study:
@@ -99,25 +99,22 @@ def make_table1(p: Plan) -> Study:
     s = p.s
     train = plan_cases(p, "train", int(max(s.cases, *s.grid.get("cases", ()), 0)))
     real = plan_cases(p, "reference", s.n)
-    final = {
+    final: dict[str, float] = {
         "sampling steps": s.steps, "CFG scale": s.cfg_scale, "vectors": s.vectors,
         "cases": s.cases,
     }  # fmt: skip
 
-    def draw(chosen: dict[str, float]) -> tuple[Task, ...]:
-        vectors, cases = int(chosen["vectors"]), int(chosen["cases"])
-        word = p.shipped_word(train, vectors=vectors, cases=cases)
-        steps, cfg_scale = int(chosen["sampling steps"]), chosen["CFG scale"]
+    def draw(**changes: float) -> tuple[Task, ...]:
+        chosen = final | changes
+        word = p.word(train, vectors=int(chosen["vectors"]), cases=int(chosen["cases"]))
+        steps, cfg_scale = int(chosen["sampling steps"]), float(chosen["CFG scale"])
         return p.blocks([word], n=s.n, steps=steps, cfg_scale=cfg_scale)
 
-    best = draw(final)
-    test = {"sets": [[len(best), s.n]] * 2 + [[1, s.n]], "paired": True, "repeats": 1000}
-    rows = []
+    best, rows = draw(), []
     for group, value in [(group, value) for group, values in s.grid.items() for value in values]:
-        images = draw(final | {group: value})
-        compare = None
-        if value != final[group]:
-            compare = Task("compare", test | name_extractor(p), (*images, *best, real))
+        images = draw(**{group: value})
+        changed = value != final[group]
+        compare = plan_compare(p, images, best, [real], s.n, paired=True) if changed else None
         paper = dict(zip(("FID", "MFID"), TABLE1.get((group, int(value)), ())))
         rows.append(Row(group, value, _plan_score(p, images, real), compare, paper, images))
     floor = None

@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ class Task:
         """Name of the result: 12 hex digits of kind, settings and the inputs' keys."""
         inputs = [task.key for task in self.inputs]
         return hash_settings({"kind": self.kind, "settings": dict(self.settings), "inputs": inputs})
+
+
+def score_sets(
+    kind: str, settings: Mapping[str, Any], *sets: tuple[Sequence[Task], int],
+    others: Sequence[Task] = (),
+) -> Task:  # fmt: skip
+    """Return a task over sets of images, of each the first n; see `Store.read_sets`."""
+    cuts = {"sets": [[len(tasks), n] for tasks, n in sets]}
+    inputs = [task for tasks, _ in sets for task in tasks]
+    return Task(kind, {**settings, **cuts}, (*inputs, *others))
 
 
 @dataclass(frozen=True)
@@ -76,8 +87,6 @@ class Store:
         ]
 
 
-# ------------------------------------------------------------------------------ kinds of tasks
-
 Run = Callable[[Task, Store], Any]
 
 
@@ -87,20 +96,21 @@ class Kind:
 
     run: Run  # returns a dict (JSON), images, or what writes the result to a path
     suffix: str  # of the result's file
-    heavy: bool  # wants a GPU where there is one
-    needs: Run | None  # loads what a task needs beside its inputs, once in a process, or raises
+    heavy: bool = False  # wants a GPU where there is one
+    needs: Run | None = (
+        None  # loads what a task needs beside its inputs, once in a process, or raises
+    )
 
 
 KINDS: dict[str, Kind] = {}
+_ALONE = Lock()  # the number of threads is of a whole process
 
 
-def kind(
-    name: str, suffix: str = ".json", *, heavy: bool = False, needs: Run | None = None
-) -> Callable[[Run], Run]:
+def kind(name: str, suffix: str = ".json", **options: Any) -> Callable[[Run], Run]:
     """Decorate the function that runs tasks of a kind."""
 
     def register(run: Run) -> Run:
-        KINDS[name] = Kind(run, suffix, heavy, needs)
+        KINDS[name] = Kind(run, suffix, **options)
         return run
 
     return register
@@ -124,31 +134,23 @@ def in_order(tasks: Sequence[Task]) -> list[Task]:
 
 def count(tasks: Sequence[Task], store: Store) -> dict[str, tuple[int, int]]:
     """Return by kind how many results are there, and how many there will be."""
-    counts: dict[str, tuple[int, int]] = {}
-    for task in in_order(tasks):
-        done, total = counts.get(task.kind, (0, 0))
-        counts[task.kind] = done + store.has(task), total + 1
-    return counts
+    every = in_order(tasks)
+    done = Counter(task.kind for task in every if store.has(task))
+    return {kind: (done[kind], n) for kind, n in Counter(task.kind for task in every).items()}
 
 
 def check_needs(tasks: Sequence[Task], store: Store) -> None:
-    """Load what the missing results need: bases, extractors, weights; raise if one fails.
-
-    So a study ends before its first task, and not at the first score after hours of sampling.
-    """
+    """Load what the missing results need, so that a study ends before its first task if one fails."""
     for task in in_order(tasks):
         needs = KINDS[task.kind].needs
         if needs is not None and not store.has(task):
             needs(task, store)
 
 
-# --------------------------------------------------------------------------------- making them
-
-
 def ensure(task: Task, store: Store, *, wait: float = 1.0) -> int:
-    """Make a result and what it needs, unless they are there; return how many this call made.
+    """Make a result and what it needs, unless they are there or being made by another process.
 
-    Where another process makes it, wait until it is done, or until that process has died.
+    Return how many results this call made.
     """
     path, scratch = store.path(task), store.scratch(task)
     made = 0
@@ -170,11 +172,20 @@ def ensure(task: Task, store: Store, *, wait: float = 1.0) -> int:
 
 
 def make_result(task: Task, store: Store) -> None:
-    """Make a result out of its inputs, which are there; see `ensure`."""
+    """Make a result out of its inputs, which are there; see `ensure`.
+
+    It is computed on one thread: sums in another order would make the bytes depend on the cores.
+    Studies use more cores by more workers.
+    """
     path = store.path(task)
+    with _ALONE:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            result = KINDS[task.kind].run(task, store)
+        finally:
+            torch.set_num_threads(threads)
     temporary = store.scratch(task, f"result{path.suffix}")
-    with one_thread():
-        result = KINDS[task.kind].run(task, store)
     if isinstance(result, dict):
         write_json(temporary, result)
     elif isinstance(result, torch.Tensor):
@@ -183,22 +194,3 @@ def make_result(task: Task, store: Store) -> None:
         result(temporary)
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(temporary, path)
-
-
-_threads: list[int] = []  # what to go back to, once for each thread of Python that is at work
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: sums in another order would make the bytes depend on the cores.
-
-    Studies use more cores by more workers, which is faster too where matrices are small.
-    """
-    _threads.append(torch.get_num_threads())
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        before = _threads.pop()
-        if not _threads:
-            torch.set_num_threads(before)
