@@ -8,7 +8,6 @@ not known) and runs, the gain from the same cases on both sides.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from medbudget.cases import Cases, check_drawn, check_splits, load_cases
 from medbudget.classifier import ClassifierSettings, choose_settings, find_device, train_classifier
 from medbudget.data.pcam import find_split
 from medbudget.files import (
+    PathLike,
     check_apart,
     check_output,
     check_writable,
@@ -45,8 +45,6 @@ from medbudget.metrics.scores import Score, format_table, to_json
 from medbudget.networks import resize
 from medbudget.progress import tqdm
 from medbudget.settings import check_counts, check_seed
-
-# ------------------------------------------------------------------------- what runs have shown
 
 
 def score_runs(
@@ -74,7 +72,7 @@ def score_runs(
     return [*rows, Score("ECE", error, None, n, note="calibration error, 10 bins, all runs")]
 
 
-def score_gain(gain: Estimate, n: tuple[int, int]) -> list[Score]:
+def score_gain(gain: Estimate, n: int | tuple[int, int]) -> list[Score]:
     """Return a gain of `bootstrap_auc` as a score, and the gain that could have been detected."""
     least = detectable_difference(gain.se)
     return [
@@ -101,9 +99,6 @@ def judge_gain(gain: Estimate) -> str:
     return f"no gain shown ({numbers}); {least:.3f} could have been found"
 
 
-# --------------------------------------------------------------------------------- the command
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What `classify` found."""
@@ -120,12 +115,12 @@ class Comparison:
 
 
 def classify(
-    train: str | os.PathLike[str],
-    val: str | os.PathLike[str],
-    test: str | os.PathLike[str],
-    synthetic: str | os.PathLike[str] | None = None,
+    train: PathLike,
+    val: PathLike,
+    test: PathLike,
+    synthetic: PathLike | None = None,
     *,
-    out: str | os.PathLike[str] = "classified",
+    out: PathLike = "classified",
     settings: ClassifierSettings | None = None,
     runs: int = 10,
     positive: str | None = None,
@@ -149,8 +144,8 @@ def classify(
         Trainings that differ in their seed; paper: 10.
     """
     check_counts(runs=runs)
-    out, place = Path(out), find_device(device)
-    settings = settings or choose_settings(device=place)
+    out, device = Path(out), find_device(device)
+    settings = settings or choose_settings(device=device)
     check_seed(settings.seed, runs)
     sources = {"train": train, "val": val, "test": test}
     sources |= {"synthetic": synthetic} if synthetic is not None else {}
@@ -172,29 +167,29 @@ def classify(
     scores: dict[str, npt.NDArray[np.float64]] = {}
     rows: list[Score] = []
     verdict = ""
-    n = (int((labels == 0).sum()), int((labels == 1).sum()))
     with hold(out):
         for name, chosen in sets.items():
             folder = out / name.replace(" + ", "_and_")
-            scores[name] = _repeat(chosen, cases, settings, folder, runs, place)
-            found = score_runs(labels, scores[name], patients=patients)
+            scores[name] = _repeat(chosen, cases, settings, folder, runs, device)
+            own = score_runs(labels, scores[name], patients=patients)
             if name != "real":
                 gain = bootstrap_auc(labels, scores[name], scores["real"], patients=patients)
-                found += score_gain(gain, n)
+                n = own[0].n
+                own += score_gain(gain, n)
                 if patients is None or len(set(patients)) == len(patients):
                     # DeLong takes cases for independent
-                    first = delong_difference(labels, scores[name][0], scores["real"][0])
-                    note = f"DeLong, p = {first.p_value:.3g}; a check on one pair of runs"
-                    found.append(
-                        Score("gain of the first run", first.value, first.interval, n, note=note)
+                    one = delong_difference(labels, scores[name][0], scores["real"][0])
+                    note = f"DeLong, p = {one.p_value:.3g}; a check on one pair of runs"
+                    own.append(
+                        Score("gain of the first run", one.value, one.interval, n, note=note)
                     )
                 verdict = judge_gain(gain)
-            rows += [replace(score, name=f"{score.name}, {name}") for score in found]
+            rows += [replace(score, name=f"{score.name}, {name}") for score in own]
         _write_scores(out / "scores.csv", cases["test"], scores, settings.seed)
         to_json(rows, out / "result.json")
     sizes = ", ".join(f"{len(one)} {name}" for name, one in cases.items())
-    known = f"; the test cases are of {len(set(patients))} patients" if patients else ""
-    return Comparison(rows, f"{positive} against {negative}: {sizes}{known}", verdict, out)
+    owners = f"; the test cases are of {len(set(patients))} patients" if patients else ""
+    return Comparison(rows, f"{positive} against {negative}: {sizes}{owners}", verdict, out)
 
 
 def _repeat(
@@ -225,8 +220,8 @@ def _repeat(
 
 
 def _load(
-    sources: Mapping[str, str | os.PathLike[str]], settings: ClassifierSettings,
-    positive: str | None, size: int | None,
+    sources: Mapping[str, PathLike], settings: ClassifierSettings, positive: str | None,
+    size: int | None,
 ) -> dict[str, Cases]:  # fmt: skip
     """Load and check the sets, and bring them to the network's size."""
     change = partial(resize, size=settings.size, antialias=settings.antialias)
@@ -267,11 +262,11 @@ def _write_scores(
     path: Path, test: Cases, scores: Mapping[str, npt.NDArray[np.float64]], seed: int
 ) -> None:
     """Write one line for each case, training set and run."""
-    case = test.names or [f"image {i}" for i in range(len(test))]
-    lines = {"case": case, "label": test.labels.tolist()}
-    tables = [
-        pd.DataFrame(lines | {"trained on": name, "seed": seed + i, "score": run})
+    lines = [
+        (case, label, name, seed + i, score)
         for name, by_run in scores.items()
         for i, run in enumerate(by_run)
+        for case, label, score in zip(test.names, test.labels.tolist(), run)
     ]
-    write_text(path, pd.concat(tables).to_csv(index=False, float_format="%.6f"))
+    table = pd.DataFrame(lines, columns=["case", "label", "trained on", "seed", "score"])
+    write_text(path, table.to_csv(index=False, float_format="%.6f"))

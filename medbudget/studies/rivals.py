@@ -44,18 +44,17 @@ def _run_stylegan3(task: Task, store: Store) -> Callable[[Path], Any]:
     s, cases = task.settings, store.read_images(task.inputs)
     (extractor,), folder = load_extractors(task, store), store.scratch(task, "snapshots")
 
-    def keep(network: StyleGAN3, seen: int = 0) -> None:
-        save_images(network.sample(SEEN), folder, names=[f"{seen:08d}_{i}" for i in range(SEEN)])
-
-    def look(state: dict[str, Any]) -> None:
+    def keep(state: dict[str, Any]) -> None:
         if state["snapshot"] is not None:
-            keep(state["snapshot"], state["images_seen"])
+            names = [f"{state['images_seen']:08d}_{i}" for i in range(SEEN)]
+            save_images(state["snapshot"].sample(SEEN), folder, names=names)
 
-    keep(start := read_start(store.sources))
+    start = read_start(store.sources)
+    keep({"snapshot": start, "images_seen": 0})
     network = train_stylegan3(
-        cases, StyleGAN3Settings(**s["stylegan3"]), start=start, callback=look,
-        checkpoint=store.scratch(task, "checkpoint"), extractor=extractor, device=find_device(None).type,
-        data=f"{len(cases)} cases of a study",
+        cases, StyleGAN3Settings(**s["stylegan3"]), start=start, callback=keep,
+        checkpoint=store.scratch(task, "checkpoint"), extractor=extractor,
+        device=find_device(None).type, data=f"{len(cases)} cases of a study",
     )  # fmt: skip
     return partial(network.save, snapshots=load_images(folder))
 
@@ -70,13 +69,14 @@ def _run_gan_block(task: Task, store: Store) -> torch.Tensor:
 def _run_rival(task: Task, store: Store) -> dict[str, Any]:
     """Score a generator, with and without the paper's normalisation, and test it against another."""
     generated, real, *other = store.read_sets(task)
-    options: dict[str, Any] = {"permutation": other[0] if other else None, "floor": False}
-    options["features"] = load_extractors(task, store)
-    return {
-        score.name + suffix: score.to_dict()
-        for rule, suffix in RULES.items()
-        for score in evaluate(real, generated, normalize=rule, **options)
-    }
+    extractors, rival = load_extractors(task, store), other[0] if other else None
+    scores = {}
+    for rule, suffix in RULES.items():
+        for score in evaluate(
+            real, generated, features=extractors, normalize=rule, permutation=rival, floor=False
+        ):
+            scores[score.name + suffix] = score.to_dict()
+    return scores
 
 
 @kind("cost", needs=load_extractors)
@@ -167,9 +167,6 @@ def make_rivals(p: Plan) -> Study:
             f"compared at {size} px with diffusion's {s.size} px averaged down in the same way."
         )
     return Study(rows, about, head=("generator", "images seen"))
-
-
-# ------------------------------------------------------------------------------- for the chapter
 
 
 def load_snapshots(seen: Sequence[int]) -> dict[int, torch.Tensor]:

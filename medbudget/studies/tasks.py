@@ -97,9 +97,7 @@ class Kind:
     run: Run  # returns a dict (JSON), images, or what writes the result to a path
     suffix: str  # of the result's file
     heavy: bool = False  # wants a GPU where there is one
-    needs: Run | None = (
-        None  # loads what a task needs beside its inputs, once in a process, or raises
-    )
+    needs: Run | None = None  # loads what a task needs beside its inputs, or raises
 
 
 KINDS: dict[str, Kind] = {}
