@@ -60,9 +60,6 @@ METHODS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------- what tasks do
-
-
 @kind("trained", ".safetensors", heavy=True, needs=load_task_base)
 def _run_trained(task: Task, store: Store) -> Callable[[Path], Any]:
     """Train a word or an adapter; the file tells the time of all steps, and a GPU's peak memory."""
@@ -94,6 +91,7 @@ def _run_trained(task: Task, store: Store) -> Callable[[Path], Any]:
 def _run_leak(task: Task, store: Store) -> dict[str, Any]:
     """Attack what was trained: can its loss, a GAN's critic, tell the cases from other images?"""
     path, s = store.path(task.inputs[0]), task.settings
+    trained: Any
     sets = [store.read_images([one])[:n] for one, n in zip(task.inputs[1:], s["n"])]
     if task.inputs[0].kind == "stylegan3":
         name, critic = "critic", StyleGAN3.load(path).discriminator
@@ -103,13 +101,10 @@ def _run_leak(task: Task, store: Store) -> dict[str, Any]:
                 for images in sets
             ]
     else:
-        name, base, trained = (
-            "loss less the base's",
-            load_task_base(task, store),
-            load_trained(path),
-        )
-        adapter = isinstance(trained, Adapter)
-        tuned, word = (adapt(base, [trained]), trained.word) if adapter else (base, trained)
+        name, base = "loss less the base's", load_task_base(task, store)
+        trained = load_trained(path)
+        adapted = isinstance(trained, Adapter)
+        tuned, word = (adapt(base, [trained]), trained.word) if adapted else (base, trained)
         losses = [
             compute_image_losses(tuned, word, images, draws=s["draws"])
             - compute_image_losses(base, "", images, draws=s["draws"])
@@ -162,9 +157,6 @@ def _run_price(task: Task, store: Store) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------- their planning
-
-
 @dataclass(frozen=True)
 class _Problem:
     """Two classes, and their images: cases to learn, and others for validation and test."""
@@ -197,25 +189,22 @@ class _Cell:
 
 def _plan_training(p: Plan, method: str, train: Task, cases: int, seen: int) -> Task:
     """Return the task that trains a method on `cases` images until it has seen `seen`."""
-    s, m = p.s, METHODS[method]
+    m = METHODS[method]
     if method == GAN:
         if train.settings["n"] != cases:
             train = Task("images", {**train.settings, "n": cases})
         kimg = max(1, seen) / 1000
         return plan_gan(p, train, kimg=kimg, snapshot_kimg=kimg)
-    word = InversionSettings.preset(s.inversion, **s.overrides)
+    word = p.inversion()
     steps = max(1, round(seen / word.batch_size))
     if m.rank is None:
         training: Any = replace(word, n_vectors=m.vectors, steps=steps)
     else:
         shared = {key: getattr(word, key) for key in SHARED} | {"steps": steps}
         extent = {"rank": m.rank, "n_vectors": m.vectors, "word_lr": word.lr}
-        training = TuneSettings.preset(s.inversion, **extent, **(shared | {**s.tuning}))
-    settings = {
-        "base": s.base, "base_hash": p.base_hash, "cases": cases, "training": asdict(training),
-        "adapter": m.rank is not None,
-    }  # fmt: skip
-    return Task("trained", settings, (train,))
+        training = TuneSettings.preset(p.s.inversion, **extent, **shared)
+    settings = {"cases": cases, "training": asdict(training), "adapter": m.rank is not None}
+    return Task("trained", p.base | settings, (train,))
 
 
 def _plan_cell(p: Plan, problem: _Problem, method: str, cases: int, seen: int) -> _Cell:
@@ -249,11 +238,8 @@ def _plan_row(
     auc, _ = plan_auc(p, cell.runs, reference.runs if reference else ())
     others, price, compare = [auc], None, None
     if cell.trained:
-        attack = {
-            "base": s.base, "base_hash": p.base_hash, "draws": DRAWS,
-            "n": [min(cases, MEMBERS), min(problem.n, MEMBERS)],
-        }  # fmt: skip
-        others.append(Task("leak", attack, (cell.trained[1], *train, *val)))
+        attack = {"draws": DRAWS, "n": [min(n, MEMBERS) for n in (cases, problem.n)]}
+        others.append(Task("leak", p.base | attack, (cell.trained[1], *train, *val)))
         price = Task("price", {}, (cell.trained[1],))
     about = {"kind": problem.name if problem.label else "", "label": problem.label}
     weigh = score_sets(
@@ -276,33 +262,33 @@ def make_budget(p: Plan) -> Study:
         if unknown := sorted(names - set(allowed)):
             raise ValueError(f"unknown {what} {unknown[0]!r}; allowed are {', '.join(allowed)}")
     given = find_given(p, OWN)
-    word = InversionSettings.preset(s.inversion, **s.overrides)
-    budget, numbers = word.steps * word.batch_size, sorted(map(int, s.grid["cases"]))
+    word, numbers = p.inversion(), sorted(map(int, s.grid["cases"]))
+    budget = word.steps * word.batch_size
     first = REFERENCE if REFERENCE in s.methods else s.methods[0]
     paces = {method: s.paces.get(method, METHODS[method].pace) for method in s.methods}
-    real = "images given" if given else "phantoms"
-    most = numbers[-1]
+    real, most = "images given" if given else "phantoms", numbers[-1]
     rows: list[Row] = []
     for name in given or s.problems:
         problem = _plan_problem(p, name, most)
-        for cases in numbers:
-            cells = {
-                method: _plan_cell(p, problem, method, cases, max(1, int(budget / pace)))
-                for method, pace in paces.items()
-            }
-            for method, cell in cells.items():
-                reference = None if method == first else cells[first]
-                group = f"{name}, {cases} cases"
-                rows.append(_plan_row(p, problem, group, method, cell, reference, cases))
-        for method, pace in paces.items():  # the most cases again, with as many images seen
-            if pace != 1:
-                cell = _plan_cell(p, problem, method, most, budget)
-                group = f"{name}, {most} cases, equal images"
-                rows.append(_plan_row(p, problem, group, method, cell, cells[first], most))
+        references = {
+            cases: _plan_cell(p, problem, first, cases, max(1, int(budget / paces[first])))
+            for cases in numbers
+        }
+        jobs = [
+            (cases, method, max(1, int(budget / pace)), "")
+            for cases in numbers
+            for method, pace in paces.items()
+        ]
+        again = [method for method, pace in paces.items() if pace != 1]
+        jobs += [(most, method, budget, ", equal images") for method in again]
+        for cases, method, seen, note in jobs:
+            cell = _plan_cell(p, problem, method, cases, seen)
+            reference = references[cases] if note or method != first else None
+            group = f"{name}, {cases} cases{note}"
+            rows.append(_plan_row(p, problem, group, method, cell, reference, cases))
         count = min(problem.n, most)
-        cases_alone = [[one] for one in problem.images["train"]]
-        runs = _plan_classifiers(p, problem, "real", cases_alone, count)
-        floor = _Cell((), [[one] for one in problem.images["val"]], runs)
+        train, val = ([[one] for one in problem.images[split]] for split in ("train", "val"))
+        floor = _Cell((), val, _plan_classifiers(p, problem, "real", train, count))
         group = f"{name}, {'real images' if given else 'phantoms'}"
         rows.append(_plan_row(p, problem, group, "none", floor, None, count))
     about = (

@@ -28,8 +28,6 @@ from medbudget.studies.tasks import Store, Task, kind
 
 PCAM = "pcam"  # role of the folder of PatchCamelyon's official HDF5 files
 
-# ------------------------------------------------------------------------------- what tasks do
-
 
 @kind("patches", ".safetensors")
 def _run_patches(task: Task, store: Store) -> torch.Tensor:
@@ -176,9 +174,6 @@ def _run_runs(task: Task, store: Store) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------- their planning
-
-
 def plan_runs(
     p: Plan, name: str, parts: Sequence[tuple[str, int, Sequence[Task], int]],
     judges: Sequence[Task] = (),
@@ -188,8 +183,7 @@ def plan_runs(
     `parts` are a role (``real``, ``synthetic``, ``val``, ``test`` or ``also``), a label, the tasks of
     its images, and how many of these; `judges` are trainings that filter the synthetic ones.
     """
-    s = p.s
-    classifier = asdict(ClassifierSettings.preset(s.classifier, **s.changes))
+    s, classifier = p.s, asdict(p.classifier())
     common = {
         "parts": [[role, label, len(tasks), n] for role, label, tasks, n in parts],
         "noise": 0.0 if name in p.sources else float(s.noise.get(name, 0)),

@@ -174,15 +174,13 @@ def classify(
             own = score_runs(labels, scores[name], patients=patients)
             if name != "real":
                 gain = bootstrap_auc(labels, scores[name], scores["real"], patients=patients)
-                n = own[0].n
-                own += score_gain(gain, n)
+                own += score_gain(gain, n := own[0].n)
                 if patients is None or len(set(patients)) == len(patients):
                     # DeLong takes cases for independent
-                    one = delong_difference(labels, scores[name][0], scores["real"][0])
-                    note = f"DeLong, p = {one.p_value:.3g}; a check on one pair of runs"
-                    own.append(
-                        Score("gain of the first run", one.value, one.interval, n, note=note)
-                    )
+                    pair = delong_difference(labels, scores[name][0], scores["real"][0])
+                    note = f"DeLong, p = {pair.p_value:.3g}; a check on one pair of runs"
+                    title = "gain of the first run"
+                    own.append(Score(title, pair.value, pair.interval, n, note=note))
                 verdict = judge_gain(gain)
             rows += [replace(score, name=f"{score.name}, {name}") for score in own]
         _write_scores(out / "scores.csv", cases["test"], scores, settings.seed)

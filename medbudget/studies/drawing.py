@@ -13,6 +13,7 @@ import torch
 from medbudget.adapter_files import is_adapter
 from medbudget.adapters import Adapter
 from medbudget.base import Base
+from medbudget.classifier import ClassifierSettings
 from medbudget.data.phantoms import make_phantoms
 from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
@@ -26,8 +27,6 @@ from medbudget.tiny import SIZE, SPECS, find_trained
 
 BLOCK = 16  # images of one task
 TOKEN = "<class>"  # of every word that a study learns
-
-# ------------------------------------------------------------------------------- what tasks do
 
 
 def check_planned(what: str, found: str, planned: str) -> None:
@@ -121,9 +120,6 @@ def _run_block(task: Task, store: Store) -> torch.Tensor:
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------- their planning
-
-
 @dataclass(frozen=True)
 class Plan:
     """Plans the tasks that studies share."""
@@ -131,6 +127,19 @@ class Plan:
     s: StudySettings
     base_hash: str
     sources: Mapping[str, Path]  # folders of real images and other files, by role
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The base, as settings of a task."""
+        return {"base": self.s.base, "base_hash": self.base_hash}
+
+    def inversion(self, **changes: Any) -> InversionSettings:
+        """Return the settings that words are learned with."""
+        return InversionSettings.preset(self.s.inversion, **{**self.s.overrides, **changes})
+
+    def classifier(self) -> ClassifierSettings:
+        """Return the settings of all classifiers."""
+        return ClassifierSettings.preset(self.s.classifier, **self.s.changes)
 
     def phantoms(self, kind: str, label: str, split: str, n: int) -> Task:
         """Return the task of `n` phantoms of a class."""
@@ -162,9 +171,8 @@ class Plan:
         A word that ships with the package stands in where it was learned in the same way.
         """
         s, vectors, cases = self.s, vectors or self.s.vectors, cases or self.s.cases
-        changes = {**s.overrides, "n_vectors": vectors}
-        inversion = asdict(InversionSettings.preset(s.inversion, **changes))
-        kind, label, size = (train.settings.get(key) for key in ("kind", "label", "size"))
+        inversion = asdict(self.inversion(n_vectors=vectors))
+        kind, label, size = (train.settings.get(key, "") for key in ("kind", "label", "size"))
         if (s.base, size) == ("tiny", SIZE) and (kind, label, vectors, cases) in SPECS:
             word = Embedding.load(find_trained(kind, label, n_vectors=vectors, cases=cases))
             if word.record["settings"] == inversion:
@@ -173,10 +181,7 @@ class Plan:
                     "base_hash": self.base_hash, "hash": hash_tensors({"v": word.vectors}),
                 }  # fmt: skip
                 return Task("word", settings)
-        settings = {
-            "base": s.base, "base_hash": self.base_hash, "token": TOKEN, "cases": cases,
-            "inversion": inversion,
-        }  # fmt: skip
+        settings = self.base | {"token": TOKEN, "cases": cases, "inversion": inversion}
         return Task("embedding", settings, (train,))
 
     def blocks(
@@ -188,16 +193,12 @@ class Plan:
         and ``tokens``, which rename them: all are learned as ``<class>``.
         """
         s = self.s
-        settings: dict[str, Any] = {
-            "base": s.base, "base_hash": self.base_hash, "steps": s.steps, "size": s.size,
-            "cfg_scale": float(s.cfg_scale), "seed": 0,
+        settings = self.base | {
+            "steps": s.steps, "size": s.size, "cfg_scale": float(s.cfg_scale), "seed": 0,
         }  # fmt: skip
-        if kind == "block":
-            settings["prompt"] = TOKEN
-        settings |= changes
-        return tuple(
-            Task(kind, settings | {"block": i}, tuple(inputs)) for i in range(-(-n // BLOCK))
-        )
+        settings |= {"prompt": TOKEN} if kind == "block" else {}
+        blocks = [settings | changes | {"block": i} for i in range(-(-n // BLOCK))]
+        return tuple(Task(kind, block, tuple(inputs)) for block in blocks)
 
     def describe(self, phantoms: bool) -> str:
         """Say what the images are, as every report does."""

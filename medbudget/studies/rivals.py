@@ -13,7 +13,6 @@ import torch
 from medbudget.classifier import find_device
 from medbudget.embeddings import Embedding
 from medbudget.images import load_image, load_images, save_images
-from medbudget.inversion import InversionSettings
 from medbudget.metrics.evaluation import evaluate
 from medbudget.studies.drawing import Plan
 from medbudget.studies.study import Row, Study
@@ -34,8 +33,6 @@ SEEN = 8  # images of each snapshot
 BATCH = 32  # images of one task: of one batch of `StyleGAN3.sample`
 TRAINED = "prostate_healthy64"  # name of the recorded study's networks in the package
 SNAPSHOTS = WEIGHTS / f"{TRAINED}_snapshots.png"
-
-# ------------------------------------------------------------------------------- what tasks do
 
 
 @kind("stylegan3", ".safetensors", heavy=True, needs=load_extractors)
@@ -98,9 +95,6 @@ def _run_cost(task: Task, store: Store) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------- their planning
-
-
 def read_start(sources: Mapping[str, Path]) -> StyleGAN3:
     """Return the networks that training begins with: those given, or those that ship."""
     path = sources.get(START, Path(PRETRAINED))
@@ -145,7 +139,7 @@ def make_rivals(p: Plan) -> Study:
     def cost(*inputs: Task) -> Task:
         return Task("cost", name_extractors(p, first=True), inputs)
 
-    inversion = InversionSettings.preset(s.inversion, **s.overrides)
+    inversion = p.inversion()
     seen = float(inversion.steps * inversion.batch_size)
     some = (*p.shrink([train], size), *drawn[:7])  # the cases, and 100 images
     rows = (

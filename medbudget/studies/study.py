@@ -54,7 +54,6 @@ class StudySettings(Settings):
         "StyleGAN3",
     )  # fmt: skip
     problems: tuple[str, ...] = ("prostate", "chest", "histology")  # of phantoms
-    tuning: Mapping[str, Any] = field(default_factory=dict)  # changes to TuneSettings' preset
     paces: Mapping[str, float] = field(default_factory=dict)  # time for an image, by method
 
     LIMITS: ClassVar = {

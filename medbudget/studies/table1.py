@@ -31,8 +31,6 @@ SPLITS = {"train": "train", "reference": "test", "floor": "val"}  # roles, as sp
 CLASS = ("prostate", "healthy")
 RULES = {"none": "", "paper": ", z-scored"}  # normalisations, and what they add to a score's name
 
-# ------------------------------------------------------------------------------- what tasks do
-
 
 def load_extractors(task: Task, store: Store) -> list[Extractor]:
     """Load the extractors that a task's settings name: ``extractors``, or one ``extractor``."""
@@ -58,9 +56,6 @@ def _run_compare(task: Task, store: Store) -> dict[str, Any]:
     a, b, real = (compute_features(images, extractor) for images in store.read_sets(task))
     test = permutation_test(a, b, real, paired=s["paired"], repeats=s["repeats"], seed=0)
     return {"difference": test.difference, "p_value": test.p_value}
-
-
-# ------------------------------------------------------------------------------- their planning
 
 
 def name_extractors(p: Plan, *, first: bool = False) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from medbudget.cases import Cases, check_drawn, check_splits, order_classes
-from medbudget.classifier import ClassifierSettings
 from medbudget.data.pcam import load_patches
 from medbudget.files import hash_tensors
 from medbudget.studies.classifying import PCAM, find_patches, plan_auc, plan_runs
@@ -116,8 +116,7 @@ def plan_class(p: Plan, name: str, split: str, label: int, n: int) -> Task:
 
 def _plan_patches(p: Plan, split: str, label: int) -> tuple[Task, int]:
     """Return the task of one class of an official split, all of it, and how many patches that is."""
-    classifier = ClassifierSettings.preset(p.s.classifier, **p.s.changes)
-    folder = p.sources[PCAM]
+    classifier, folder = p.classifier(), p.sources[PCAM]
     indices = find_patches(folder, split, label)
     some = load_patches(folder, split, indices[:: max(1, len(indices) // 16)].tolist(), size=96)
     settings = {
@@ -130,18 +129,17 @@ def _plan_patches(p: Plan, split: str, label: int) -> tuple[Task, int]:
 
 def _plan_real(p: Plan, name: str) -> dict[tuple[str, int], tuple[Task, int]]:
     """Return by split and label the task of real images, and how many there are."""
-    official = {"val", "test"} if name == "histology" and PCAM in p.sources else set()
-    real, splits = {}, {}
-    for split in SPLITS:
-        for label in (0, 1):
-            if split in official:
-                real[split, label] = _plan_patches(p, split, label)
-            else:
-                real[split, label] = plan_class(p, name, split, label, p.s.cases), p.s.cases
-        if name in p.sources and split not in official:
+    official = ("val", "test") if name == "histology" and {name, PCAM} <= set(p.sources) else ()
+    real = {
+        (split, label): _plan_patches(p, split, label) if split in official
+        else (plan_class(p, name, split, label, p.s.cases), p.s.cases)
+        for split, label in product(SPLITS, (0, 1))
+    }  # fmt: skip
+    if name in p.sources:
+        splits = {}
+        for split in [one for one in SPLITS if one not in official]:
             folders = [find_folder(p.sources, name, split, label) for label in (0, 1)]
             splits[split] = Cases.of(*(read_source(p.sources, f, p.s.size) for f in folders))
-    if splits:
         check_splits(splits)
         check_drawn(splits["train"], "training")
     return real
@@ -198,7 +196,7 @@ def make_table2(p: Plan) -> Study:
     rows = [row for name in given or PROBLEMS for row in _make_rows(p, name)]
     added = {name: sd for name, sd in s.noise.items() if sd and name not in p.sources}
     noise = [f"{name} ({sd:g} gray levels)" for name, sd in added.items()]
-    c = ClassifierSettings.preset(s.classifier, **s.changes)
+    c = p.classifier()
     about = (
         f"AUC of classifiers ({c.network}, {c.size} px, {c.steps} batches of "
         f"{c.batch_size}) that were trained on real and synthetic images of base {s.base} "
