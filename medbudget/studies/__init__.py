@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from medbudget.studies import axes, budget, rivals, table1, table2
+from medbudget.studies import budget, rivals, table1, table2
 from medbudget.studies.drawing import Plan
 from medbudget.studies.report import (
     check_report,
@@ -49,7 +49,7 @@ STUDIES = {
         {"tiny": {"noise": {"chest": 64.0, "histology": 224.0}}},
     ),
     "interpolation": Recipe(
-        axes.make_interpolation, tuple(table2.PROBLEMS),
+        table1.make_interpolation, tuple(table2.PROBLEMS),
         {
             "tiny": {"grid": {"CFG scale": (2.0, 5.0), **_SHARES}, "extractors": ()},
             "colab": _AXES, "paper": _AXES,
