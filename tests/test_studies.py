@@ -39,7 +39,7 @@ PHANTOM = {"source": "phantoms", "kind": "prostate", "label": "healthy", "split"
            "n": 1, "size": 64}  # fmt: skip
 KEYS = {
     "table1": "75420ae452b7", "table2": "2b11e14bceff", "interpolation": "bc5b5057aa34",
-    "stylegan3": "1adeedb9e6fc",
+    "stylegan3": "1adeedb9e6fc", "budget": "c21dbe58e65c",
 }  # fmt: skip
 
 
@@ -72,7 +72,8 @@ def test_recorded_results_keep_their_names():
     """The keys of the recorded studies: with others, all would have to be made again."""
     found = {}
     for name, changes in (
-        ("table1", {}), ("table2", {}), ("interpolation", {}), ("stylegan3", {"gan": {"kimg": 30}})
+        ("table1", {}), ("table2", {}), ("interpolation", {}), ("stylegan3", {"gan": {"kimg": 30}}),
+        ("budget", {}),
     ):  # fmt: skip
         settings = study_settings(name, "tiny", **changes)
         study = make_study(name, "tiny", base_hash="bef938fb007f", settings=settings)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_studies import counts
 
 from medbudget import make_phantoms, save_images
 from medbudget.classifier import ClassifierSettings
@@ -31,10 +31,6 @@ SMALL = StudySettings.preset(
     noise={"prostate": 10.0}, overrides={"steps": 2, "batch_size": 1},
     changes={"size": 32, "steps": 4, "batch_size": 8, "validate_every": 2, "frozen": 8},
 )  # fmt: skip
-
-
-def counts(tasks):
-    return {kind: total for kind, (_, total) in count(tasks, Store(Path("none"))).items()}
 
 
 def write_prostates(folder, cases=8):

@@ -1,8 +1,4 @@
-"""Tasks of Table 2: trainings that keep the score of every test case, and what these scores say.
-
-Intervals come from a bootstrap over cases and runs, differences to another line from the same cases
-in both.
-"""
+"""Tasks of Table 2: trainings that keep the score of every test case, and what these scores say."""
 
 from __future__ import annotations
 
@@ -65,9 +61,8 @@ def read_part(
 def keep_agreed(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Tell which images the judges, on average, rank on the side that they were made for.
 
-    Labels are ``(n,)``, the judges' probabilities of class 1 ``(judges, n)``. Half of the images are
-    of either class, so the median divides them; 0.5 would not, as the probabilities of classifiers
-    that were trained briefly all lie on one side of it.
+    Labels are ``(n,)``, probabilities of class 1 ``(judges, n)``. The median divides them: of
+    classifiers that were trained briefly, all may lie on one side of 0.5.
     """
     mean = np.asarray(probabilities).mean(0)
     return (mean > np.median(mean)) == np.asarray(labels, bool)

@@ -1,8 +1,7 @@
-"""Does a classifier gain from synthetic training images? Repeated trainings on a user's own sets.
+"""Does a classifier gain from synthetic training images? Repeated trainings, as in Table 2.
 
-As in the paper's Table 2: each training set is trained on with several seeds, and every run keeps
-the score of every test case. Intervals come from a bootstrap over patients (cases, where they are
-not known) and runs, the gain from the same cases on both sides.
+Every run keeps the score of every test case. Intervals come from a bootstrap over patients (cases,
+where they are not known) and runs, the gain from the same cases on both sides.
 """
 
 from __future__ import annotations
@@ -196,8 +195,7 @@ def _repeat(
 ) -> npt.NDArray[np.float64]:  # fmt: skip
     """Train and test with each seed: scores ``(runs, N)`` of every case in every run.
 
-    Each run leaves ``run_SEED.json`` in `folder` and is not repeated where that is there already; a
-    run that was stopped goes on from its checkpoint.
+    A run is not repeated where its ``run_SEED.json`` is in `folder`.
     """
     test, scores = cases["test"], []
     for seed in tqdm(range(settings.seed, settings.seed + runs), desc="runs", unit="run"):

@@ -1,9 +1,4 @@
-"""Table 1 and Figures 2, 5 and 8: what changes with one setting, or from healthy to diseased.
-
-Table 1 has distances and a test; Figure 5 is its images. The axes of Figures 2 and 8 have a number
-beside them here: is every step a rise? The paper draws them with a CFG scale of 2; a stronger one is
-tried beside it.
-"""
+"""Table 1 and Figures 2, 5 and 8: what changes with one setting, or from healthy to diseased."""
 
 from __future__ import annotations
 
@@ -180,10 +175,10 @@ def _plan_axes(p: Plan, given: list[str]) -> list[tuple[str, str, Task, Task]]:
 
 
 def make_interpolation(p: Plan) -> Study:
-    """Images along the axes from healthy to each disease, from the same seeds at each share.
+    """Figures 2 and 8: images along the axes from healthy to each disease, from the same seeds.
 
-    Phantoms get a disease score at each share. It is fitted on phantoms, so images of real cases
-    get none.
+    Each has a disease score beside it, which is fitted on phantoms: images of real cases get none.
+    The paper draws them with a CFG scale of 2; a stronger one is tried beside it.
     """
     s, given = p.s, find_given(p)
     rows = []

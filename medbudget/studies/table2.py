@@ -94,16 +94,17 @@ def find_folder(sources: Mapping[str, Path], name: str, split: str, label: int) 
     """
     root = sources[name] / split
     folders = list_classes(root)
-    if name == OWN and len(folders) == 2:
-        return f"{name}/{split}/{order_classes(folders, None, root)[label]}"
-    wanted = PROBLEMS[name].folders if name in PROBLEMS else ()
+    if name == OWN:
+        wanted = order_classes(folders, None, root) if len(folders) == 2 else ("two", "classes")
+    else:
+        wanted = PROBLEMS[name].folders
     for folder in folders:
-        if folder.lower().replace(" ", "_") in wanted[label : label + 1]:
+        if wanted[label] in (folder, folder.lower().replace(" ", "_")):
             return f"{name}/{split}/{folder}"
+    official = f", or val and test by --data {PCAM}=FOLDER" if name == "histology" else ""
     raise ValueError(
         f"{root} has the folders of classes {', '.join(folders) or 'none'}; needed are "
-        f"{{train,val,test}}/{{{','.join(wanted or ('two', 'classes'))}}}, as medbudget prepare "
-        "writes them" + (f", or val and test by --data {PCAM}=FOLDER" * (name == "histology"))
+        f"{{train,val,test}}/{{{','.join(wanted)}}}, as medbudget prepare writes them{official}"
     )
 
 

@@ -146,10 +146,7 @@ def check_needs(tasks: Sequence[Task], store: Store) -> None:
 
 
 def ensure(task: Task, store: Store, *, wait: float = 1.0) -> int:
-    """Make a result and what it needs, unless they are there or being made by another process.
-
-    Return how many results this call made.
-    """
+    """Make a result and what it needs, unless others have; return how many this call made."""
     path, scratch = store.path(task), store.scratch(task)
     made = 0
     while not path.exists() or scratch.exists():  # the scratch folder is removed last
@@ -170,10 +167,9 @@ def ensure(task: Task, store: Store, *, wait: float = 1.0) -> int:
 
 
 def make_result(task: Task, store: Store) -> None:
-    """Make a result out of its inputs, which are there; see `ensure`.
+    """Make a result out of its inputs, which are there.
 
     It is computed on one thread: sums in another order would make the bytes depend on the cores.
-    Studies use more cores by more workers.
     """
     path = store.path(task)
     with _ALONE:
