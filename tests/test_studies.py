@@ -28,8 +28,7 @@ from medbudget.studies import (
     write_report,
 )
 from medbudget.studies.report import format_values, read_values
-from medbudget.studies.run import parse_shard
-from medbudget.studies.tasks import KINDS, ensure
+from medbudget.studies.tasks import KINDS, ensure, parse_shard
 
 SMALL = StudySettings.preset(
     "tiny", n=16, cases=8, steps=2, extractors=("layout",), overrides={"steps": 2, "batch_size": 1},

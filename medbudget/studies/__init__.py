@@ -17,9 +17,8 @@ from medbudget.studies.report import (
     save_lines,
     write_report,
 )
-from medbudget.studies.run import run
 from medbudget.studies.study import Row, Study, StudySettings, parse_changes, parse_sources
-from medbudget.studies.tasks import Store, Task, check_needs, count, in_order
+from medbudget.studies.tasks import Store, Task, check_needs, count, in_order, run
 
 __all__ = [
     "STUDIES", "Row", "Store", "Study", "StudySettings", "Task", "check_needs", "check_report",

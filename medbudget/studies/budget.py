@@ -25,12 +25,12 @@ from medbudget.metrics.evaluation import evaluate
 from medbudget.metrics.membership import membership_inference
 from medbudget.metrics.scores import Score
 from medbudget.studies.classifying import plan_auc, plan_runs
-from medbudget.studies.drawing import TOKEN, Plan, load_task_base, load_trained
+from medbudget.studies.drawing import TOKEN, Plan, load_trained
 from medbudget.studies.rivals import find_size, plan_gan, plan_gan_blocks
 from medbudget.studies.study import Row, Study
 from medbudget.studies.table1 import load_extractors, name_extractors, plan_compare
 from medbudget.studies.table2 import OWN, PROBLEMS, SPLITS, find_given, plan_class
-from medbudget.studies.tasks import Store, Task, kind, score_sets
+from medbudget.studies.tasks import Store, Task, kind, load_task_base, score_sets
 from medbudget.stylegan3 import StyleGAN3
 from medbudget.stylegan3.model import to_float
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +11,19 @@ import torch
 
 from medbudget.adapter_files import is_adapter
 from medbudget.adapters import Adapter
-from medbudget.base import Base
 from medbudget.classifier import ClassifierSettings
 from medbudget.data.phantoms import make_phantoms
 from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
 from medbudget.images import load_images, shrink
 from medbudget.inversion import InversionSettings, invert
-from medbudget.loading import load_base
 from medbudget.sampling import sample
 from medbudget.studies.study import StudySettings
-from medbudget.studies.tasks import Store, Task, kind
+from medbudget.studies.tasks import Store, Task, check_planned, kind, load_task_base
 from medbudget.tiny import SIZE, SPECS, find_trained
 
 BLOCK = 16  # images of one task
 TOKEN = "<class>"  # of every word that a study learns
-
-
-def check_planned(what: str, found: str, planned: str) -> None:
-    """Raise unless something has the hash that it was planned with."""
-    if found != planned:
-        raise ValueError(
-            f"{what} has hash {found} here, the study was planned with {planned}: use the same files "
-            "and the same version of medbudget on every machine, or plan anew"
-        )
-
-
-@lru_cache(maxsize=1)
-def get_base(name: str, base_hash: str) -> Base:
-    """Load the base that a task names, checked against the hash it was planned with."""
-    base = load_base(name)
-    check_planned(f"base {name}", base.hash, base_hash)
-    return base
-
-
-def load_task_base(task: Task, store: Store) -> Base:
-    """Load the base that a task's settings name."""
-    return get_base(task.settings["base"], task.settings["base_hash"])
 
 
 def read_source(sources: Mapping[str, Path], name: str, size: int) -> torch.Tensor:
