@@ -101,6 +101,11 @@ def test_own_images_are_two_classes_of_any_names(tmp_path):
     (trained,) = {row.details.inputs[0].inputs[0].settings["source"] for row in study.rows[:1]}
     assert trained == "own/train/pneumonia", "the class that is not called normal is learned"
     assert study.rows[0].group == "own, 3 cases" and "held-out images given" in study.about
+    (tmp_path / "test" / "normal").rename(tmp_path / "test" / "zoster")  # never another class
+    with pytest.raises(ValueError, match=r"zoster; needed are .*\{normal,pneumonia\}"):
+        make_study(
+            "budget", "tiny", base_hash="0" * 12, settings=settings, sources={"own": tmp_path}
+        )
     (tmp_path / "train" / "third").mkdir()
     with pytest.raises(ValueError, match=r"third; needed are \{train,val,test\}/\{two,classes\}"):
         make_study(

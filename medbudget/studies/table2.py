@@ -95,7 +95,8 @@ def find_folder(sources: Mapping[str, Path], name: str, split: str, label: int) 
     root = sources[name] / split
     folders = list_classes(root)
     if name == OWN:
-        wanted = order_classes(folders, None, root) if len(folders) == 2 else ("two", "classes")
+        both = list_classes(sources[name] / "train")
+        wanted = order_classes(both, None, root) if len(both) == 2 else ("two", "classes")
     else:
         wanted = PROBLEMS[name].folders
     for folder in folders:
