@@ -16,7 +16,7 @@ from medbudget.classifier import (
     train_classifier,
 )
 from medbudget.networks import make_network, resize
-from medbudget.studies.gains import judge_gain, score_gain, score_runs
+from medbudget.studies.comparison import judge_gain, score_gain, score_runs
 
 FAST = ClassifierSettings.preset(
     "tiny", size=32, steps=12, batch_size=8, validate_every=3, frozen=8, checkpoint_every=3

@@ -12,7 +12,7 @@ from medbudget import Adapter, Embedding, make_phantoms
 from medbudget.cli.studies import Options
 from medbudget.images import save_images
 from medbudget.studies import Store, in_order, make_study, run, study_settings
-from medbudget.studies.budgeting import load_trained
+from medbudget.studies.drawing import load_trained
 from medbudget.studies.tasks import ensure
 
 TINY = study_settings("budget", "tiny")
@@ -101,8 +101,13 @@ def test_own_images_are_two_classes_of_any_names(tmp_path):
     (trained,) = {row.details.inputs[0].inputs[0].settings["source"] for row in study.rows[:1]}
     assert trained == "own/train/pneumonia", "the class that is not called normal is learned"
     assert study.rows[0].group == "own, 3 cases" and "held-out images given" in study.about
+    (tmp_path / "test" / "normal").rename(tmp_path / "test" / "zoster")  # never another class
+    with pytest.raises(ValueError, match=r"zoster; needed are .*\{normal,pneumonia\}"):
+        make_study(
+            "budget", "tiny", base_hash="0" * 12, settings=settings, sources={"own": tmp_path}
+        )
     (tmp_path / "train" / "third").mkdir()
-    with pytest.raises(ValueError, match="3 folders of classes, 2 are needed"):
+    with pytest.raises(ValueError, match=r"third; needed are \{train,val,test\}/\{two,classes\}"):
         make_study(
             "budget", "tiny", base_hash="0" * 12, settings=settings, sources={"own": tmp_path}
         )

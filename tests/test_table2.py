@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_studies import counts
 
 from medbudget import make_phantoms, save_images
 from medbudget.classifier import ClassifierSettings
@@ -31,10 +31,6 @@ SMALL = StudySettings.preset(
     noise={"prostate": 10.0}, overrides={"steps": 2, "batch_size": 1},
     changes={"size": 32, "steps": 4, "batch_size": 8, "validate_every": 2, "frozen": 8},
 )  # fmt: skip
-
-
-def counts(tasks):
-    return {kind: total for kind, (_, total) in count(tasks, Store(Path("none"))).items()}
 
 
 def write_prostates(folder, cases=8):
@@ -151,13 +147,12 @@ def test_the_filter_keeps_what_the_judges_agree_with(finished):
 def test_an_image_has_the_same_noise_wherever_it_is_used(finished):
     study, store = finished
     task = line(study, "32 synthetic").images[0]
-    few, many = (read_part([task], n, 20.0, store) for n in (3, 9))
-    assert torch.equal(few, many[:3])
-    clean = read_part([task], 9, 0.0, store)
-    assert 10 < (many.float() - clean.float()).std() < 21
-    seen = replace(ClassifierSettings.preset("tiny"), size=48)  # noise is added at this size
-    small, plain = (read_part([task], 9, noise, store, seen) for noise in (20.0, 0.0))
-    assert small.shape[-1] == 48 and 10 < (small.float() - plain.float()).std() < 21
+    for size in (48, 64):  # noise is added at the size that the classifier sees
+        seen = replace(ClassifierSettings.preset("tiny"), size=size)
+        few, many = (read_part([task], n, 20.0, store, seen) for n in (3, 9))
+        assert torch.equal(few, many[:3])
+        clean = read_part([task], 9, 0.0, store, seen)
+        assert clean.shape[-1] == size and 10 < (many.float() - clean.float()).std() < 21
 
 
 def test_a_second_run_makes_nothing_and_the_report_shows_ours_beside_the_papers(finished, tmp_path):
@@ -229,7 +224,7 @@ def test_folders_as_prepare_names_them_and_older_names(tmp_path):
     make_study("table2", "tiny", base_hash="0", sources=sources, settings=settings)
     (tmp_path / "chest" / "val" / "No Finding").rename(tmp_path / "chest" / "val" / "healthy")
     with pytest.raises(
-        ValueError, match=r"val has no folder no_finding \(it has: cardiomegaly, hea"
+        ValueError, match=r"val has the folders of classes cardiomegaly, healthy; needed are"
     ):
         make_study("table2", "tiny", base_hash="0", sources=sources, settings=settings)
 

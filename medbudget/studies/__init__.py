@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from medbudget.studies import axes, budget, rivals, table1, table2
+from medbudget.studies import budget, rivals, table1, table2
 from medbudget.studies.drawing import Plan
 from medbudget.studies.report import (
     check_report,
@@ -17,32 +17,14 @@ from medbudget.studies.report import (
     save_lines,
     write_report,
 )
-from medbudget.studies.run import run
 from medbudget.studies.study import Row, Study, StudySettings, parse_changes, parse_sources
-from medbudget.studies.tasks import Store, Task, check_needs, count, in_order
+from medbudget.studies.tasks import Store, Task, check_needs, count, in_order, run
 
 __all__ = [
-    "STUDIES",
-    "Row",
-    "Store",
-    "Study",
-    "StudySettings",
-    "Task",
-    "check_needs",
-    "check_report",
-    "count",
-    "format_values",
-    "in_order",
-    "make_study",
-    "parse_changes",
-    "parse_sources",
-    "read_values",
-    "record_table",
-    "run",
-    "save_lines",
-    "study_settings",
-    "write_report",
-]
+    "STUDIES", "Row", "Store", "Study", "StudySettings", "Task", "check_needs", "check_report",
+    "count", "format_values", "in_order", "make_study", "parse_changes", "parse_sources",
+    "read_values", "record_table", "run", "save_lines", "study_settings", "write_report",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ STUDIES = {
         {"tiny": {"noise": {"chest": 64.0, "histology": 224.0}}},
     ),
     "interpolation": Recipe(
-        axes.make_interpolation, tuple(table2.PROBLEMS),
+        table1.make_interpolation, tuple(table2.PROBLEMS),
         {
             "tiny": {"grid": {"CFG scale": (2.0, 5.0), **_SHARES}, "extractors": ()},
             "colab": _AXES, "paper": _AXES,
@@ -91,24 +73,20 @@ STUDIES = {
 }  # fmt: skip
 
 
-def _find_recipe(name: str) -> Recipe:
-    if name not in STUDIES:
-        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
-    return STUDIES[name]
-
-
 def study_settings(name: str, preset: str, **changes: Any) -> StudySettings:
     """Return the settings of a study: a preset of `StudySettings` as the study wants it.
 
     Changes of a setting that is a mapping change its entries. An unknown study, preset or setting
     raises ValueError.
     """
-    own = dict(_find_recipe(name).changes.get(preset, {}))
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}; allowed are {', '.join(STUDIES)}")
+    own = STUDIES[name].changes.get(preset, {})
     before = vars(StudySettings.preset(preset, **own))
     for key, value in changes.items():
         if isinstance(value, Mapping) and key in before:
             changes[key] = {**before[key], **value}
-    settings: StudySettings = StudySettings.preset(preset, **(own | changes))
+    settings: StudySettings = StudySettings.preset(preset, **{**own, **changes})
     return settings
 
 
@@ -127,7 +105,8 @@ def make_study(
     ``reference`` and, for the floor, ``floor``. `settings` are in place of the preset's. An unknown
     role, or too few images, raise ValueError.
     """
-    settings, recipe = settings or study_settings(name, preset), _find_recipe(name)
+    settings = settings or study_settings(name, preset)
+    recipe = STUDIES[name]
     given = {role: Path(path) for role, path in (sources or {}).items()}
     if unknown := sorted(set(given) - set(recipe.roles)):
         raise ValueError(

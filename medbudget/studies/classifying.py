@@ -1,8 +1,4 @@
-"""Tasks of Table 2: trainings that keep the score of every test case, and what these scores say.
-
-Intervals come from a bootstrap over cases and runs, differences to another line from the same cases
-in both.
-"""
+"""Tasks of Table 2: trainings that keep the score of every test case, and what these scores say."""
 
 from __future__ import annotations
 
@@ -22,8 +18,8 @@ from medbudget.metrics.auc import bootstrap_auc, calibration, compute_auc, delon
 from medbudget.metrics.frechet import Estimate
 from medbudget.metrics.scores import Score
 from medbudget.networks import make_network, resize
+from medbudget.studies.comparison import score_gain, score_runs
 from medbudget.studies.drawing import Plan
-from medbudget.studies.gains import score_gain, score_runs
 from medbudget.studies.tasks import Store, Task, kind
 
 PCAM = "pcam"  # role of the folder of PatchCamelyon's official HDF5 files
@@ -45,18 +41,15 @@ def find_patches(folder: Path, split: str, label: int) -> npt.NDArray[np.int64]:
 
 
 def read_part(
-    tasks: Sequence[Task], n: int, noise: float, store: Store,
-    seen: ClassifierSettings | None = None,
-) -> torch.Tensor:  # fmt: skip
+    tasks: Sequence[Task], n: int, noise: float, store: Store, seen: ClassifierSettings
+) -> torch.Tensor:
     """Read `n` images of one class as a classifier sees them, with Gaussian noise of sd `noise`.
 
     An image has the same noise, in gray levels of the classifier's size, wherever it is used.
     """
     parts = []
     for task in tasks:
-        images = store.read_images([task])
-        if seen:
-            images = resize(images, seen.size, antialias=seen.antialias)
+        images = resize(store.read_images([task]), seen.size, antialias=seen.antialias)
         if noise:
             generator = torch.Generator().manual_seed(int(task.key, 16) % 2**63)
             added = images + noise * torch.randn(images.shape, generator=generator)
@@ -65,47 +58,14 @@ def read_part(
     return torch.cat(parts)[:n]
 
 
-def plan_runs(
-    p: Plan, name: str, parts: Sequence[tuple[str, int, Sequence[Task], int]],
-    judges: Sequence[Task] = (),
-) -> tuple[Task, ...]:  # fmt: skip
-    """Return the trainings of a line, which differ in their seed.
-
-    `parts` are a role (``real``, ``synthetic``, ``val``, ``test`` or ``also``), a label, the tasks of
-    its images, and how many of these; `judges` are trainings that filter the synthetic ones.
-    """
-    s = p.s
-    settings = asdict(ClassifierSettings.preset(s.classifier, **s.changes))
-    common = {
-        "parts": [[role, label, len(tasks), n] for role, label, tasks, n in parts],
-        "noise": 0.0 if name in p.sources else float(s.noise.get(name, 0)),
-    } | ({"filter": "median"} if judges else {})
-    inputs = [task for _, _, tasks, _ in parts for task in tasks]
-    each = [common | {"classifier": settings | {"seed": seed}} for seed in range(s.runs)]
-    return tuple(Task("classifier", one, (*inputs, *judges)) for one in each)
-
-
 def keep_agreed(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Tell which images the judges, on average, rank on the side that they were made for.
 
-    Labels are ``(n,)``, the judges' probabilities of class 1 ``(judges, n)``. Half of the images are
-    of either class, so the median divides them; 0.5 would not, as the probabilities of classifiers
-    that were trained briefly all lie on one side of it.
+    Labels are ``(n,)``, probabilities of class 1 ``(judges, n)``. The median divides them: of
+    classifiers that were trained briefly, all may lie on one side of 0.5.
     """
     mean = np.asarray(probabilities).mean(0)
     return (mean > np.median(mean)) == np.asarray(labels, bool)
-
-
-def _read_cases(task: Task, store: Store) -> tuple[dict[str, Cases], list[Any]]:
-    """Return the cases by role, and the results of the judges."""
-    s, inputs = task.settings, iter(task.inputs)
-    seen = ClassifierSettings(**s["classifier"])
-    parts: dict[str, list[torch.Tensor]] = {}
-    for role, _, number, n in s["parts"]:
-        images = read_part([next(inputs) for _ in range(number)], n, s["noise"], store, seen)
-        parts.setdefault(role, []).append(images)
-    cases = {role: Cases.of(*both) for role, both in parts.items()}
-    return cases, [store.read_json(judge) for judge in inputs]
 
 
 def _need_network(task: Task, store: Store) -> None:
@@ -115,27 +75,28 @@ def _need_network(task: Task, store: Store) -> None:
 
 @kind("classifier", heavy=True, needs=_need_network)
 def _run_classifier(task: Task, store: Store) -> dict[str, Any]:
-    cases, judges = _read_cases(task, store)
+    s, inputs = task.settings, iter(task.inputs)
+    settings = ClassifierSettings(**s["classifier"])
+    parts: dict[str, list[torch.Tensor]] = {}
+    for role, _, number, n in s["parts"]:
+        images = read_part([next(inputs) for _ in range(number)], n, s["noise"], store, settings)
+        parts.setdefault(role, []).append(images)
+    cases = {role: Cases.of(*both) for role, both in parts.items()}
     if "synthetic" in cases:
         check_drawn(cases["synthetic"], "synthetic")
     kept: list[int] = []
-    if judges:
+    if judges := [store.read_json(judge)["also"]["scores"] for judge in inputs]:
         synthetic, real = cases.pop("synthetic"), cases["real"]
-        keep = torch.from_numpy(
-            keep_agreed(synthetic.labels, [run["also"]["scores"] for run in judges])
-        )
-        kept = [int((keep & (synthetic.labels == label)).sum()) for label in (0, 1)]
-        # those that are kept may be of one class only, so they make no Cases of their own
-        images, labels = (
-            torch.cat([mine, made[keep]])
-            for mine, made in ((real.images, synthetic.images), (real.labels, synthetic.labels))
-        )
-        cases["real"] = Cases(images, labels)
-    check_splits({role: cases[role] for role in cases if role != "also"})
-    train = [cases[role] for role in ("real", "synthetic") if role in cases]
+        keep = torch.from_numpy(keep_agreed(synthetic.labels, judges))
+        labels = synthetic.labels[keep]  # may be of one class only, so no Cases of their own
+        kept = labels.bincount(minlength=2).tolist()
+        images = torch.cat([real.images, synthetic.images[keep]])
+        cases["real"] = Cases(images, torch.cat([real.labels, labels]))
+    also = cases.pop("also", None)
+    check_splits(cases)
+    first, *more = (cases[role] for role in ("real", "synthetic") if role in cases)
     classifier = train_classifier(
-        train[0] if len(train) == 1 else train[0] + train[1], cases["val"],
-        ClassifierSettings(**task.settings["classifier"]),
+        first + more[0] if more else first, cases["val"], settings,
         checkpoint=store.scratch(task, "checkpoint"),
     )  # fmt: skip
     scores, score = classifier.test(cases["test"])
@@ -146,10 +107,10 @@ def _run_classifier(task: Task, store: Store) -> dict[str, Any]:
         "scores": scores.tolist(),
         "kept": kept,
     }
-    if "also" in cases:
+    if also:
         result["also"] = {
-            "labels": cases["also"].labels.tolist(),
-            "scores": classifier.predict(cases["also"].images).tolist(),
+            "labels": also.labels.tolist(),
+            "scores": classifier.predict(also.images).tolist(),
         }
     return result
 
@@ -206,3 +167,29 @@ def _run_runs(task: Task, store: Store) -> dict[str, Any]:
         "calibration": asdict(calibration(labels, scores)),
         "scores": [" ".join(f"{score:.4f}" for score in run) for run in scores],
     }
+
+
+def plan_runs(
+    p: Plan, name: str, parts: Sequence[tuple[str, int, Sequence[Task], int]],
+    judges: Sequence[Task] = (),
+) -> tuple[Task, ...]:  # fmt: skip
+    """Return the trainings of a line, which differ in their seed.
+
+    `parts` are a role (``real``, ``synthetic``, ``val``, ``test`` or ``also``), a label, the tasks of
+    its images, and how many of these; `judges` are trainings that filter the synthetic ones.
+    """
+    s, classifier = p.s, asdict(p.classifier())
+    common = {
+        "parts": [[role, label, len(tasks), n] for role, label, tasks, n in parts],
+        "noise": 0.0 if name in p.sources else float(s.noise.get(name, 0)),
+    } | ({"filter": "median"} if judges else {})
+    inputs = [task for _, _, tasks, _ in parts for task in tasks]
+    each = [common | {"classifier": classifier | {"seed": seed}} for seed in range(s.runs)]
+    return tuple(Task("classifier", one, (*inputs, *judges)) for one in each)
+
+
+def plan_auc(p: Plan, runs: Sequence[Task], base: Sequence[Task]) -> tuple[Task, Task | None]:
+    """Return the scores of a line's runs, and their gain over other runs, where there are any."""
+    counted = {"runs": p.s.runs, "repeats": p.s.repeats}
+    gain = Task("gain", counted, (*runs, *base)) if base else None
+    return Task("auc", counted, (*runs, *((gain,) if gain else ()))), gain

@@ -1,15 +1,13 @@
-"""Does a classifier gain from synthetic training images? Repeated trainings on a user's own sets.
+"""Does a classifier gain from synthetic training images? Repeated trainings, as in Table 2.
 
-As in the paper's Table 2: each training set is trained on with several seeds, and every run keeps
-the score of every test case. Intervals come from a bootstrap over patients (cases, where they are
-not known) and runs, the gain from the same cases on both sides.
+Every run keeps the score of every test case. Intervals come from a bootstrap over patients (cases,
+where they are not known) and runs, the gain from the same cases on both sides.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,30 +19,83 @@ import pandas as pd
 import torch
 
 from medbudget.cases import Cases, check_drawn, check_splits, load_cases
-from medbudget.classifier import (
-    ClassifierSettings,
-    choose_settings,
-    find_device,
-    train_classifier,
-)
+from medbudget.classifier import ClassifierSettings, choose_settings, find_device, train_classifier
 from medbudget.data.pcam import find_split
 from medbudget.files import (
+    PathLike,
     check_apart,
     check_output,
     check_writable,
     hash_tensors,
     hold,
+    read_json,
     write_json,
     write_text,
 )
-from medbudget.metrics.auc import bootstrap_auc, delong_difference
+from medbudget.metrics.auc import (
+    bootstrap_auc,
+    calibration,
+    compute_auc,
+    delong_difference,
+    detectable_difference,
+)
+from medbudget.metrics.frechet import Estimate
 from medbudget.metrics.scores import Score, format_table, to_json
 from medbudget.networks import resize
 from medbudget.progress import tqdm
 from medbudget.settings import check_counts, check_seed
-from medbudget.studies.gains import judge_gain, score_gain, score_runs
 
-Source = Cases | str | os.PathLike[str]
+
+def score_runs(
+    labels: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    *,
+    repeats: int = 2000,
+    patients: Sequence[Hashable] | None = None,
+) -> list[Score]:
+    """Return the mean AUC of repeated runs with its interval, their spread, and calibration.
+
+    Labels are ``(n,)`` of 0 and 1, scores ``(runs, n)``: probabilities of class 1. The interval is
+    that of `bootstrap_auc`.
+    """
+    truth, values = np.asarray(labels), np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    n = (int((truth == 0).sum()), int((truth == 1).sum()))
+    auc = bootstrap_auc(truth, values, repeats=repeats, patients=patients)
+    what = "cases" if patients is None else f"{len(set(patients))} patients"
+    note = f"mean of {len(values)} runs; two-level bootstrap over {what} and runs"
+    rows = [Score("AUC", auc.value, auc.interval, n, note=note)]
+    if len(values) > 1:
+        sd = float(np.std([compute_auc(truth, one) for one in values], ddof=1))
+        rows.append(Score("sd of runs", sd, None, n, note="training noise on one test set"))
+    error = calibration(truth, values).error
+    return [*rows, Score("ECE", error, None, n, note="calibration error, 10 bins, all runs")]
+
+
+def score_gain(gain: Estimate, n: int | tuple[int, int]) -> list[Score]:
+    """Return a gain of `bootstrap_auc` as a score, and the gain that could have been detected."""
+    least = detectable_difference(gain.se)
+    return [
+        Score("gain", gain.value, gain.interval, n, note=f"p = {gain.p_value:.3g}; same cases"),
+        Score("detectable", least, None, n, note="a true gain found with power 80 % at 5 %"),
+    ]
+
+
+def judge_gain(gain: Estimate) -> str:
+    """Say in words whether a gain is shown, and if not, which one could have been found.
+
+    Examples
+    --------
+    >>> judge_gain(Estimate(0.051, 0.0457, (-0.042, 0.137), "bootstrap", 0.29))
+    'no gain shown (+0.051, interval -0.042 to +0.137, p = 0.29); 0.128 could have been found'
+    """
+    low, high = gain.interval
+    numbers = f"{gain.value:+.3f}, interval {low:+.3f} to {high:+.3f}, p = {gain.p_value:.2g}"
+    if low > 0:
+        return f"a gain is shown ({numbers})"
+    if high < 0:
+        return f"a loss is shown ({numbers}): better without these synthetic images"
+    least = detectable_difference(gain.se)
+    return f"no gain shown ({numbers}); {least:.3f} could have been found"
 
 
 @dataclass(frozen=True)
@@ -52,32 +103,23 @@ class Comparison:
     """What `classify` found."""
 
     scores: list[Score]
+    sets: str  # the classes, and the cases of each set, in words
     verdict: str  # on synthetic images, in words; "" without them
-    counts: dict[str, int]  # cases of each set
-    classes: tuple[str, str]  # negative, positive
-    patients: int  # of the test cases; 0 where they are not known
     out: Path
 
     def __str__(self) -> str:
-        negative, positive = self.classes
-        sizes = ", ".join(f"{n} {name}" for name, n in self.counts.items())
-        lines = [f"{positive} against {negative}: {sizes}"]
-        if self.patients:
-            lines[0] += f"; the test cases are of {self.patients} patients"
-        if self.verdict:
-            lines.append(f"verdict: {self.verdict}")
-        lines.append(format_table(self.scores))
-        lines.append(f"every test case in every run: {self.out / 'scores.csv'}")
-        return "\n".join(lines)
+        verdict = f"verdict: {self.verdict}" if self.verdict else ""
+        cases = f"every test case in every run: {self.out / 'scores.csv'}"
+        return "\n".join(filter(None, (self.sets, verdict, format_table(self.scores), cases)))
 
 
 def classify(
-    train: Source,
-    val: Source,
-    test: Source,
-    synthetic: Source | None = None,
+    train: PathLike,
+    val: PathLike,
+    test: PathLike,
+    synthetic: PathLike | None = None,
     *,
-    out: str | os.PathLike[str] = "classified",
+    out: PathLike = "classified",
     settings: ClassifierSettings | None = None,
     runs: int = 10,
     positive: str | None = None,
@@ -89,10 +131,9 @@ def classify(
 
     Parameters
     ----------
-    train, val, test, synthetic : Cases or path
-        See `load_cases`: folders with a folder of images for each class, or official PatchCamelyon
-        files, which are brought to the size of the training images. `val` chooses the best step,
-        `test` is looked at once a run.
+    train, val, test, synthetic : path
+        See `load_cases`, also for `positive` and `size`. Official PatchCamelyon files are brought to
+        the size of the training images. `val` chooses the best step, `test` is scored once a run.
     out : path
         Folder for ``settings.json``, ``scores.csv``, ``result.json`` and the runs. The same
         comparison goes on there, also with more runs; another one is refused.
@@ -100,24 +141,21 @@ def classify(
         Default: ``tiny`` on a CPU, ``modern`` on a GPU.
     runs : int
         Trainings that differ in their seed; paper: 10.
-    positive, size
-        See `load_cases`.
-    overwrite : bool
-        Replace another comparison in `out`.
     """
     check_counts(runs=runs)
-    out, place = Path(out), find_device(device)
-    settings = settings or choose_settings(device=place)
-    sources = {"train": train, "val": val, "test": test}
-    sources |= {} if synthetic is None else {"synthetic": synthetic}
-    check_apart(out, *(one for one in sources.values() if not isinstance(one, Cases)))
+    out, device = Path(out), find_device(device)
+    settings = settings or choose_settings(device=device)
     check_seed(settings.seed, runs)
+    sources = {"train": train, "val": val, "test": test}
+    sources |= {"synthetic": synthetic} if synthetic is not None else {}
+    check_apart(out, *sources.values())
     cases = _load(sources, settings, positive, size)
     sets = {"real": cases["train"]}
     if synthetic is not None:
         sets["real + synthetic"] = cases["train"] + cases["synthetic"]
     labels, patients = cases["test"].labels.numpy(), cases["test"].patients or None
-    for label, name in enumerate(cases["test"].classes):
+    negative, positive = cases["test"].classes
+    for label, name in enumerate((negative, positive)):
         if patients and len({patients[i] for i in np.flatnonzero(labels == label)}) < 2:
             raise ValueError(f"test has one patient with {name}: at least 2 of each are needed")
     record = {"runs": runs, **settings.without("checkpoint_every")}
@@ -128,29 +166,27 @@ def classify(
     scores: dict[str, npt.NDArray[np.float64]] = {}
     rows: list[Score] = []
     verdict = ""
-    n = (int((labels == 0).sum()), int((labels == 1).sum()))
     with hold(out):
         for name, chosen in sets.items():
             folder = out / name.replace(" + ", "_and_")
-            scores[name] = _repeat(chosen, cases, settings, folder, runs, place)
-            found = score_runs(labels, scores[name], patients=patients)
+            scores[name] = _repeat(chosen, cases, settings, folder, runs, device)
+            own = score_runs(labels, scores[name], patients=patients)
             if name != "real":
                 gain = bootstrap_auc(labels, scores[name], scores["real"], patients=patients)
-                found += score_gain(gain, n)
+                own += score_gain(gain, n := own[0].n)
                 if patients is None or len(set(patients)) == len(patients):
                     # DeLong takes cases for independent
-                    first = delong_difference(labels, scores[name][0], scores["real"][0])
-                    note = f"DeLong, p = {first.p_value:.3g}; a check on one pair of runs"
-                    found.append(
-                        Score("gain of the first run", first.value, first.interval, n, note=note)
-                    )
+                    pair = delong_difference(labels, scores[name][0], scores["real"][0])
+                    note = f"DeLong, p = {pair.p_value:.3g}; a check on one pair of runs"
+                    title = "gain of the first run"
+                    own.append(Score(title, pair.value, pair.interval, n, note=note))
                 verdict = judge_gain(gain)
-            rows += [replace(score, name=f"{score.name}, {name}") for score in found]
+            rows += [replace(score, name=f"{score.name}, {name}") for score in own]
         _write_scores(out / "scores.csv", cases["test"], scores, settings.seed)
         to_json(rows, out / "result.json")
-    counts = {name: len(one) for name, one in cases.items()}
-    known = len(set(patients or ()))
-    return Comparison(rows, verdict, counts, cases["test"].classes, known, out)
+    sizes = ", ".join(f"{len(one)} {name}" for name, one in cases.items())
+    owners = f"; the test cases are of {len(set(patients))} patients" if patients else ""
+    return Comparison(rows, f"{positive} against {negative}: {sizes}{owners}", verdict, out)
 
 
 def _repeat(
@@ -159,8 +195,7 @@ def _repeat(
 ) -> npt.NDArray[np.float64]:  # fmt: skip
     """Train and test with each seed: scores ``(runs, N)`` of every case in every run.
 
-    Each run leaves ``run_SEED.json`` in `folder` and is not repeated where that is there already; a
-    run that was stopped goes on from its checkpoint.
+    A run is not repeated where its ``run_SEED.json`` is in `folder`.
     """
     test, scores = cases["test"], []
     for seed in tqdm(range(settings.seed, settings.seed + runs), desc="runs", unit="run"):
@@ -175,52 +210,42 @@ def _repeat(
                 "labels": test.labels.tolist(), "scores": probabilities.tolist(),
             }  # fmt: skip
             write_json(path, record)
-        try:
-            scores.append(json.loads(path.read_text(encoding="utf-8"))["scores"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is no record of a run; remove it to run it again") from None
+        scores.append(json.loads(path.read_text(encoding="utf-8"))["scores"])
         checkpoint.unlink(missing_ok=True)
     return np.array(scores)
 
 
 def _load(
-    sources: Mapping[str, Source], settings: ClassifierSettings, positive: str | None,
+    sources: Mapping[str, PathLike], settings: ClassifierSettings, positive: str | None,
     size: int | None,
 ) -> dict[str, Cases]:  # fmt: skip
     """Load and check the sets, and bring them to the network's size."""
     change = partial(resize, size=settings.size, antialias=settings.antialias)
-    whole, official = {}, {}
-    for name, one in sources.items():
-        if isinstance(one, Cases):
-            whole[name] = one
-        elif find_split(one) is None:
-            whole[name] = load_cases(one, positive=positive, size=size)
-        else:
-            official[name] = one
+    folders = [name for name, source in sources.items() if find_split(source) is None]
+    whole = {name: load_cases(sources[name], positive=positive, size=size) for name in folders}
     check_splits(whole)
     edge = size or max((max(one.images.shape[2:]) for one in whole.values()), default=None)
-    cases = {name: one.transform(change) for name, one in whole.items()}
-    for name, file in official.items():
-        cases[name] = load_cases(file, positive=positive, size=edge, change=change)
+    cases = {
+        name: whole[name].transform(change) if name in whole
+        else load_cases(source, positive=positive, size=edge, change=change)
+        for name, source in sources.items()
+    }  # fmt: skip
     check_splits(cases)
-    for name in ("train", "synthetic"):
-        if name in cases:
-            check_drawn(cases[name], name)
-    return {name: cases[name] for name in sources}
+    for name in cases.keys() & {"train", "synthetic"}:
+        check_drawn(cases[name], name)
+    return cases
 
 
 def _settle(out: Path, record: dict[str, Any], overwrite: bool) -> None:
     """Write what is compared into the folder, or check that it is what was compared there."""
     file = out / "settings.json"
 
-    def read(path: Path) -> dict[str, Any] | None:
-        try:
-            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            more = record["runs"] >= stored["runs"]
-        except (ValueError, KeyError, TypeError):
-            return None
-        return stored | {"runs": record["runs"]} if more else stored
+    def read(path: Path) -> dict[str, Any]:
+        stored = read_json(path)
+        goes_on = stored.get("runs", runs + 1) <= runs
+        return stored | {"runs": runs} if goes_on else stored
 
+    runs = record["runs"]
     if overwrite or not check_output(file, record, read):
         for result in ("result.json", "scores.csv"):
             check_output(out / result, overwrite=overwrite)
@@ -233,11 +258,11 @@ def _write_scores(
     path: Path, test: Cases, scores: Mapping[str, npt.NDArray[np.float64]], seed: int
 ) -> None:
     """Write one line for each case, training set and run."""
-    case = test.names or [f"image {i}" for i in range(len(test))]
-    lines = {"case": case, "label": test.labels.tolist()}
-    tables = [
-        pd.DataFrame(lines | {"trained on": name, "seed": seed + i, "score": run})
+    lines = [
+        (case, label, name, seed + i, score)
         for name, by_run in scores.items()
         for i, run in enumerate(by_run)
+        for case, label, score in zip(test.names, test.labels.tolist(), run)
     ]
-    write_text(path, pd.concat(tables).to_csv(index=False, float_format="%.6f"))
+    table = pd.DataFrame(lines, columns=["case", "label", "trained on", "seed", "score"])
+    write_text(path, table.to_csv(index=False, float_format="%.6f"))

@@ -4,53 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medbudget.base import Base
+from medbudget.adapter_files import is_adapter
+from medbudget.adapters import Adapter
+from medbudget.classifier import ClassifierSettings
 from medbudget.data.phantoms import make_phantoms
 from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
 from medbudget.images import load_images, shrink
 from medbudget.inversion import InversionSettings, invert
-from medbudget.loading import load_base
 from medbudget.sampling import sample
 from medbudget.studies.study import StudySettings
-from medbudget.studies.tasks import Store, Task, kind
+from medbudget.studies.tasks import Store, Task, check_planned, kind, load_task_base
 from medbudget.tiny import SIZE, SPECS, find_trained
 
 BLOCK = 16  # images of one task
 TOKEN = "<class>"  # of every word that a study learns
-
-# ------------------------------------------------------------------------------- what tasks do
-
-
-@lru_cache(maxsize=1)
-def get_base(name: str, base_hash: str) -> Base:
-    """Load the base that a task names, checked against the hash it was planned with."""
-    base = load_base(name)
-    if base.hash != base_hash:
-        raise ValueError(
-            f"base {name} has hash {base.hash} here, the study was planned with {base_hash}: use "
-            "the same weights on every machine, or plan anew"
-        )
-    return base
-
-
-def load_task_base(task: Task, store: Store) -> Base:
-    """Load the base that a task's settings name."""
-    return get_base(task.settings["base"], task.settings["base_hash"])
 
 
 def read_source(sources: Mapping[str, Path], name: str, size: int) -> torch.Tensor:
     """Return the images of a named folder, or of one in it: ``role/train/healthy``."""
     role, _, inner = name.partition("/")
     if role not in sources:
-        given = ", ".join(sources) or "none"
-        raise ValueError(f"no folder of images {role!r} was given (given: {given}); use --data")
+        raise ValueError(f"no folder of images {role!r} was given; use --data {role}=FOLDER")
     return load_images(sources[role] / inner, size=size)
 
 
@@ -61,11 +41,7 @@ def _run_images(task: Task, store: Store) -> torch.Tensor:
         what = {key: s[key] for key in ("size", "seed", "split")}
         return make_phantoms(s["kind"], s["label"], s["n"], **what).images
     images = read_source(store.sources, s["source"], s["size"])
-    if hash_tensors({"images": images}) != s["hash"]:
-        raise ValueError(
-            f"the images of {s['source']} are not those that the study was planned with: restore "
-            "them, or plan anew"
-        )
+    check_planned(f"folder {s['source']}", hash_tensors({"images": images}), s["hash"])
     return images[: s["n"]]
 
 
@@ -90,30 +66,33 @@ def _run_embedding(task: Task, store: Store) -> Callable[[Path], Any]:
 def _run_word(task: Task, store: Store) -> Callable[[Path], Any]:
     """Copy a word that ships with the package, under the token that words of studies have."""
     s = task.settings
-    word = Embedding.load(
-        find_trained(s["kind"], s["label"], n_vectors=s["vectors"], cases=s["cases"])
-    )
-    if word.base_hash != s["base_hash"] or hash_tensors({"v": word.vectors}) != s["hash"]:
-        raise ValueError(
-            f"the word for {s['label']} in this package is not the one that the study was planned "
-            "with: use the same version of medbudget on every machine, or plan anew"
-        )
+    path = find_trained(s["kind"], s["label"], n_vectors=s["vectors"], cases=s["cases"])
+    word = Embedding.load(path)
+    check_planned("the base of the words that ship", word.base_hash, s["base_hash"])
+    check_planned(f"the word for {s['label']}", hash_tensors({"v": word.vectors}), s["hash"])
     return replace(word, token=TOKEN).save
 
 
+def load_trained(path: Path, token: str = TOKEN) -> Embedding | Adapter:
+    """Read a word, under a token, or an adapter."""
+    return Adapter.load(path) if is_adapter(path) else Embedding.load(path, token=token)
+
+
+@kind("drawn", ".safetensors", heavy=True, needs=load_task_base)
 @kind("block", ".safetensors", heavy=True, needs=load_task_base)
 def _run_block(task: Task, store: Store) -> torch.Tensor:
     s = task.settings
     tokens = s.get("tokens") or [TOKEN] * len(task.inputs)
-    words = [Embedding.load(store.path(t), token=name) for t, name in zip(task.inputs, tokens)]
+    trained = [load_trained(store.path(one), token) for one, token in zip(task.inputs, tokens)]
+    options: dict[str, Any] = {
+        "embeddings": [one for one in trained if isinstance(one, Embedding)],
+        "adapters": [one for one in trained if isinstance(one, Adapter)],
+    }
     return sample(
-        load_task_base(task, store), s["prompt"], embeddings=words, n=BLOCK, steps=s["steps"],
-        cfg_scale=s["cfg_scale"], seed=s["seed"] + BLOCK * s["block"], batch_size=BLOCK,
-        size=s["size"],
+        load_task_base(task, store), s.get("prompt", TOKEN), n=BLOCK, batch_size=BLOCK,
+        steps=s["steps"], cfg_scale=s["cfg_scale"], seed=s["seed"] + BLOCK * s["block"],
+        size=s["size"], **options,
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------- their planning
 
 
 @dataclass(frozen=True)
@@ -124,6 +103,19 @@ class Plan:
     base_hash: str
     sources: Mapping[str, Path]  # folders of real images and other files, by role
 
+    @property
+    def base(self) -> dict[str, Any]:
+        """The base, as settings of a task."""
+        return {"base": self.s.base, "base_hash": self.base_hash}
+
+    def inversion(self, **changes: Any) -> InversionSettings:
+        """Return the settings that words are learned with."""
+        return InversionSettings.preset(self.s.inversion, **{**self.s.overrides, **changes})
+
+    def classifier(self) -> ClassifierSettings:
+        """Return the settings of all classifiers."""
+        return ClassifierSettings.preset(self.s.classifier, **self.s.changes)
+
     def phantoms(self, kind: str, label: str, split: str, n: int) -> Task:
         """Return the task of `n` phantoms of a class."""
         settings = {
@@ -132,19 +124,15 @@ class Plan:
         }  # fmt: skip
         return Task("images", settings)
 
-    def folder(self, source: str, n: int, images: torch.Tensor | None = None) -> Task:
-        """Return the task of the first `n` images of a folder (see `read_source`), or raise.
-
-        `images` are all that are in it, where they were read before.
-        """
-        size = self.s.size
-        images = read_source(self.sources, source, size) if images is None else images
+    def folder(self, source: str, n: int) -> Task:
+        """Return the task of the first `n` images of a folder (see `read_source`), or raise."""
+        images = read_source(self.sources, source, self.s.size)
         if len(images) < n:
             raise ValueError(
                 f"{len(images)} images for {source}, {n} are needed: give more, or ask for fewer"
             )
-        images_hash = hash_tensors({"images": images})
-        return Task("images", {"source": source, "hash": images_hash, "n": n, "size": size})
+        digest = hash_tensors({"images": images})
+        return Task("images", {"source": source, "hash": digest, "n": n, "size": self.s.size})
 
     def shrink(self, tasks: Sequence[Task], size: int) -> tuple[Task, ...]:
         """Return tasks of images of `size` pixels: those given, or one that averages them down."""
@@ -153,61 +141,41 @@ class Plan:
         return (Task("shrunk", {"size": size}, tuple(tasks)),)
 
     def word(self, train: Task, *, vectors: int | None = None, cases: int | None = None) -> Task:
-        """Return the task that learns a word from the first `cases` images of a class."""
-        s = self.s
-        settings = {
-            "base": s.base, "base_hash": self.base_hash, "token": TOKEN, "cases": cases or s.cases,
-            "inversion": self._inversion(vectors),
-        }  # fmt: skip
-        return Task("embedding", settings, (train,))
+        """Return the task of a word that is learned from the first `cases` images of a class.
 
-    def shipped_word(
-        self, train: Task, *, vectors: int | None = None, cases: int | None = None
-    ) -> Task:
-        """Return the word of a class of phantoms that comes with the package, else `word`.
-
-        It must have been learned as the study would learn it.
+        A word that ships with the package stands in where it was learned in the same way.
         """
         s, vectors, cases = self.s, vectors or self.s.vectors, cases or self.s.cases
-        name, label = (str(train.settings.get(key)) for key in ("kind", "label"))
-        other = s.base != "tiny" or train.settings.get("size") != SIZE
-        if other or (name, label, vectors, cases) not in SPECS:
-            return self.word(train, vectors=vectors, cases=cases)
-        word = Embedding.load(find_trained(name, label, n_vectors=vectors, cases=cases))
-        if word.record["settings"] != self._inversion(vectors):
-            return self.word(train, vectors=vectors, cases=cases)
-        settings = {
-            "kind": name, "label": label, "vectors": vectors, "cases": cases,
-            "base_hash": self.base_hash, "hash": hash_tensors({"v": word.vectors}),
-        }  # fmt: skip
-        return Task("word", settings)
-
-    def _inversion(self, vectors: int | None) -> dict[str, Any]:
-        """Return the settings that a word is learned with."""
-        changes = {**self.s.overrides, "n_vectors": vectors or self.s.vectors}
-        return asdict(InversionSettings.preset(self.s.inversion, **changes))
+        inversion = asdict(self.inversion(n_vectors=vectors))
+        kind, label, size = (train.settings.get(key, "") for key in ("kind", "label", "size"))
+        if (s.base, size) == ("tiny", SIZE) and (kind, label, vectors, cases) in SPECS:
+            word = Embedding.load(find_trained(kind, label, n_vectors=vectors, cases=cases))
+            if word.record["settings"] == inversion:
+                settings = {
+                    "kind": kind, "label": label, "vectors": vectors, "cases": cases,
+                    "base_hash": self.base_hash, "hash": hash_tensors({"v": word.vectors}),
+                }  # fmt: skip
+                return Task("word", settings)
+        settings = self.base | {"token": TOKEN, "cases": cases, "inversion": inversion}
+        return Task("embedding", settings, (train,))
 
     def blocks(
-        self, words: Sequence[Task], prompt: str = TOKEN, *, n: int, steps: int | None = None,
-        cfg_scale: float | None = None, seed: int = 0, tokens: Sequence[str] = (),
-    ) -> tuple[Task, ...]:  # fmt: skip
+        self, inputs: Sequence[Task], *, n: int, kind: str = "block", **changes: Any
+    ) -> tuple[Task, ...]:
         """Return the tasks of `n` images in blocks of 16, the last one filled up.
 
-        All words are learned as ``<class>``; `tokens` renames them for a prompt of several.
+        `changes` are to the settings of a block: ``cfg_scale``, ``seed``, and for words ``prompt``
+        and ``tokens``, which rename them: all are learned as ``<class>``.
         """
         s = self.s
-        settings: dict[str, Any] = {
-            "base": s.base, "base_hash": self.base_hash, "prompt": prompt,
-            "steps": steps or s.steps, "size": s.size, "seed": seed,
-            "cfg_scale": float(s.cfg_scale if cfg_scale is None else cfg_scale),
+        settings = self.base | {
+            "steps": s.steps, "size": s.size, "cfg_scale": float(s.cfg_scale), "seed": 0,
         }  # fmt: skip
-        if tokens:
-            settings["tokens"] = list(tokens)
-        blocks = range(-(-n // BLOCK))
-        return tuple(Task("block", settings | {"block": i}, tuple(words)) for i in blocks)
+        settings |= {"prompt": TOKEN} if kind == "block" else {}
+        blocks = [settings | changes | {"block": i} for i in range(-(-n // BLOCK))]
+        return tuple(Task(kind, block, tuple(inputs)) for block in blocks)
 
     def describe(self, phantoms: bool) -> str:
         """Say what the images are, as every report does."""
-        base = "on the tiny base" if self.s.base == "tiny" else f"on base {self.s.base}"
         real = "phantoms" if phantoms else "the images given"
-        return f"Synthetic images {base}, {real} as real ones."
+        return f"Synthetic images on base {self.s.base}, {real} as real ones."

@@ -20,26 +20,27 @@ from medbudget.studies.tasks import Store, count
 
 COLUMNS = 8
 PRICES = {"images_seen": ("images seen", 1), "seconds": ("seconds", 1), "bytes": ("kB", 1000)}
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}
-th,td{padding:.3rem .6rem;text-align:left;border-bottom:1px solid #ccc}
-img{max-width:100%;image-rendering:pixelated}
-"""
+HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{0}</title><style>
+body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
+table{{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}}
+th,td{{padding:.3rem .6rem;text-align:left;border-bottom:1px solid #ccc}}
+img{{max-width:100%;image-rendering:pixelated}}
+</style></head><body><h1>{0}</h1>"""
 
 
 def read_values(study: Study, store: Store) -> dict[str, Any]:
     """Return ``rows`` and ``floor`` as JSON types: of each row, what is there of scores and test."""
-    rows = []
-    for row in study.rows:
-        values = {"setting": row.group, "value": row.value, "paper": dict(row.paper)}
-        results = {"scores": row.score, "compare": row.compare, "details": row.details}
-        for name, task in results.items():
-            if task is not None and store.has(task):
-                values[name] = store.read_json(task)
-        rows.append(values)
-    there = study.floor is not None and store.has(study.floor)
-    return {"rows": rows, "floor": store.read_json(study.floor) if there else {}}  # type: ignore[arg-type]
+
+    def read(**tasks: Any) -> dict[str, Any]:
+        there = {name: task for name, task in tasks.items() if task and store.has(task)}
+        return {name: store.read_json(task) for name, task in there.items()}
+
+    rows = [
+        {"setting": row.group, "value": row.value, "paper": dict(row.paper)}
+        | read(scores=row.score, compare=row.compare, details=row.details)
+        for row in study.rows
+    ]
+    return {"rows": rows, "floor": {}, **read(floor=study.floor)}
 
 
 def format_values(
@@ -58,13 +59,11 @@ def format_values(
     lines = []
     for row in rows:
         line = dict(zip(head, (row["setting"], _format_value(row["value"]))))
-        for name in columns:
-            score = row.get("scores", {}).get(name)
-            empty = "–" if "scores" in row else "missing"
-            line[name] = _format_score(score) if score else empty
+        scores, details = row.get("scores", {}), row.get("details", {})
+        empty = "–" if "scores" in row else "missing"
+        line |= {name: _format_score(scores[name]) if name in scores else empty for name in columns}
         if tests:
             line["p"] = f"{row['compare']['p_value']:.3f}" if "compare" in row else "–"
-        details = row.get("details", {})
         for key, (name, unit) in prices.items():
             line[name] = f"{details[key] / unit:,.0f}" if key in details else "–"
         line |= {f"{name} (paper)": str(row["paper"].get(name, "–")) for name in papers}
@@ -99,8 +98,8 @@ def record_table(study: Study, store: Store, command: str) -> Path:
     if study.name == "stylegan3":
         raise ValueError("this study's networks are recorded too: python -m pretraining.rivals")
     check_done(study, store)
+    name = "_".join([study.name, study.preset, *sorted(study.sources)])
     values = read_values(study, store)
-    name = "_".join([study.name, study.preset, *sorted(study.sources or {})])
     return write_result(name, values, command=command, base_hash=study.base_hash)
 
 
@@ -111,16 +110,14 @@ def save_lines(study: Study, store: Store, folder: Path) -> list[Path]:
     """
     rows = [row for row in study.rows if row.images and all(map(store.has, row.images))]
     single = len({row.group for row in rows}) == len(rows)
-    folders = {
-        folder / (row.group if single else f"{row.group} {_format_value(row.value)}"): row
-        for row in rows
-    }
+    names = [row.group if single else f"{row.group} {_format_value(row.value)}" for row in rows]
+    folders = [folder / name for name in names]
     for path in folders:
         if path.exists():
             raise FileExistsError(f"{path} is there already: choose another place")
-    for path, row in folders.items():
+    for path, row in zip(folders, rows):
         save_images(store.read_images(row.images)[: study.settings.n], path)
-    return list(folders)
+    return folders
 
 
 def check_report(folder: Path) -> None:
@@ -154,24 +151,23 @@ def write_report(study: Study, store: Store, folder: Path) -> Path:
         "inputs. Not for clinical use."
     )
     caption = _draw_figure(study, store, folder)
-    figure = f"![{caption}](figure.png)\n\n{caption}" if caption else ""
     cells = [list(map(str, table)), ["---"] * table.shape[1], *table.to_numpy().tolist()]
-    markdown = "\n".join(f"| {' | '.join(line)} |" for line in cells)
-    parts = [f"# {title}", about, markdown, figure, *notes]
-    write_text(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
-    figure = f'<figure><img src="figure.png" alt="{escape(caption)}"><figcaption>{escape(caption)}'
-    html = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>',
-        f"{STYLE}</style></head><body><h1>{title}</h1><p>{escape(about)}</p>",
-        table.to_html(index=False, border=0),
-        f"{figure}</figcaption></figure>" if caption else "",
-        *(f"<p>{escape(note)}</p>" for note in notes),
-        "</body></html>\n",
-    ]
-    write_text(folder / "report.html", "\n".join(html))
-    environment = {"python": platform.python_version(), "platform": platform.platform()}
-    environment |= {name: version(name) for name in ("medbudget", "torch", "diffusers", "numpy")}
-    write_json(folder / "environment.json", environment)
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    figure = [f"![{caption}](figure.png)", caption] if caption else []
+    markdown = [f"# {title}", about, lines, *figure, *notes]
+    write_text(folder / "report.md", "\n\n".join(markdown) + "\n")
+    if caption:
+        text = escape(caption)
+        image = f'<img src="figure.png" alt="{text}">'
+        figure = [f"<figure>{image}<figcaption>{text}</figcaption></figure>"]
+    page = [
+        HEAD.format(title), f"<p>{escape(about)}</p>", table.to_html(index=False, border=0),
+        *figure, *(f"<p>{escape(note)}</p>" for note in notes), "</body></html>\n",
+    ]  # fmt: skip
+    write_text(folder / "report.html", "\n".join(page))
+    versions = {name: version(name) for name in ("medbudget", "torch", "diffusers", "numpy")}
+    machine = {"python": platform.python_version(), "platform": platform.platform()}
+    write_json(folder / "environment.json", machine | versions)
     return folder / "report.html"
 
 

@@ -10,21 +10,20 @@ from typing import Any
 
 import torch
 
+from medbudget.classifier import find_device
 from medbudget.embeddings import Embedding
 from medbudget.images import load_image, load_images, save_images
-from medbudget.inversion import InversionSettings
 from medbudget.metrics.evaluation import evaluate
 from medbudget.studies.drawing import Plan
 from medbudget.studies.study import Row, Study
 from medbudget.studies.table1 import (
     RULES,
     load_extractors,
-    name_extractor,
     name_extractors,
     plan_cases,
     uses_phantoms,
 )
-from medbudget.studies.tasks import Store, Task, kind
+from medbudget.studies.tasks import Store, Task, kind, score_sets
 from medbudget.stylegan3 import StyleGAN3, StyleGAN3Settings, import_official, train_stylegan3
 from medbudget.stylegan3.model import PRETRAINED, WEIGHTS
 from medbudget.stylegan3.training import measure_distance
@@ -35,8 +34,6 @@ BATCH = 32  # images of one task: of one batch of `StyleGAN3.sample`
 TRAINED = "prostate_healthy64"  # name of the recorded study's networks in the package
 SNAPSHOTS = WEIGHTS / f"{TRAINED}_snapshots.png"
 
-# ------------------------------------------------------------------------------- what tasks do
-
 
 @kind("stylegan3", ".safetensors", heavy=True, needs=load_extractors)
 def _run_stylegan3(task: Task, store: Store) -> Callable[[Path], Any]:
@@ -44,29 +41,24 @@ def _run_stylegan3(task: Task, store: Store) -> Callable[[Path], Any]:
     s, cases = task.settings, store.read_images(task.inputs)
     (extractor,), folder = load_extractors(task, store), store.scratch(task, "snapshots")
 
-    def keep(network: StyleGAN3, seen: int = 0) -> None:
-        save_images(network.sample(SEEN), folder, names=[f"{seen:08d}_{i}" for i in range(SEEN)])
-
-    def look(state: dict[str, Any]) -> None:
+    def keep(state: dict[str, Any]) -> None:
         if state["snapshot"] is not None:
-            keep(state["snapshot"], state["images_seen"])
+            names = [f"{state['images_seen']:08d}_{i}" for i in range(SEEN)]
+            save_images(state["snapshot"].sample(SEEN), folder, names=names)
 
-    keep(start := read_start(store.sources))
+    start = read_start(store.sources)
+    keep({"snapshot": start, "images_seen": 0})
     network = train_stylegan3(
-        cases, StyleGAN3Settings(**s["stylegan3"]), start=start, callback=look,
-        checkpoint=store.scratch(task, "checkpoint"), extractor=extractor, device=_find_device(),
-        data=f"{len(cases)} cases of a study",
+        cases, StyleGAN3Settings(**s["stylegan3"]), start=start, callback=keep,
+        checkpoint=store.scratch(task, "checkpoint"), extractor=extractor,
+        device=find_device(None).type, data=f"{len(cases)} cases of a study",
     )  # fmt: skip
     return partial(network.save, snapshots=load_images(folder))
 
 
-def _find_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @kind("gan_block", ".safetensors", heavy=True)
 def _run_gan_block(task: Task, store: Store) -> torch.Tensor:
-    network = StyleGAN3.load(store.path(task.inputs[0]), device=_find_device())
+    network = StyleGAN3.load(store.path(task.inputs[0]), device=find_device(None).type)
     return network.sample(task.settings["n"], seed=task.settings["seed"])
 
 
@@ -74,13 +66,14 @@ def _run_gan_block(task: Task, store: Store) -> torch.Tensor:
 def _run_rival(task: Task, store: Store) -> dict[str, Any]:
     """Score a generator, with and without the paper's normalisation, and test it against another."""
     generated, real, *other = store.read_sets(task)
-    options: dict[str, Any] = {"permutation": other[0] if other else None, "floor": False}
-    options["features"] = load_extractors(task, store)
-    return {
-        score.name + suffix: score.to_dict()
-        for rule, suffix in RULES.items()
-        for score in evaluate(real, generated, normalize=rule, **options)
-    }
+    extractors, rival = load_extractors(task, store), other[0] if other else None
+    scores = {}
+    for rule, suffix in RULES.items():
+        for score in evaluate(
+            real, generated, features=extractors, normalize=rule, permutation=rival, floor=False
+        ):
+            scores[score.name + suffix] = score.to_dict()
+    return scores
 
 
 @kind("cost", needs=load_extractors)
@@ -102,13 +95,23 @@ def _run_cost(task: Task, store: Store) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------- their planning
-
-
 def read_start(sources: Mapping[str, Path]) -> StyleGAN3:
     """Return the networks that training begins with: those given, or those that ship."""
     path = sources.get(START, Path(PRETRAINED))
     return import_official(path) if path.suffix == ".pkl" else StyleGAN3.load(path)
+
+
+def find_size(p: Plan) -> int:
+    """Return the size of the images that the GAN makes, in pixels an edge."""
+    return int(read_start(p.sources).generator.architecture.size)
+
+
+def plan_gan(p: Plan, train: Task, **changes: float) -> Task:
+    """Return the task that trains StyleGAN3 on images, with changes to the study's settings."""
+    gan = StyleGAN3Settings.preset(p.s.stylegan3, **{**p.s.gan, **changes})
+    settings = {"stylegan3": asdict(gan), "start": read_start(p.sources).hash}
+    settings |= name_extractors(p, first=True)
+    return Task("stylegan3", settings, p.shrink([train], find_size(p)))
 
 
 def plan_gan_blocks(network: Task, n: int, seed: int = 0) -> tuple[Task, ...]:
@@ -119,36 +122,32 @@ def plan_gan_blocks(network: Task, n: int, seed: int = 0) -> tuple[Task, ...]:
 
 def make_rivals(p: Plan) -> Study:
     """Section 4.2: train StyleGAN3 and a word on the same cases, draw with both, and compare."""
-    s, start = p.s, read_start(p.sources)
-    if s.size not in ((size := start.generator.architecture.size), 2 * size):
+    s, size = p.s, find_size(p)
+    if s.size not in (size, 2 * size):
         raise ValueError(
             f"the networks to start from make {size} px, this study wants {s.size}: for 512 px, "
             f"give an official file with --data {START}=FILE"
         )
-    train, real = plan_cases(p, "train", s.cases), plan_cases(p, "reference", s.n)
-    (cases,), (real,) = p.shrink([train], size), p.shrink([real], size)
-    gan = StyleGAN3Settings.preset(s.stylegan3, **s.gan)
-    settings = {"stylegan3": asdict(gan), "start": start.hash} | name_extractor(p)
-    network, word = Task("stylegan3", settings, (cases,)), p.shipped_word(train)
-    inversion = InversionSettings.preset(s.inversion, **s.overrides)
+    train = plan_cases(p, "train", s.cases)
+    network, word = plan_gan(p, train), p.word(train)
+    real = p.shrink([plan_cases(p, "reference", s.n)], size)
     made, drawn = plan_gan_blocks(network, s.n), p.shrink(p.blocks([word], n=s.n), size)
 
     def score(*sets: tuple[Task, ...]) -> Task:
-        cuts = {"sets": [[len(own), s.n] for own in sets]}
-        return Task("rival", cuts | name_extractors(p), tuple(task for own in sets for task in own))
+        return score_sets("rival", name_extractors(p), *((own, s.n) for own in sets))
 
     def cost(*inputs: Task) -> Task:
-        return Task("cost", name_extractor(p), inputs)
+        return Task("cost", name_extractors(p, first=True), inputs)
 
+    inversion = p.inversion()
+    seen = float(inversion.steps * inversion.batch_size)
+    some = (*p.shrink([train], size), *drawn[:7])  # the cases, and 100 images
     rows = (
         Row(
-            "StyleGAN3", 1000 * gan.kimg, score(made, (real,), drawn), images=made,
-            details=cost(network),
+            "StyleGAN3", 1000 * network.settings["stylegan3"]["kimg"], score(made, real, drawn),
+            images=made, details=cost(network),
         ),
-        Row(
-            "diffusion", float(inversion.steps * inversion.batch_size), score(drawn, (real,)),
-            images=drawn, details=cost(word, cases, *drawn[:7]),  # 100 images
-        ),
+        Row("diffusion", seen, score(drawn, real), images=drawn, details=cost(word, *some)),
     )  # fmt: skip
     about = (
         f"{p.describe(uses_phantoms(p))} StyleGAN3 and a word learned from the same {s.cases} "
@@ -162,9 +161,6 @@ def make_rivals(p: Plan) -> Study:
             f"compared at {size} px with diffusion's {s.size} px averaged down in the same way."
         )
     return Study(rows, about, head=("generator", "images seen"))
-
-
-# ------------------------------------------------------------------------------- for the chapter
 
 
 def load_snapshots(seen: Sequence[int]) -> dict[int, torch.Tensor]:

@@ -54,12 +54,12 @@ class StudySettings(Settings):
         "StyleGAN3",
     )  # fmt: skip
     problems: tuple[str, ...] = ("prostate", "chest", "histology")  # of phantoms
-    tuning: Mapping[str, Any] = field(default_factory=dict)  # changes to TuneSettings' preset
     paces: Mapping[str, float] = field(default_factory=dict)  # time for an image, by method
 
     LIMITS: ClassVar = {
         "size": (8, None), "n": (2, None), "steps": (1, None), "vectors": (1, 74),
         "cases": (1, None), "runs": (1, None), "few_cases": (1, None), "some": (0, None),
+        "cfg_scale": (0, None), "many": (2, None), "repeats": (1, None),
     }  # fmt: skip
     PRESETS: ClassVar = {
         "tiny": {
@@ -89,8 +89,8 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     kinds = {f.name: str(f.type) for f in fields(StudySettings)}
     changes: dict[str, Any] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        name, dot, inner = name.partition(".")
+        key, equals, value = text.partition("=")
+        name, dot, inner = key.partition(".")
         if not equals or name not in kinds or bool(dot) != kinds[name].startswith("Mapping"):
             plain = [f"{n}.NAME" if k.startswith("Mapping") else n for n, k in kinds.items()]
             raise ValueError(f"{text!r} is not SETTING=VALUE; settings are {', '.join(plain)}")
@@ -100,8 +100,6 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
         else:
             with suppress(ValueError):
                 parsed = json.loads(f"[{value}]" if name == "grid" and value[:1] != "[" else value)
-        if kinds[name] in ("int", "float") and not isinstance(parsed, int | float):
-            raise ValueError(f"{name} must be a number, got {value!r}")
         if dot:
             changes.setdefault(name, {})[inner] = parsed
         else:
@@ -111,13 +109,13 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 
 def parse_sources(texts: Sequence[str]) -> dict[str, Path]:
     """Return folders by role out of texts such as ``train=FOLDER``."""
-    pairs = [text.partition("=") for text in texts]
-    for text, (_, equals, _) in zip(texts, pairs):
-        if not equals:
+    for text in texts:
+        if "=" not in text:
             raise ValueError(
                 f"--data {text!r} is not ROLE=FOLDER, such as train=FOLDER or prostate=FOLDER"
             )
-    return {role: Path(path) for role, _, path in pairs}
+    pairs = [text.split("=", 1) for text in texts]
+    return {role: Path(path) for role, path in pairs}
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,21 @@ A line is a training set, repeated over runs that differ in their seed; see `cla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from medbudget.cases import Cases, check_drawn, check_splits
-from medbudget.classifier import ClassifierSettings
+from medbudget.cases import Cases, check_drawn, check_splits, order_classes
 from medbudget.data.pcam import load_patches
 from medbudget.files import hash_tensors
-from medbudget.studies.classifying import PCAM, find_patches, plan_runs
+from medbudget.studies.classifying import PCAM, find_patches, plan_auc, plan_runs
 from medbudget.studies.drawing import BLOCK, Plan, read_source
 from medbudget.studies.study import Row, Study
 from medbudget.studies.tasks import Task
 
+OWN = "own"  # role of a folder with any two classes, as `medbudget prepare folder` writes it
 SPLITS = ("train", "val", "test")
 
 
@@ -29,40 +30,54 @@ class Problem:
 
     phantoms: tuple[str, str]  # their labels as phantoms
     folders: tuple[str, str]  # as `medbudget prepare` names their folders
-    few: bool  # whether there are lines with words from 10 cases
-    paper: Mapping[str, str]  # AUC of the paper by line
 
 
-# de Wilde et al. 2024, Table 2: mean ± standard deviation of 10 runs
 PROBLEMS = {
-    "prostate": Problem(
-        ("healthy", "tumour"), ("negative", "positive"), True,
-        {
-            "real": ".780 ± .017", "real + many": ".803 ± .009", "as many": ".737 ± .019",
-            "many": ".766 ± .020", "real + as many": ".773 ± .015", "few": ".562 ± .036",
-            "real + few": ".745 ± .012",
-        },
-    ),
-    "chest": Problem(
-        ("healthy", "cardiomegaly"), ("no_finding", "cardiomegaly"), False,
-        {"real": ".732 ± .021", "real + many": ".737 ± .019"},
-    ),
-    "histology": Problem(
-        ("normal", "metastasis"), ("normal", "metastasis"), False,
-        {"real": ".878 ± .011", "real + many": ".862 ± .017"},
-    ),
-}  # fmt: skip
+    "prostate": Problem(("healthy", "tumour"), ("negative", "positive")),
+    "chest": Problem(("healthy", "cardiomegaly"), ("no_finding", "cardiomegaly")),
+    "histology": Problem(("normal", "metastasis"), ("normal", "metastasis")),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A training set of Table 2."""
+
+    name: str
+    synthetic: str = ""  # how many: as many as "real", "many" or "some" (settings); "": none
+    real: bool = True  # whether real images are trained on
+    few: bool = False  # whether the words are learned from 10 cases
+    filtered: bool = False  # by the classifiers that were trained on real images
+    shown: bool = False  # in the figure
+    paper: Mapping[str, str] = field(default_factory=dict)  # AUC by problem
+
+
+# de Wilde et al. 2024, Table 2: mean ± standard deviation of 10 runs. Beyond the paper: the last two.
+TABLE2 = (
+    Line("{real} real", paper={
+        "prostate": ".780 ± .017", "chest": ".732 ± .021", "histology": ".878 ± .011",
+    }),
+    Line("{real} real + {many} synthetic", "many", shown=True, paper={
+        "prostate": ".803 ± .009", "chest": ".737 ± .019", "histology": ".862 ± .017",
+    }),
+    Line("{real} synthetic", "real", real=False, paper={"prostate": ".737 ± .019"}),
+    Line("{many} synthetic", "many", real=False, shown=True, paper={"prostate": ".766 ± .020"}),
+    Line("{real} real + {real} synthetic", "real", paper={"prostate": ".773 ± .015"}),
+    Line("{many} synthetic*", "many", real=False, few=True, shown=True,
+         paper={"prostate": ".562 ± .036"}),
+    Line("{real} real + {many} synthetic*", "many", few=True, paper={"prostate": ".745 ± .012"}),
+    Line("{real} real + {some} synthetic", "some"),
+    Line("{real} real + {many} synthetic, filtered", "many", filtered=True),
+)  # fmt: skip
 
 
 def find_given(p: Plan, *others: str) -> list[str]:
     """Return the problems of which real images are given; raise if there are neither these nor phantoms."""
     given = [name for name in (*PROBLEMS, *others) if name in p.sources]
     if not given and not p.s.phantoms:
-        own = "".join(f", or {name}=FOLDER with any two classes" for name in others)
         raise ValueError(
-            "the study needs real images: --data prostate=FOLDER, chest=FOLDER or "
-            f"histology=FOLDER{own}, each as medbudget prepare writes it "
-            "({train,val,test}/CLASS/*.png)"
+            f"the study needs real images: --data {'=FOLDER or '.join((*PROBLEMS, *others))}"
+            "=FOLDER, each as medbudget prepare writes it ({train,val,test}/CLASS/*.png)"
         )
     return given
 
@@ -77,47 +92,33 @@ def find_folder(sources: Mapping[str, Path], name: str, split: str, label: int) 
 
     Capitals and spaces do not matter: ``No Finding`` is found too.
     """
-    wanted, root = PROBLEMS[name].folders[label], Path(sources[name]) / split
+    root = sources[name] / split
     folders = list_classes(root)
+    if name == OWN:
+        both = list_classes(sources[name] / "train")
+        wanted = order_classes(both, None, root) if len(both) == 2 else ("two", "classes")
+    else:
+        wanted = PROBLEMS[name].folders
     for folder in folders:
-        if folder.lower().replace(" ", "_") == wanted:
+        if wanted[label] in (folder, folder.lower().replace(" ", "_")):
             return f"{name}/{split}/{folder}"
+    official = f", or val and test by --data {PCAM}=FOLDER" if name == "histology" else ""
     raise ValueError(
-        f"{root} has no folder {wanted} (it has: {', '.join(folders) or 'none'}); needed are "
-        "{train,val,test}/{" + ",".join(PROBLEMS[name].folders) + "}, as medbudget prepare writes "
-        "them" + (f", or val and test by --data {PCAM}=FOLDER" if name == "histology" else "")
+        f"{root} has the folders of classes {', '.join(folders) or 'none'}; needed are "
+        f"{{train,val,test}}/{{{','.join(wanted)}}}, as medbudget prepare writes them{official}"
     )
 
 
-def _plan_real(p: Plan, name: str) -> dict[tuple[str, int], tuple[Task, int]]:
-    """Return by split and label the task of real images, and how many there are."""
-    n, sources = p.s.cases, p.sources
-    if name not in sources:
-        return {
-            (split, label): (p.phantoms(name, title, split, n), n)
-            for split in SPLITS
-            for label, title in enumerate(PROBLEMS[name].phantoms)
-        }
-    real: dict[tuple[str, int], tuple[Task, int]] = {}
-    splits = {}
-    for split in SPLITS:
-        if name == "histology" and split != "train" and PCAM in sources:
-            real |= {(split, label): _plan_patches(p, split, label) for label in (0, 1)}
-            continue
-        folders = [find_folder(sources, name, split, label) for label in (0, 1)]
-        images = [read_source(sources, folder, p.s.size) for folder in folders]
-        for label, (folder, one) in enumerate(zip(folders, images)):
-            real[split, label] = p.folder(folder, n, one), n
-        splits[split] = Cases.of(*images)
-    check_splits(splits)
-    check_drawn(splits["train"], "training")
-    return real
+def plan_class(p: Plan, name: str, split: str, label: int, n: int) -> Task:
+    """Return the task of `n` images of a problem's class: real ones if given, else phantoms."""
+    if name in p.sources:
+        return p.folder(find_folder(p.sources, name, split, label), n)
+    return p.phantoms(name, PROBLEMS[name].phantoms[label], split, n)
 
 
 def _plan_patches(p: Plan, split: str, label: int) -> tuple[Task, int]:
     """Return the task of one class of an official split, all of it, and how many patches that is."""
-    classifier = ClassifierSettings.preset(p.s.classifier, **p.s.changes)
-    folder = p.sources[PCAM]
+    classifier, folder = p.classifier(), p.sources[PCAM]
     indices = find_patches(folder, split, label)
     some = load_patches(folder, split, indices[:: max(1, len(indices) // 16)].tolist(), size=96)
     settings = {
@@ -128,12 +129,63 @@ def _plan_patches(p: Plan, split: str, label: int) -> tuple[Task, int]:
     return Task("patches", settings), len(indices)
 
 
-def make_table2(p: Plan) -> Study:
-    """Table 2: prostate in seven lines, chest and histology in two, and what the paper lacks.
+def _plan_real(p: Plan, name: str) -> dict[tuple[str, int], tuple[Task, int]]:
+    """Return by split and label the task of real images, and how many there are."""
+    official = ("val", "test") if name == "histology" and {name, PCAM} <= set(p.sources) else ()
+    real = {
+        (split, label): _plan_patches(p, split, label) if split in official
+        else (plan_class(p, name, split, label, p.s.cases), p.s.cases)
+        for split, label in product(SPLITS, (0, 1))
+    }  # fmt: skip
+    if name in p.sources:
+        splits = {}
+        for split in [one for one in SPLITS if one not in official]:
+            folders = [find_folder(p.sources, name, split, label) for label in (0, 1)]
+            splits[split] = Cases.of(*(read_source(p.sources, f, p.s.size) for f in folders))
+        check_splits(splits)
+        check_drawn(splits["train"], "training")
+    return real
 
-    Beyond the paper: one more number of synthetic images, and a line whose synthetic images were
-    filtered by the classifiers that were trained on real ones.
-    """
+
+def _make_rows(p: Plan, name: str) -> list[Row]:
+    s, real = p.s, _plan_real(p, name)
+    numbers = {"real": 2 * s.cases, "many": s.many, "some": s.some}
+    lines = [
+        line for line in TABLE2
+        if (name == "prostate" or name in line.paper) and numbers.get(line.synthetic) != 0
+    ]  # fmt: skip
+    drawn = {}
+    for few in {line.few for line in lines}:
+        cases = s.few_cases if few else s.cases
+        words = [p.word(real["train", label][0], cases=cases) for label in (0, 1)]
+        drawn[few] = [
+            p.blocks([word], n=s.many // 2, seed=label * 1_000_000)
+            for label, word in enumerate(words)
+        ]
+    base: tuple[Task, ...] = ()
+    rows = []
+    for line in lines:
+        parts: list[tuple[str, int, Sequence[Task], int]] = []
+        for split, role in (("train", "real"), ("val", "val"), ("test", "test")):
+            for label in (0, 1) if split != "train" or line.real else ():
+                task, n = real[split, label]
+                parts.append((role, label, [task], n))
+        role = "synthetic" if line.synthetic else "also"
+        half = numbers.get(line.synthetic, s.many) // 2
+        for label, blocks in enumerate(drawn[line.few]):
+            parts.append((role, label, blocks[: -(-half // BLOCK)], half))
+        runs = plan_runs(p, name, parts, base if line.filtered else ())
+        score, gain = plan_auc(p, runs, base)
+        base = base or runs
+        paper = {"AUC": line.paper[name]} if name in line.paper else {}
+        images = drawn[line.few][1] if line.shown else ()
+        value = line.name.format(**numbers)
+        rows.append(Row(name, value, score, gain, paper, images, Task("runs", {}, runs)))
+    return rows
+
+
+def make_table2(p: Plan) -> Study:
+    """Table 2: prostate in seven lines and two beyond the paper, chest and histology in two."""
     s = p.s
     if s.many < max(2 * s.cases, s.some) or s.many % 2 or s.some % 2:
         raise ValueError(
@@ -146,7 +198,7 @@ def make_table2(p: Plan) -> Study:
     rows = [row for name in given or PROBLEMS for row in _make_rows(p, name)]
     added = {name: sd for name, sd in s.noise.items() if sd and name not in p.sources}
     noise = [f"{name} ({sd:g} gray levels)" for name, sd in added.items()]
-    c = ClassifierSettings.preset(s.classifier, **s.changes)
+    c = p.classifier()
     about = (
         f"AUC of classifiers ({c.network}, {c.size} px, {c.steps} batches of "
         f"{c.batch_size}) that were trained on real and synthetic images of base {s.base} "
@@ -160,58 +212,3 @@ def make_table2(p: Plan) -> Study:
         + "The paper's AUCs are of other images and networks."
     )
     return Study(tuple(rows), about, head=("images", "trained on"))
-
-
-def _make_rows(p: Plan, name: str) -> list[Row]:
-    s, problem, real = p.s, PROBLEMS[name], _plan_real(p, name)
-    drawn: dict[str, list[tuple[Task, ...]]] = {}
-    for word, cases in (("many", s.cases), ("few", s.few_cases))[: 1 + problem.few]:
-        for label in (0, 1):
-            token = p.shipped_word(real["train", label][0], cases=cases)
-            blocks = p.blocks([token], n=s.many // 2, seed=label * 1_000_000)
-            drawn.setdefault(word, []).append(blocks)
-
-    def train(
-        with_real: bool, n: int = 0, word: str = "many", *, also: bool = False,
-        judges: Sequence[Task] = (),
-    ) -> tuple[Task, ...]:  # fmt: skip
-        parts: list[tuple[str, int, Sequence[Task], int]] = []
-        for split, role in (("train", "real"), ("val", "val"), ("test", "test")):
-            for label in (0, 1) if split != "train" or with_real else ():
-                task, number = real[split, label]
-                parts.append((role, label, [task], number))
-        for role in ("synthetic",) * (n > 0) + ("also",) * also:
-            half = (n or s.many) // 2
-            for label, blocks in enumerate(drawn[word]):
-                parts.append((role, label, blocks[: -(-half // BLOCK)], half))
-        return plan_runs(p, name, parts, judges)
-
-    n_real, many = 2 * s.cases, s.many
-    base = train(True, also=True)
-    lines = {
-        "real": (f"{n_real} real", base),
-        "real + many": (f"{n_real} real + {many} synthetic", train(True, many)),
-    }
-    if problem.few:
-        lines |= {
-            "as many": (f"{n_real} synthetic", train(False, n_real)),
-            "many": (f"{many} synthetic", train(False, many)),
-            "real + as many": (f"{n_real} real + {n_real} synthetic", train(True, n_real)),
-            "few": (f"{many} synthetic*", train(False, many, "few")),
-            "real + few": (f"{n_real} real + {many} synthetic*", train(True, many, "few")),
-        }
-        if s.some:
-            lines["real + some"] = f"{n_real} real + {s.some} synthetic", train(True, s.some)
-        filtered = f"{n_real} real + {many} synthetic, filtered"
-        lines["filtered"] = filtered, train(True, many, judges=base)
-    counted = {"runs": s.runs, "repeats": s.repeats}
-    shown = {"real + many": drawn["many"][1], "many": drawn["many"][1]}
-    shown |= {"few": drawn["few"][1]} if problem.few else {}
-    rows = []
-    for line, (value, runs) in lines.items():
-        gain = None if runs is base else Task("gain", counted, (*runs, *base))
-        score = Task("auc", counted, (*runs, *((gain,) if gain else ())))
-        paper = {"AUC": problem.paper[line]} if line in problem.paper else {}
-        images, details = shown.get(line, ()), Task("runs", {}, runs)
-        rows.append(Row(name, value, score, gain, paper, images, details))
-    return rows
