@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 
 from medbudget.data.items import BrokenCase
 from medbudget.data.itk import read_volume
 from medbudget.data.pixels import Array
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk
 
 Vector = tuple[float, ...]
 # planes and masks by name, slice index, intensities that became 0 and 255
@@ -28,6 +26,7 @@ GRID = (30, 300, 300)  # voxels: slices, rows, columns
 PERCENTILES = (0.5, 99.9)
 TIMES = {"hbv": 4.0}  # white is that many times the gland's level; a tumour is two to three times
 CENTRE = (30, 150, 150)  # voxels that set the window: farther out, the coil outshines the prostate
+to_array = sitk.GetArrayFromImage  # (slices, rows, columns), a copy: a view dies with its image
 MARGIN = 12  # voxels around what is resampled; a cubic B-spline has forgotten the rest by then
 
 
@@ -37,13 +36,6 @@ def describe_grid() -> dict[str, Any]:
         "spacing_mm": SPACING, "voxels": GRID, "percentiles": PERCENTILES, "times_gland": TIMES,
         "centre": CENTRE,
     }  # fmt: skip
-
-
-def to_array(image: sitk.Image) -> Array:
-    """Copy a volume's values into an array ``(slices, rows, columns)``."""
-    import SimpleITK as sitk
-
-    return sitk.GetArrayFromImage(image)  # a view would die with a temporary image
 
 
 def read_sequence(t2w: Path, case_id: str, name: str) -> sitk.Image:
@@ -63,25 +55,9 @@ def _read_volume(file: Path, what: str) -> sitk.Image:
         raise BrokenCase(f"{file.name} is not a gray 3-D volume: its size is {image.GetSize()}")
     if bad := int((~np.isfinite(to_array(image))).sum()):
         raise BrokenCase(
-            f"{file.name} has {bad} values that are infinite or not a number; compute the map "
-            "again, or set them to what they should be"
+            f"{file.name} has {bad} values that are infinite or not a number; compute it again"
         )
     return image
-
-
-def check_order(volume: Array) -> None:
-    """Raise if slices are not in order: each slice should resemble one of its neighbours most."""
-    step = [max(1, edge // 32) for edge in volume.shape[1:]]
-    slices = volume[:, :: step[0], :: step[1]].reshape(len(volume), -1).astype(np.float32)
-    gaps = np.stack([np.abs(slices - one).mean(axis=1) for one in slices])
-    np.fill_diagonal(gaps, np.inf)
-    judged = np.flatnonzero(gaps.min(axis=1) > 0)  # blank slices resemble all blank slices
-    beside = np.abs(gaps[judged].argmin(axis=1) - judged) == 1
-    if len(judged) >= 4 and beside.mean() < 0.25:
-        raise BrokenCase(
-            f"T2W's slices are not in order: only {beside.sum()} of {len(beside)} resemble a "
-            "neighbour most; convert the series again, sorted by position"
-        )
 
 
 class EmptyMask(BrokenCase):
@@ -90,8 +66,6 @@ class EmptyMask(BrokenCase):
 
 def read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
     """Read a mask as 0 and 1, and check that it belongs to this T2W."""
-    import SimpleITK as sitk
-
     name = f"{file.parent.name}/{file.name}"
     image = _read_volume(file, f"mask ({file.parent.parent.name}/{file.parent.name})")
     apart = float(np.abs(_find_corners(image) - _find_corners(t2w)).max())
@@ -100,9 +74,6 @@ def read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
             f"mask {name} of size {image.GetSize()} lies {apart:.0f} mm off T2W of size "
             f"{t2w.GetSize()}: it belongs to another volume"
         )
-    values = to_array(image)
-    if (values != np.rint(values)).any():
-        raise BrokenCase(f"mask {name} has values that are no whole numbers: it is no mask")
     mask = sitk.Cast(image >= least, sitk.sitkUInt8)
     if not to_array(mask).any():
         raise EmptyMask(f"mask {name} is empty (no value >= {least})")
@@ -124,8 +95,6 @@ def cut_physical(
     `masks` are "gland" and, in a positive case, "tumour", of 0 and 1; `window` is "gland",
     "percentile" or "volume".
     """
-    import SimpleITK as sitk
-
     # LPS: rows run to the back, columns to the left, however the file was stored
     origin, direction = target_grid(sitk.DICOMOrient(volumes["t2w"], "LPS"))
     whole = (GRID, origin, direction)
@@ -153,8 +122,6 @@ def cut_physical(
 
 def _find_level(volume: sitk.Image, mask: sitk.Image, low: float, name: str) -> float:
     """Return the median under a mask, above `low`, without what is more than twice as bright."""
-    import SimpleITK as sitk
-
     inside = sitk.Resample(mask, volume, sitk.Transform(), sitk.sitkNearestNeighbor)
     values = to_array(volume)[to_array(inside) > 0] - low
     if not values.size:
@@ -165,8 +132,6 @@ def _find_level(volume: sitk.Image, mask: sitk.Image, low: float, name: str) -> 
 
 def cut_paper(volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image]) -> Cut:
     """Cut as the released script does: every volume on its own, scaled before it is cropped."""
-    import SimpleITK as sitk
-
     stacks = {
         name: _crop_centre(_respace(m, sitk.sitkNearestNeighbor)) for name, m in masks.items()
     }
@@ -227,8 +192,6 @@ def _resample(
     image: sitk.Image, shape: Sequence[int], origin: Vector, direction: Vector, interpolator: int
 ) -> Array:
     """Resample onto a grid of the target spacing; 0 outside. One thread: cases run in parallel."""
-    import SimpleITK as sitk
-
     resampler = sitk.ResampleImageFilter()
     resampler.SetSize([int(n) for n in reversed(shape)])
     resampler.SetOutputSpacing(SPACING[::-1])
