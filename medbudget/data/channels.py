@@ -10,14 +10,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from medbudget.data.dicom import (
-    get_number,
-    get_numbers,
-    get_text,
-    measure_axes,
-    quiet,
-    read_dataset,
-)
+from medbudget.data import dicom
+from medbudget.data.dicom import get_number, get_numbers, get_text, quiet, read_dataset
 from medbudget.data.pixels import Pixels
 from medbudget.data.prepare import BrokenCase
 from medbudget.data.volumes import Source, read_pixels
@@ -43,21 +37,14 @@ def check_channels(channels: str) -> list[str]:
     """Return the three names of ``RED,GREEN,BLUE``."""
     names = [name.strip().lower() for name in channels.split(",")]
     if len(names) != 3 or not all(names) or len(set(names)) < 3:
-        raise ValueError(
-            f"channels {channels!r}: name three series of a study, such as t2w,adc,hbv; a name is "
-            "one of these or a part of the series description"
-        )
+        raise ValueError(f"channels {channels!r}: name three series, such as t2w,adc,hbv")
     return names
 
 
 def join_channels(
     root: Path, sources: Sequence[Source], names: Sequence[str], notes: list[str]
 ) -> list[Source]:
-    """Join three series of each study; a study that lacks one becomes a source with a problem.
-
-    ``t2w`` is an axial series with T2 in its description, ``adc`` a map with ADC in it, ``hbv`` the
-    series of the highest b-value; another name is a part of the series description.
-    """
+    """Join three series of each study; a study that lacks one becomes a source with a problem."""
     studies: dict[str, list[Series]] = {}
     joined: list[Source] = []
     for source in sources:
@@ -99,7 +86,7 @@ def _describe(root: Path, source: Source) -> Series:
         get_text(data, "StudyInstanceUID") or Path(source.files[0]).parent.as_posix(),
         get_text(data, "FrameOfReferenceUID"),
         text,
-        orientation is not None and np.abs(measure_axes(orientation)[:, 2]).argmax() == 2,
+        orientation is not None and np.abs(dicom.measure_axes(orientation)[:, 2]).argmax() == 2,
         b_value,
     )
 
@@ -113,8 +100,7 @@ def _choose(names: Sequence[str], study: Sequence[Series]) -> list[Source]:
             shown = ", ".join(one.source.files[0] for one in (fits or study)[:4])
             raise BrokenCase(
                 f"channel {name}: {len(fits)} of the {len(study)} series of its study fit ({shown} "
-                "…); name one by a part of its series description, such as --channels "
-                "t2_tra,adc,b1400"
+                "…); name one by a part of its description, such as --channels t2_tra,adc,b1400"
             )
         if problem := fits[0].source.problem:
             raise BrokenCase(problem)
@@ -125,7 +111,8 @@ def _choose(names: Sequence[str], study: Sequence[Series]) -> list[Source]:
 
 
 def _find(name: str, study: Sequence[Series]) -> list[Series]:
-    """Return the series of a study that fit a channel's name."""
+    """Return the series that fit a channel's name: ADC in the description; the highest b-value; T2
+    in the description and axial; or the name in it."""
     if name == "adc":
         return [one for one in study if "adc" in one.text]
     rest = [one for one in study if "adc" not in one.text]

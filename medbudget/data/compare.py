@@ -11,9 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pydicom
-
-from medbudget.data.dicom import get_text, quiet
+from medbudget.data.dicom import get_text, quiet, read_dataset
 from medbudget.data.listed import Entry
 from medbudget.data.render import hash_values
 from medbudget.data.splits import join_patients
@@ -36,8 +34,7 @@ class Person:
 @quiet()
 def _read_person(path: Path) -> Person:
     """Read who the patient of a DICOM file is."""
-    tags = ["SpecificCharacterSet", *NUMBERS, *NAMES]
-    data = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
+    data = read_dataset(path, pixels=False)
     names = [form for name in NAMES for form in get_text(data, name).split("=")]
     return Person(tuple(get_text(data, name) for name in NUMBERS), tuple(names))
 
@@ -125,14 +122,13 @@ def check_classes(
         return [*entries]
     if by_folder and len(named) == len(patients):
         notes.append(
-            "the folders are named after their patients: all images are of one class, all, so that "
-            "no name is written; name classes in a table (--labels)"
+            "the folders are named after their patients, so that all images are of one class, all; "
+            "name classes in a table (--labels)"
         )
         return [replace(entry, label="all") for entry in entries]
     raise ValueError(
         f"{len(named)} of {len(patients)} classes are named after their patients, and would be "
-        "written into folders, manifest and contact sheet; name the classes by what they show, in "
-        "a table (--labels)"
+        "written everywhere; name the classes by what they show, in a table (--labels)"
     )
 
 

@@ -104,9 +104,7 @@ def decode(data: Dataset) -> Array:
     stored = int(get_number(data, "BitsStored", allocated))
     high = int(get_number(data, "HighBit", stored - 1))
     if allocated not in (1, 8, 16, 32, 64) or not 0 <= stored - 1 <= high < allocated:
-        raise BrokenCase(
-            f"its pixels are said to have {stored} of {allocated} bits, the highest at {high}"
-        )
+        raise BrokenCase(f"its pixels have {stored} of {allocated} bits, the highest at {high}")
     syntax, model = data.file_meta.TransferSyntaxUID, get_text(data, "PhotometricInterpretation")
     if syntax.is_encapsulated:
         n = max(1, int(get_number(data, "NumberOfFrames", 1)))
@@ -128,8 +126,7 @@ def decode(data: Dataset) -> Array:
     if not model.startswith("MONOCHROME"):
         if meta["photometric_interpretation"] != "RGB" or values.dtype != np.uint8:
             raise BrokenCase(
-                "its colour model or its 16 bits a colour are not read; allowed are MONOCHROME1 "
-                "and 2, and RGB, YBR and palette of 8 bits: export it so"
+                "its colour model, or its 16 bits a colour: export it as RGB of 8 bits"
             )
         return values.reshape(-1, data.Rows, data.Columns, 3)
     values = values.reshape(-1, data.Rows, data.Columns)
@@ -259,9 +256,9 @@ def _place(frames: Sequence[Frame]) -> tuple[Numbers, float, list[int], str]:
     planes = [f.orientation for f in frames if f.orientation and (f.position or n == 1)]
     if len(planes) < n:
         return (), 1.0, list(range(n)), "it has no position and orientation"
-    if not all(is_parallel(plane, planes[0]) for plane in planes):
+    if not np.allclose(planes, planes[:1], atol=1e-3):
         raise BrokenCase("its frames lie in several planes; export each as a file of its own")
-    if not all(np.allclose(f.spacing or 0, first.spacing or 0, rtol=1e-3) for f in frames):
+    if not np.allclose([f.spacing or (0, 0) for f in frames], first.spacing or 0, rtol=1e-3):
         raise BrokenCase("its frames have several pixel spacings")
     places = np.array([f.position or (0.0, 0.0, 0.0) for f in frames])
     axes, order, steps = order_slices(planes[0], places)
@@ -276,11 +273,6 @@ def _place(frames: Sequence[Frame]) -> tuple[Numbers, float, list[int], str]:
     elif np.linalg.norm(drift, axis=1).max() > 0.1 * step:
         uncut = "its slices are shifted (gantry tilt)"
     return (*map(float, places[0]), *map(float, axes.ravel())), step, order, uncut
-
-
-def is_parallel(one: Numbers, other: Numbers) -> bool:
-    """Do two orientations show the same plane, to a few hundredths of a degree?"""
-    return bool(np.allclose(one, other, atol=1e-3))
 
 
 def is_uneven(steps: Array) -> bool:

@@ -44,9 +44,7 @@ def read_volume(path: str | os.PathLike[str]) -> sitk.Image:
         raise BrokenCase("cannot be read: it is truncated or damaged, or no image") from None
     kind, components = image.GetPixelIDTypeAsString(), image.GetNumberOfComponentsPerPixel()
     if "complex" in kind or (components > 1 and (components != 3 or "8-bit unsigned" not in kind)):
-        raise BrokenCase(
-            f"it has {components} values a pixel of {kind}; allowed are 1, or 8-bit RGB"
-        )
+        raise BrokenCase(f"it has {components} x {kind} a pixel; allowed are 1, or 8-bit RGB")
     if math.prod(image.GetSize()[3:]) > 1:
         n, size = image.GetDimension(), image.GetSize()
         raise BrokenCase(f"a {n}-D volume of size {size}: export the one that you want")
@@ -70,8 +68,8 @@ def _open(file: Path) -> sitk.ImageFileReader:
 def _read_text_header(path: Path) -> tuple[sitk.Image, bool]:
     """Read a MetaImage ("name = value") or NRRD file ("name: value"), and whether it states a
     spacing; refuse headers that harm ITK."""
-    with open(path, "rb") as file:
-        head = file.read(1 << 20)
+    with open(path, "rb") as opened:
+        head = opened.read(1 << 20)
     end = re.search(rb"^ElementDataFile[^\n]*\n|\r?\n\r?\n", head, re.M | re.I)
     head = head[: end.end()] if end else head
     fields: dict[str, list[str]] = {}
@@ -92,19 +90,16 @@ def _read_text_header(path: Path) -> tuple[sitk.Image, bool]:
     others = [path.parent / name for name in names]
     plain = all(name and Path(name).name == name for name in names)
     if not plain or len(names) > 1 or any(p.is_symlink() or not p.is_file() for p in others):
-        raise BrokenCase(
-            "its data are in another file, which must be one and lie beside it under a plain name; "
-            "put it there, or save header and data as one .mha or .nrrd"
-        )
+        raise BrokenCase("its data are in another file, which must lie beside it: save both as one")
     encoding = first("encoding", "gzip" if is_true("compresseddata", "f") else "raw")
     if encoding not in ("raw", "gzip", "gz") or not is_true("binarydata", "t"):
         raise BrokenCase("its pixels are stored as text or bzip2; save them as raw or gzip")
-    data = others[0].read_bytes() if others else path.read_bytes()[len(head) :]
-    reader, packed = _open(path), encoding != "raw"
-    if math.prod(reader.GetSize()) > len(data) * (MAX_RATIO if packed else 1):
-        raise BrokenCase(f"truncated: it claims more pixels than are there: {reader.GetSize()}")
+    file, reader, packed = others[0] if others else path, _open(path), encoding != "raw"
+    if not 0 < math.prod(reader.GetSize()) <= file.stat().st_size * (MAX_RATIO if packed else 1):
+        raise BrokenCase(f"truncated: it claims pixels that are not there: {reader.GetSize()}")
     image = reader.Execute()
     if packed:
+        data = file.read_bytes()[0 if others else len(head) :]
         need, stream = sitk.GetArrayViewFromImage(image).nbytes, zlib.decompressobj(47)
         fits = int(first("compresseddatasize", str(len(data)))) == len(data)
         if len(stream.decompress(data, need + 2**20)) < need or not stream.eof or not fits:
@@ -135,9 +130,7 @@ def _read_nifti(path: Path) -> tuple[sitk.Image, bool]:
         held = path.stat().st_size * (MAX_RATIO if packed else 1)
         content = bytearray(head + file.read(min(need, held) - 352 + 2**20))
         if len(content) < need or (packed and file.read(1)):  # the check sum is read at the end
-            raise BrokenCase(
-                f"truncated, or not as its header claims: it holds {len(content):,} bytes of {need:,}"
-            )
+            raise BrokenCase("truncated: it does not hold the pixels that its header claims")
     if n < 3:  # ITK forgets the direction of a slice
         struct.pack_into(f"{order}8h", content, 40, 3, *dim, *[1] * (7 - n))
     if not abs(slope) > 0:  # 0 means none (nifti1.h), and so does NaN

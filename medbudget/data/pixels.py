@@ -93,10 +93,7 @@ def turn(pixels: Pixels, plane: str) -> Pixels:
     plane = stored if plane == "native" else plane
     reason = f"it is one {stored} slice" if len(pixels.values) == 1 else pixels.uncut
     if plane != stored and reason:
-        raise BrokenCase(
-            f"{reason}: it cannot be cut in the {plane} plane; slice it as it is stored (--plane "
-            "native)"
-        )
+        raise BrokenCase(f"{reason}: no {plane} plane can be cut; slice it with --plane native")
     image = sitk.DICOMOrient(image, TURNS[plane])
     padding, windows = pixels.padding, pixels.windows
     if padding is not None:

@@ -74,10 +74,7 @@ def parse_window(window: str) -> tuple[float, float]:
     except ValueError:
         low = high = float("nan")
     if not low < high:
-        raise ValueError(
-            f"unknown window {window!r}; allowed are auto, tags, percentile, and LOW,HIGH where "
-            "LOW is below HIGH"
-        )
+        raise ValueError(f"unknown window {window!r}; allowed are auto, tags, percentile, LOW,HIGH")
     return low, high
 
 
@@ -108,8 +105,8 @@ def apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
         low, high = seen.min(), seen.max()
         if low < high and (high <= chosen.low or low >= chosen.high):
             raise BrokenCase(
-                f"its window {chosen} lies beside all of its values, {low:g} to {high:g}: it would "
-                "be of one gray level; use --window percentile"
+                f"its window {chosen} lies beside all of its values, {low:g} to {high:g}; use "
+                "--window percentile"
             )
     scaled = chosen.apply(values)
     if pixels.inverted:

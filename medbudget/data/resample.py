@@ -54,9 +54,7 @@ def _read_volume(file: Path, what: str) -> sitk.Image:
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise BrokenCase(f"{file.name} is not a gray 3-D volume: its size is {image.GetSize()}")
     if bad := int((~np.isfinite(to_array(image))).sum()):
-        raise BrokenCase(
-            f"{file.name} has {bad} values that are infinite or not a number; compute it again"
-        )
+        raise BrokenCase(f"{file.name} has {bad} values that are infinite or not a number")
     return image
 
 
@@ -70,10 +68,7 @@ def read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
     image = _read_volume(file, f"mask ({file.parent.parent.name}/{file.parent.name})")
     apart = float(np.abs(_find_corners(image) - _find_corners(t2w)).max())
     if apart > 2 * max(*image.GetSpacing(), *t2w.GetSpacing()):
-        raise BrokenCase(
-            f"mask {name} of size {image.GetSize()} lies {apart:.0f} mm off T2W of size "
-            f"{t2w.GetSize()}: it belongs to another volume"
-        )
+        raise BrokenCase(f"mask {name} lies {apart:.0f} mm off T2W: it belongs to another volume")
     mask = sitk.Cast(image >= least, sitk.sitkUInt8)
     if not to_array(mask).any():
         raise EmptyMask(f"mask {name} is empty (no value >= {least})")
@@ -90,19 +85,16 @@ def _find_corners(image: sitk.Image) -> Array:
 def cut_physical(
     volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image], window: str
 ) -> Cut:
-    """Cut one slice of T2W's grid (`target_grid`) in patient space out of all volumes.
+    """Cut one slice of T2W's grid in patient space out of all volumes.
 
-    `masks` are "gland" and, in a positive case, "tumour", of 0 and 1; `window` is "gland",
-    "percentile" or "volume".
+    `masks` are "gland" and, in a positive case, "tumour", of 0 and 1.
     """
     # LPS: rows run to the back, columns to the left, however the file was stored
     origin, direction = target_grid(sitk.DICOMOrient(volumes["t2w"], "LPS"))
-    whole = (GRID, origin, direction)
     inset = (np.array(GRID) - np.array(CENTRE)) / 2 * np.array(SPACING)
     centre = (CENTRE, shift(origin, direction, inset), direction)
-    stacks = {
-        name: _resample(mask, *whole, sitk.sitkNearestNeighbor) for name, mask in masks.items()
-    }
+    nearest = sitk.sitkNearestNeighbor
+    stacks = {n: _resample(m, GRID, origin, direction, nearest) for n, m in masks.items()}
     index = _choose_slice(stacks)
     corner = shift(origin, direction, (index * SPACING[0], 0, 0))
     planes, ranges = {}, {}
@@ -132,9 +124,8 @@ def _find_level(volume: sitk.Image, mask: sitk.Image, low: float, name: str) -> 
 
 def cut_paper(volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image]) -> Cut:
     """Cut as the released script does: every volume on its own, scaled before it is cropped."""
-    stacks = {
-        name: _crop_centre(_respace(m, sitk.sitkNearestNeighbor)) for name, m in masks.items()
-    }
+    nearest = sitk.sitkNearestNeighbor
+    stacks = {name: _crop_centre(_respace(mask, nearest)) for name, mask in masks.items()}
     index = _choose_slice(stacks)
     planes, ranges = {}, {}
     for name, volume in volumes.items():
@@ -153,11 +144,9 @@ def target_grid(t2w: sitk.Image) -> tuple[Vector, Vector]:
     to within half a step.
     """
     spacing = np.array(SPACING[::-1])
-    steps = np.round(np.array(t2w.GetSize()) * np.array(t2w.GetSpacing()) / spacing).astype(int)
-    starts = [_start(int(n), wanted) for n, wanted in zip(steps, GRID[::-1])]
-    direction = np.reshape(t2w.GetDirection(), (3, 3))
-    origin = np.array(t2w.GetOrigin()) + direction @ (np.array(starts) * spacing)
-    return tuple(map(float, origin)), t2w.GetDirection()
+    steps = np.round(np.array(t2w.GetSize()) * np.array(t2w.GetSpacing()) / spacing)
+    corner = np.trunc((steps - GRID[::-1]) / 2) * spacing
+    return shift(t2w.GetOrigin(), t2w.GetDirection(), corner[::-1]), t2w.GetDirection()
 
 
 def shift(origin: Vector, direction: Vector, millimetres: Sequence[float] | Array) -> Vector:
@@ -183,11 +172,6 @@ def _choose_slice(masks: Mapping[str, Array]) -> int:
     return int(area.argmax()) if name == "tumour" else int(np.median(np.flatnonzero(area)))
 
 
-def _start(length: int, wanted: int) -> int:
-    """Return the first index of a centred crop; negative where it has to be padded instead."""
-    return (length - wanted) // 2 if length >= wanted else -((wanted - length) // 2)
-
-
 def _resample(
     image: sitk.Image, shape: Sequence[int], origin: Vector, direction: Vector, interpolator: int
 ) -> Array:
@@ -208,10 +192,8 @@ def _crop_to(
     """Return the part of a volume under a grid: nothing else is resampled."""
     axes = np.reshape(direction, (3, 3)) * np.array(SPACING[::-1])
     corners = np.array([*np.ndindex(2, 2, 2)]).T * (np.array(shape[::-1]) - 1)[:, None]
-    points = np.asarray(origin)[:, None] + axes @ corners
-    indices = np.array(
-        [image.TransformPhysicalPointToContinuousIndex(p) for p in points.T.tolist()]
-    )
+    points = (np.asarray(origin)[:, None] + axes @ corners).T.tolist()
+    indices = np.array([image.TransformPhysicalPointToContinuousIndex(point) for point in points])
     size = np.array(image.GetSize())
     low = np.clip(np.floor(indices.min(axis=0)) - margin, 0, size - 1).astype(int)
     high = np.clip(np.ceil(indices.max(axis=0)) + margin, 0, size - 1).astype(int)
@@ -229,10 +211,7 @@ def _respace(image: sitk.Image, interpolator: int) -> Array:
 
 def _crop_centre(values: Array) -> Array:
     """Crop or zero-pad to the target size around the array's centre."""
-    starts = [_start(length, wanted) for length, wanted in zip(values.shape, GRID)]
-    pads = [
-        (max(-start, 0), max(wanted - length + start, 0))
-        for start, length, wanted in zip(starts, values.shape, GRID)
-    ]
+    starts = [int((length - wanted) / 2) for length, wanted in zip(values.shape, GRID)]
+    lacks = [(max(-s, 0), max(w - n + s, 0)) for s, n, w in zip(starts, values.shape, GRID)]
     crop = tuple(slice(max(s, 0), max(s, 0) + wanted) for s, wanted in zip(starts, GRID))
-    return np.pad(values, pads)[crop]
+    return np.pad(values, lacks)[crop]

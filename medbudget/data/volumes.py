@@ -16,19 +16,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from medbudget.data.dicom import (
-    ONE_PLACE,
-    check_finite,
-    get_number,
-    get_numbers,
-    get_text,
-    is_parallel,
-    is_uneven,
-    order_slices,
-    quiet,
-    read_dataset,
-    read_dicom,
-)
+from medbudget.data import dicom
+from medbudget.data.dicom import get_number, get_numbers, get_text, quiet, read_dataset
 from medbudget.data.items import BrokenCase
 from medbudget.data.itk import VOLUMES, read_volume
 from medbudget.data.pixels import TURNS, Array, Numbers, Pixels, turn
@@ -60,10 +49,8 @@ class Source:
 class Header:
     """What decides which DICOM files are one volume."""
 
-    file: str
+    source: Source
     series: str
-    patient: str
-    burnt_in: bool
     scout: bool
     shape: tuple[str, ...]  # size and colour model
     orientation: Numbers  # () where no place is known
@@ -75,17 +62,16 @@ class Header:
         """Could both be slices of one volume?"""
         return (
             self.shape == other.shape
-            and is_parallel(self.orientation, other.orientation)
+            and np.allclose(self.orientation, other.orientation, atol=1e-3)
             and np.allclose(self.spacing or 0, other.spacing or 0, rtol=1e-3)
         )
 
 
 def find_sources(root: str | os.PathLike[str], *, notes: list[str] | None = None) -> list[Source]:
-    """List images and volumes in `root` and below, DICOM files joined to series.
+    """List images and volumes in `root` and below; `notes` gets what was passed over or split.
 
-    Slices of one series are one volume where they lie in one plane, have one size and spacing, and
-    in one folder of the first level, which stands for a class. Hidden files are passed over.
-    `notes` gets a sentence on what was passed over, left out, split, or has gaps.
+    Slices of one DICOM series are one volume where they lie in one plane, have one size and
+    spacing, and in one folder of the first level, which stands for a class.
     """
     root = Path(root)
     if not root.is_dir():
@@ -141,14 +127,15 @@ def _read_header(path: Path, file: str) -> Header | str:
     name = getattr(kind, "name", "") if getattr(kind, "is_private", True) is False else ""
     if name and name != str(kind) and not re.search("Image Storage|Parametric Map", name):
         return f"DICOM {name.removesuffix(' Storage')}"
-    one = get_number(data, "NumberOfFrames", 1) <= 1
+    burnt_in, one = (
+        get_text(data, "BurnedInAnnotation") == "YES",
+        get_number(data, "NumberOfFrames") < 2,
+    )
     orientation = one and get_numbers(data, "ImageOrientationPatient", 6)
     position = one and get_numbers(data, "ImagePositionPatient", 3)
     return Header(
-        file,
+        Source((file,), "dicom", get_text(data, "PatientID"), burnt_in=burnt_in),
         get_text(data, "SeriesInstanceUID") or f"none: {file}",
-        get_text(data, "PatientID"),
-        get_text(data, "BurnedInAnnotation") == "YES",
         "LOCALIZER" in get_text(data, "ImageType"),
         tuple(get_text(data, n) for n in ("Rows", "Columns", "PhotometricInterpretation")),
         orientation if orientation and position else (),
@@ -162,19 +149,19 @@ def _join(members: list[Header], said: dict[str, list[str]]) -> list[Source]:
     """Join files of one series to volumes; `said` gets what was done, and to which."""
 
     def note(text: str) -> None:
-        said.setdefault(text, []).append(members[0].file)
+        said.setdefault(text, []).append(members[0].source.files[0])
 
-    patients = {header.patient for header in members}
+    patients = {header.source.patient for header in members}
     if len(patients) > 1:
-        return [_source(members, f"one series holds {len(patients)} patients")]
-    if len({header.file.rpartition("/")[0].split("/")[0] for header in members}) > 1:
+        return [_stack(members, f"one series holds {len(patients)} patients")]
+    if len({Path(header.source.files[0]).parts[:-1][:1] for header in members}) > 1:
         note("its slices lie in several folders of classes, and stay images of their own")
-        return [_source([header]) for header in members]
+        return [header.source for header in members]
     if {header.scout for header in members} == {True, False}:
         note("scouts (localizers) among its slices are left out")
         members = [header for header in members if not header.scout]
     # views, and files of several frames
-    sources = [_source([header]) for header in members if not header.orientation]
+    sources = [header.source for header in members if not header.orientation]
     stacks: list[list[Header]] = []
     for header in members:
         if header.orientation:
@@ -196,9 +183,11 @@ def _group(headers: Sequence[Header], key: Callable[..., str]) -> dict[str, list
 def _order(stack: list[Header], note: Callable[[str], None]) -> list[Source]:
     """Put parallel slices in order; keep time points and the like apart."""
     try:
-        _, order, steps = order_slices(stack[0].orientation, np.array([h.position for h in stack]))
+        _, order, steps = dicom.order_slices(
+            stack[0].orientation, np.array([h.position for h in stack])
+        )
     except BrokenCase as error:
-        return [_source(stack, str(error))]
+        return [_stack(stack, str(error))]
     stack = [stack[i] for i in order]
     if len(steps) and steps.min() < 1e-3:
         places = 1 + int((steps >= 1e-3).sum())
@@ -207,16 +196,16 @@ def _order(stack: list[Header], note: Callable[[str], None]) -> list[Source]:
             if len(groups) > 1 and places > 1 and {len(g) for g in groups.values()} == {places}:
                 note(f"split into {len(groups)} volumes by {name}, as slices share positions")
                 return [source for group in groups.values() for source in _order(group, note)]
-        return [_source(stack, ONE_PLACE)]
-    if is_uneven(steps):
+        return [_stack(stack, dicom.ONE_PLACE)]
+    if dicom.is_uneven(steps):
         note("its slices lie unevenly: is one missing?")
-    return [_source(stack)]
+    return [_stack(stack)]
 
 
-def _source(members: Sequence[Header], problem: str = "") -> Source:
-    files = tuple(header.file for header in members)
-    burnt_in = any(header.burnt_in for header in members)
-    return Source(files, "dicom", min(h.patient for h in members), problem, burnt_in)
+def _stack(members: Sequence[Header], problem: str = "") -> Source:
+    sources = [header.source for header in members]
+    files, burnt_in = tuple(s.files[0] for s in sources), any(s.burnt_in for s in sources)
+    return replace(sources[0], files=files, problem=problem, burnt_in=burnt_in)
 
 
 def separate(source: Source) -> list[Source]:
@@ -236,7 +225,7 @@ def read_pixels(root: str | os.PathLike[str], source: Source, *, plane: str = "n
     paths = [Path(root) / file for file in source.files]
     if source.kind == "picture":
         return _read_picture(paths[0])
-    return turn(read_dicom(paths) if source.kind == "dicom" else _read_itk(paths[0]), plane)
+    return turn(dicom.read_dicom(paths) if source.kind == "dicom" else _read_itk(paths[0]), plane)
 
 
 def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "native") -> Array:
@@ -247,24 +236,16 @@ def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "nati
     """
     path = Path(source.files[0])
     stem = path.parent if len(source.files) > 1 else path.parent / _cut_suffix(path.name)
-    folder = masks / stem.parent
+    beside = (masks / stem.parent).glob("*")
     files = [
-        file
-        for file in (folder.iterdir() if folder.is_dir() else ())
-        if file.name.lower().endswith(VOLUMES) and _cut_suffix(file.name) == stem.name
+        f for f in beside if f.name.lower().endswith(VOLUMES) and _cut_suffix(f.name) == stem.name
     ]
     if len(files) != 1:
-        raise BrokenCase(
-            f"{len(files)} masks {stem.as_posix()}.* in the folder of masks; 1 is needed, as "
-            f"{', '.join(VOLUMES)}"
-        )
+        raise BrokenCase(f"{len(files)} masks {stem.as_posix()}.* of {VOLUMES}; 1 is needed")
     mask = turn(_read_itk(files[0]), plane)
     place, other = ((*p.values.shape, *p.frame, *p.steps) for p in (mask, pixels))
     if len(place) != len(other) or not np.allclose(place, other, rtol=1e-4, atol=2e-3):
-        raise BrokenCase(
-            f"its mask has another grid: {mask.values.shape} and {pixels.values.shape}, or another "
-            "place"
-        )
+        raise BrokenCase("its mask has another grid: another size, spacing or place")
     return mask.values > 0
 
 
@@ -277,7 +258,7 @@ def _cut_suffix(name: str) -> str:
 def _read_itk(path: Path) -> Pixels:
     image = read_volume(path)
     values, flat = sitk.GetArrayFromImage(image), image.GetDimension() == 2
-    check_finite(values)
+    dicom.check_finite(values)
     return Pixels(
         values[None] if flat else values,
         image.GetSpacing() + (1.0,) * flat,
