@@ -230,14 +230,14 @@ def test_monochrome1_is_inverted_after_its_window(tmp_path, kind):
 # --------------------------------------------------------------- each slice its own rescale
 
 
-def write_series(root, pixels, **per_slice):
-    series = generate_uid()
-    for k, values in enumerate(pixels):
-        write(
-            root / f"{k}.dcm", values, series=series, ImagePositionPatient=[0, 0, 3.0 * k],
-            ImageOrientationPatient=AXIAL, PixelSpacing=[1, 1],
-            **{name: values[k] for name, values in per_slice.items()},
-        )  # fmt: skip
+def write_slices(root, z, *, pixels=None, first=0, series="1.2.77", **tags):
+    """Write axial slices; a tag that can be called gets the number of the slice."""
+    for k, place in enumerate(z):
+        own = {name: value(k) if callable(value) else value for name, value in tags.items()}
+        plane = {"ImageOrientationPatient": AXIAL, "PixelSpacing": [1, 1], **own}
+        values = RAMP + 1000 * (first + k) if pixels is None else pixels[k]
+        write(root / f"{first + k:03d}.dcm", values, series=series,
+              **{"ImagePositionPatient": [0, 0, place], **plane})  # fmt: skip
 
 
 def same(value, kind=np.uint16):
@@ -259,21 +259,21 @@ def same(value, kind=np.uint16):
     ],
 )  # fmt: skip
 def test_each_slice_has_its_own_numbers(tmp_path, pixels, right, tags):
-    write_series(tmp_path, pixels, **tags)
+    tags = {name: values.__getitem__ for name, values in tags.items()}
+    write_slices(tmp_path, [0, 3, 6, 9], pixels=pixels, **tags)
     assert np.allclose(read_one(tmp_path).values[:, 0, 0].astype(float), right)
 
 
 def test_each_slice_has_its_own_window(tmp_path):
     ramp = np.tile(np.arange(16, dtype=np.uint16) * 60, (16, 1))
-    widths = {"WindowCenter": [10, 450, 450, 450, 450], "WindowWidth": [20, 901, 901, 901, 901]}
-    write_series(tmp_path / "in" / "c", [ramp] * 5, **widths)
+    window = {"WindowCenter": lambda k: 450 if k else 10, "WindowWidth": lambda k: 901 if k else 20}
+    write_slices(tmp_path / "in" / "c", range(0, 15, 3), pixels=[ramp] * 5, **window)
     assert (prepared(tmp_path / "in", tmp_path / "out") == 255).mean() < 0.2
     assert read_row(tmp_path / "out")["window"] == "tags: -0.5..899.5"
     prone = tmp_path / "prone"  # slices are turned over: the windows go with them
-    for k in range(3):
-        write(prone / f"{k}.dcm", ramp + k, series="1.2.9", ImagePositionPatient=[0, 0, -k],
-              ImageOrientationPatient=[1, 0, 0, 0, -1, 0], PixelSpacing=[1, 1],
-              WindowCenter=100 * (k + 1), WindowWidth=50)  # fmt: skip
+    window = {"WindowCenter": lambda k: 100 * (k + 1), "WindowWidth": 50}
+    turned = {"ImageOrientationPatient": [1, 0, 0, 0, -1, 0]}
+    write_slices(prone, [0, -1, -2], pixels=[ramp, ramp + 1, ramp + 2], **window, **turned)
     pixels = read_one(prone)
     assert pixels.values[:, 0, 0].tolist() == [2, 1, 0]
     assert [w.low + w.high for w in pixels.windows] == [599, 399, 199]
@@ -477,14 +477,6 @@ def test_frames_without_positions_stay_in_their_order(tmp_path):
 
 
 # --------------------------------------------------------------- which slices are one volume
-
-
-def write_slices(root, z, *, first=0, series="1.2.77", **tags):
-    for k, place in enumerate(z):
-        own = {name: value(k) if callable(value) else value for name, value in tags.items()}
-        plane = {"ImageOrientationPatient": AXIAL, "PixelSpacing": [1, 1], **own}
-        write(root / f"{first + k:03d}.dcm", RAMP + 1000 * (first + k), series=series,
-              **{"ImagePositionPatient": [0, 0, place], **plane})  # fmt: skip
 
 
 def sizes(root, notes=None):

@@ -236,6 +236,8 @@ def read_dicom(paths: Sequence[Path]) -> Pixels:
     padding = np.stack([f.padding for f in frames])
     windows = tuple(f.window for f in frames)
     high, wide = first.spacing or get_numbers(data, "PixelAspectRatio", 2) or (1.0, 1.0)
+    if min(high, wide) <= 0:
+        raise BrokenCase("its pixel spacing or aspect ratio is not above 0")
     detector = "PixelSpacing" not in data and "ImagerPixelSpacing" in data
     return Pixels(
         np.stack([f.values for f in frames]),
@@ -293,7 +295,7 @@ def measure_axes(orientation: Numbers) -> Array:
     """Return the directions of columns, rows and slices as the columns of a matrix."""
     right, down = np.reshape(orientation, (2, 3))
     axes = np.stack([right, down, np.cross(right, down)], axis=1)
-    if not np.allclose(axes.T @ axes, np.eye(3), atol=0.02):
+    if not np.allclose(axes.T @ axes, np.eye(3), atol=0.01):
         raise BrokenCase("its orientation is no pair of directions at right angles")
     return axes
 
@@ -329,7 +331,5 @@ def _read_frames(data: Dataset) -> list[Frame]:
         orientation = get_numbers(plane, "ImageOrientationPatient", 6)
         measures = group(k, "PixelMeasuresSequence")
         spacing = next(filter(None, (get_numbers(measures, s, 2) for s in SPACINGS)), None)
-        if spacing is not None and min(spacing) <= 0:
-            raise BrokenCase("its pixel spacing is not above 0")
         frames.append(Frame(values, padding, window, position, orientation, spacing))
     return frames

@@ -87,14 +87,15 @@ def turn(pixels: Pixels, plane: str) -> Pixels:
         if plane != "native" and pixels.uncut:
             raise BrokenCase(f"{pixels.uncut}: no {plane} plane is known")
         return pixels
-    image = pixels.to_volume(pixels.values)
-    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(pixels.frame[3:])
     stored = PLANE_OF[code[2]]
     plane = stored if plane == "native" else plane
     reason = f"it is one {stored} slice" if len(pixels.values) == 1 else pixels.uncut
     if plane != stored and reason:
         raise BrokenCase(f"{reason}: no {plane} plane can be cut; slice it with --plane native")
-    image = sitk.DICOMOrient(image, TURNS[plane])
+    if code == TURNS[plane]:
+        return pixels
+    image = sitk.DICOMOrient(pixels.to_volume(pixels.values), TURNS[plane])
     padding, windows = pixels.padding, pixels.windows
     if padding is not None:
         padded = sitk.DICOMOrient(pixels.to_volume(padding.astype(np.uint8)), TURNS[plane])

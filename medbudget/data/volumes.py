@@ -124,13 +124,10 @@ def _read_header(path: Path, file: str) -> Header | str:
     """Read what joining needs; for what is no image, return what it is."""
     data = read_dataset(path, pixels=False)
     kind = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
-    name = getattr(kind, "name", "") if getattr(kind, "is_private", True) is False else ""
-    if name and name != str(kind) and not re.search("Image Storage|Parametric Map", name):
-        return f"DICOM {name.removesuffix(' Storage')}"
-    burnt_in, one = (
-        get_text(data, "BurnedInAnnotation") == "YES",
-        get_number(data, "NumberOfFrames") < 2,
-    )
+    if kind and kind.name != kind and not re.search("Image Storage|Parametric Map", kind.name):
+        return f"DICOM {kind.name.removesuffix(' Storage')}"
+    burnt_in = get_text(data, "BurnedInAnnotation") == "YES"
+    one = get_number(data, "NumberOfFrames") < 2
     orientation = one and get_numbers(data, "ImageOrientationPatient", 6)
     position = one and get_numbers(data, "ImagePositionPatient", 3)
     return Header(
@@ -243,10 +240,18 @@ def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "nati
     if len(files) != 1:
         raise BrokenCase(f"{len(files)} masks {stem.as_posix()}.* of {VOLUMES}; 1 is needed")
     mask = turn(_read_itk(files[0]), plane)
-    place, other = ((*p.values.shape, *p.frame, *p.steps) for p in (mask, pixels))
-    if len(place) != len(other) or not np.allclose(place, other, rtol=1e-4, atol=2e-3):
+    same = mask.values.shape == pixels.values.shape and len(mask.frame) == len(pixels.frame)
+    near = min(pixels.steps[:2]) / 4  # of a pixel: less than any whole step
+    if not same or not np.allclose(_find_ends(mask), _find_ends(pixels), rtol=0, atol=near):
         raise BrokenCase("its mask has another grid: another size, spacing or place")
     return mask.values > 0
+
+
+def _find_ends(pixels: Pixels) -> Array:
+    """Return the first pixel's place, and the way from there to the end of each axis, in mm."""
+    n = 3 if len(pixels.frame) == 12 else 2
+    reach = np.array(pixels.steps[:n]) * (np.array(pixels.values.shape[2::-1])[:n] - 1)
+    return np.array([*pixels.frame[:n], *(np.reshape(pixels.frame[n:], (n, n)) * reach).ravel()])
 
 
 def _cut_suffix(name: str) -> str:
