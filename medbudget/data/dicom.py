@@ -223,14 +223,11 @@ class Frame:
 @quiet()
 def read_dicom(paths: Sequence[Path]) -> Pixels:
     """Read files of one series, or one file of one or more frames, as they are stored."""
-    frames, kinds = [], set()
+    frames = []
     for path in paths:
         data = read_dataset(path)
         frames += _read_frames(data)
-        kinds.add(get_text(data, "PhotometricInterpretation"))
     first = frames[0]
-    if len({(f.values.shape, f.spacing is None) for f in frames}) > 1 or len(kinds) > 1:
-        raise BrokenCase("its slices differ in size or in colour model")
     frame, step, order, uncut = _place(frames)
     frames = [frames[i] for i in order]
     padding = np.stack([f.padding for f in frames])
@@ -245,7 +242,7 @@ def read_dicom(paths: Sequence[Path]) -> Pixels:
         stated=first.spacing is not None,
         windows=windows if any(windows) else (),
         padding=padding if padding.any() else None,
-        inverted=kinds == {"MONOCHROME1"},
+        inverted=get_text(data, "PhotometricInterpretation") == "MONOCHROME1",
         note="spacing at the detector" if detector else "",
         frame=frame,
         uncut=uncut,

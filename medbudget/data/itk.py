@@ -80,9 +80,6 @@ def _read_text_header(path: Path) -> tuple[sitk.Image, bool]:
     def first(key: str, default: str) -> str:
         return fields.get(key, [default])[0].lower()
 
-    def is_true(key: str, default: str) -> bool:
-        return first(key, default).startswith(("t", "1"))  # as ITK's own library reads it
-
     if {*fields.get("ndims", []), *fields.get("dimension", [])} - {"2", "3", "4", "5"}:
         raise BrokenCase("its header has no number of dimensions from 2 to 5")
     keys = ("elementdatafile", "data file", "datafile")
@@ -91,8 +88,9 @@ def _read_text_header(path: Path) -> tuple[sitk.Image, bool]:
     plain = all(name and Path(name).name == name for name in names)
     if not plain or len(names) > 1 or any(p.is_symlink() or not p.is_file() for p in others):
         raise BrokenCase("its data are in another file, which must lie beside it: save both as one")
-    encoding = first("encoding", "gzip" if is_true("compresseddata", "f") else "raw")
-    if encoding not in ("raw", "gzip", "gz") or not is_true("binarydata", "t"):
+    true = ("t", "1")  # as ITK's own library reads it
+    encoding = "gzip" if first("compresseddata", "f").startswith(true) else first("encoding", "raw")
+    if encoding not in ("raw", "gzip", "gz") or not first("binarydata", "t").startswith(true):
         raise BrokenCase("its pixels are stored as text or bzip2; save them as raw or gzip")
     file, reader, packed = others[0] if others else path, _open(path), encoding != "raw"
     if not 0 < math.prod(reader.GetSize()) <= file.stat().st_size * (MAX_RATIO if packed else 1):

@@ -256,8 +256,7 @@ def _find_ends(pixels: Pixels) -> Array:
 
 def _cut_suffix(name: str) -> str:
     """Return a file's name without its suffix, .nii.gz as one."""
-    stem = Path(name).stem
-    return Path(stem).stem if name.lower().endswith(".nii.gz") else stem
+    return re.sub(r"\.nii\.gz$|\.[^.]*$", "", name, flags=re.IGNORECASE)
 
 
 def _read_itk(path: Path) -> Pixels:
