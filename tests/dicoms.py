@@ -39,16 +39,9 @@ def item(**tags):
 
 
 def write(
-    path,
-    pixels,
-    *,
-    sop=MR,
-    syntax=ExplicitVRLittleEndian,
-    patient="P1",
-    series=None,
-    keep=None,
+    path, pixels, *, sop=MR, syntax=ExplicitVRLittleEndian, patient="P1", series=None, keep=None,
     **tags,
-):
+):  # fmt: skip
     """Write pixels ``([frames,] H, W[, 3])``; a tag of None is left out, `keep` bytes are kept."""
     warnings.filterwarnings("ignore", module="pydicom")
     pixels, path = np.asarray(pixels), Path(path)
@@ -56,14 +49,8 @@ def write(
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop, generate_uid()
     meta.TransferSyntaxUID = syntax
-    data = FileDataset(
-        str(path),
-        {},
-        b"\0" * 128,
-        meta,
-        syntax == ImplicitVRLittleEndian,
-        syntax != ExplicitVRBigEndian,
-    )
+    implicit, little = syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
+    data = FileDataset(str(path), {}, b"\0" * 128, meta, implicit, little)
     data.SOPClassUID, data.SOPInstanceUID = sop, meta.MediaStorageSOPInstanceUID
     data.StudyInstanceUID, data.SeriesInstanceUID = "1.2.3", series or generate_uid()
     data.PatientID, data.PatientName, data.Modality = patient, "X", "OT"

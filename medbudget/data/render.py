@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from medbudget.data.channels import read_channels
+from medbudget.data.pixels import Array, Pixels, Window
 from medbudget.data.prepare import BrokenCase, Item, Made
-from medbudget.data.volumes import Array, Pixels, Window, read_mask, read_pixels
+from medbudget.data.volumes import read_mask, read_pixels
 from medbudget.files import hash_file
 from medbudget.images import fit_square, from_pil
 
@@ -39,7 +40,7 @@ def render_item(
         values = np.stack([plane for plane, _ in drawn], axis=-1)
         said = "; ".join(f"{name} {text}" for name, (_, text) in zip("RGB", drawn))
     height, width = values.shape[:2]
-    row, column = pixels.spacing or pixels.aspect
+    column, row, _ = pixels.steps
     scale = size / max(height * row, width * column)
     shape = (max(1, round(width * column * scale)), max(1, round(height * row * scale)))
     image = Image.fromarray(values).convert("RGB").resize(shape, Image.Resampling.LANCZOS)
@@ -49,7 +50,7 @@ def render_item(
         tuple(f"sha256:{hash_file(root / one.files[0])}" for one in (source, *source.others)),
         window=said + (f", {pixels.note}" if pixels.note else ""),
         slice_index=index if volume else None,
-        spacing=(1 / scale, 1 / scale) if pixels.spacing else None,
+        spacing=(1 / scale, 1 / scale) if pixels.stated else None,
         crop=f"all {height} x {width} px" + (f" of {len(pixels.values)} slices" if volume else ""),
         note="" if image.size == (size, size) else "padded to a square",
         pixels=hash_values(pixels.values[index : index + 1]),
@@ -71,11 +72,9 @@ def parse_window(window: str) -> tuple[float, float]:
     try:
         low, high = (float(v) for v in window.split(","))
     except ValueError:
-        raise ValueError(
-            f"unknown window {window!r}; allowed are auto, tags, percentile, LOW,HIGH"
-        ) from None
+        low = high = float("nan")
     if not low < high:
-        raise ValueError(f"window {window}: the first value must be below the second")
+        raise ValueError(f"unknown window {window!r}; allowed are auto, tags, percentile, LOW,HIGH")
     return low, high
 
 
@@ -106,8 +105,8 @@ def apply_window(pixels: Pixels, index: int, window: str) -> tuple[Array, str]:
         low, high = seen.min(), seen.max()
         if low < high and (high <= chosen.low or low >= chosen.high):
             raise BrokenCase(
-                f"its window {chosen} lies beside all of its values, {low:g} to {high:g}: it would "
-                "be of one gray level; use --window percentile"
+                f"its window {chosen} lies beside all of its values, {low:g} to {high:g}; use "
+                "--window percentile"
             )
     scaled = chosen.apply(values)
     if pixels.inverted:

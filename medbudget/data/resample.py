@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 
 from medbudget.data.items import BrokenCase
 from medbudget.data.itk import read_volume
 from medbudget.data.pixels import Array
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk
 
 Vector = tuple[float, ...]
 # planes and masks by name, slice index, intensities that became 0 and 255
@@ -28,6 +26,7 @@ GRID = (30, 300, 300)  # voxels: slices, rows, columns
 PERCENTILES = (0.5, 99.9)
 TIMES = {"hbv": 4.0}  # white is that many times the gland's level; a tumour is two to three times
 CENTRE = (30, 150, 150)  # voxels that set the window: farther out, the coil outshines the prostate
+to_array = sitk.GetArrayFromImage  # (slices, rows, columns), a copy: a view dies with its image
 MARGIN = 12  # voxels around what is resampled; a cubic B-spline has forgotten the rest by then
 
 
@@ -37,13 +36,6 @@ def describe_grid() -> dict[str, Any]:
         "spacing_mm": SPACING, "voxels": GRID, "percentiles": PERCENTILES, "times_gland": TIMES,
         "centre": CENTRE,
     }  # fmt: skip
-
-
-def to_array(image: sitk.Image) -> Array:
-    """Copy a volume's values into an array ``(slices, rows, columns)``."""
-    import SimpleITK as sitk
-
-    return sitk.GetArrayFromImage(image)  # a view would die with a temporary image
 
 
 def read_sequence(t2w: Path, case_id: str, name: str) -> sitk.Image:
@@ -62,26 +54,8 @@ def _read_volume(file: Path, what: str) -> sitk.Image:
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise BrokenCase(f"{file.name} is not a gray 3-D volume: its size is {image.GetSize()}")
     if bad := int((~np.isfinite(to_array(image))).sum()):
-        raise BrokenCase(
-            f"{file.name} has {bad} values that are infinite or not a number; compute the map "
-            "again, or set them to what they should be"
-        )
+        raise BrokenCase(f"{file.name} has {bad} values that are infinite or not a number")
     return image
-
-
-def check_order(volume: Array) -> None:
-    """Raise if slices are not in order: each slice should resemble one of its neighbours most."""
-    step = [max(1, edge // 32) for edge in volume.shape[1:]]
-    slices = volume[:, :: step[0], :: step[1]].reshape(len(volume), -1).astype(np.float32)
-    gaps = np.stack([np.abs(slices - one).mean(axis=1) for one in slices])
-    np.fill_diagonal(gaps, np.inf)
-    judged = np.flatnonzero(gaps.min(axis=1) > 0)  # blank slices resemble all blank slices
-    beside = np.abs(gaps[judged].argmin(axis=1) - judged) == 1
-    if len(judged) >= 4 and beside.mean() < 0.25:
-        raise BrokenCase(
-            f"T2W's slices are not in order: only {beside.sum()} of {len(beside)} resemble a "
-            "neighbour most; convert the series again, sorted by position"
-        )
 
 
 class EmptyMask(BrokenCase):
@@ -90,19 +64,11 @@ class EmptyMask(BrokenCase):
 
 def read_mask(file: Path, least: int, t2w: sitk.Image) -> sitk.Image:
     """Read a mask as 0 and 1, and check that it belongs to this T2W."""
-    import SimpleITK as sitk
-
     name = f"{file.parent.name}/{file.name}"
     image = _read_volume(file, f"mask ({file.parent.parent.name}/{file.parent.name})")
     apart = float(np.abs(_find_corners(image) - _find_corners(t2w)).max())
     if apart > 2 * max(*image.GetSpacing(), *t2w.GetSpacing()):
-        raise BrokenCase(
-            f"mask {name} of size {image.GetSize()} lies {apart:.0f} mm off T2W of size "
-            f"{t2w.GetSize()}: it belongs to another volume"
-        )
-    values = to_array(image)
-    if (values != np.rint(values)).any():
-        raise BrokenCase(f"mask {name} has values that are no whole numbers: it is no mask")
+        raise BrokenCase(f"mask {name} lies {apart:.0f} mm off T2W: it belongs to another volume")
     mask = sitk.Cast(image >= least, sitk.sitkUInt8)
     if not to_array(mask).any():
         raise EmptyMask(f"mask {name} is empty (no value >= {least})")
@@ -119,21 +85,16 @@ def _find_corners(image: sitk.Image) -> Array:
 def cut_physical(
     volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image], window: str
 ) -> Cut:
-    """Cut one slice of T2W's grid (`target_grid`) in patient space out of all volumes.
+    """Cut one slice of T2W's grid in patient space out of all volumes.
 
-    `masks` are "gland" and, in a positive case, "tumour", of 0 and 1; `window` is "gland",
-    "percentile" or "volume".
+    `masks` are "gland" and, in a positive case, "tumour", of 0 and 1.
     """
-    import SimpleITK as sitk
-
     # LPS: rows run to the back, columns to the left, however the file was stored
     origin, direction = target_grid(sitk.DICOMOrient(volumes["t2w"], "LPS"))
-    whole = (GRID, origin, direction)
     inset = (np.array(GRID) - np.array(CENTRE)) / 2 * np.array(SPACING)
     centre = (CENTRE, shift(origin, direction, inset), direction)
-    stacks = {
-        name: _resample(mask, *whole, sitk.sitkNearestNeighbor) for name, mask in masks.items()
-    }
+    nearest = sitk.sitkNearestNeighbor
+    stacks = {n: _resample(m, GRID, origin, direction, nearest) for n, m in masks.items()}
     index = _choose_slice(stacks)
     corner = shift(origin, direction, (index * SPACING[0], 0, 0))
     planes, ranges = {}, {}
@@ -153,8 +114,6 @@ def cut_physical(
 
 def _find_level(volume: sitk.Image, mask: sitk.Image, low: float, name: str) -> float:
     """Return the median under a mask, above `low`, without what is more than twice as bright."""
-    import SimpleITK as sitk
-
     inside = sitk.Resample(mask, volume, sitk.Transform(), sitk.sitkNearestNeighbor)
     values = to_array(volume)[to_array(inside) > 0] - low
     if not values.size:
@@ -165,11 +124,8 @@ def _find_level(volume: sitk.Image, mask: sitk.Image, low: float, name: str) -> 
 
 def cut_paper(volumes: Mapping[str, sitk.Image], masks: Mapping[str, sitk.Image]) -> Cut:
     """Cut as the released script does: every volume on its own, scaled before it is cropped."""
-    import SimpleITK as sitk
-
-    stacks = {
-        name: _crop_centre(_respace(m, sitk.sitkNearestNeighbor)) for name, m in masks.items()
-    }
+    nearest = sitk.sitkNearestNeighbor
+    stacks = {name: _crop_centre(_respace(mask, nearest)) for name, mask in masks.items()}
     index = _choose_slice(stacks)
     planes, ranges = {}, {}
     for name, volume in volumes.items():
@@ -188,11 +144,9 @@ def target_grid(t2w: sitk.Image) -> tuple[Vector, Vector]:
     to within half a step.
     """
     spacing = np.array(SPACING[::-1])
-    steps = np.round(np.array(t2w.GetSize()) * np.array(t2w.GetSpacing()) / spacing).astype(int)
-    starts = [_start(int(n), wanted) for n, wanted in zip(steps, GRID[::-1])]
-    direction = np.reshape(t2w.GetDirection(), (3, 3))
-    origin = np.array(t2w.GetOrigin()) + direction @ (np.array(starts) * spacing)
-    return tuple(map(float, origin)), t2w.GetDirection()
+    steps = np.round(np.array(t2w.GetSize()) * np.array(t2w.GetSpacing()) / spacing)
+    corner = np.trunc((steps - GRID[::-1]) / 2) * spacing
+    return shift(t2w.GetOrigin(), t2w.GetDirection(), corner[::-1]), t2w.GetDirection()
 
 
 def shift(origin: Vector, direction: Vector, millimetres: Sequence[float] | Array) -> Vector:
@@ -218,17 +172,10 @@ def _choose_slice(masks: Mapping[str, Array]) -> int:
     return int(area.argmax()) if name == "tumour" else int(np.median(np.flatnonzero(area)))
 
 
-def _start(length: int, wanted: int) -> int:
-    """Return the first index of a centred crop; negative where it has to be padded instead."""
-    return (length - wanted) // 2 if length >= wanted else -((wanted - length) // 2)
-
-
 def _resample(
     image: sitk.Image, shape: Sequence[int], origin: Vector, direction: Vector, interpolator: int
 ) -> Array:
     """Resample onto a grid of the target spacing; 0 outside. One thread: cases run in parallel."""
-    import SimpleITK as sitk
-
     resampler = sitk.ResampleImageFilter()
     resampler.SetSize([int(n) for n in reversed(shape)])
     resampler.SetOutputSpacing(SPACING[::-1])
@@ -245,10 +192,8 @@ def _crop_to(
     """Return the part of a volume under a grid: nothing else is resampled."""
     axes = np.reshape(direction, (3, 3)) * np.array(SPACING[::-1])
     corners = np.array([*np.ndindex(2, 2, 2)]).T * (np.array(shape[::-1]) - 1)[:, None]
-    points = np.asarray(origin)[:, None] + axes @ corners
-    indices = np.array(
-        [image.TransformPhysicalPointToContinuousIndex(p) for p in points.T.tolist()]
-    )
+    points = (np.asarray(origin)[:, None] + axes @ corners).T.tolist()
+    indices = np.array([image.TransformPhysicalPointToContinuousIndex(point) for point in points])
     size = np.array(image.GetSize())
     low = np.clip(np.floor(indices.min(axis=0)) - margin, 0, size - 1).astype(int)
     high = np.clip(np.ceil(indices.max(axis=0)) + margin, 0, size - 1).astype(int)
@@ -266,10 +211,7 @@ def _respace(image: sitk.Image, interpolator: int) -> Array:
 
 def _crop_centre(values: Array) -> Array:
     """Crop or zero-pad to the target size around the array's centre."""
-    starts = [_start(length, wanted) for length, wanted in zip(values.shape, GRID)]
-    pads = [
-        (max(-start, 0), max(wanted - length + start, 0))
-        for start, length, wanted in zip(starts, values.shape, GRID)
-    ]
+    starts = [int((length - wanted) / 2) for length, wanted in zip(values.shape, GRID)]
+    lacks = [(max(-s, 0), max(w - n + s, 0)) for s, n, w in zip(starts, values.shape, GRID)]
     crop = tuple(slice(max(s, 0), max(s, 0) + wanted) for s, wanted in zip(starts, GRID))
-    return np.pad(values, pads)[crop]
+    return np.pad(values, lacks)[crop]

@@ -1,41 +1,77 @@
 """Find medical images in a folder and read them, in whatever format: the one door for all.
 
 DICOM goes through `dicom`, NIfTI, MetaImage and NRRD through `itk`, PNG and its like through Pillow.
+Slices of one DICOM series are one volume, where their headers say so.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import SimpleITK as sitk
 
 from medbudget.data import dicom
+from medbudget.data.dicom import get_number, get_numbers, get_text, quiet, read_dataset
 from medbudget.data.items import BrokenCase
 from medbudget.data.itk import VOLUMES, read_volume
-from medbudget.data.pixels import TURNS, Array, Pixels, Window, turn
-from medbudget.data.series import Header, Source, join_series, read_header, separate
+from medbudget.data.pixels import TURNS, Array, Numbers, Pixels, turn
 from medbudget.pictures import SUFFIXES as PICTURES
 from medbudget.pictures import TRANSPARENT, ImageError, describe_passed_over, open_picture
 
-__all__ = [
-    "PLANES", "VOLUMES", "Array", "Pixels", "Source", "Window", "find_sources", "read_mask",
-    "read_pixels", "read_volume", "separate",
-]  # fmt: skip
-
 DICOM = (".dcm", ".ima", ".dicom")
 PLANES = ("native", *TURNS)
+# what tells apart images of a series that lie at one position, in the order of trial
+REPEATS = (
+    "TemporalPositionIdentifier", "DiffusionBValue", "EchoTime", "EchoNumbers", "SequenceName",
+    "ImageType", "AcquisitionNumber", "TriggerTime",
+)  # fmt: skip
 
 
-def find_sources(
-    root: str | os.PathLike[str], *, under: str = "", notes: list[str] | None = None
-) -> list[Source]:
-    """List images and volumes in `root` and below, DICOM files joined to series.
+@dataclass(frozen=True)
+class Source:
+    """One image or volume on disk."""
 
-    Slices of one series are one volume where they lie in one plane, have one size and spacing, and
-    in one folder of the first level, which stands for a class. Hidden files are passed over.
-    `notes` gets a sentence on what was passed over, left out, split, or has gaps.
+    files: tuple[str, ...]  # relative to the root; several for a DICOM series, in slice order
+    kind: str  # "picture", "volume" or "dicom"
+    patient: str = ""  # from DICOM; "" elsewhere
+    problem: str = ""  # why it cannot be used, as far as that is known before reading it
+    burnt_in: bool = False  # DICOM says that there is text in the pixels
+    others: tuple[Source, ...] = ()  # further channels of the same study
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """What decides which DICOM files are one volume."""
+
+    source: Source
+    series: str
+    scout: bool
+    shape: tuple[str, ...]  # size and colour model
+    orientation: Numbers  # () where no place is known
+    position: Numbers
+    spacing: Numbers | None
+    repeats: tuple[str, ...]
+
+    def is_beside(self, other: Header) -> bool:
+        """Could both be slices of one volume?"""
+        return (
+            self.shape == other.shape
+            and np.allclose(self.orientation, other.orientation, atol=1e-3)
+            and np.allclose(self.spacing or 0, other.spacing or 0, rtol=1e-3)
+        )
+
+
+def find_sources(root: str | os.PathLike[str], *, notes: list[str] | None = None) -> list[Source]:
+    """List images and volumes in `root` and below; `notes` gets what was passed over or split.
+
+    Slices of one DICOM series are one volume where they lie in one plane, have one size and
+    spacing, and in one folder of the first level, which stands for a class.
     """
     root = Path(root)
     if not root.is_dir():
@@ -44,30 +80,35 @@ def find_sources(
     headers: list[Header] = []
     passed: list[Path] = []
     objects: Counter[str] = Counter()
-    for path in sorted((root / under).rglob("*")):
+    for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
             continue
         file, name = relative.as_posix(), path.name.lower()
         if name.endswith((*VOLUMES, *PICTURES)):
             sources.append(Source((file,), "volume" if name.endswith(VOLUMES) else "picture"))
-        elif (certain := _is_dicom(path)) is None:
-            passed.append(path)
-        else:
-            try:
-                header = read_header(path, file)
-            except BrokenCase as error:
-                if certain:
-                    sources.append(Source((file,), "dicom", problem=str(error)))
-                else:
-                    passed.append(path)
+            continue
+        with open(path, "rb") as opened:
+            head = opened.read(132)
+        certain = name.endswith(DICOM) or head[128:] == b"DICM"
+        # or the first element of a file without preamble: of group 2 or 8, and short
+        likely = certain or re.match(rb"[\2\x08]\0.\0([A-Z]{2}|.\0)", head, re.DOTALL)
+        header: Header | str | None = None
+        try:
+            header = _read_header(path, file) if likely else None
+        except BrokenCase as error:
+            if certain:
+                sources.append(Source((file,), "dicom", problem=str(error)))
                 continue
-            if isinstance(header, str):
-                objects[header] += 1
-            else:
-                headers.append(header)
+        if header is None:
+            passed.append(path)
+        elif isinstance(header, str):
+            objects[header] += 1
+        else:
+            headers.append(header)
     said: dict[str, list[str]] = {}
-    sources += join_series(root, headers, said)
+    for members in _group(headers, lambda header: header.series).values():
+        sources += _join(members, said)
     if notes is not None:
         others = [describe_passed_over(passed), *(f"{n} {kind}" for kind, n in objects.items())]
         if any(others):
@@ -78,16 +119,95 @@ def find_sources(
     return sorted(sources, key=lambda source: source.files)
 
 
-def _is_dicom(path: Path) -> bool | None:
-    """Is it DICOM by its suffix or mark (True), perhaps by how it begins (False), or not (None)?"""
-    with open(path, "rb") as file:
-        head = file.read(132)
-    if path.name.lower().endswith(DICOM) or head[128:] == b"DICM":
-        return True
-    # the first element of a file without preamble: a group of 2 or 8, and a short value
-    group, length = int.from_bytes(head[:2], "little"), int.from_bytes(head[4:8], "little")
-    likely = group in (2, 8) and head[3:4] == b"\0" and (length < 128 or head[4:6].isalpha())
-    return False if likely else None
+@quiet()
+def _read_header(path: Path, file: str) -> Header | str:
+    """Read what joining needs; for what is no image, return what it is."""
+    data = read_dataset(path, pixels=False)
+    kind = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
+    if kind and kind.name != kind and not re.search("Image Storage|Parametric Map", kind.name):
+        return f"DICOM {kind.name.removesuffix(' Storage')}"
+    burnt_in = get_text(data, "BurnedInAnnotation") == "YES"
+    one = get_number(data, "NumberOfFrames") < 2
+    orientation = one and get_numbers(data, "ImageOrientationPatient", 6)
+    position = one and get_numbers(data, "ImagePositionPatient", 3)
+    return Header(
+        Source((file,), "dicom", get_text(data, "PatientID"), burnt_in=burnt_in),
+        get_text(data, "SeriesInstanceUID") or f"none: {file}",
+        "LOCALIZER" in get_text(data, "ImageType"),
+        tuple(get_text(data, n) for n in ("Rows", "Columns", "PhotometricInterpretation")),
+        orientation if orientation and position else (),
+        position if orientation and position else (),
+        get_numbers(data, "PixelSpacing", 2),
+        tuple(get_text(data, name) for name in REPEATS),
+    )
+
+
+def _join(members: list[Header], said: dict[str, list[str]]) -> list[Source]:
+    """Join files of one series to volumes; `said` gets what was done, and to which."""
+
+    def note(text: str) -> None:
+        said.setdefault(text, []).append(members[0].source.files[0])
+
+    patients = {header.source.patient for header in members}
+    if len(patients) > 1:
+        return [_stack(members, f"one series holds {len(patients)} patients")]
+    if len({Path(header.source.files[0]).parts[:-1][:1] for header in members}) > 1:
+        note("its slices lie in several folders of classes, and stay images of their own")
+        return [header.source for header in members]
+    if {header.scout for header in members} == {True, False}:
+        note("scouts (localizers) among its slices are left out")
+        members = [header for header in members if not header.scout]
+    # views, and files of several frames
+    sources = [header.source for header in members if not header.orientation]
+    stacks: list[list[Header]] = []
+    for header in members:
+        if header.orientation:
+            stack = next((s for s in stacks if s[0].is_beside(header)), [])
+            stacks += [] if stack else [stack]
+            stack.append(header)
+    if len(stacks) > 1:
+        note("split, as its slices lie in several planes, or differ in size or spacing")
+    return sources + [source for stack in stacks for source in _order(stack, note)]
+
+
+def _group(headers: Sequence[Header], key: Callable[..., str]) -> dict[str, list[Header]]:
+    groups: dict[str, list[Header]] = {}
+    for header in headers:
+        groups.setdefault(key(header), []).append(header)
+    return groups
+
+
+def _order(stack: list[Header], note: Callable[[str], None]) -> list[Source]:
+    """Put parallel slices in order; keep time points and the like apart."""
+    try:
+        _, order, steps = dicom.order_slices(
+            stack[0].orientation, np.array([h.position for h in stack])
+        )
+    except BrokenCase as error:
+        return [_stack(stack, str(error))]
+    stack = [stack[i] for i in order]
+    if len(steps) and steps.min() < 1e-3:
+        places = 1 + int((steps >= 1e-3).sum())
+        for i, name in enumerate(REPEATS):
+            groups = _group(stack, lambda header, i=i: header.repeats[i])
+            if len(groups) > 1 and places > 1 and {len(g) for g in groups.values()} == {places}:
+                note(f"split into {len(groups)} volumes by {name}, as slices share positions")
+                return [source for group in groups.values() for source in _order(group, note)]
+        return [_stack(stack, dicom.ONE_PLACE)]
+    if dicom.is_uneven(steps):
+        note("its slices lie unevenly: is one missing?")
+    return [_stack(stack)]
+
+
+def _stack(members: Sequence[Header], problem: str = "") -> Source:
+    sources = [header.source for header in members]
+    files, burnt_in = tuple(s.files[0] for s in sources), any(s.burnt_in for s in sources)
+    return replace(sources[0], files=files, problem=problem, burnt_in=burnt_in)
+
+
+def separate(source: Source) -> list[Source]:
+    """Return the files of a DICOM series as images of their own."""
+    return [replace(source, files=(file,), problem="") for file in source.files]
 
 
 def read_pixels(root: str | os.PathLike[str], source: Source, *, plane: str = "native") -> Pixels:
@@ -113,57 +233,41 @@ def read_mask(masks: Path, source: Source, pixels: Pixels, *, plane: str = "nati
     """
     path = Path(source.files[0])
     stem = path.parent if len(source.files) > 1 else path.parent / _cut_suffix(path.name)
-    folder = masks / stem.parent
+    beside = (masks / stem.parent).glob("*")
     files = [
-        file
-        for file in (folder.iterdir() if folder.is_dir() else ())
-        if file.name.lower().endswith(VOLUMES) and _cut_suffix(file.name) == stem.name
+        f for f in beside if f.name.lower().endswith(VOLUMES) and _cut_suffix(f.name) == stem.name
     ]
     if len(files) != 1:
-        raise BrokenCase(
-            f"{len(files)} masks {stem.as_posix()}.* in the folder of masks; 1 is needed, as "
-            f"{', '.join(VOLUMES)}"
-        )
+        raise BrokenCase(f"{len(files)} masks {stem.as_posix()}.* of {VOLUMES}; 1 is needed")
     mask = turn(_read_itk(files[0]), plane)
-    near = min(pixels.spacing or (4e-3,)) / 4  # of a pixel: less than any whole step
-    if (
-        mask.values.shape != pixels.values.shape
-        or len(mask.frame) != len(pixels.frame)
-        or not np.allclose(_find_ends(mask), _find_ends(pixels), rtol=0, atol=near)
-    ):
-        raise BrokenCase(
-            f"its mask has another grid: {mask.values.shape} and {pixels.values.shape}, or another "
-            "place"
-        )
+    same = mask.values.shape == pixels.values.shape and len(mask.frame) == len(pixels.frame)
+    near = min(pixels.steps[:2]) / 4  # of a pixel: less than any whole step
+    if not same or not np.allclose(_find_ends(mask), _find_ends(pixels), rtol=0, atol=near):
+        raise BrokenCase("its mask has another grid: another size, spacing or place")
     return mask.values > 0
-
-
-def _cut_suffix(name: str) -> str:
-    """Return a file's name without its suffix, .nii.gz as one."""
-    stem = Path(name).stem
-    return Path(stem).stem if name.lower().endswith(".nii.gz") else stem
 
 
 def _find_ends(pixels: Pixels) -> Array:
     """Return the first pixel's place, and the way from there to the end of each axis, in mm."""
-    n = len(pixels.steps)
-    reach = np.array(pixels.steps) * (np.array(pixels.values.shape[2::-1])[:n] - 1)
-    axes = np.reshape(pixels.frame[n:], (n, n)) * reach
-    return np.array([*pixels.frame[:n], *axes.ravel()])
+    n = 3 if len(pixels.frame) == 12 else 2
+    reach = np.array(pixels.steps[:n]) * (np.array(pixels.values.shape[2::-1])[:n] - 1)
+    return np.array([*pixels.frame[:n], *(np.reshape(pixels.frame[n:], (n, n)) * reach).ravel()])
+
+
+def _cut_suffix(name: str) -> str:
+    """Return a file's name without its suffix, .nii.gz as one."""
+    return re.sub(r"\.nii\.gz$|\.[^.]*$", "", name, flags=re.IGNORECASE)
 
 
 def _read_itk(path: Path) -> Pixels:
-    import SimpleITK as sitk
-
     image = read_volume(path)
-    values, steps = sitk.GetArrayFromImage(image), image.GetSpacing()
-    if not np.isfinite(values).all():
-        raise BrokenCase("it has values that are infinite or not a number")
+    values, flat = sitk.GetArrayFromImage(image), image.GetDimension() == 2
+    dicom.check_finite(values)
     return Pixels(
-        values[None] if image.GetDimension() == 2 else values,
-        spacing=None if "no spacing" in image.GetMetaDataKeys() else (steps[1], steps[0]),
+        values[None] if flat else values,
+        image.GetSpacing() + (1.0,) * flat,
+        stated="no spacing" not in image.GetMetaDataKeys(),
         frame=(*image.GetOrigin(), *image.GetDirection()),
-        steps=steps,
     )
 
 
