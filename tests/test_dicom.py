@@ -128,10 +128,11 @@ def test_compressed_frames_that_are_damaged_missing_or_of_another_size(tmp_path,
     half, first = len(streams[0]) // 4 * 2, streams[0]
     if syntax != RLELossless:  # RLE frames are of one fragment each (PS3.5 A.4.2)
         assert np.array_equal(read([first[:half], first[half:]], 1), NOISE[:1])
+        assert isinstance(read([first], 1, Rows=40, Columns=32), str)
     for fragments, n in (
         (streams[:2], 3), (streams, 2), ([], 1), ([first[:half]], 1), ([first[:half], *streams[1:]], 3),
         ([first[half:]], 1), ([b""], 1), ([b"\0" * 64], 1),
-        *([([first[:half] + b"\xff\xd9"], 1)] if syntax != JPEGLosslessSV1 else []),
+        ([first[:half] + b"\xff\xd9"], 1),  # cut, and closed again
         *([([first[: half - 3] + first[half:]], 1)] if syntax == RLELossless else []),
     ):  # fmt: skip
         assert isinstance(read(fragments, n), str), (syntax, len(fragments), n)
@@ -150,7 +151,9 @@ def test_a_jpeg_stream_that_was_cut_and_closed_again_is_refused(tmp_path, option
     whole = stream.getvalue()
     for content, fine in ((whole, True), (whole[: len(whole) // 2] + b"\xff\xd9", False)):
         root = tmp_path / str(fine)
-        root.mkdir()
+        repack(write(root / "a.dcm", values, sop=SC), [content], JPEGBaseline8Bit)
+        assert isinstance(read_or_refuse(root), np.ndarray) == fine
+        (root / "a.dcm").unlink()
         (root / "a.jpg").write_bytes(content + b"what follows is passed over \xff\xd9")
         assert isinstance(read_or_refuse(root), np.ndarray) == fine
     with pytest.raises(ImageError, match="end too early"):

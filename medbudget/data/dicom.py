@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom import Dataset
-from pydicom.encaps import generate_frames
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
 from medbudget.data.items import BrokenCase
 from medbudget.data.pixels import Array, Numbers, Pixels, Window
+from medbudget.data.streams import check_streams, silence
+from medbudget.pictures import lengthen_jpeg
 
 RLE = "1.2.840.10008.1.2.5"
 # one decoder for each transfer syntax: pydicom would go on to a laxer one where a strict one fails
@@ -112,13 +114,21 @@ def decode(data: Dataset) -> Array:
             data.ExtendedOffsetTable, data.ExtendedOffsetTableLengths
         )  # fmt: skip
         frames = [*generate_frames(data.PixelData, number_of_frames=n, extended_offsets=table)]
-        whole = syntax == RLE or all(f.rstrip(b"\0").endswith(b"\xff\xd9") for f in frames)
-        if len(frames) != n or not whole:
-            raise BrokenCase(f"truncated: it holds {len(frames)} of {n} frames, or one without end")
+        if len(frames) != n:
+            raise BrokenCase(f"truncated: it holds {len(frames)} of {n} frames")
+        if syntax != RLE:
+            check_streams(frames, data.Rows, data.Columns)
     plugin = DECODERS.get(syntax, "pylibjpeg" if syntax.is_encapsulated else "")
     warnings.filterwarnings("error", ".*non-conformant padding")  # bytes of an RLE segment are lost
     options: Any = {"allow_excess_frames": False, "correct_unused_bits": False}
     values, meta = get_decoder(syntax).as_array(data, decoding_plugin=plugin, **options)
+    if plugin in ("pillow", "gdcm"):  # JPEG, whose decoders invent what was cut off
+        data.pop("ExtendedOffsetTable", None)
+        data.PixelData = encapsulate([lengthen_jpeg(frame) for frame in frames])
+        with silence():
+            longer, _ = get_decoder(syntax).as_array(data, decoding_plugin=plugin, **options)
+        if not np.array_equal(values, longer):
+            raise BrokenCase("its pixels are damaged: a compressed frame was cut")
     if model == "PALETTE COLOR":
         values = apply_color_lut(values, data)
         values = (values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8)
