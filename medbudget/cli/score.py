@@ -78,7 +78,8 @@ def membership(
     """
     from medbudget import Embedding
     from medbudget.files import check_output
-    from medbudget.metrics import format_table, judge_membership, membership_test, to_json
+    from medbudget.membership import membership_test
+    from medbudget.metrics import format_table, judge_membership, to_json
 
     if out is not None:
         check_output(out, overwrite=overwrite)

@@ -11,7 +11,7 @@ import torch
 
 from medbudget.metrics.extractors import Extractor, load_extractor
 from medbudget.metrics.features import NORMALISATIONS, compute_features
-from medbudget.metrics.frechet import METHODS, Features, Groups, frechet_interval
+from medbudget.metrics.frechet import Features, Groups, frechet_interval
 from medbudget.metrics.image_sets import Source, choose_images, find_leaks, load_sets, pair
 from medbudget.metrics.kernel import kernel_distance, precision_recall
 from medbudget.metrics.neighbours import memorisation, wilson
@@ -21,10 +21,7 @@ from medbudget.settings import check_number
 from medbudget.weights import OFFLINE
 
 NO_GROUPS: tuple[Groups, Groups] = (None, None)
-CAVEATS = {
-    "bootstrap": "bootstrap interval",
-    "paper": "percentile bootstrap, biased upward",
-}
+CAVEATS = {"bootstrap": "bootstrap interval", "paper": "percentile bootstrap, biased upward"}
 
 
 def _score(
@@ -72,12 +69,8 @@ def frechet_score(
 
 
 def _kernel_scores(
-    x: np.ndarray,
-    y: np.ndarray,
-    extractor: Extractor,
-    normalize: str,
-    groups: tuple[Groups, Groups],
-) -> list[Score]:
+    x: np.ndarray, y: np.ndarray, extractor: Extractor, normalize: str, groups: tuple[Groups, Groups]
+) -> list[Score]:  # fmt: skip
     """Return the kernel distance, precision and recall of two sets of features."""
     about = ((x, y), extractor, normalize)
     kernel = kernel_distance(x, y, groups=groups)
@@ -113,27 +106,29 @@ def evaluate(
 ) -> list[Score]:
     """Score synthetic images against real ones.
 
+    For every extractor: Frechet distance, its real-versus-real floor, and (but for layout) kernel
+    distance, precision and recall, then permutation and memorisation. A score against training
+    images, or of few images, says so in its remark.
+
     Parameters
     ----------
     real, synthetic : torch.Tensor or path
-        ``(N, 3, H, W) uint8``, or a folder of images; N may differ. Folders are all brought to one
-        size by one rule (`size`). In a folder that `medbudget prepare` made, intervals are over
-        patients, and the floor's two sets share none.
+        ``(N, 3, H, W) uint8``, or a folder of images; N may differ. In a folder that
+        `medbudget prepare` made, intervals are over patients, and the floor's two sets share none.
     features : str, Extractor or a sequence of them
-        The extractors (`load_extractor`); the layout distance of 8x8 thumbnails is always added.
+        See `load_extractor`; the layout distance of 8x8 thumbnails is always added.
     train : torch.Tensor or path, optional
         The images that the generator was trained on: adds the memorisation scores, in pixels and
         in the first extractor's features, calibrated on the `real` images that are not in `train`.
     permutation : torch.Tensor or path, optional
         Another generator's images: adds permutation tests of the difference of distances.
     paired : bool
-        The images of `synthetic` and `permutation` were made from the same seeds: folders are
-        paired by recorded seed or by number in the file's name, tensors by order.
+        `synthetic` and `permutation` were made from the same seeds: folders are paired by recorded
+        seed or by number in the file's name, tensors by order.
     size : int, optional
         Longest edge of the images of folders, padded to a square; default: that of `synthetic`.
     normalize : "none", "paper" or "both"
-        See `medbudget.metrics.normalize_images`; "both" adds the Frechet distance of images
-        z-scored as in the paper's released script.
+        See `normalize_images`; "both" adds the Frechet distance of z-scored images.
     interval : "influence", "bootstrap" or "paper"
         See `frechet_interval`.
     floor : bool
@@ -142,17 +137,8 @@ def evaluate(
         half of them for both. ``False`` uses all images and gives no floor.
     repeats : int
         Permutations.
-    seed : int
-        Chooses the images where not all are used, and the permutations.
     **options
-        For `medbudget.metrics.compute_features`: batch_size, cache, progress.
-
-    Returns
-    -------
-    list of Score
-        For every extractor: Frechet distance, its real-versus-real floor, and (but for layout)
-        kernel distance, precision and recall, then permutation and memorisation. A score against
-        training images, or of few images, says so in its remark.
+        For `compute_features`: batch_size, cache, progress.
 
     Examples
     --------
@@ -164,12 +150,8 @@ def evaluate(
     FD (EfficientNet-Lite0) 4
     FD (EfficientNet-Lite0), real vs real 4
     """
-    for name, word, allowed in (
-        ("normalize", normalize, (*NORMALISATIONS, "both")),
-        ("interval", interval, METHODS),
-    ):
-        if word not in allowed:
-            raise ValueError(f"{name}={word!r} is unknown; allowed are {', '.join(allowed)}")
+    if normalize not in (allowed := (*NORMALISATIONS, "both")):
+        raise ValueError(f"normalize={normalize!r} is unknown; allowed are {', '.join(allowed)}")
     check_number("seed", seed, 0)
     names = [features] if isinstance(features, str | Extractor) else list(features)
     if not any((f if isinstance(f, str) else f.name) == "layout" for f in names):
@@ -225,13 +207,11 @@ def evaluate(
     if leaks := find_leaks(given, made, first, sets.get("train")):
         scores = [s if s.name.endswith(FLOOR) else s.remarked(leaks) for s in scores]
     if "train" in sets:
-        spaces: list[str | Extractor] = ["pixels"]
-        spaces += [e for e in extractors if e.name != "layout"][:1]
+        parts = made.images, sets["train"].images, given.images
+        networks = [e for e in extractors if e.name != "layout"]
+        spaces: list[str | Extractor] = ["pixels", *networks[:1]]
         for space in spaces:
-            found = memorisation(
-                made.images, sets["train"].images, given.images, space=space, **options
-            )
-            scores += found.scores()
+            scores += memorisation(*parts, space=space, **options).scores()
     return scores
 
 
@@ -240,9 +220,9 @@ def _compare(
     *, paired: bool, **options: Any,
 ) -> list[Score]:  # fmt: skip
     """Test whether two generators' features y and z are equally far from real ones x."""
-    kinds = {"frechet": name, "kernel": f"Kernel distance ({extractor.title})"}
-    if extractor.name == "layout":
-        kinds.pop("kernel")
+    kinds = {"frechet": name}
+    if extractor.name != "layout":
+        kinds["kernel"] = f"Kernel distance ({extractor.title})"
     scores = []
     for statistic, kind in kinds.items():
         test = permutation_test(y, z, x, paired=paired, statistic=statistic, **options)
