@@ -23,14 +23,12 @@ def membership_test(
 ) -> list[Score]:
     """Attack a word: who has it, and one image, tries to tell whether it was trained on that image.
 
-    `base` is the one that the word was trained on, which is public. `members` are images that the
-    word was trained on, `others` images of the same kind that it was not: tensors of the base's
-    size, or folders; of those that `medbudget prepare` made, intervals are over patients. `draws` are
-    the times and noises for each image, the same for all.
+    `members` are images that the word was trained on, `others` images of the same kind that it was
+    not: tensors of the size of its `base`, or folders; of those that `medbudget prepare` made,
+    intervals are over patients. `draws` are the times and noises for each image, the same for all.
 
     Returns the AUC of the loss under the word, and of its difference to the loss without the word,
-    which takes away what makes an image easy or hard for every model (`membership_inference`).
-    Others that are members raise ValueError.
+    which takes away what makes an image easy or hard for every model.
     """
     base.load_words([word])  # refuses what does not fit this base
     sets = load_sets({"train": members, "other": others}, size=base.size)

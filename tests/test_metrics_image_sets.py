@@ -155,13 +155,6 @@ def test_what_does_not_pair_is_refused(tmp_path, a, b, message):
         pair(first, second)
 
 
-def test_what_cannot_be_paired_is_an_error_of_the_command(medbudget, tmp_path):
-    save_images(chests(4), tmp_path / "a", names="wxyz")
-    command = ("evaluate", tmp_path / "a", tmp_path / "a", "--permutation", tmp_path / "a")
-    code, _, said = medbudget(*command, "--paired", "--features", "layout")
-    assert code == 1 and "has 4 images with 0 different numbers" in said
-
-
 def prepared(root, images, patients):
     """A folder as `medbudget prepare` leaves it."""
     paths = save_images(images, root / "test" / "healthy")

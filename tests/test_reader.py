@@ -185,7 +185,7 @@ def test_nothing_is_overwritten(study, sources):
 
 
 def test_broken_studies_keys_and_names(study, sources, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no study\.json"):
+    with pytest.raises(FileNotFoundError, match=r"study\.json"):
         ReaderStudy.load(tmp_path)
     for name in ("Ann", "a b", "../x", "", "-x", "x" * 41):
         with pytest.raises(ReaderError, match="lower-case"):
@@ -426,7 +426,7 @@ def test_command_line_from_folders_to_scores(medbudget, sources, tmp_path):
     assert code == 1 and "is there already" in err and file.read_text() == "mine"
     file.write_text(json.dumps(page_records(study, "eve", ["left"] * 22)), encoding="utf-8")
     code, said, err = medbudget("reader-study", "analyse", out, "--answers", file)
-    assert code == 1 and "no study.key.json" in err
+    assert code == 1 and "study.key.json" in err
     code, said, _ = medbudget("reader-study", "analyse", out, "--answers", file, "--key",
                               tmp_path / "k.json", "--out", tmp_path / "s.json")  # fmt: skip
     assert code == 0 and "eve: 22 answers" in said and "preference for alpha, eve" in said

@@ -31,7 +31,7 @@ def evaluate(
         permutation: folder of another generator's images: adds a test
         paired: pair both generators' files by recorded seed, or by number in their names
         repeats: permutations
-        normalize: none, paper (each image z-scored), or both
+        normalize: none, or paper (each image z-scored)
         interval: influence, bootstrap or paper
         floor: real versus real beside every distance
         size: longest edge of all images, padded to squares; default: that of the synthetic images

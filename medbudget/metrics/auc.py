@@ -65,8 +65,7 @@ def _delong_se(v10: Array, v01: Array) -> float:
 def delong(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
     """Return the AUC of ``(n,)`` scores with DeLong's standard error and 95 % interval.
 
-    The interval is cut at 0 and 1. At an AUC of exactly 0 or 1 the standard error is 0, which
-    only says that the method has failed.
+    At an AUC of exactly 0 or 1 the standard error is 0, which only says that the method has failed.
 
     Examples
     --------
@@ -112,13 +111,11 @@ def bootstrap_auc(
     """
     positive, first = _check(labels, scores)
     check_number("repeats", repeats, 2)
-    sets = [np.atleast_2d(first)]
-    if other is not None:
-        sets.append(np.atleast_2d(_check(labels, other)[1]))
+    sets = [first] if other is None else [first, _check(labels, other)[1]]
     rng = np.random.default_rng(seed)
     strata, of_case = _strata(positive, patients)
     # bins of equal scores, per set and run, so that a resampled AUC is two counts and a cumsum
-    bins = [[np.unique(run, return_inverse=True)[1] for run in runs] for runs in sets]
+    bins = [[np.unique(s, return_inverse=True)[1] for s in np.atleast_2d(one)] for one in sets]
 
     def weighted_auc(index: npt.NDArray[np.intp], w_pos: Array, w_neg: Array) -> float:
         size = int(index.max()) + 1

@@ -41,7 +41,7 @@ class Extractor:
     resize_rule: str  # what happens to the size, in words
     dim: int  # number of features, d
     function: Function = field(repr=False)  # (B, 3, H, W) uint8 on `device` to (B, d) float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"), repr=False)
+    device: torch.device = field(repr=False)
     note: str = ""  # a caveat that every score made with it repeats
 
     @property

@@ -2,10 +2,9 @@ r"""Frechet distance between two sets of features, exactly, with its uncertainty
 
 .. math:: FD = |m_x - m_y|^2 + tr C_x + tr C_y - 2 tr (C_x C_y)^{1/2}
 
-The trace of the root is the nuclear norm of :math:`M = X_c Y_c^T / \sqrt{(n_x-1)(n_y-1)}`, which
-needs no matrix root and no d x d covariance. Centred features with n > d are first reduced to their
-d x d triangular factors, so the decomposition is of size min(n, d). All in float64: in float32 the
-result is wrong by 0.2 to 7 %.
+The trace of the root is the nuclear norm of :math:`M = X_c Y_c^T / \sqrt{(n_x-1)(n_y-1)}`: no matrix
+root, no d x d covariance. Centred features with n > d are first reduced to their d x d triangular
+factors. All in float64: in float32 the result is wrong by 0.2 to 7 %.
 """
 
 from __future__ import annotations

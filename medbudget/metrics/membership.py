@@ -19,10 +19,8 @@ def membership_inference(
 ) -> Score:
     """Return how well a model's loss tells its training cases from others: an AUC with interval.
 
-    The attack of Yeom et al. (2018): a case with a low loss is called a member. 0.5 means that
-    this attack learns nothing (a stronger one may).
-
-    Losses are ``(n,)``, or ``(n, draws)`` over several draws of noise and time, of which the mean is
+    The attack of Yeom et al. (2018): a case with a low loss is called a member. At 0.5 it learns
+    nothing. Losses are ``(n,)``, or ``(n, draws)`` over several draws of noise and time, of which the mean is
     taken; use the same draws for both. `groups` are the patient of every member and of every other
     image: the interval is then over patients. `name` says what the losses are.
 

@@ -126,15 +126,13 @@ class Memorisation:
             notes.insert(1, "noise can hide a copy here: rely on the pixels")
         if h < 99:  # too few for the 1 % level
             about["remark"] = f"rests on only {h} held-out image{'s' * (h > 1)}"
-        level = f"at the {self.level:.2g} level"
-        rank = f"z; below 0: nearer to training; p = {norm.cdf(z):.2g} for copying"
+        note = "; ".join(filter(None, notes))
+        level = f"at the {self.level:.2g} level; {note}"
+        rank = f"z; below 0: nearer to training; p = {norm.cdf(z):.2g} for copying; {note}"
         limits = wilson(int(self.flagged.sum()), n)
         return [
-            Score(name, value, interval, note="; ".join(filter(None, [first, *notes])), **about)
-            for name, value, interval, first in (
-                (f"Copied share ({self.space})", self.share, limits, level),
-                (f"C_T ({self.space})", z, None, rank),
-            )
+            Score(f"Copied share ({self.space})", self.share, limits, note=level, **about),
+            Score(f"C_T ({self.space})", z, None, note=rank, **about),
         ]
 
 

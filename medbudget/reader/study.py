@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medbudget.files import check_output, hold, write_bytes, write_json
+from medbudget.files import PathLike, check_output, hold, write_bytes, write_json
 from medbudget.images import find_images, hash_pixels, load_image, to_png, to_url
 from medbudget.metrics.scores import Score
 from medbudget.progress import tqdm
@@ -42,15 +42,15 @@ class ReaderStudy:
     @classmethod
     def create(
         cls,
-        a: str | os.PathLike[str],
-        b: str | os.PathLike[str],
-        out: str | os.PathLike[str],
+        a: PathLike,
+        b: PathLike,
+        out: PathLike,
         *,
         seed: int | None = None,
         n_pairs: int = 50,
         repeats: float = 0.1,
         question: str = QUESTION,
-        key: str | os.PathLike[str] | None = None,
+        key: PathLike | None = None,
     ) -> ReaderStudy:
         """Pair images of two folders at random and write the study and its key.
 
@@ -91,7 +91,7 @@ class ReaderStudy:
         return cls.load(out)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> ReaderStudy:
+    def load(cls, folder: PathLike) -> ReaderStudy:
         """Open a study's folder, or refuse one that lacks images."""
         folder = Path(folder)
         about = _read_json(folder / "study.json", "study", "question", "pairs")
@@ -106,7 +106,7 @@ class ReaderStudy:
         return [to_url((self.folder / name).read_bytes()) for name in self.pairs[pair]]
 
     def _read_key(self, path: Path) -> dict[str, Any]:
-        secret = _read_json(path, "study", "labels", "pairs")
+        secret: dict[str, Any] = _read_json(path, "study", "labels", "pairs")
         if secret["study"] != self.id:
             raise ReaderError(f"{path} is the key of study {secret['study']}, not of {self.id}")
         return secret
@@ -121,10 +121,10 @@ class ReaderStudy:
 
     def export(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: PathLike | None = None,
         *,
         overwrite: bool = False,
-        reveal: str | os.PathLike[str] | None = None,
+        reveal: PathLike | None = None,
         reference: tuple[torch.Tensor, str] | None = None,
     ) -> str:
         """Return the study as one HTML page that needs no network, and write it if asked to.
@@ -157,16 +157,16 @@ class ReaderStudy:
             write_bytes(path, page.encode())
         return page
 
-    def import_answers(self, path: str | os.PathLike[str]) -> Reading:
+    def import_answers(self, path: PathLike) -> Reading:
         """Add the answers that the exported page wrote; what is here already is not added twice."""
-        records = _parse(Path(path))
+        records = _read_json(Path(path))
         if not (isinstance(records, list) and records and isinstance(records[0], dict)):
             raise ReaderError(f"{path} holds no answers: download them again from the study's page")
         reading = self.reader(str(records[0].get("reader")))
         reading.merge(records, str(path))
         return reading
 
-    def analyse(self, key: str | os.PathLike[str] | None = None) -> list[Score]:
+    def analyse(self, key: PathLike | None = None) -> list[Score]:
         """Open the key, by default where `create` puts it; return the scores of the answers so far.
 
         For each reader the preference for the first source, and for the left side (exact binomial
@@ -176,8 +176,8 @@ class ReaderStudy:
         test, and counted; repeats do not count for the preference.
         """
         secret = self._read_key(Path(key) if key is not None else default_key(self.folder))
-        answers = {name: self.reader(name).answers() for name in self.readers()}
-        answers = {name: given for name, given in answers.items() if given}
+        own = {name: self.reader(name).answers() for name in self.readers()}
+        answers = {name: given for name, given in own.items() if given}
         if not answers:
             raise ReaderError(f"{self.folder} has no answers yet: import them, or ask a reader")
         return score_answers(answers, secret["pairs"], secret["labels"])
@@ -201,7 +201,7 @@ def _write_study(
     return study
 
 
-def default_key(folder: str | os.PathLike[str]) -> Path:
+def default_key(folder: PathLike) -> Path:
     """Return where the key of a study lies unless it was put elsewhere: beside its folder."""
     folder = Path(os.path.abspath(folder))
     return folder.with_name(f"{folder.name}.key.json")
@@ -249,21 +249,12 @@ def _draw_items(
     return items
 
 
-def _parse(path: Path) -> Any:
-    """Return what a JSON file holds."""
+def _read_json(path: Path, *keys: str) -> Any:
+    """Return what a JSON file holds, or refuse one that lacks a key."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no {path.name} in {path.parent}: is this the right folder?"
-        ) from None
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ReaderError(f"{path} is not JSON ({error})") from None
-
-
-def _read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """Return the mapping in a JSON file, or refuse one that lacks a key."""
-    value = _parse(path)
-    if not isinstance(value, dict) or not set(keys) <= set(value):
+    if keys and not (isinstance(value, dict) and set(keys) <= set(value)):
         raise ReaderError(f"{path} must have the keys {', '.join(keys)}")
     return value
