@@ -14,7 +14,8 @@ from dataclasses import asdict
 from typing import Any
 
 from medbudget import InversionSettings, Score, invert, load_base, make_phantoms, sample
-from medbudget.metrics import membership_test, memorisation
+from medbudget.membership import membership_test
+from medbudget.metrics import memorisation
 from medbudget.results import write_result
 from medbudget.tiny import load_trained
 

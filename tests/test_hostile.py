@@ -309,7 +309,7 @@ def test_a_reader_study_shows_only_its_own_images(tmp_path, noise):
     for name in ("../a/00000.png", "/etc/hostname", "images/../../a/00000.png"):
         about["pairs"][0][0] = name
         (tmp_path / "s" / "study.json").write_text(json.dumps(about))
-        with pytest.raises(ReaderError, match="no image of it"):
+        with pytest.raises(ReaderError, match="has no image"):
             ReaderStudy.load(tmp_path / "s")
 
 

@@ -100,13 +100,10 @@ def test_permutation_adds_a_p_value_per_extractor():
     assert "p = 1 (99 paired permutations)" in test.note
 
 
-def test_the_papers_normalisation_is_said_and_stands_beside_the_other():
+def test_the_papers_normalisation_is_said():
     sets = blobs(8, seed=0), blobs(4, seed=1)
     (paper,) = layout(*sets, normalize="paper", floor=False)
     assert paper.normalisation == "paper" and "blind to darkness" in str(paper)
-    both = layout(*sets, normalize="both", floor=False)
-    assert [s.name for s in both] == ["Layout distance", "Layout distance, z-scored"]
-    assert both[1].value == paper.value and both[1].normalisation == "paper"
 
 
 def test_n_is_lowered_for_both_and_said():

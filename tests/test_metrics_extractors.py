@@ -6,8 +6,8 @@ import torch
 
 from medbudget import metrics, weights
 from medbudget.files import hash_file
-from medbudget.metrics import WeightsError, extractors, inception, radimagenet
-from medbudget.metrics.extractors import resize_bilinear
+from medbudget.metrics import WeightsError, extractors, pretrained
+from medbudget.metrics.extractors import resize
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -33,7 +33,7 @@ def test_tf1_resize_agrees_with_torch_fidelity(size, noise):
     want = tf1.interpolate_bilinear_2d_like_tensorflow1x(
         images.float(), size=(299, 299), align_corners=False
     )
-    torch.testing.assert_close(inception.resize_tf1(images, 299), want, atol=1e-3, rtol=0)
+    torch.testing.assert_close(pretrained.resize_tf1(images, 299), want, atol=1e-3, rtol=0)
 
 
 def test_resize_rules_differ_on_a_checkerboard():
@@ -42,15 +42,15 @@ def test_resize_rules_differ_on_a_checkerboard():
     board = torch.zeros(1, 3, 448, 448, dtype=torch.uint8)
     board[..., ::2, ::2] = 255
     board[..., 1::2, 1::2] = 255
-    assert inception.resize_tf1(board, 224).unique().tolist() == [255]
-    inner = resize_bilinear(board, 224)[..., 4:-4, 4:-4]
+    assert pretrained.resize_tf1(board, 224).unique().tolist() == [255]
+    inner = resize(board, 224)[..., 4:-4, 4:-4]
     assert inner.min() > 126.5 and inner.max() < 128.5
 
 
 def test_inception_agrees_with_torch_fidelity_at_random_weights(tmp_path, noise):
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     path = tmp_path / "inception.pth"
-    torch.save(randomise(inception.inception_network()).state_dict(), path)
+    torch.save(randomise(pretrained.inception_network()).state_dict(), path)
     reference = fidelity.FeatureExtractorInceptionV3("i", ["2048"], str(path))
     images = noise(2)
     (want,) = reference(images)
@@ -83,7 +83,7 @@ def test_radimagenet_conventions_are_two_networks_with_two_input_rules(tmp_path,
         WeightsError, match=r"radimagenet-keras: \d+ of \d+ tensors .* e\.g\. conv1\.bias"
     ):
         metrics.load_extractor("radimagenet-keras", weights=path, device="cpu")
-    keras = randomise(radimagenet.radimagenet_network("keras"))
+    keras = randomise(pretrained.radimagenet_network("keras"))
     assert keras.layer2[0].conv1.stride == (2, 2) and keras.layer2[0].conv2.stride == (1, 1)
     path = tmp_path / "keras.pth"
     torch.save(keras.state_dict(), path)
@@ -115,12 +115,12 @@ def test_dinov2_from_a_local_file(tmp_path, monkeypatch, noise):
 def test_missing_weights_name_the_offline_extractor(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="efficientnet-lite0, which needs no download"):
         metrics.load_extractor("radimagenet-torch")
-    monkeypatch.setattr(inception, "URL", (tmp_path / "absent").as_uri())
+    monkeypatch.setattr(pretrained, "URL", (tmp_path / "absent").as_uri())
     with pytest.raises(
         WeightsError, match=r"inception could not be downloaded.*efficientnet-lite0"
     ):
         metrics.load_extractor("inception")
-    with pytest.raises(ValueError, match=r"two conventions.*radimagenet-keras.*radimagenet-torch"):
+    with pytest.raises(ValueError, match=r"radimagenet-keras.*radimagenet-torch"):
         metrics.load_extractor("radimagenet")
 
 
@@ -172,17 +172,17 @@ def test_wrong_files_are_refused_and_no_code_from_them_runs(tmp_path, capsys, mo
 
 @pytest.mark.network
 def test_inception_weights_download():
-    assert metrics.load_extractor("inception").hash.startswith(inception.HASH)
+    assert metrics.load_extractor("inception").hash.startswith(pretrained.HASH)
 
 
 def test_inception_is_found_in_torch_hubs_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"  # pytorch-fid's name
-    torch.save(randomise(inception.inception_network()).state_dict(), path)
-    monkeypatch.setattr(inception, "URL", (tmp_path / "absent").as_uri())
+    torch.save(randomise(pretrained.inception_network()).state_dict(), path)
+    monkeypatch.setattr(pretrained, "URL", (tmp_path / "absent").as_uri())
     with pytest.raises(WeightsError, match="could not be downloaded"):
         metrics.load_extractor("inception")  # another file than its name says
     assert weights.find_in_hub_cache("*6726825d.pth", hash_file(path)[:8]) == path
-    monkeypatch.setattr(inception, "find_in_hub_cache", lambda *_: path)
+    monkeypatch.setattr(pretrained, "find_in_hub_cache", lambda *_: path)
     assert metrics.load_extractor("inception").hash == hash_file(path)[:12]

@@ -39,12 +39,11 @@ def test_rank_deficient_sets_have_the_known_distance():
 @pytest.mark.parametrize(
     "x, y, message",
     [
-        (np.zeros((1, 3)), np.zeros((5, 3)), "x has 1 row"),
-        (np.zeros((5, 3)), np.zeros((0, 3)), "y has 0 row"),
+        (np.zeros((1, 3)), np.zeros((5, 3)), "n, m >= 2"),
         (np.zeros(5), np.zeros((5, 1)), "shape"),
-        (np.zeros((5, 3)), np.zeros((5, 4)), "x has 3 features and y has 4"),
-        (np.array([[1.0], [np.nan]]), np.zeros((2, 1)), "NaN or infinite values in 1 of 2"),
-        (np.zeros((2, 1)), np.array([[1.0], [np.inf]]), "y has NaN or infinite"),
+        (np.zeros((5, 3)), np.zeros((5, 4)), "same extractor; got .5, 3. and .5, 4."),
+        (np.array([[1.0], [np.nan]]), np.zeros((2, 1)), "NaN or infinite"),
+        (np.zeros((2, 1)), np.array([[1.0], [np.inf]]), "NaN or infinite"),
     ],
 )
 def test_errors(x, y, message):
@@ -100,12 +99,11 @@ def test_standard_error_against_repeated_sampling(n, d, low, high):
 def test_bootstrap_equals_distances_of_resampled_rows(n, d):
     rng = np.random.default_rng(6)
     x, y = rng.normal(size=(n, d)), rng.normal(size=(n + 5, d)) + 0.5
-    got = bootstrap_distances(x, y, repeats=5, seed=3, workers=1)
+    got = bootstrap_distances(x, y, repeats=5, seed=3)
     for value, seed in zip(got, np.random.SeedSequence(3).spawn(5)):
         draw = np.random.default_rng(seed)
         want = frechet_distance(x[draw.integers(n, size=n)], y[draw.integers(n + 5, size=n + 5)])
         assert value == pytest.approx(want, rel=1e-6)
-    np.testing.assert_array_equal(got, bootstrap_distances(x, y, repeats=5, seed=3, workers=2))
 
 
 def test_centred_bootstrap_agrees_with_influence_and_the_percentile_does_not():

@@ -8,6 +8,7 @@ import torch
 
 from medbudget import Embedding, make_phantoms, metrics, save_images
 from medbudget.images import hash_images
+from medbudget.membership import membership_test
 
 WORD = Embedding(0.3 * torch.randn(2, 96, generator=torch.Generator().manual_seed(1)), "<w>")
 
@@ -57,7 +58,7 @@ def test_images_that_the_word_records_are_known(tiny):
     images = make_phantoms("prostate", "tumour", 6).images
     record = {"image_hashes": " ".join(hash_images(images[:2]))}
     word = Embedding(WORD.vectors, "<w>", record=record)
-    scores = metrics.membership_test(tiny, word, images[:3], images[3:], draws=1)
+    scores = membership_test(tiny, word, images[:3], images[3:], draws=1)
     assert scores[0].remark == "1 of 3 members are not recorded in the word; only 3 images"
     with pytest.raises(ValueError, match="2 of the 3 other images are members"):
-        metrics.membership_test(tiny, word, images[3:], images[:3], draws=1)
+        membership_test(tiny, word, images[3:], images[:3], draws=1)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from medbudget import load_images, make_phantoms
-from medbudget.metrics import feature_neighbours, memorisation, pixel_neighbours
+from medbudget.metrics import memorisation, pixel_neighbours
+from medbudget.metrics.neighbours import feature_neighbours
 
 
 def scenes(n, *, seed, size=64):

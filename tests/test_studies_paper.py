@@ -9,7 +9,7 @@ import torch
 from paper_base import SIZE
 from test_metrics_extractors import randomise
 
-from medbudget.metrics import inception, radimagenet
+from medbudget.metrics import pretrained
 from medbudget.stylegan3 import TINY, make_stylegan3
 
 pytestmark = pytest.mark.slow
@@ -33,8 +33,8 @@ def weights(tmp_path_factory):
     """Random weights where a user keeps Inception's, RadImageNet's, and networks to start from."""
     folder = tmp_path_factory.mktemp("weights")
     for name, network in (
-        ("inception", inception.inception_network()),
-        ("radimagenet-keras", radimagenet.radimagenet_network("keras")),
+        ("inception", pretrained.inception_network()),
+        ("radimagenet-keras", pretrained.radimagenet_network("keras")),
     ):
         torch.save(randomise(network).state_dict(), folder / f"{name}.pth")
     small = replace(TINY, channel_max=8, channel_base=256)

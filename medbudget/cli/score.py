@@ -31,7 +31,7 @@ def evaluate(
         permutation: folder of another generator's images: adds a test
         paired: pair both generators' files by recorded seed, or by number in their names
         repeats: permutations
-        normalize: none, paper (each image z-scored), or both
+        normalize: none, or paper (each image z-scored)
         interval: influence, bootstrap or paper
         floor: real versus real beside every distance
         size: longest edge of all images, padded to squares; default: that of the synthetic images
@@ -78,7 +78,8 @@ def membership(
     """
     from medbudget import Embedding
     from medbudget.files import check_output
-    from medbudget.metrics import format_table, judge_membership, membership_test, to_json
+    from medbudget.membership import membership_test
+    from medbudget.metrics import format_table, judge_membership, to_json
 
     if out is not None:
         check_output(out, overwrite=overwrite)

@@ -21,60 +21,23 @@ from medbudget.metrics.frechet import (
     frechet_interval,
 )
 from medbudget.metrics.kernel import kernel_distance, precision_recall
-from medbudget.metrics.membership import (
-    judge_membership,
-    membership_inference,
-    membership_test,
-)
+from medbudget.metrics.membership import judge_membership, membership_inference
 from medbudget.metrics.neighbours import (
     Memorisation,
-    feature_neighbours,
     memorisation,
     pixel_neighbours,
 )
 from medbudget.metrics.permutation import PermutationTest, permutation_test
-from medbudget.metrics.scores import Score, format_table, to_json, to_table
-from medbudget.metrics.verdict import judge, summarize
+from medbudget.metrics.scores import Score, format_table, judge, summarize, to_json, to_table
 from medbudget.weights import WeightsError
 
 __all__ = [
-    "Calibration",
-    "Estimate",
-    "Extractor",
-    "Memorisation",
-    "PermutationTest",
-    "Score",
-    "WeightsError",
-    "bootstrap_auc",
-    "bootstrap_distances",
-    "calibration",
-    "compute_auc",
-    "compute_features",
-    "delong",
-    "delong_difference",
-    "detectable_difference",
-    "disease_axis",
-    "disease_score",
-    "evaluate",
-    "extractor_names",
-    "feature_neighbours",
-    "format_table",
-    "frechet_distance",
-    "frechet_interval",
-    "frechet_score",
-    "hanley_mcneil",
-    "judge",
-    "judge_membership",
-    "kernel_distance",
-    "load_extractor",
-    "membership_inference",
-    "membership_test",
-    "memorisation",
-    "normalize_images",
-    "permutation_test",
-    "pixel_neighbours",
-    "precision_recall",
-    "summarize",
-    "to_json",
-    "to_table",
-]
+    "Calibration", "Estimate", "Extractor", "Memorisation", "PermutationTest", "Score",
+    "WeightsError", "bootstrap_auc", "bootstrap_distances", "calibration", "compute_auc",
+    "compute_features", "delong", "delong_difference", "detectable_difference", "disease_axis",
+    "disease_score", "evaluate", "extractor_names", "format_table", "frechet_distance",
+    "frechet_interval", "frechet_score", "hanley_mcneil", "judge", "judge_membership",
+    "kernel_distance", "load_extractor", "membership_inference", "memorisation",
+    "normalize_images", "permutation_test", "pixel_neighbours", "precision_recall", "summarize",
+    "to_json", "to_table",
+]  # fmt: skip

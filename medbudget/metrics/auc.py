@@ -19,16 +19,13 @@ def _check(
     labels: npt.ArrayLike, scores: npt.ArrayLike, *, runs: bool = True
 ) -> tuple[Cases, Array]:
     label, score = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-    if label.ndim != 1 or score.ndim not in (1, 2) or score.shape[-1] != len(label):
+    if label.ndim != 1 or score.ndim > 1 + runs or score.shape[-1:] != label.shape:
         raise ValueError(
-            f"labels must be (n,) and scores (n,) or (runs, n), got {label.shape} and {score.shape}"
+            f"labels must be (n,) and scores (n,){' or (runs, n)' * runs}, got {label.shape} and "
+            f"{score.shape}"
         )
-    if score.ndim == 2 and not runs:
-        raise ValueError("DeLong takes the scores of one run, (n,); use bootstrap_auc for several")
-    if not np.isin(label, [0, 1]).all():
-        raise ValueError(f"labels must be 0 or 1, got {np.unique(label)[:5]}")
-    if not np.isfinite(score).all():
-        raise ValueError("scores contain NaN or infinite values")
+    if not (np.isin(label, [0, 1]).all() and np.isfinite(score).all()):
+        raise ValueError("labels must be 0 or 1, and scores neither NaN nor infinite")
     positive = label.astype(bool)
     if positive.sum() < 2 or (~positive).sum() < 2:
         raise ValueError(
@@ -68,8 +65,7 @@ def _delong_se(v10: Array, v01: Array) -> float:
 def delong(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
     """Return the AUC of ``(n,)`` scores with DeLong's standard error and 95 % interval.
 
-    The interval is cut at 0 and 1. At an AUC of exactly 0 or 1 the standard error is 0, which
-    only says that the method has failed.
+    At an AUC of exactly 0 or 1 the standard error is 0, which only says that the method has failed.
 
     Examples
     --------
@@ -107,24 +103,19 @@ def bootstrap_auc(
 
     Two levels: cases are resampled within each class and, with ``(runs, n)`` scores, training
     runs too; the AUC is the mean over runs. With `other`, cases are drawn jointly for both
-    (paired), runs independently.
+    (paired), runs independently. With `patients`, whose case each is, patients are resampled with
+    all their cases: those of either class and those with cases of both among themselves.
 
-    Labels are ``(n,)`` of 0 and 1, scores ``(n,)`` or ``(runs, n)``. With `patients`, whose case each
-    is, patients are resampled with all their cases instead of cases: those of either class and
-    those with cases of both among themselves.
-
-    The standard error is the bootstrap's standard deviation; the p-value of a difference is twice
-    the share of draws on the other side of 0, at least 2 / repeats.
+    The p-value of a difference is twice the share of draws on the other side of 0, at least
+    2 / repeats.
     """
     positive, first = _check(labels, scores)
     check_number("repeats", repeats, 2)
-    sets = [np.atleast_2d(first)]
-    if other is not None:
-        sets.append(np.atleast_2d(_check(labels, other)[1]))
+    sets = [first] if other is None else [first, _check(labels, other)[1]]
     rng = np.random.default_rng(seed)
     strata, of_case = _strata(positive, patients)
     # bins of equal scores, per set and run, so that a resampled AUC is two counts and a cumsum
-    bins = [[np.unique(run, return_inverse=True)[1] for run in runs] for runs in sets]
+    bins = [[np.unique(s, return_inverse=True)[1] for s in np.atleast_2d(one)] for one in sets]
 
     def weighted_auc(index: npt.NDArray[np.intp], w_pos: Array, w_neg: Array) -> float:
         size = int(index.max()) + 1
@@ -139,15 +130,12 @@ def bootstrap_auc(
             n = len(members)
             weights[members] = np.bincount(rng.integers(n, size=n), minlength=n)
         w_pos, w_neg = weights[of_case[positive]], weights[of_case[~positive]]
-        values = []
-        for runs in bins:
-            chosen = rng.integers(len(runs), size=len(runs))
-            count = np.bincount(chosen, minlength=len(runs))
-            values.append(
-                sum(c * weighted_auc(runs[r], w_pos, w_neg) for r, c in enumerate(count) if c)
-                / len(runs)
-            )
-        draws[i] = values[0] - (values[1] if len(values) > 1 else 0.0)
+        values = [0.0, 0.0]
+        for place, runs in enumerate(bins):
+            count = np.bincount(rng.integers(len(runs), size=len(runs)), minlength=len(runs))
+            areas = (c * weighted_auc(runs[r], w_pos, w_neg) for r, c in enumerate(count) if c)
+            values[place] = sum(areas) / len(runs)
+        draws[i] = values[0] - values[1]
     value, p = compute_auc(labels, scores), float("nan")
     if other is not None:
         value -= compute_auc(labels, other)
@@ -163,8 +151,6 @@ def _strata(
 ) -> tuple[list[npt.NDArray[np.intp]], npt.NDArray[np.intp]]:
     """Return the patients of each stratum (positive, negative, both) and the patient of each case."""
     patients = range(len(positive)) if patients is None else patients
-    if len(patients) != len(positive):
-        raise ValueError(f"{len(patients)} patients for {len(positive)} cases: name one for each")
     numbers = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
     of_case = np.array([numbers[patient] for patient in patients])
     pos, neg = (
@@ -186,11 +172,6 @@ def hanley_mcneil(value: float, n_positive: int, n_negative: int) -> float:
     >>> round(hanley_mcneil(0.780, 100, 100), 3)  # the paper's prostates, real images alone
     0.033
     """
-    if not 0 <= value <= 1 or min(n_positive, n_negative) < 2:
-        raise ValueError(
-            f"an AUC from 0 to 1 and at least 2 cases of each class are needed, got {value}, "
-            f"{n_positive} and {n_negative}"
-        )
     q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
     variance = (
         value * (1 - value)
@@ -241,6 +222,4 @@ def calibration(
     predicted = np.bincount(place, flat, bins)[used] / count[used]
     observed = np.bincount(place, truth, bins)[used] / count[used]
     error = float((count[used] * np.abs(predicted - observed)).sum() / len(flat))
-    return Calibration(
-        error, tuple(predicted.tolist()), tuple(observed.tolist()), tuple(count[used].tolist())
-    )
+    return Calibration(error, *(tuple(one.tolist()) for one in (predicted, observed, count[used])))

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from scipy.stats import t
 
 from medbudget.data.phantoms import KINDS
 from medbudget.images import check_images, shrink
-from medbudget.metrics.extractors import load_extractor, resize_bilinear
+from medbudget.metrics.extractors import load_extractor, resize
 from medbudget.metrics.features import compute_features
 from medbudget.metrics.kernel import squared_distances
 from medbudget.metrics.scores import Score
@@ -46,11 +47,9 @@ def disease_score(
     Each disease is fitted against healthy alone: in the chest, another disease scores high too.
 
     Images are ``(N, 3, H, W) uint8``, square, of any size; `kind` is prostate, chest (which has
-    three diseases and needs a `label`) or histology. Above 128 pixels, images that are no phantoms
-    nor drawn like them (real ones, or those of a real base) raise ValueError. Up to 128, only those
-    do that are further away than poor drawings of the embedded base: small real images may get a
-    score, and it says nothing about them. Images of one gray level raise ValueError, and so do
-    prostates whose ADC and DWI are the same.
+    three diseases and needs a `label`) or histology. Images that are no phantoms nor drawn like
+    them raise ValueError; up to 128 pixels only those that are further away than poor drawings of
+    the embedded base, so that small real images may get a score, which says nothing about them.
     """
     tensors, record = load_regressions()
     row = tensors[f"{kind}_{_find_label(kind, label)}"].double().numpy()
@@ -68,9 +67,8 @@ def disease_score(
     if distance > (limit := FAR if images.shape[-1] <= 128 else FAR_LARGE):
         raise ValueError(
             f"these images are no phantoms of the {kind}, nor drawn like them (distance of features "
-            f"{distance:.1f}, at most {limit} is allowed): the disease scores know phantoms only and "
-            "say nothing about other images; train a classifier on labelled images instead "
-            "(`medbudget classify`)"
+            f"{distance:.1f}, at most {limit} is allowed), and the disease scores know no others; "
+            "train a classifier on labelled images instead (`medbudget classify`)"
         )
     if kind == "prostate":
         x = disease_features(images, kind)
@@ -82,24 +80,20 @@ def _check_contrast(images: torch.Tensor, kind: str) -> None:
     low, high = images.flatten(1).aminmax(dim=1)
     if flat := int((low == high).sum()):
         raise ValueError(
-            f"{flat} of {len(images)} images have one gray level throughout: nothing in them can be "
-            "scored; leave them out, or draw them again"
+            f"{flat} of {len(images)} images have one gray level throughout: leave them out"
         )
     same = (images[:, 1] == images[:, 2]).flatten(1).all(1)
     if kind == "prostate" and same.any():
         raise ValueError(
-            f"{int(same.sum())} of {len(images)} prostates have the same ADC and DWI: the score needs "
-            "T2W, ADC and DWI as red, green and blue, not gray images"
+            f"{int(same.sum())} of {len(images)} prostates have the same ADC and DWI: T2W, ADC and "
+            "DWI as red, green and blue are needed"
         )
 
 
 def disease_axis(
     axis: Mapping[float, torch.Tensor], kind: str, label: str | None = None
 ) -> dict[float, Score]:
-    """Return the mean `disease_score` at each place of an axis, as of `medbudget.interpolate`.
-
-    Means of 2 images or more at each place, with Student's 95 % interval over the images.
-    """
+    """Return the mean `disease_score`, with Student's interval, at each place of an axis."""
     scores = {}
     extractor = load_extractor(OFFLINE)
     for place, images in axis.items():
@@ -139,15 +133,13 @@ def load_regressions() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     the regressions were fitted, with the AUC measured.
     """
     with safe_open(FILE, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, json.loads((file.metadata() or {})["record"])
+        return load_file(FILE), json.loads((file.metadata() or {})["record"])
 
 
 def disease_features(images: torch.Tensor, kind: str) -> npt.NDArray[np.float64]:
     """Return the features that the scores of a kind are linear in, ``(N, 1280)``.
 
-    A tumour is too small and too faint for features of the whole prostate, so that they are those of
-    its restricted diffusion: four times what DWI has above ADC, around the gland.
+    A prostate's tumour is too faint for those of the whole: four times what DWI has above ADC.
     """
     if kind != "prostate":
         return whole_features(images)
@@ -171,5 +163,5 @@ def _bring_to_size(images: torch.Tensor) -> torch.Tensor:
     if images.shape[2] > SIZE:  # by averages: noise falls as in a camera that bins pixels
         images = shrink(images, SIZE)
     elif images.shape[2] < SIZE:
-        images = resize_bilinear(images, SIZE).round().clamp(0, 255).byte()
+        images = resize(images, SIZE).round().clamp(0, 255).byte()
     return gaussian_blur(images, [7, 7], [BLUR, BLUR])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
 from medbudget.metrics.extractors import Extractor, load_extractor
-from medbudget.metrics.features import NORMALISATIONS, compute_features
-from medbudget.metrics.frechet import METHODS, Features, Groups, frechet_interval
+from medbudget.metrics.features import compute_features
+from medbudget.metrics.frechet import Features, Groups, frechet_interval
 from medbudget.metrics.image_sets import Source, choose_images, find_leaks, load_sets, pair
 from medbudget.metrics.kernel import kernel_distance, precision_recall
 from medbudget.metrics.neighbours import memorisation, wilson
@@ -21,10 +20,7 @@ from medbudget.settings import check_number
 from medbudget.weights import OFFLINE
 
 NO_GROUPS: tuple[Groups, Groups] = (None, None)
-CAVEATS = {
-    "bootstrap": "bootstrap interval",
-    "paper": "percentile bootstrap, biased upward",
-}
+CAVEATS = {"bootstrap": "bootstrap interval", "paper": "percentile bootstrap, biased upward"}
 
 
 def _score(
@@ -72,12 +68,8 @@ def frechet_score(
 
 
 def _kernel_scores(
-    x: np.ndarray,
-    y: np.ndarray,
-    extractor: Extractor,
-    normalize: str,
-    groups: tuple[Groups, Groups],
-) -> list[Score]:
+    x: np.ndarray, y: np.ndarray, extractor: Extractor, normalize: str, groups: tuple[Groups, Groups]
+) -> list[Score]:  # fmt: skip
     """Return the kernel distance, precision and recall of two sets of features."""
     about = ((x, y), extractor, normalize)
     kernel = kernel_distance(x, y, groups=groups)
@@ -113,46 +105,34 @@ def evaluate(
 ) -> list[Score]:
     """Score synthetic images against real ones.
 
+    For every extractor: Frechet distance, its real-versus-real floor, and (but for layout) kernel
+    distance, precision and recall, then permutation and memorisation. A score against training
+    images, or of few images, says so in its remark.
+
+    Images are ``(N, 3, H, W) uint8`` or folders, which are brought to one `size` (longest edge;
+    default: that of `synthetic`), padded to squares; N may differ. In a folder that
+    `medbudget prepare` made, intervals are over patients, and the floor's two sets share none.
+
     Parameters
     ----------
-    real, synthetic : torch.Tensor or path
-        ``(N, 3, H, W) uint8``, or a folder of images; N may differ. Folders are all brought to one
-        size by one rule (`size`). In a folder that `medbudget prepare` made, intervals are over
-        patients, and the floor's two sets share none.
     features : str, Extractor or a sequence of them
-        The extractors (`load_extractor`); the layout distance of 8x8 thumbnails is always added.
+        See `load_extractor`; the layout distance of 8x8 thumbnails is always added.
     train : torch.Tensor or path, optional
         The images that the generator was trained on: adds the memorisation scores, in pixels and
         in the first extractor's features, calibrated on the `real` images that are not in `train`.
     permutation : torch.Tensor or path, optional
-        Another generator's images: adds permutation tests of the difference of distances.
+        Another generator's images: adds permutation tests, with `repeats` permutations.
     paired : bool
-        The images of `synthetic` and `permutation` were made from the same seeds: folders are
-        paired by recorded seed or by number in the file's name, tensors by order.
-    size : int, optional
-        Longest edge of the images of folders, padded to a square; default: that of `synthetic`.
-    normalize : "none", "paper" or "both"
-        See `medbudget.metrics.normalize_images`; "both" adds the Frechet distance of images
-        z-scored as in the paper's released script.
-    interval : "influence", "bootstrap" or "paper"
-        See `frechet_interval`.
+        `synthetic` and `permutation` were made from the same seeds: folders are paired by recorded
+        seed or by number in the file's name, tensors by order.
+    normalize, interval : str
+        See `normalize_images` and the methods of `frechet_interval`.
     floor : bool
         Put beside every Frechet distance that of two disjoint real sets of the same n, what a
         perfect generator would score. Where there are fewer than 2 n real images, n is lowered to
         half of them for both. ``False`` uses all images and gives no floor.
-    repeats : int
-        Permutations.
-    seed : int
-        Chooses the images where not all are used, and the permutations.
     **options
-        For `medbudget.metrics.compute_features`: batch_size, cache, progress.
-
-    Returns
-    -------
-    list of Score
-        For every extractor: Frechet distance, its real-versus-real floor, and (but for layout)
-        kernel distance, precision and recall, then permutation and memorisation. A score against
-        training images, or of few images, says so in its remark.
+        For `compute_features`: batch_size, cache, progress.
 
     Examples
     --------
@@ -164,12 +144,6 @@ def evaluate(
     FD (EfficientNet-Lite0) 4
     FD (EfficientNet-Lite0), real vs real 4
     """
-    for name, word, allowed in (
-        ("normalize", normalize, (*NORMALISATIONS, "both")),
-        ("interval", interval, METHODS),
-    ):
-        if word not in allowed:
-            raise ValueError(f"{name}={word!r} is unknown; allowed are {', '.join(allowed)}")
     check_number("seed", seed, 0)
     names = [features] if isinstance(features, str | Extractor) else list(features)
     if not any((f if isinstance(f, str) else f.name) == "layout" for f in names):
@@ -196,53 +170,45 @@ def evaluate(
     elif other is not None and len(made) != len(other):
         draw, same = np.random.default_rng(seed), min(len(made), len(other))
         rows, columns = (np.sort(draw.permutation(len(p))[:same]) for p in (made, other))
-    rules = ("none", "paper") if normalize == "both" else (normalize,)
     scores: list[Score] = []
-    for extractor, rule in product(extractors, rules):
-        x, y = (
-            compute_features(s.images, extractor, normalize=rule, **options) for s in (given, made)
-        )
-        beside = normalize == "both" and rule == "paper"
-        name = extractor.distance_name + ", z-scored" * beside
-        about: dict[str, Any] = {"extractor": extractor, "normalize": rule, "interval": interval}
-        note = "; ".join(notes)
-        distance = frechet_score(x[first], y[chosen], name=name, groups=groups, note=note, **about)
+    for extractor in extractors:
+        how: dict[str, Any] = {"extractor": extractor, "normalize": normalize}
+        x, y = (compute_features(s.images, **how, **options) for s in (given, made))
+        about = how | {"interval": interval, "groups": groups, "note": "; ".join(notes)}
+        distance = frechet_score(x[first], y[chosen], **about)
         if floor and len(first) < len(made):
             distance = distance.remarked(f"{HALVED} {len(given)} real images", last=True)
         scores.append(distance)
         if floor:
-            about |= {"name": name + FLOOR, "note": "the floor: two disjoint real sets"}
-            between = (groups[0], given.groups(second))
-            scores.append(frechet_score(x[first], x[second], groups=between, **about))
-        if extractor.name != "layout" and not beside:
-            scores += _kernel_scores(x[first], y[chosen], extractor, rule, groups)
+            about["name"] = extractor.distance_name + FLOOR
+            about["groups"] = groups[0], given.groups(second)
+            about["note"] = "the floor: two disjoint real sets"
+            scores.append(frechet_score(x[first], x[second], **about))
+        if extractor.name != "layout":
+            scores += _kernel_scores(x[first], y[chosen], extractor, normalize, groups)
         if other is not None:
-            z = compute_features(other.images, extractor, normalize=rule, **options)
-            scores += _compare(
-                x, y[rows], z[columns], extractor, rule, name,
-                paired=paired, repeats=repeats, seed=seed,
-            )  # fmt: skip
+            z = compute_features(other.images, **how, **options)
+            test: dict[str, Any] = {"paired": paired, "repeats": repeats, "seed": seed}
+            scores += _compare(x, y[rows], z[columns], extractor, normalize, **test)
     if leaks := find_leaks(given, made, first, sets.get("train")):
         scores = [s if s.name.endswith(FLOOR) else s.remarked(leaks) for s in scores]
     if "train" in sets:
-        spaces: list[str | Extractor] = ["pixels"]
-        spaces += [e for e in extractors if e.name != "layout"][:1]
+        parts = made.images, sets["train"].images, given.images
+        networks = [e for e in extractors if e.name != "layout"]
+        spaces: list[str | Extractor] = ["pixels", *networks[:1]]
         for space in spaces:
-            found = memorisation(
-                made.images, sets["train"].images, given.images, space=space, **options
-            )
-            scores += found.scores()
+            scores += memorisation(*parts, space=space, **options).scores()
     return scores
 
 
 def _compare(
-    x: np.ndarray, y: np.ndarray, z: np.ndarray, extractor: Extractor, normalize: str, name: str,
+    x: np.ndarray, y: np.ndarray, z: np.ndarray, extractor: Extractor, normalize: str,
     *, paired: bool, **options: Any,
 ) -> list[Score]:  # fmt: skip
     """Test whether two generators' features y and z are equally far from real ones x."""
-    kinds = {"frechet": name, "kernel": f"Kernel distance ({extractor.title})"}
-    if extractor.name == "layout":
-        kinds.pop("kernel")
+    kinds = {"frechet": extractor.distance_name}
+    if extractor.name != "layout":
+        kinds["kernel"] = f"Kernel distance ({extractor.title})"
     scores = []
     for statistic, kind in kinds.items():
         test = permutation_test(y, z, x, paired=paired, statistic=statistic, **options)

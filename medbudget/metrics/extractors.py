@@ -1,8 +1,4 @@
-"""Extractors: functions from images to features, with all that a score must state about them.
-
-A Frechet distance means nothing without its features, so an `Extractor` carries, besides its
-function, everything that changes the number: weights' hash, input rule and resize rule.
-"""
+"""Extractors: functions from images to features, with all that a score must state about them."""
 
 from __future__ import annotations
 
@@ -19,8 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from medbudget.files import hash_file, hash_tensors
-from medbudget.metrics.inception import load_inception, resize_tf1
-from medbudget.metrics.radimagenet import load_radimagenet
+from medbudget.metrics.pretrained import load_inception, load_radimagenet, resize_tf1
 from medbudget.metrics.untrained import SIDE, WIDTHS, convolve, draw_filters, ring_powers
 from medbudget.weights import (
     OFFLINE,
@@ -39,14 +34,14 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 class Extractor:
     """A function from images to features, with all that a score must state about it."""
 
-    name: str  # the key, "efficientnet-lite0"
+    name: str  # "efficientnet-lite0"
     title: str  # the words for print, "EfficientNet-Lite0"
     hash: str  # 12 hex digits of SHA-256 of the weights file (of the rule, without weights)
     input_rule: str  # what happens to the pixel values, in words
     resize_rule: str  # what happens to the size, in words
     dim: int  # number of features, d
     function: Function = field(repr=False)  # (B, 3, H, W) uint8 on `device` to (B, d) float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"), repr=False)
+    device: torch.device = field(repr=False)
     note: str = ""  # a caveat that every score made with it repeats
 
     @property
@@ -62,14 +57,10 @@ class Extractor:
             return self.function(images.to(self.device)).float()
 
 
-def resize_bilinear(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Antialiased bilinear resize to a square: ``(B, 3, H, W) uint8 -> float32`` in [0, 255].
-
-    No rounding to whole gray levels; an image that is not square is stretched.
-    """
-    return F.interpolate(
-        images.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
-    )
+def resize(images: torch.Tensor, size: int, mode: str = "bilinear") -> torch.Tensor:
+    """Antialiased resize to a square: ``(B, 3, H, W) uint8 -> float32`` in [0, 255], not rounded."""
+    square, x = (size, size), images.float()
+    return F.interpolate(x, size=square, mode=mode, align_corners=False, antialias=True)
 
 
 def thumbnails(images: torch.Tensor, size: int = 8) -> torch.Tensor:
@@ -85,7 +76,7 @@ def thumbnails(images: torch.Tensor, size: int = 8) -> torch.Tensor:
 
 def _efficientnet(weights: Path | None, device: torch.device) -> tuple[Function, str]:
     network, path = efficientnet_network(device, weights)
-    return _chain(network, lambda x: (resize_bilinear(x, 224) - 127) / 128), hash_file(path)
+    return _chain(network, lambda x: (resize(x, 224) - 127) / 128), hash_file(path)
 
 
 def _layout(weights: Path | None, device: torch.device) -> tuple[Function, str]:
@@ -94,12 +85,12 @@ def _layout(weights: Path | None, device: torch.device) -> tuple[Function, str]:
 
 def _convolutions(weights: Path | None, device: torch.device) -> tuple[Function, str]:
     filters = {str(i): one for i, one in enumerate(draw_filters())}
-    return lambda images: convolve(resize_bilinear(images, SIDE)), hash_tensors(filters)
+    return lambda images: convolve(resize(images, SIDE)), hash_tensors(filters)
 
 
 def _spectrum(weights: Path | None, device: torch.device) -> tuple[Function, str]:
     rule = hashlib.sha256(b"log10 power + 1/12 in 12 rings of 1 to 91 periods, Hann window")
-    return lambda images: ring_powers(resize_bilinear(images, SIDE)), rule.hexdigest()
+    return lambda images: ring_powers(resize(images, SIDE)), rule.hexdigest()
 
 
 def _inception(weights: Path | None, device: torch.device) -> tuple[Function, str]:
@@ -114,7 +105,7 @@ def _radimagenet(
     mean = torch.tensor([0.406, 0.456, 0.485], device=device).view(1, 3, 1, 1)
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
-        x = resize_bilinear(images, 224).flip(1)
+        x = resize(images, 224).flip(1)
         return x / 255 - mean if convention == "keras" else (x - 127.5) * 2 / 255
 
     return _chain(network, prepare), hash_file(path)
@@ -130,8 +121,7 @@ def _dinov2(weights: Path | None, device: torch.device) -> tuple[Function, str]:
         try:
             network = timm.create_model(f"{DINOV2}.lvd142m", pretrained=True, **options)
         except Exception as error:
-            why = f"could not be downloaded ({type(error).__name__}: {str(error)[:100]})"
-            raise report_missing("dinov2", why) from None
+            raise report_missing("dinov2", f"could not be downloaded ({error!r:.120})") from None
     else:
         network = timm.create_model(DINOV2, pretrained=False, **options)
         fit(network, load_state("dinov2", weights), "dinov2", weights)
@@ -140,10 +130,7 @@ def _dinov2(weights: Path | None, device: torch.device) -> tuple[Function, str]:
     sd = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
-        size = (224, 224)
-        x = F.interpolate(
-            images.float(), size=size, mode="bicubic", align_corners=False, antialias=True
-        )
+        x = resize(images, 224, "bicubic")
         return (x.clamp(0, 255) / 255 - mean) / sd
 
     return _chain(freeze(network, device), prepare), digest
@@ -206,19 +193,16 @@ def load_extractor(
     weights: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
 ) -> Extractor:
-    """Load a feature extractor by name.
+    """Load a feature extractor of `extractor_names`, or ``"NAME=PATH"`` with a local weights file.
 
-    `name` is one of `extractor_names`, or ``"NAME=PATH"`` with a local weights file, as `weights`. An
-    unknown name raises ValueError; weights that are absent, damaged or of another network raise
-    WeightsError.
+    Weights that are absent, damaged or of another network raise WeightsError.
     """
     name, _, path = name.partition("=")
     weights = weights or path or None
     if name not in _EXTRACTORS:
-        two = "RadImageNet has two conventions: choose one"
-        hint = two if name == "radimagenet" else f"{OFFLINE} works without a download"
         raise ValueError(
-            f"unknown extractor {name!r}; {hint}; allowed are {', '.join(extractor_names())}"
+            f"unknown extractor {name!r}; {OFFLINE} works without a download; allowed are "
+            f"{', '.join(extractor_names())}"
         )
     place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _load(name, None if weights is None else Path(weights), torch.device(place))

@@ -53,33 +53,20 @@ def compute_features(
     *,
     normalize: str = "none",
     batch_size: int = 32,
-    device: str | torch.device | None = None,
     cache: bool = True,
     progress: bool = False,
 ) -> npt.NDArray[np.float32]:
     """Compute the features of images, or read them from the cache.
 
-    Parameters
-    ----------
-    images : torch.Tensor
-        ``(N, 3, H, W) uint8``.
-    extractor : str or Extractor
-        A name for `load_extractor`, or its result.
-    normalize : "none" or "paper"
-        See `normalize_images`.
-    cache : bool
-        Keep the result in `cache_folder`, named by the content hash of images and extractor, and
-        take it from there the next time. A folder that cannot be written is passed over.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(N, d) float32``; the same for every `batch_size` up to rounding (about 1e-6 relative).
+    Images are ``(N, 3, H, W) uint8``; features are ``(N, d) float32``, the same for every
+    `batch_size` up to rounding (about 1e-6 relative). For the rule `normalize` see
+    `normalize_images`. The `cache` keeps the result in `cache_folder`, named by the content hash of
+    images and extractor; a folder that cannot be written is passed over.
     """
     normalize_images(check_images(images)[:1], normalize)  # an unknown rule is an error at once
     check_counts(batch_size=batch_size)
     if isinstance(extractor, str):
-        extractor = load_extractor(extractor, device=device)
+        extractor = load_extractor(extractor)
     path = cache_folder() / "features" / f"{_cache_key(images, extractor, normalize)}.npy"
     if cache and path.exists():
         with suppress(OSError, ValueError):
@@ -93,9 +80,7 @@ def compute_features(
     parts = [extractor(normalize_images(batch, normalize)).cpu().numpy() for batch in batches]
     result = np.concatenate(parts).astype(np.float32, copy=False)
     if not np.isfinite(result).all():
-        raise ValueError(
-            f"{extractor.title} gave features that are not finite: its weights are damaged"
-        )
+        raise ValueError(f"features of {extractor.title} are not finite: its weights are damaged")
     if cache:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from medbudget.images import (
     read_record,
 )
 from medbudget.pictures import ImageError, open_picture
+from medbudget.settings import check_counts
 
 Source = torch.Tensor | str | os.PathLike[str]
 Index = npt.NDArray[np.intp]
@@ -47,12 +48,6 @@ class ImageSet:
         """Return a hash of each image's pixels."""
         return hash_images(self.images)
 
-    def hashes_at(self, size: int) -> list[str]:
-        """Return the hashes that the images have when they are loaded at another size."""
-        if not self.files or self.images.shape[3] == size:
-            return self.hashes
-        return hash_images(load_images(self.files, size=size))
-
     @cached_property
     def patients(self) -> Sequence[str]:
         """Return each image's patient by the manifest of `medbudget prepare`, empty without one."""
@@ -60,8 +55,8 @@ class ImageSet:
 
     def groups(self, rows: Index | None = None) -> list[str] | None:
         """Return the patients of some images, None where each has its own or none is known."""
-        rows = np.arange(len(self)) if rows is None else rows
-        patients = [self.patients[i] for i in rows] if self.patients else []
+        chosen = range(len(self.patients)) if rows is None else rows
+        patients = [self.patients[i] for i in chosen] if self.patients else []
         return patients if len(set(patients)) < len(patients) else None
 
     @cached_property
@@ -80,21 +75,20 @@ def load_sets(
     ``None``, which is left out. Without a `size`, that of the "synthetic" images is taken. Sets that
     are not of one shape (width to height) would be distorted differently: ValueError.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
-    files: dict[str, list[Path]] = {}
-    for role, source in sources.items():
-        if isinstance(source, str | os.PathLike):
-            files[role] = _find_files(role, source)
-        elif source is not None:
-            check_images(source, name=role)
-    size = size or longest_edge(files.get("synthetic", sources["synthetic"]))
+    given = {role: source for role, source in sources.items() if source is not None}
+    files = {
+        role: _find_files(role, source)
+        for role, source in given.items()
+        if isinstance(source, str | os.PathLike)
+    }
+    if size is None:
+        size = longest_edge(files.get("synthetic", given.get("synthetic")))
+    check_counts(size=size)
     sets = {
-        role: ImageSet(source, name=role)
-        if isinstance(source, torch.Tensor)
-        else ImageSet(load_images(files[role], size=size), tuple(files[role]), str(source))
-        for role, source in sources.items()
-        if source is not None
+        role: ImageSet(load_images(files[role], size=size), tuple(files[role]), str(source))
+        if isinstance(source, str | os.PathLike)
+        else ImageSet(check_images(source, name=role), name=role)
+        for role, source in given.items()
     }
     check_shapes({role: part.images for role, part in sets.items()})
     return sets
@@ -107,22 +101,19 @@ def _find_files(role: str, folder: str | os.PathLike[str]) -> list[Path]:
             str(path.relative_to(folder)) for path in Path(folder).glob("*/*") if path.is_dir()
         )
         raise ImageError(
-            f"{folder} was prepared with {', '.join(cells)}: name one of them for the {role} images "
-            "(not the training images, for a score)"
+            f"{folder} was prepared with {', '.join(cells)}: name one of them for the {role} images"
         )
     return find_images(folder)
 
 
 def check_shapes(sets: Mapping[str, torch.Tensor]) -> None:
     """Refuse sets of another shape (width to height): features would stretch them differently."""
-    shapes = {name: tuple(images.shape[2:]) for name, images in sets.items()}
-    first, (high, wide) = next(iter(shapes.items()))
-    for name, (h, w) in shapes.items():
+    first, (*_, high, wide) = next((name, images.shape) for name, images in sets.items())
+    for name, (*_, h, w) in ((name, images.shape) for name, images in sets.items()):
         if abs(h * wide - w * high) > max(h, w, high, wide):  # more than a pixel of rounding
             raise ValueError(
                 f"{first} images are {high} x {wide} and {name} images {h} x {w} (H x W): of another "
-                "shape, so they cannot be compared; load both with load_images(…, size=…), which "
-                "pads to squares"
+                "shape; load both with load_images(…, size=…), which pads to squares"
             )
 
 
@@ -148,50 +139,27 @@ def _find_seed(file: Path) -> int | None:
     return None
 
 
-def _find_number(file: Path) -> int | None:
-    """Return the last number in a file's name."""
-    numbers = re.findall(r"\d+", file.stem)
-    return int(numbers[-1]) if numbers else None
-
-
 def pair(first: ImageSet, second: ImageSet) -> tuple[Index, Index, str]:
     """Pair the images of two folders by recorded seed, or by the number in the file's name.
 
     Returns both orders, and what they were paired by: "seed", "number", or "order" for tensors. Sets
     that do not hold exactly the same seeds or numbers, each once, raise ValueError.
     """
-    sets = (first, second)
-    if len(first) != len(second):
-        raise ValueError(
-            f"paired images need as many in both sets, got {len(first)} in {first.name} and "
-            f"{len(second)} in {second.name}; draw both from the same seeds, or leave --paired out"
-        )
-    if not first.files or not second.files:
-        return np.arange(len(first)), np.arange(len(first)), "order"
-    keys, by = [[_find_seed(file) for file in one.files] for one in sets], "seed"
-    lacks = "record no seed"
-    if not any(key is not None for part in keys for key in part):
-        keys, by = [[_find_number(file) for file in one.files] for one in sets], "number"
-        lacks = "have neither a recorded seed nor a number in their names"
-    for one, values in zip(sets, keys):
-        if missing := values.count(None):
+    sets, by, keys = (first, second), "order", [list(range(len(one))) for one in (first, second)]
+    if first.files and second.files:
+        by, found = "seed", [[_find_seed(file) for file in one.files] for one in sets]
+        if not any(key is not None for part in found for key in part):
+            numbers = [[re.findall(r"\d+", file.stem) for file in one.files] for one in sets]
+            by, found = "number", [[int(n[-1]) if n else None for n in part] for part in numbers]
+        keys = [[key for key in part if key is not None] for part in found]
+    for one, part in zip(sets, keys):
+        if not len(one) == len(part) == len(set(part)) or set(part) != set(keys[0]):
             raise ValueError(
-                f"{one.name}: {missing} of {len(values)} files {lacks}, so they cannot be paired; "
-                "draw them again, name them by their seed, or leave --paired out"
+                f"{first.name} and {second.name} cannot be paired by {by}: {one.name} has {len(one)} "
+                f"images with {len(set(part))} different {by}s, and both must have the same, each "
+                "once; draw both from the same seeds, or leave --paired out"
             )
-        if len(set(values)) < len(values):
-            twice = next(value for value in values if values.count(value) > 1)
-            raise ValueError(
-                f"{one.name} has {by} {twice} more than once, so its images cannot be paired; "
-                "name one prompt's folder, or leave --paired out"
-            )
-    a, b = (np.array(values) for values in keys)
-    if alone := sorted(set(a) ^ set(b)):
-        raise ValueError(
-            f"{first.name} and {second.name} do not have the same {by}s (e.g. {by} {alone[0]} is in "
-            "one of them only); draw both from the same seeds, or leave --paired out"
-        )
-    return np.argsort(a), np.argsort(b), by
+    return np.argsort(keys[0]), np.argsort(keys[1]), by
 
 
 def choose_images(
@@ -212,8 +180,8 @@ def choose_images(
         n = min(n, *map(len, halves))
         if n < 2:
             raise ValueError(
-                f"the real images are of {len(np.unique(of))} patients: too few for two disjoint "
-                "sets; add patients, or do without the floor (floor=False, --no-floor)"
+                f"the real images are of {len(set(patients))} patients: too few for two disjoint "
+                "sets; add patients, or do without the floor (--no-floor)"
             )
         halves = [rng.permutation(half) for half in halves]
         order = np.concatenate([halves[0][:n], halves[1][:n]])
@@ -232,8 +200,10 @@ def find_leaks(real: ImageSet, synthetic: ImageSet, used: Index, train: ImageSet
         remarks.append(f"{drawn} of the {len(real)} real images are synthetic by their own record")
     seen = set(train.hashes) if train else set()
     trained = [real.hashes[i] in seen for i in used]
-    if synthetic.training_hashes:
-        digests = real.hashes_at(longest_edge(synthetic.files))
+    if synthetic.training_hashes:  # of images of the size that was drawn
+        size, digests = longest_edge(synthetic.files), real.hashes
+        if real.files and real.images.shape[3] != size:
+            digests = hash_images(load_images(real.files, size=size))
         trained = [t or digests[i] in synthetic.training_hashes for i, t in zip(used, trained)]
     if any(trained):
         remarks.append(f"against training images ({sum(trained)} of {len(used)})")

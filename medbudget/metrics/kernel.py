@@ -35,11 +35,8 @@ def kernel_distance(
     kxx, kyy, kxy = polynomial_kernel(x, x), polynomial_kernel(y, y), polynomial_kernel(x, y)
     np.fill_diagonal(kxx, 0)
     np.fill_diagonal(kyy, 0)
-    mean_xx, mean_yy, mean_xy = (
-        kxx.sum() / (n * (n - 1)),
-        kyy.sum() / (m * (m - 1)),
-        kxy.mean(),
-    )
+    mean_xx, mean_yy = kxx.sum() / (n * (n - 1)), kyy.sum() / (m * (m - 1))
+    mean_xy = kxy.mean()
     value = float(mean_xx + mean_yy - 2 * mean_xy)
 
     # Hoeffding: row means carry the first order, what is left of the kernel the second.
@@ -74,11 +71,8 @@ def _share_inside(points: Array, support: Array, k: int) -> float:
     radius = np.partition(own, k, axis=1)[:, k]
     # rounding of |x|^2 - 2 x.y + |y|^2 must not push an identical point out of a ball of radius 0
     slack = 1e-12 * float((support**2).sum(1).max())
-    inside = 0
-    for start in range(0, len(points), 1024):
-        block = squared_distances(points[start : start + 1024], support)
-        inside += int((block <= radius + slack).any(axis=1).sum())
-    return inside / len(points)
+    inside = squared_distances(points, support) <= radius + slack
+    return float(inside.any(axis=1).mean())
 
 
 def precision_recall(real: Features, synthetic: Features, *, k: int = 3) -> tuple[float, float]:

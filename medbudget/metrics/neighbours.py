@@ -1,9 +1,7 @@
-"""Memorisation: is a synthetic image nearer to a training image than it has a right to be?
+"""Memorisation: is a synthetic image nearer to a training image than held-out real images are?
 
-The right is measured, not assumed: held-out real images, which no generator can have copied, have
-a nearest training image too. Distances are those of the image, its mirror image and, in pixels,
-its small shifts: a mirrored copy is a copy. Pixels are reduced first, so that noise averages out.
-Network features do not undo noise: only near-exact copies are found in them.
+Distances are those of the image, its mirror image and, in pixels, its small shifts. Pixels are
+reduced first, so that noise averages out. In network features only near-exact copies are found.
 """
 
 from __future__ import annotations
@@ -43,15 +41,9 @@ def pixel_neighbours(images: torch.Tensor, train: torch.Tensor) -> tuple[Array, 
     The centre of every training image is correlated with the windows of the other image, and of its
     mirror image, at all shifts of up to 2 of these pixels (6 % of the width) by half a pixel.
 
-    Returns
-    -------
-    distance : (N,) float64
-        1 - correlation: 0 for a copy (of any brightness and contrast), 1 for no likeness.
-    index : (N,) int
-        The nearest training image.
+    Returns 1 - correlation, ``(N,)``: 0 for a copy (of any brightness and contrast), 1 for no
+    likeness; and which training image is nearest.
     """
-    check_images(images)
-    check_images(train, name="train")
     inner = SIZE - 2 * SHIFT
     small_train = F.adaptive_avg_pool2d(train.float(), SIZE)
     targets = _unit(small_train[..., SHIFT : SHIFT + inner, SHIFT : SHIFT + inner])
@@ -99,7 +91,7 @@ class Memorisation:
 
     @property
     def flagged(self) -> npt.NDArray[np.bool_]:
-        """Which synthetic images are nearer to training than the held-out ones' level allows."""
+        """Return which synthetic images are nearer to training than the level allows."""
         return self.p_value <= self.level
 
     @property
@@ -134,15 +126,13 @@ class Memorisation:
             notes.insert(1, "noise can hide a copy here: rely on the pixels")
         if h < 99:  # too few for the 1 % level
             about["remark"] = f"rests on only {h} held-out image{'s' * (h > 1)}"
-        level = f"at the {self.level:.2g} level"
-        rank = f"z; below 0: nearer to training; p = {norm.cdf(z):.2g} for copying"
+        note = "; ".join(filter(None, notes))
+        level = f"at the {self.level:.2g} level; {note}"
+        rank = f"z; below 0: nearer to training; p = {norm.cdf(z):.2g} for copying; {note}"
         limits = wilson(int(self.flagged.sum()), n)
         return [
-            Score(name, value, interval, note="; ".join(filter(None, [first, *notes])), **about)
-            for name, value, interval, first in (
-                (f"Copied share ({self.space})", self.share, limits, level),
-                (f"C_T ({self.space})", z, None, rank),
-            )
+            Score(f"Copied share ({self.space})", self.share, limits, note=level, **about),
+            Score(f"C_T ({self.space})", z, None, note=rank, **about),
         ]
 
 
@@ -170,38 +160,24 @@ def memorisation(
     *,
     space: str | Extractor = "pixels",
     level: float = 0.01,
-    device: str | torch.device | None = None,
     **options: Any,
 ) -> Memorisation:
     """Compare synthetic images with the training images, calibrated on held-out real images.
 
-    Parameters
-    ----------
-    synthetic, train, heldout : torch.Tensor
-        ``(N, 3, H, W) uint8``. `heldout`: real images, best of other patients, that were not
-        trained on; those that are in `train` byte for byte are left out and counted in the note.
-    space : "pixels", or an extractor's name, or an Extractor
-        Normalised correlation (flips and small shifts; blind to noise), or feature distance (flips
-        only; a little noise hides a copy, so that pixels are the default).
-    level : float
-        Flag images that are nearer to training than this share of the held-out images. With fewer
-        than 1 / level - 1 of these it is raised to what they can show, which the note says.
-    **options
-        For `compute_features`.
+    All are ``(N, 3, H, W) uint8``. `heldout` are real images, best of other patients, that were not
+    trained on; those that are in `train` byte for byte are left out and counted in the note. The
+    `space` is "pixels", an extractor or its name: normalised correlation (flips and small shifts;
+    blind to noise), or feature distance (flips only; a little noise hides a copy). Images are
+    flagged that are nearer to training than the share `level` of the held-out images; with fewer
+    than 1 / level - 1 of these it is raised to what they can show. The `options` are those of
+    `compute_features`.
     """
     sets = {"synthetic": synthetic, "training": train, "held-out": heldout}
-    for name, images in sets.items():
-        check_images(images, name=name)
-    check_shapes(sets)
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level}")
+    check_shapes({name: check_images(images, name=name) for name, images in sets.items()})
     trained = set(hash_images(train))
     fresh = [i for i, digest in enumerate(hash_images(heldout)) if digest not in trained]
     if not fresh:
-        raise ValueError(
-            "every held-out image is also a training image; memorisation needs real images that "
-            "were not trained on"
-        )
+        raise ValueError("every held-out image is also a training image: add others")
     notes = []
     if left_out := len(heldout) - len(fresh):
         notes.append(f"{left_out} real images that are training images left out")
@@ -209,10 +185,8 @@ def memorisation(
         notes.append(f"level raised from {level:g}: only {len(fresh)} held-out images")
         level = 1 / (len(fresh) + 1)
     extractor = None
-    if isinstance(space, Extractor):
-        extractor = space
-    elif space != "pixels":
-        extractor = load_extractor(space, device=device)
+    if space != "pixels":
+        extractor = load_extractor(space) if isinstance(space, str) else space
     (distance, index), (far, _) = (
         feature_neighbours(images, train, extractor, **options)
         if extractor

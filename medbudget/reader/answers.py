@@ -29,28 +29,18 @@ class Reading:
     def __init__(self, folder: Path, study: str, n_pairs: int, name: str) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", name):
             raise ReaderError(
-                f"reader {name!r}: allowed are lower-case letters, digits, - and _, at most 40; "
-                "a pseudonym is enough"
+                f"reader {name!r}: allowed are lower-case letters, digits, - and _, at most 40"
             )
         self.study, self.n_pairs, self.name = study, n_pairs, name
         self.path = folder / "answers" / f"{name}.jsonl"
 
     def records(self) -> list[dict[str, Any]]:
-        """Return every line: answers, and what was undone on the page.
-
-        An incomplete last line is left out: its answer was never confirmed.
-        """
+        """Return every line: answers, and what was undone on the page."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        records = []
-        lines = text.split("\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                if number < len(lines):
-                    raise ReaderError(
-                        f"{self.path}, line {number} is not JSON: was the file edited? Restore it"
-                    ) from None
+        try:
+            records = [json.loads(line) for line in text.split("\n") if line]
+        except ValueError as error:
+            raise ReaderError(f"{self.path} is not JSON ({error}): restore it") from None
         self._fold(records, str(self.path))
         return records
 
@@ -70,7 +60,7 @@ class Reading:
         """
         if choice not in CHOICES:
             raise ReaderError(f"choice {choice!r}: allowed are {', '.join(CHOICES)}")
-        with self._lock():
+        with self._locked():
             if (due := self.next()) != pair:
                 raise ReaderError(f"pair {pair} is not the next one ({due}): show that again")
             now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -81,18 +71,17 @@ class Reading:
     def merge(self, records: Any, source: str) -> None:
         """Add the records that an exported page wrote; those that are here already are left out."""
         self._fold(records, source)
-        with self._lock():
+        with self._locked():
             own = self.records()
             common = min(len(own), len(records))
             if own[:common] != records[:common]:
                 raise ReaderError(
-                    f"{source} and {self.path} both have answers of {self.name}, and they "
-                    "differ: give one of the two readers another name"
+                    f"{source} and {self.path} differ: are these two readers? Rename one of them"
                 )
             self._write([*own, *records[len(own) :]])
 
-    def _lock(self) -> FileLock:
-        """Return a lock that makes other processes wait which answer for this reader."""
+    def _locked(self) -> FileLock:
+        """Make other processes wait that answer for this reader."""
         self.path.parent.mkdir(exist_ok=True)
         return FileLock(self.path.with_name(f".{self.name}.lock"))
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medbudget.files import check_output, hold, write_bytes, write_json
+from medbudget.files import PathLike, check_output, hold, write_bytes, write_json
 from medbudget.images import find_images, hash_pixels, load_image, to_png, to_url
 from medbudget.metrics.scores import Score
 from medbudget.progress import tqdm
@@ -42,38 +42,23 @@ class ReaderStudy:
     @classmethod
     def create(
         cls,
-        a: str | os.PathLike[str],
-        b: str | os.PathLike[str],
-        out: str | os.PathLike[str],
+        a: PathLike,
+        b: PathLike,
+        out: PathLike,
         *,
         seed: int | None = None,
         n_pairs: int = 50,
         repeats: float = 0.1,
         question: str = QUESTION,
-        key: str | os.PathLike[str] | None = None,
+        key: PathLike | None = None,
     ) -> ReaderStudy:
         """Pair images of two folders at random and write the study and its key.
 
-        No image is used twice; on one half of the pairs `a` stands on the left. Some pairs of
-        the first third come again among the last third with their sides swapped: they tell
-        whether a reader gives the same answer again.
-
-        Parameters
-        ----------
-        a, b : path
-            Folders of images, all of one size, at least `n_pairs` in each; `n_pairs` of each are
-            drawn at random.
-        out : path
-            The study's folder; must not exist.
-        seed : int, optional
-            Chooses images, order and sides; default a random one, kept in the key. Who knows it
-            can work out the key: tell no reader.
-        n_pairs : int
-            Paper: 50.
-        repeats : float
-            Share of the pairs that is asked twice, up to 1/3.
-        key : path, optional
-            Default `out` with ``.key.json`` appended. Must lie outside `out`.
+        `a` and `b` are folders of images, all of one size, of which `n_pairs` each (paper: 50) are
+        drawn; `a` stands on the left in one half of the pairs. The share `repeats`, up to 1/3, of
+        the pairs comes again at the end with its sides swapped. `out` must not exist, and the `key`
+        (default: `default_key`) must lie outside it. Who knows the `seed` (default: a random one,
+        kept in the key) can work out the key: tell no reader.
         """
         out = Path(out)
         key = Path(key) if key is not None else default_key(out)
@@ -106,19 +91,14 @@ class ReaderStudy:
         return cls.load(out)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> ReaderStudy:
+    def load(cls, folder: PathLike) -> ReaderStudy:
         """Open a study's folder, or refuse one that lacks images."""
         folder = Path(folder)
         about = _read_json(folder / "study.json", "study", "question", "pairs")
         pairs = tuple((str(left), str(right)) for left, right in about["pairs"])
         for name in (name for pair in pairs for name in pair):
-            if not re.fullmatch(r"images/\w+\.png", name):
-                raise ReaderError(
-                    f"{folder / 'study.json'} names {name!r}, which is no image of it"
-                )
-        missing = [name for pair in pairs for name in pair if not (folder / name).is_file()]
-        if missing:
-            raise ReaderError(f"{folder} lacks {len(missing)} images, e.g. {missing[0]}")
+            if not re.fullmatch(r"images/\w+\.png", name) or not (folder / name).is_file():
+                raise ReaderError(f"{folder} has no image {name!r}, which its study.json names")
         return cls(folder, about["study"], about["question"], pairs)
 
     def urls(self, pair: int) -> list[str]:
@@ -126,7 +106,7 @@ class ReaderStudy:
         return [to_url((self.folder / name).read_bytes()) for name in self.pairs[pair]]
 
     def _read_key(self, path: Path) -> dict[str, Any]:
-        secret = _read_json(path, "study", "labels", "pairs")
+        secret: dict[str, Any] = _read_json(path, "study", "labels", "pairs")
         if secret["study"] != self.id:
             raise ReaderError(f"{path} is the key of study {secret['study']}, not of {self.id}")
         return secret
@@ -141,31 +121,24 @@ class ReaderStudy:
 
     def export(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: PathLike | None = None,
         *,
         overwrite: bool = False,
-        reveal: str | os.PathLike[str] | None = None,
+        reveal: PathLike | None = None,
         reference: tuple[torch.Tensor, str] | None = None,
     ) -> str:
         """Return the study as one HTML page that needs no network, and write it if asked to.
 
-        The page keeps each answer in the browser's own storage (IndexedDB, flushed to the disk)
-        and gives the answers as a JSON file, for `import_answers`. It replaces no other file,
-        unless `overwrite`.
+        The page keeps each answer in the browser's own storage and gives the answers as a JSON
+        file, for `import_answers`.
 
-        Parameters
-        ----------
-        reveal : path, optional
-            The key. The page then ends with the result, beside that of the paper's reader, and
-            tells which image came from where. For teaching only: the key can be read in the
-            page's source. Without it, the page has no key.
-        reference : (torch.Tensor, str), optional
-            An image ``(3, H, W) uint8`` to compare with, and what it shows; before the first
-            pair and after the last.
+        With `reveal`, the key, it ends with the result, beside that of the paper's reader, and
+        tells which image came from where. For teaching only: the key can be read in the page's
+        source. The `reference` is an image ``(3, H, W) uint8`` to compare with, and what it shows.
         """
         urls = [self.urls(pair) for pair in range(len(self.pairs))]
         data: dict[str, Any] = {"study": self.id, "question": self.question, "pairs": urls}
-        if reveal is not None:
+        if reveal:
             secret = self._read_key(Path(reveal))
             data["reveal"] = {
                 "labels": secret["labels"],
@@ -179,35 +152,32 @@ class ReaderStudy:
         parts = {"TITLE": html.escape(self.question), "STUDY": text}
         template = TEMPLATE.read_text(encoding="utf-8")
         page = re.sub(r"\$(TITLE|STUDY)", lambda match: parts[match[1]], template)
-        content = page.encode()
-        if path is not None and not (Path(path).is_file() and Path(path).read_bytes() == content):
+        if path is not None:
             check_output(path, overwrite=overwrite)
-            write_bytes(path, content)
+            write_bytes(path, page.encode())
         return page
 
-    def import_answers(self, path: str | os.PathLike[str]) -> Reading:
+    def import_answers(self, path: PathLike) -> Reading:
         """Add the answers that the exported page wrote; what is here already is not added twice."""
-        records = _parse(Path(path))
-        if not isinstance(records, list) or not records:
+        records = _read_json(Path(path))
+        if not (isinstance(records, list) and records and isinstance(records[0], dict)):
             raise ReaderError(f"{path} holds no answers: download them again from the study's page")
-        first = records[0] if isinstance(records[0], dict) else {}
-        reading = self.reader(str(first.get("reader")))
+        reading = self.reader(str(records[0].get("reader")))
         reading.merge(records, str(path))
         return reading
 
-    def analyse(self, key: str | os.PathLike[str] | None = None) -> list[Score]:
+    def analyse(self, key: PathLike | None = None) -> list[Score]:
         """Open the key, by default where `create` puts it; return the scores of the answers so far.
 
-        For each reader the preference for the first source, and for the left side (an exact
-        binomial test against one half, and Wilson's interval), whether repeats got the same
-        answer, and the median time. With several readers also the preference of their majority,
-        pair by pair, and Krippendorff's alpha between them. Answers without a preference are
-        left out of the tests, as in a sign test, and counted; repeats do not count for the
-        preference.
+        For each reader the preference for the first source, and for the left side (exact binomial
+        test against one half, Wilson's interval), whether repeats got the same answer, and the
+        median time. With several readers also the preference of their majority, pair by pair, and
+        Krippendorff's alpha. Answers without a preference are left out of the tests, as in a sign
+        test, and counted; repeats do not count for the preference.
         """
         secret = self._read_key(Path(key) if key is not None else default_key(self.folder))
-        answers = {name: self.reader(name).answers() for name in self.readers()}
-        answers = {name: given for name, given in answers.items() if given}
+        own = {name: self.reader(name).answers() for name in self.readers()}
+        answers = {name: given for name, given in own.items() if given}
         if not answers:
             raise ReaderError(f"{self.folder} has no answers yet: import them, or ask a reader")
         return score_answers(answers, secret["pairs"], secret["labels"])
@@ -231,7 +201,7 @@ def _write_study(
     return study
 
 
-def default_key(folder: str | os.PathLike[str]) -> Path:
+def default_key(folder: PathLike) -> Path:
     """Return where the key of a study lies unless it was put elsewhere: beside its folder."""
     folder = Path(os.path.abspath(folder))
     return folder.with_name(f"{folder.name}.key.json")
@@ -240,25 +210,23 @@ def default_key(folder: str | os.PathLike[str]) -> Path:
 def _check_sources(a: Path, b: Path, n_pairs: int) -> tuple[list[Path], list[Path]]:
     """Return the image files of both folders, or refuse what would spoil a comparison."""
     files = find_images(a), find_images(b)
-    for folder, images in zip((a, b), files):
-        if not 1 <= n_pairs <= len(images):
-            raise ReaderError(
-                f"{n_pairs} pairs cannot be made: {folder} has {len(images)} images, and none is "
-                f"used twice; allowed are 1 to {min(map(len, files))} pairs"
-            )
+    most = min(map(len, files))
+    if not 1 <= n_pairs <= most:
+        raise ReaderError(
+            f"{n_pairs} pairs cannot be made: {a} has {len(files[0])} images and {b} "
+            f"{len(files[1])}, and none is used twice; allowed are 1 to {most} pairs"
+        )
     seen: dict[str, Path] = {}
-    sizes: dict[str, Path] = {}
+    shape = load_image(files[0][0]).shape
     for file in (*files[0], *files[1]):
         image = load_image(file)
-        sizes.setdefault(f"{image.shape[1]} x {image.shape[2]}", file)
         if (twin := seen.setdefault(hash_pixels(image), file)) != file:
             raise ReaderError(f"{twin} and {file} are the same image: delete one of them")
-    if len(sizes) > 1:
-        examples = ", ".join(f"{size} ({file})" for size, file in list(sizes.items())[:3])
-        raise ReaderError(
-            f"the images have different sizes, which tells them apart: {examples}; bring all to one "
-            "size with `medbudget prepare folder`"
-        )
+        if image.shape != shape:
+            raise ReaderError(
+                f"{files[0][0]} and {file} have different sizes, which tells them apart; bring all "
+                "images to one size with `medbudget prepare folder`"
+            )
     return files
 
 
@@ -281,19 +249,12 @@ def _draw_items(
     return items
 
 
-def _parse(path: Path) -> Any:
-    """Return what a JSON file holds."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}: is this the right folder?")
+def _read_json(path: Path, *keys: str) -> Any:
+    """Return what a JSON file holds, or refuse one that lacks a key."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ReaderError(f"{path} is not JSON ({error})") from None
-
-
-def _read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """Return the mapping in a JSON file, or refuse one that lacks a key."""
-    value = _parse(path)
-    if not isinstance(value, dict) or not set(keys) <= set(value):
+    if keys and not (isinstance(value, dict) and set(keys) <= set(value)):
         raise ReaderError(f"{path} must have the keys {', '.join(keys)}")
     return value
