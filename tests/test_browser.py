@@ -94,10 +94,11 @@ def test_the_slider_of_a_built_page_changes_the_image(browser: Browser, page: Pa
     assert scripts == [], "the page asks for widget scripts that it does not need"
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A JupyterLab server in an empty folder: its address and the folder."""
     pytest.importorskip("jupyterlab", reason="needs the `book` extra")
+    tmp_path = tmp_path_factory.mktemp("lab")
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += [f"--port={port}", "--IdentityProvider.token=", "--ServerApp.password="]
@@ -134,8 +135,9 @@ def run_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], *, s
 def run_all(browser: Browser, lab: tuple[str, Path], notebook: Any, *, done: str) -> None:
     """Open a notebook in JupyterLab, run all its cells, wait until the script `done` is true."""
     url, folder = lab
-    nbformat.write(notebook, folder / "page.ipynb")
-    browser.open(f"{url}/lab/tree/page.ipynb")
+    name = f"page{len([*folder.glob('*.ipynb')])}"  # in a workspace that has nothing open
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    browser.open(f"{url}/lab/workspaces/{name}/tree/{name}.ipynb")
     browser.wait_for(
         "return document.querySelector('.jp-NotebookPanel') && window.jupyterapp.commands"
         ".isEnabled('notebook:run-all-cells')",

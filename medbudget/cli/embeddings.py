@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from medbudget.cli.options import File, Text, Words
+from medbudget.cli.options import File, Text, Words, check_free
 
 app = App(
     name="embedding",
@@ -29,24 +29,19 @@ def show(file: File, /, *, base: Text | None = None) -> None:
     from medbudget.known import compare_origin
 
     e = read_end(file)
-    rows: list[tuple[str, str]] = []
     word = e.word if isinstance(e, Adapter) else e
+    rows = {"token": e.token or "none: it applies to all parts of a prompt"}
     if isinstance(e, Adapter):
-        rows = [("changes", f"rank {e.rank}, {len(e.changes())} layers of the U-Net")]
+        rows["changes"] = f"rank {e.rank}, {len(e.changes())} layers of the U-Net"
     if word is not None:
         norms = word.vectors.norm(dim=1)
-        rows += [
-            ("shape", f"{tuple(word.vectors.shape)} (vectors, width)"),
-            ("norms", f"mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}"),
-        ]
-    for name, value in (
-        ("token", e.token or "none: it applies to all parts of a prompt"),
-        *rows,
-        ("step", e.step),
-        ("base", f"{e.base or 'unknown'} (hash {e.base_hash or 'unknown'})"),
-        ("data", e.data or "unknown"),
-        ("file", f"{file.stat().st_size / 1024:.0f} kB"),
-    ):
+        rows["shape"] = f"{tuple(word.vectors.shape)} (vectors, width)"
+        rows["norms"] = f"mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}"
+    rows["step"] = str(e.step)
+    rows["base"] = f"{e.base or 'unknown'} (hash {e.base_hash or 'unknown'})"
+    rows["data"] = e.data or "unknown"
+    rows["file"] = f"{file.stat().st_size / 1024:.0f} kB"
+    for name, value in rows.items():
         print(f"{name:<7} {value}")
     if base is not None:
         loaded = load_base(base)
@@ -75,9 +70,8 @@ def convert(
     """
     from medbudget import Adapter, Embedding
     from medbudget.adapter_files import AdapterError, is_adapter
-    from medbudget.files import check_output
 
-    check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     if is_adapter(file):
         adapter = Adapter.load(file).renamed(token) if token else Adapter.load(file)
         if out.suffix == ".safetensors":
@@ -89,18 +83,12 @@ def convert(
     else:
         e = Embedding.load(file, token=token)
     e.save(out)
-    print(f"wrote {out}")
     width = e.vectors.shape[1]
-    if width in PROGRAMS:
-        print(f"for Stable Diffusion {PROGRAMS[width]} in A1111, ComfyUI and diffusers")
-    else:
-        print(
-            f"note: its vectors are {width} wide, as base tiny needs them: no other program can use "
-            "it (Stable Diffusion 1.x takes 768, 2.x 1024)"
-        )
-
-
-PROGRAMS = {768: "1.x", 1024: "2.x"}  # width of the vectors: which models take them
+    programs = {768: "1.x", 1024: "2.x"}
+    use = "as base tiny needs them: no other program can use it"
+    if width in programs:
+        use = f"for Stable Diffusion {programs[width]} in A1111, ComfyUI and diffusers"
+    print(f"wrote {out}: vectors {width} wide, {use}")
 
 
 @app.command
@@ -117,11 +105,10 @@ def card(
         overwrite: replace OUT if it is there
     """
     from medbudget import Embedding
-    from medbudget.files import check_output, write_text
+    from medbudget.files import write_text
     from medbudget.hub import make_card, read_scores
 
-    if out is not None:
-        check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     text = make_card(Embedding.load(file), scores=read_scores(scores), licence=licence)
     if out is None:
         print(text, end="")
@@ -161,12 +148,7 @@ def paper(*, fetch: Words = None, out: Path = Path("embeddings")) -> None:
         fetch: a name, or all; repeatable
         out: folder for the files
     """
-    from medbudget.hub import (
-        PAPER_CHECKPOINT,
-        PAPER_EMBEDDINGS,
-        PAPER_URL,
-        fetch_paper_embedding,
-    )
+    from medbudget.hub import PAPER_CHECKPOINT, PAPER_EMBEDDINGS, PAPER_URL, fetch_paper_embedding
 
     if not fetch:
         print(f"{'name':<27}{'steps':>8}  {'SHA-256':<14}draws")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from medbudget.cli.options import Paths, Text
+from medbudget.cli.options import Paths, Text, check_free, write_scores
 
 app = App(
     name="reader-study", help="Which of two images looks better? A blinded study with readers."
@@ -72,12 +72,10 @@ def analyse(
         out: also write the scores as JSON
         overwrite: replace OUT if it is there
     """
-    from medbudget.files import check_output
-    from medbudget.metrics import format_table, to_json
+    from medbudget.metrics import format_table
     from medbudget.reader import ReaderStudy, required_pairs
 
-    if out is not None:
-        check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     loaded = ReaderStudy.load(study)
     for file in answers or []:
         reading = loaded.import_answers(file)
@@ -92,6 +90,4 @@ def analyse(
             print(f"next study, {name}: {error}")
         else:
             print(f"next study, {name}: {n} pairs show {share:.1%} with a power of 80%")
-    if out is not None:
-        to_json(scores, out)
-        print(f"wrote {out}")
+    write_scores(scores, out)

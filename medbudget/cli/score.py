@@ -7,7 +7,15 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from medbudget.cli.options import BaseOptions, File, Machine, Text, Words
+from medbudget.cli.options import (
+    BaseOptions,
+    File,
+    Machine,
+    Text,
+    Words,
+    check_free,
+    write_scores,
+)
 
 DEFAULT = Machine()
 BASE = BaseOptions()
@@ -41,13 +49,11 @@ def evaluate(
         seed: the same seed gives the same result
     """
     from medbudget import evaluate as run
-    from medbudget.files import check_output
-    from medbudget.metrics import format_table, judge, summarize, to_json
+    from medbudget.metrics import format_table, judge, summarize
 
     if paired and permutation is None:
         raise ValueError("--paired is about --permutation: name the other generator's folder")
-    if out is not None:
-        check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     scores = run(
         real, synthetic, features=features or "efficientnet-lite0", train=train,
         permutation=permutation, paired=paired, size=size, normalize=normalize, interval=interval,
@@ -57,9 +63,7 @@ def evaluate(
         print(f"verdict: {judge(scores)}\n{format_table(scores)}")
     else:
         print(f"{summarize(scores)}\nall scores and notes: --verbose, or --out scores.json")
-    if out is not None:
-        to_json(scores, out)
-        print(f"wrote {out}")
+    write_scores(scores, out)
 
 
 def membership(
@@ -77,17 +81,13 @@ def membership(
         seed: the same seed gives the same result
     """
     from medbudget import Embedding
-    from medbudget.files import check_output
-    from medbudget.metrics import format_table, judge_membership, membership_test, to_json
+    from medbudget.metrics import format_table, judge_membership, membership_test
 
-    if out is not None:
-        check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     loaded = base.load()
     scores = membership_test(loaded, Embedding.load(word), members, others, draws=draws, seed=seed)
     print(f"verdict: {judge_membership(scores)}\n{format_table(scores)}")
-    if out is not None:
-        to_json(scores, out)
-        print(f"wrote {out}")
+    write_scores(scores, out)
 
 
 def classify(
