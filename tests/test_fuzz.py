@@ -18,7 +18,7 @@ from medbudget.data.tables import read_table
 from medbudget.prompts import PromptError, parse_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = 200
+INPUTS = 400
 QUICK = settings(
     max_examples=150,
     deadline=None,
