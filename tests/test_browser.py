@@ -125,13 +125,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
         server.wait()
 
 
-def run_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], *, shows: str) -> None:
-    """Open a notebook of one cell in JupyterLab, run it, wait for what it shows."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    run_all(browser, lab, notebook, done=f"return document.querySelector('{shows}') !== null")
-
-
 def run_all(browser: Browser, lab: tuple[str, Path], notebook: Any, *, done: str) -> None:
     """Open a notebook in JupyterLab, run all its cells, wait until the script `done` is true."""
     url, folder = lab
@@ -203,21 +196,32 @@ def run_quickstart(browser: Browser, lab: tuple[str, Path]) -> None:
     assert "mine.safetensors: " in text and "<mine>, 4 vectors, base tiny" in text
 
 
-def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
-    browser: Browser, lab: tuple[str, Path]
-) -> None:
-    _, folder = lab
+@pytest.fixture(scope="module")
+def widgets(browser: Browser, lab: tuple[str, Path]) -> Path:
+    """Both widgets under one cell in JupyterLab; the folder that the kernel works in."""
     lines = [
         "import json, torch",
         "from pathlib import Path",
-        "from medbudget.widgets import MaskPainter",
+        "from IPython.display import display",
+        "from medbudget import load_base",
+        "from medbudget.tiny import load_trained",
+        "from medbudget.widgets import MaskPainter, PromptMixer",
         "def save():",
         "    m = painter.mask",
         "    Path('mask.json').write_text(json.dumps([len(painter.strokes), m.nonzero().tolist()]))",
         "painter = MaskPainter(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), changed=save)",
-        "painter",
+        "base = load_base('tiny', device='cpu')",
+        "words = [load_trained('chest', label, base) for label in ('healthy', 'pneumonia')]",
+        "display(painter, PromptMixer(base, words, n=1, steps=3, delay=1))",
     ]
-    run_notebook(browser, lab, lines, shows=".medbudget-painter img")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    last = ".medbudget-mixer .noUi-handle"
+    run_all(browser, lab, notebook, done=f"return document.querySelector('{last}') !== null")
+    return lab[1]
+
+
+def test_a_mask_drawn_in_jupyterlab_arrives_in_python(browser: Browser, widgets: Path) -> None:
     place = (
         "const img = document.querySelector('.medbudget-painter img');"
         "img.scrollIntoView({block: 'center'}); const box = img.getBoundingClientRect();"
@@ -229,7 +233,7 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
         return left + x * wide, top + y * high
 
     def arrived(strokes: int) -> Any:
-        file = folder / "mask.json"
+        file = widgets / "mask.json"
         found = (
             json.loads(file.read_text(encoding="utf-8") or "[-1, []]")
             if file.exists()
@@ -249,18 +253,7 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
     until(lambda: arrived(1), "undo does not arrive")
 
 
-def test_a_weight_slider_in_jupyterlab_draws_and_stops(
-    browser: Browser, lab: tuple[str, Path]
-) -> None:
-    lines = [
-        "from medbudget import load_base",
-        "from medbudget.tiny import load_trained",
-        "from medbudget.widgets import PromptMixer",
-        "base = load_base('tiny', device='cpu')",
-        "words = [load_trained('chest', label, base) for label in ('healthy', 'pneumonia')]",
-        "PromptMixer(base, words, n=1, steps=3, delay=1)",
-    ]
-    run_notebook(browser, lab, lines, shows=".medbudget-mixer .noUi-handle")
+def test_a_weight_slider_in_jupyterlab_draws_and_stops(browser: Browser, widgets: Path) -> None:
     status = (
         "const said = document.querySelector('.medbudget-mixer .widget-hbox .widget-label').innerText;"
         "const image = document.querySelector('.medbudget-mixer img');"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from medbudget.cli.options import File, Text, Words, check_free
+from medbudget.cli.options import File, Licence, Overwrite, ScoresFile, Text, Words, check_free
 
 app = App(
     name="embedding",
@@ -58,7 +58,7 @@ def show(file: File, /, *, base: Text | None = None) -> None:
 
 @app.command
 def convert(
-    file: File, out: Path, /, *, token: Text | None = None, overwrite: bool = False
+    file: File, out: Path, /, *, token: Text | None = None, overwrite: Overwrite = False
 ) -> None:
     """Write an embedding in another program's format, or an adapter under another token.
 
@@ -66,7 +66,6 @@ def convert(
         out: *.safetensors, *.pt (A1111, ComfyUI) or *.bin (diffusers); of an adapter, the last two
             hold its word
         token: give it another token
-        overwrite: replace OUT if it is there
     """
     from medbudget import Adapter, Embedding
     from medbudget.adapter_files import AdapterError, is_adapter
@@ -93,16 +92,13 @@ def convert(
 
 @app.command
 def card(
-    file: File, /, *, scores: Path | None = None, licence: Text = "other", out: Path | None = None,
-    overwrite: bool = False,
+    file: File, /, *, scores: ScoresFile = None, licence: Licence = "other", out: Path | None = None,
+    overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Write the model card of an embedding: data, licence, steps, base, scores, use, limits.
 
     Args:
-        scores: what medbudget evaluate --out wrote
-        licence: as the hub spells it, e.g. mit
         out: write it there; else print it
-        overwrite: replace OUT if it is there
     """
     from medbudget import Embedding
     from medbudget.files import write_text
@@ -119,15 +115,13 @@ def card(
 
 @app.command
 def push(
-    file: File, repo: Text, /, *, scores: Path | None = None, licence: Text = "other",
+    file: File, repo: Text, /, *, scores: ScoresFile = None, licence: Licence = "other",
     public: bool = False,
 ) -> None:  # fmt: skip
     """Upload an embedding with its card to the Hugging Face hub (after hf auth login).
 
     Args:
         repo: OWNER/NAME on the Hugging Face hub
-        scores: what medbudget evaluate --out wrote
-        licence: as the hub spells it, e.g. mit
         public: else only you can see it
     """
     from medbudget import Embedding

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from medbudget.cli.options import BaseOptions, Drawing, Paths, Text, Words, load_checked
+from medbudget.cli.options import BaseOptions, Drawing, Paths, Seed, Text, Words, load_checked
 
 DEFAULT = BaseOptions()
 DRAWING = Drawing()
@@ -19,7 +19,7 @@ DRAWING = Drawing()
 
 def phantoms(
     out: Path, /, *, kind: Text = "prostate", label: Words = None, n: int = 100, size: int = 64,
-    seed: int = 0, split: Text = "train", overwrite: bool = False,
+    seed: Seed = 0, split: Text = "train", overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Draw procedural stand-ins for medical images (phantoms).
 
@@ -29,7 +29,6 @@ def phantoms(
         label: e.g. healthy; several for combined chest diseases
         n: number of images
         size: pixels of an edge
-        seed: the same seed gives the same result
         split: train, val or test: they never overlap
         overwrite: replace other images that are there
     """

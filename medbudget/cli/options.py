@@ -18,6 +18,10 @@ from medbudget._version import __version__
 Text = Annotated[str, Parameter(metavar="TEXT")]
 Paths = Annotated[list[Path] | None, Parameter(consume_multiple=False)]
 File = Annotated[Path, Parameter(help="an embedding: .safetensors, .pt or .bin")]
+Licence = Annotated[str, Parameter(help="as the hub spells it, e.g. mit", metavar="TEXT")]
+Overwrite = Annotated[bool, Parameter(help="replace OUT if it is there")]
+ScoresFile = Annotated[Path | None, Parameter(help="what medbudget evaluate --out wrote")]
+Seed = Annotated[int, Parameter(help="the same seed gives the same result")]
 Words = Annotated[list[str] | None, Parameter(consume_multiple=False, metavar="TEXT...")]
 
 

@@ -11,6 +11,8 @@ from medbudget.cli.options import (
     BaseOptions,
     File,
     Machine,
+    Overwrite,
+    Seed,
     Text,
     Words,
     check_free,
@@ -26,7 +28,7 @@ def evaluate(
     permutation: Path | None = None, paired: bool = False, repeats: int = 1000,
     normalize: Text = "none", interval: Text = "influence",
     floor: Annotated[bool, Parameter(negative="--no-floor")] = True, size: int | None = None,
-    verbose: bool = False, out: Path | None = None, overwrite: bool = False, seed: int = 0,
+    verbose: bool = False, out: Path | None = None, overwrite: Overwrite = False, seed: Seed = 0,
     machine: Machine = DEFAULT,
 ) -> None:  # fmt: skip
     """Score generated images against real ones: a verdict, and the numbers it rests on.
@@ -45,8 +47,6 @@ def evaluate(
         size: longest edge of all images, padded to squares; default: that of the synthetic images
         verbose: all scores, with their notes
         out: also write all scores as JSON
-        overwrite: replace OUT if it is there
-        seed: the same seed gives the same result
     """
     from medbudget import evaluate as run
     from medbudget.metrics import format_table, judge, summarize
@@ -68,7 +68,7 @@ def evaluate(
 
 def membership(
     word: File, members: Path, others: Path, /, *, draws: int = 8, out: Path | None = None,
-    overwrite: bool = False, seed: int = 0, base: BaseOptions = BASE,
+    overwrite: Overwrite = False, seed: Seed = 0, base: BaseOptions = BASE,
 ) -> None:  # fmt: skip
     """Test whether an embedding betrays which images it was trained on.
 
@@ -77,8 +77,6 @@ def membership(
         others: folder of images of the same kind that it was not trained on
         draws: noises for the loss of each image
         out: also write the scores as JSON
-        overwrite: replace OUT if it is there
-        seed: the same seed gives the same result
     """
     from medbudget import Embedding
     from medbudget.metrics import format_table, judge_membership, membership_test
