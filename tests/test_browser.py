@@ -94,10 +94,11 @@ def test_the_slider_of_a_built_page_changes_the_image(browser: Browser, page: Pa
     assert scripts == [], "the page asks for widget scripts that it does not need"
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A JupyterLab server in an empty folder: its address and the folder."""
     pytest.importorskip("jupyterlab", reason="needs the `book` extra")
+    tmp_path = tmp_path_factory.mktemp("lab")
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += [f"--port={port}", "--IdentityProvider.token=", "--ServerApp.password="]
@@ -124,18 +125,12 @@ def lab(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server.wait()
 
 
-def run_notebook(browser: Browser, lab: tuple[str, Path], lines: list[str], *, shows: str) -> None:
-    """Open a notebook of one cell in JupyterLab, run it, wait for what it shows."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    run_all(browser, lab, notebook, done=f"return document.querySelector('{shows}') !== null")
-
-
 def run_all(browser: Browser, lab: tuple[str, Path], notebook: Any, *, done: str) -> None:
     """Open a notebook in JupyterLab, run all its cells, wait until the script `done` is true."""
     url, folder = lab
-    nbformat.write(notebook, folder / "page.ipynb")
-    browser.open(f"{url}/lab/tree/page.ipynb")
+    name = f"page{len([*folder.glob('*.ipynb')])}"  # in a workspace that has nothing open
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    browser.open(f"{url}/lab/workspaces/{name}/tree/{name}.ipynb")
     browser.wait_for(
         "return document.querySelector('.jp-NotebookPanel') && window.jupyterapp.commands"
         ".isEnabled('notebook:run-all-cells')",
@@ -201,21 +196,32 @@ def run_quickstart(browser: Browser, lab: tuple[str, Path]) -> None:
     assert "mine.safetensors: " in text and "<mine>, 4 vectors, base tiny" in text
 
 
-def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
-    browser: Browser, lab: tuple[str, Path]
-) -> None:
-    _, folder = lab
+@pytest.fixture(scope="module")
+def widgets(browser: Browser, lab: tuple[str, Path]) -> Path:
+    """Both widgets under one cell in JupyterLab; the folder that the kernel works in."""
     lines = [
         "import json, torch",
         "from pathlib import Path",
-        "from medbudget.widgets import MaskPainter",
+        "from IPython.display import display",
+        "from medbudget import load_base",
+        "from medbudget.tiny import load_trained",
+        "from medbudget.widgets import MaskPainter, PromptMixer",
         "def save():",
         "    m = painter.mask",
         "    Path('mask.json').write_text(json.dumps([len(painter.strokes), m.nonzero().tolist()]))",
         "painter = MaskPainter(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), changed=save)",
-        "painter",
+        "base = load_base('tiny', device='cpu')",
+        "words = [load_trained('chest', label, base) for label in ('healthy', 'pneumonia')]",
+        "display(painter, PromptMixer(base, words, n=1, steps=3, delay=1))",
     ]
-    run_notebook(browser, lab, lines, shows=".medbudget-painter img")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    last = ".medbudget-mixer .noUi-handle"
+    run_all(browser, lab, notebook, done=f"return document.querySelector('{last}') !== null")
+    return lab[1]
+
+
+def test_a_mask_drawn_in_jupyterlab_arrives_in_python(browser: Browser, widgets: Path) -> None:
     place = (
         "const img = document.querySelector('.medbudget-painter img');"
         "img.scrollIntoView({block: 'center'}); const box = img.getBoundingClientRect();"
@@ -227,7 +233,7 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
         return left + x * wide, top + y * high
 
     def arrived(strokes: int) -> Any:
-        file = folder / "mask.json"
+        file = widgets / "mask.json"
         found = (
             json.loads(file.read_text(encoding="utf-8") or "[-1, []]")
             if file.exists()
@@ -247,18 +253,7 @@ def test_a_mask_drawn_in_jupyterlab_arrives_in_python(
     until(lambda: arrived(1), "undo does not arrive")
 
 
-def test_a_weight_slider_in_jupyterlab_draws_and_stops(
-    browser: Browser, lab: tuple[str, Path]
-) -> None:
-    lines = [
-        "from medbudget import load_base",
-        "from medbudget.tiny import load_trained",
-        "from medbudget.widgets import PromptMixer",
-        "base = load_base('tiny', device='cpu')",
-        "words = [load_trained('chest', label, base) for label in ('healthy', 'pneumonia')]",
-        "PromptMixer(base, words, n=1, steps=3, delay=1)",
-    ]
-    run_notebook(browser, lab, lines, shows=".medbudget-mixer .noUi-handle")
+def test_a_weight_slider_in_jupyterlab_draws_and_stops(browser: Browser, widgets: Path) -> None:
     status = (
         "const said = document.querySelector('.medbudget-mixer .widget-hbox .widget-label').innerText;"
         "const image = document.querySelector('.medbudget-mixer img');"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import signal
 import sys
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -75,9 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         received[0] = signal.Signals(number)
         raise KeyboardInterrupt
 
-    before = None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     show, warnings.showwarning = warnings.showwarning, _note
     try:
         app.config = _read_config(arguments)
@@ -94,11 +91,10 @@ def main(arguments: list[str] | None = None) -> None:
     except MemoryError as error:
         code = _report(f"out of memory {error}: fewer or smaller images need less", 1)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        code = _report(str(error), 1)
+        code = _report(error, 1)
     finally:
         warnings.showwarning = show
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -129,6 +125,6 @@ def _note(message: Warning | str, *where: Any, **more: Any) -> None:
     print(f"note: {message}", file=sys.stderr)
 
 
-def _report(message: str, code: int) -> int:
+def _report(message: object, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code

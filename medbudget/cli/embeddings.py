@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from medbudget.cli.options import File, Text, Words
+from medbudget.cli.options import File, Licence, Overwrite, ScoresFile, Text, Words, check_free
 
 app = App(
     name="embedding",
@@ -29,24 +29,19 @@ def show(file: File, /, *, base: Text | None = None) -> None:
     from medbudget.known import compare_origin
 
     e = read_end(file)
-    rows: list[tuple[str, str]] = []
     word = e.word if isinstance(e, Adapter) else e
+    rows = {"token": e.token or "none: it applies to all parts of a prompt"}
     if isinstance(e, Adapter):
-        rows = [("changes", f"rank {e.rank}, {len(e.changes())} layers of the U-Net")]
+        rows["changes"] = f"rank {e.rank}, {len(e.changes())} layers of the U-Net"
     if word is not None:
         norms = word.vectors.norm(dim=1)
-        rows += [
-            ("shape", f"{tuple(word.vectors.shape)} (vectors, width)"),
-            ("norms", f"mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}"),
-        ]
-    for name, value in (
-        ("token", e.token or "none: it applies to all parts of a prompt"),
-        *rows,
-        ("step", e.step),
-        ("base", f"{e.base or 'unknown'} (hash {e.base_hash or 'unknown'})"),
-        ("data", e.data or "unknown"),
-        ("file", f"{file.stat().st_size / 1024:.0f} kB"),
-    ):
+        rows["shape"] = f"{tuple(word.vectors.shape)} (vectors, width)"
+        rows["norms"] = f"mean {norms.mean():.2f}, {norms.min():.2f} to {norms.max():.2f}"
+    rows["step"] = str(e.step)
+    rows["base"] = f"{e.base or 'unknown'} (hash {e.base_hash or 'unknown'})"
+    rows["data"] = e.data or "unknown"
+    rows["file"] = f"{file.stat().st_size / 1024:.0f} kB"
+    for name, value in rows.items():
         print(f"{name:<7} {value}")
     if base is not None:
         loaded = load_base(base)
@@ -63,7 +58,7 @@ def show(file: File, /, *, base: Text | None = None) -> None:
 
 @app.command
 def convert(
-    file: File, out: Path, /, *, token: Text | None = None, overwrite: bool = False
+    file: File, out: Path, /, *, token: Text | None = None, overwrite: Overwrite = False
 ) -> None:
     """Write an embedding in another program's format, or an adapter under another token.
 
@@ -71,13 +66,11 @@ def convert(
         out: *.safetensors, *.pt (A1111, ComfyUI) or *.bin (diffusers); of an adapter, the last two
             hold its word
         token: give it another token
-        overwrite: replace OUT if it is there
     """
     from medbudget import Adapter, Embedding
     from medbudget.adapter_files import AdapterError, is_adapter
-    from medbudget.files import check_output
 
-    check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     if is_adapter(file):
         adapter = Adapter.load(file).renamed(token) if token else Adapter.load(file)
         if out.suffix == ".safetensors":
@@ -89,39 +82,29 @@ def convert(
     else:
         e = Embedding.load(file, token=token)
     e.save(out)
-    print(f"wrote {out}")
     width = e.vectors.shape[1]
-    if width in PROGRAMS:
-        print(f"for Stable Diffusion {PROGRAMS[width]} in A1111, ComfyUI and diffusers")
-    else:
-        print(
-            f"note: its vectors are {width} wide, as base tiny needs them: no other program can use "
-            "it (Stable Diffusion 1.x takes 768, 2.x 1024)"
-        )
-
-
-PROGRAMS = {768: "1.x", 1024: "2.x"}  # width of the vectors: which models take them
+    programs = {768: "1.x", 1024: "2.x"}
+    use = "as base tiny needs them: no other program can use it"
+    if width in programs:
+        use = f"for Stable Diffusion {programs[width]} in A1111, ComfyUI and diffusers"
+    print(f"wrote {out}: vectors {width} wide, {use}")
 
 
 @app.command
 def card(
-    file: File, /, *, scores: Path | None = None, licence: Text = "other", out: Path | None = None,
-    overwrite: bool = False,
+    file: File, /, *, scores: ScoresFile = None, licence: Licence = "other", out: Path | None = None,
+    overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Write the model card of an embedding: data, licence, steps, base, scores, use, limits.
 
     Args:
-        scores: what medbudget evaluate --out wrote
-        licence: as the hub spells it, e.g. mit
         out: write it there; else print it
-        overwrite: replace OUT if it is there
     """
     from medbudget import Embedding
-    from medbudget.files import check_output, write_text
+    from medbudget.files import write_text
     from medbudget.hub import make_card, read_scores
 
-    if out is not None:
-        check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     text = make_card(Embedding.load(file), scores=read_scores(scores), licence=licence)
     if out is None:
         print(text, end="")
@@ -132,15 +115,13 @@ def card(
 
 @app.command
 def push(
-    file: File, repo: Text, /, *, scores: Path | None = None, licence: Text = "other",
+    file: File, repo: Text, /, *, scores: ScoresFile = None, licence: Licence = "other",
     public: bool = False,
 ) -> None:  # fmt: skip
     """Upload an embedding with its card to the Hugging Face hub (after hf auth login).
 
     Args:
         repo: OWNER/NAME on the Hugging Face hub
-        scores: what medbudget evaluate --out wrote
-        licence: as the hub spells it, e.g. mit
         public: else only you can see it
     """
     from medbudget import Embedding
@@ -161,12 +142,7 @@ def paper(*, fetch: Words = None, out: Path = Path("embeddings")) -> None:
         fetch: a name, or all; repeatable
         out: folder for the files
     """
-    from medbudget.hub import (
-        PAPER_CHECKPOINT,
-        PAPER_EMBEDDINGS,
-        PAPER_URL,
-        fetch_paper_embedding,
-    )
+    from medbudget.hub import PAPER_CHECKPOINT, PAPER_EMBEDDINGS, PAPER_URL, fetch_paper_embedding
 
     if not fetch:
         print(f"{'name':<27}{'steps':>8}  {'SHA-256':<14}draws")

@@ -5,12 +5,13 @@ What a command returns are settings in force that the command line did not give;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from medbudget.cli.options import BaseOptions, Drawing, Paths, Text, Words, load_checked
+from medbudget.cli.options import BaseOptions, Drawing, Paths, Seed, Text, Words, load_checked
 
 DEFAULT = BaseOptions()
 DRAWING = Drawing()
@@ -18,7 +19,7 @@ DRAWING = Drawing()
 
 def phantoms(
     out: Path, /, *, kind: Text = "prostate", label: Words = None, n: int = 100, size: int = 64,
-    seed: int = 0, split: Text = "train", overwrite: bool = False,
+    seed: Seed = 0, split: Text = "train", overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Draw procedural stand-ins for medical images (phantoms).
 
@@ -28,7 +29,6 @@ def phantoms(
         label: e.g. healthy; several for combined chest diseases
         n: number of images
         size: pixels of an edge
-        seed: the same seed gives the same result
         split: train, val or test: they never overlap
         overwrite: replace other images that are there
     """
@@ -59,24 +59,21 @@ def sample(
         n: number of images
         negative_prompt: what to guide away from
     """
-    from medbudget import sample_to
     from medbudget.images import SHEET
     from medbudget.progress import count
-    from medbudget.sampling import default_steps, total_guidance
+    from medbudget.sampling import total_guidance
 
-    given, words = options.collect(), embeddings or []
-    loaded = load_checked(options, out, prompt, words=[*words, *given["adapters"]])
-    kept = set(out.glob("*.png"))
-    paths = sample_to(
-        out, loaded, prompt, embeddings=words, negative_prompt=negative_prompt, n=n,
-        fast=options.fast, **given,
+    words = embeddings or []
+    there = set() if options.overwrite else set(out.glob("*.png"))
+    paths, in_force = _draw(
+        "sample", options, out, prompt, prompt=prompt, words=words, embeddings=words, n=n,
+        negative_prompt=negative_prompt, fast=options.fast,
     )  # fmt: skip
-    same = 0 if options.overwrite else len(kept & set(paths))
-    there = f", {same} of them kept" if same else ""
+    kept = f", {len(there & set(paths))} of them kept" if there & set(paths) else ""
     guidance = total_guidance(prompt, options.cfg_scale)
-    print(f"{count(n, 'synthetic image')} in {out}{there}; total guidance {guidance:g}")
+    print(f"{count(n, 'synthetic image')} in {out}{kept}; total guidance {guidance:g}")
     print(f"look at {out / SHEET}")
-    return {"steps": default_steps(loaded)}
+    return in_force
 
 
 def interpolate(
@@ -94,18 +91,15 @@ def interpolate(
         n: images at each share
         gif: also write OUT/axis.gif
     """
-    from medbudget import interpolate_to
     from medbudget.progress import count
-    from medbudget.sampling import default_steps
 
     shares = _parse_numbers("--weights", weights, "shares such as 0,0.5,1")
-    given = options.collect()
-    loaded = load_checked(options, out, words=[a, b, *given["adapters"]])
-    folders = interpolate_to(
-        out, loaded, a, b, weights=shares, method=method, n=n, gif=gif, fast=options.fast, **given
-    )
+    folders, in_force = _draw(
+        "interpolate", options, out, a, b, words=[a, b], weights=shares, method=method, n=n,
+        gif=gif, fast=options.fast,
+    )  # fmt: skip
     print(f"{count(n, 'synthetic image')} at each of {count(len(folders), 'share')} in {out}")
-    return {"steps": default_steps(loaded)}
+    return in_force
 
 
 def inpaint(
@@ -131,33 +125,39 @@ def inpaint(
         n: variants of each image and mask
         negative_prompt: what to guide away from
     """
-    from medbudget import ellipse as draw
-    from medbudget import inpaint_to
+    from medbudget import ellipse as make_ellipse
     from medbudget.progress import count
-    from medbudget.sampling import default_steps
 
     if len(mask_and_prompt) != (1 if ellipse else 2):
-        raise ValueError(
-            "write either IMAGE MASK PROMPT, or IMAGE PROMPT --ellipse x,y,rx,ry; found "
-            f"{len(mask_and_prompt)} arguments after IMAGE and {count(len(ellipse or []), 'ellipse')}"
-        )
+        raise ValueError("write either IMAGE MASK PROMPT, or IMAGE PROMPT --ellipse x,y,rx,ry")
     mask: Any = Path(mask_and_prompt[0])
     if ellipse:
         unit = "x,y,rx,ry in fractions of the edge, e.g. .6,.55,.08,.06"
         numbers = [_parse_numbers("--ellipse", text, unit, 4) for text in ellipse]
-        mask = {f"ellipse{i}": draw(four[:2], four[2:]) for i, four in enumerate(numbers)}
-    prompt, given, words = mask_and_prompt[-1], options.collect(), embeddings or []
-    loaded = load_checked(
-        options, out, prompt, words=[*words, *given["adapters"]],
-        images=[image] if ellipse else [image, mask],
-    )  # fmt: skip
-    paths = inpaint_to(
-        out, loaded, image, mask, prompt, embeddings=words, negative_prompt=negative_prompt,
-        strength=strength, mask_blur=mask_blur, content=content, overlay=overlay, n=n,
-        save_masks=save_masks, **given,
+        mask = {f"ellipse{i}": make_ellipse(four[:2], four[2:]) for i, four in enumerate(numbers)}
+    prompt, words = mask_and_prompt[-1], embeddings or []
+    paths, in_force = _draw(
+        "inpaint", options, out, image, mask, prompt, prompt=prompt, words=words,
+        images=[image] if ellipse else [image, mask], embeddings=words, strength=strength,
+        negative_prompt=negative_prompt, mask_blur=mask_blur, content=content, overlay=overlay, n=n,
+        save_masks=save_masks,
     )  # fmt: skip
     print(f"{count(len(paths), 'inpainted image')} in {out}: synthetic under their masks")
-    return {"steps": default_steps(loaded)}
+    return in_force
+
+
+def _draw(
+    name: str, options: Drawing, out: Path, *inputs: Any, prompt: str = "", words: Sequence[Path],
+    images: Sequence[Path] = (), **more: Any,
+) -> tuple[list[Path], dict[str, Any]]:  # fmt: skip
+    """Run ``medbudget.NAME_to``; return what it wrote, and settings in force."""
+    import medbudget
+    from medbudget.sampling import default_steps
+
+    given = options.collect()
+    base = load_checked(options, out, prompt, words=[*words, *given["adapters"]], images=images)
+    made = getattr(medbudget, f"{name}_to")(out, base, *inputs, **more, **given)
+    return made, {"steps": default_steps(base)}
 
 
 def _parse_numbers(option: str, text: str, unit: str, n: int | None = None) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import warnings
@@ -19,6 +18,10 @@ from medbudget._version import __version__
 Text = Annotated[str, Parameter(metavar="TEXT")]
 Paths = Annotated[list[Path] | None, Parameter(consume_multiple=False)]
 File = Annotated[Path, Parameter(help="an embedding: .safetensors, .pt or .bin")]
+Licence = Annotated[str, Parameter(help="as the hub spells it, e.g. mit", metavar="TEXT")]
+Overwrite = Annotated[bool, Parameter(help="replace OUT if it is there")]
+ScoresFile = Annotated[Path | None, Parameter(help="what medbudget evaluate --out wrote")]
+Seed = Annotated[int, Parameter(help="the same seed gives the same result")]
 Words = Annotated[list[str] | None, Parameter(consume_multiple=False, metavar="TEXT...")]
 
 
@@ -28,14 +31,33 @@ def read_adapters(texts: Sequence[str] | None) -> list[Any]:
 
     adapters = []
     for text in texts or []:
-        file, colon, number = text.rpartition(":")
+        file, _, number = text.rpartition(":")
         try:
-            weight = float(number) if colon and not Path(text).is_file() else None
+            weight = float(number)
         except ValueError:
             weight = None
-        loaded = Adapter.load(text if weight is None else file)
-        adapters.append(loaded if weight is None else loaded.weighted(weight))
+        if weight is None or Path(text).is_file():
+            adapters.append(Adapter.load(text))
+        else:
+            adapters.append(Adapter.load(file).weighted(weight))
     return adapters
+
+
+def write_scores(scores: Any, out: Path | None) -> None:
+    """Write scores as JSON, where a command was asked to."""
+    from medbudget.metrics import to_json
+
+    if out is not None:
+        to_json(scores, out)
+        print(f"wrote {out}")
+
+
+def check_free(out: Path | None, overwrite: bool) -> None:
+    """Refuse an output that is there, before the work."""
+    from medbudget.files import check_output
+
+    if out is not None:
+        check_output(out, overwrite=overwrite)
 
 
 @Parameter(name="*")
@@ -55,7 +77,6 @@ class Machine:
         """Set the number of threads, check the device and return it."""
         import torch
 
-        from medbudget.results import count_cores
         from medbudget.settings import check_number
 
         if self.device is not None and self.device.split(":")[0] not in ("cpu", "cuda", "mps"):
@@ -63,14 +84,6 @@ class Machine:
         if self.threads is not None:
             check_number("--threads", self.threads, 1)
             torch.set_num_threads(self.threads)
-        elif hasattr(os, "getloadavg") and "OMP_NUM_THREADS" not in os.environ:
-            load, cores = os.getloadavg()[0], count_cores()
-            if load > 0.75 * cores > 0.75:
-                print(
-                    f"note: other programs keep this machine busy (load {load:.1f} on {cores} "
-                    "cores): --threads 1 is often several times faster then",
-                    file=sys.stderr,
-                )
         return self.device
 
 

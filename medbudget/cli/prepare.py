@@ -23,17 +23,12 @@ COMMANDS = {  # name: the function, and a line of help
 HELP = {
     "allow_broken": "exit 0 although cases were broken and left out",
     "allow_fewer": "take what there is where a class has fewer",
-    "channels": "three DICOM series of a study as red, green and blue, such as t2w,adc,hbv",
     "disjoint": "keep every patient of the splits out of the reference set",
     "file_column": "name of the table's column of files",
     "geometry": "physical: one grid in the patient; paper: as the released prostate words saw images",
     "images": "folder of <patient>/<patient>_<study>_t2w.mha …",
-    "key": "write which number is which patient there; keep it safe",
     "label_column": "name of the table's column of classes",
     "out": "folder for images and manifest; goes on there",
-    "patient_column": "name of the table's column of patients, if it has one",
-    "patient_pattern": "regular expression on the file's path below ROOT; its first group is the "
-    "patient",
     "per_class": "patients of each class in each split; paper: 100",
     "reference": "also write that many healthy cases, or of each class, for distances",
     "root": "the data set's folder; of your own images: one folder for each class, or --labels",

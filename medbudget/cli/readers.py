@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from medbudget.cli.options import Paths, Text
+from medbudget.cli.options import Overwrite, Paths, Text, check_free, write_scores
 
 app = App(
     name="reader-study", help="Which of two images looks better? A blinded study with readers."
@@ -43,13 +43,12 @@ def create(
 
 
 @app.command
-def export(study: Path, /, *, out: Path, overwrite: bool = False) -> None:
+def export(study: Path, /, *, out: Path, overwrite: Overwrite = False) -> None:
     """Write the study as one page that works offline in a browser, without Python.
 
     Args:
         study: the study's folder
         out: HTML file
-        overwrite: replace OUT if it is there
     """
     from medbudget.reader import ReaderStudy
 
@@ -61,7 +60,7 @@ def export(study: Path, /, *, out: Path, overwrite: bool = False) -> None:
 @app.command
 def analyse(
     study: Path, /, *, key: Path | None = None, answers: Paths = None, out: Path | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Import answers, open the key, test preference, sides and agreement.
 
@@ -70,14 +69,11 @@ def analyse(
         key: key file; default STUDY.key.json
         answers: file that a reader's page saved; repeatable; imported first
         out: also write the scores as JSON
-        overwrite: replace OUT if it is there
     """
-    from medbudget.files import check_output
-    from medbudget.metrics import format_table, to_json
+    from medbudget.metrics import format_table
     from medbudget.reader import ReaderStudy, required_pairs
 
-    if out is not None:
-        check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     loaded = ReaderStudy.load(study)
     for file in answers or []:
         reading = loaded.import_answers(file)
@@ -92,6 +88,4 @@ def analyse(
             print(f"next study, {name}: {error}")
         else:
             print(f"next study, {name}: {n} pairs show {share:.1%} with a power of 80%")
-    if out is not None:
-        to_json(scores, out)
-        print(f"wrote {out}")
+    write_scores(scores, out)

@@ -7,7 +7,17 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from medbudget.cli.options import BaseOptions, File, Machine, Text, Words
+from medbudget.cli.options import (
+    BaseOptions,
+    File,
+    Machine,
+    Overwrite,
+    Seed,
+    Text,
+    Words,
+    check_free,
+    write_scores,
+)
 
 DEFAULT = Machine()
 BASE = BaseOptions()
@@ -18,7 +28,7 @@ def evaluate(
     permutation: Path | None = None, paired: bool = False, repeats: int = 1000,
     normalize: Text = "none", interval: Text = "influence",
     floor: Annotated[bool, Parameter(negative="--no-floor")] = True, size: int | None = None,
-    verbose: bool = False, out: Path | None = None, overwrite: bool = False, seed: int = 0,
+    verbose: bool = False, out: Path | None = None, overwrite: Overwrite = False, seed: Seed = 0,
     machine: Machine = DEFAULT,
 ) -> None:  # fmt: skip
     """Score generated images against real ones: a verdict, and the numbers it rests on.
@@ -37,17 +47,13 @@ def evaluate(
         size: longest edge of all images, padded to squares; default: that of the synthetic images
         verbose: all scores, with their notes
         out: also write all scores as JSON
-        overwrite: replace OUT if it is there
-        seed: the same seed gives the same result
     """
     from medbudget import evaluate as run
-    from medbudget.files import check_output
-    from medbudget.metrics import format_table, judge, summarize, to_json
+    from medbudget.metrics import format_table, judge, summarize
 
     if paired and permutation is None:
         raise ValueError("--paired is about --permutation: name the other generator's folder")
-    if out is not None:
-        check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     scores = run(
         real, synthetic, features=features or "efficientnet-lite0", train=train,
         permutation=permutation, paired=paired, size=size, normalize=normalize, interval=interval,
@@ -57,14 +63,12 @@ def evaluate(
         print(f"verdict: {judge(scores)}\n{format_table(scores)}")
     else:
         print(f"{summarize(scores)}\nall scores and notes: --verbose, or --out scores.json")
-    if out is not None:
-        to_json(scores, out)
-        print(f"wrote {out}")
+    write_scores(scores, out)
 
 
 def membership(
     word: File, members: Path, others: Path, /, *, draws: int = 8, out: Path | None = None,
-    overwrite: bool = False, seed: int = 0, base: BaseOptions = BASE,
+    overwrite: Overwrite = False, seed: Seed = 0, base: BaseOptions = BASE,
 ) -> None:  # fmt: skip
     """Test whether an embedding betrays which images it was trained on.
 
@@ -73,22 +77,16 @@ def membership(
         others: folder of images of the same kind that it was not trained on
         draws: noises for the loss of each image
         out: also write the scores as JSON
-        overwrite: replace OUT if it is there
-        seed: the same seed gives the same result
     """
     from medbudget import Embedding
-    from medbudget.files import check_output
     from medbudget.membership import membership_test
-    from medbudget.metrics import format_table, judge_membership, to_json
+    from medbudget.metrics import format_table, judge_membership
 
-    if out is not None:
-        check_output(out, overwrite=overwrite)
+    check_free(out, overwrite)
     loaded = base.load()
     scores = membership_test(loaded, Embedding.load(word), members, others, draws=draws, seed=seed)
     print(f"verdict: {judge_membership(scores)}\n{format_table(scores)}")
-    if out is not None:
-        to_json(scores, out)
-        print(f"wrote {out}")
+    write_scores(scores, out)
 
 
 def classify(

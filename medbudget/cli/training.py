@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,7 @@ def invert(
     if out.suffix not in (".safetensors", ".pt", ".bin"):
         raise ValueError(f"--out {out}: allowed endings are .safetensors, .pt, .bin")
     settings = options.make_settings(InversionSettings, n_vectors=n_vectors)
-
-    def train(*inputs: Any, **more: Any) -> Any:
-        return invert_to(*inputs, token=token, preview_every=preview_every, **more)
-
+    train = partial(invert_to, token=token, preview_every=preview_every)
     word = _train(train, images, out, token, settings, options)
     print(f"{out} ({out.stat().st_size / 1024:.0f} kB): {token}, {len(word.vectors)} vectors")
     return word.record.get("settings", {})
@@ -61,15 +59,11 @@ def tune(
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: an adapter's file ends in .safetensors")
-    size = int(rank) if rank.isdecimal() else rank
-    settings = options.make_settings(TuneSettings, rank=size, n_vectors=n_vectors, word_lr=word_lr)
-
-    def train(*inputs: Any, **more: Any) -> Any:
-        return tune_to(*inputs, token=token, **more)
-
-    adapter = _train(train, images, out, token, settings, options)
-    kept = f"{out} ({out.stat().st_size / 1024:.0f} kB)"
-    print(f"{kept}: {token or 'for all parts of a prompt'}, rank {adapter.rank}")
+    given = int(rank) if rank.isdecimal() else rank
+    settings = options.make_settings(TuneSettings, rank=given, n_vectors=n_vectors, word_lr=word_lr)
+    adapter = _train(partial(tune_to, token=token), images, out, token, settings, options)
+    size = out.stat().st_size / 1024
+    print(f"{out} ({size:.0f} kB): {token or 'for all parts of a prompt'}, rank {adapter.rank}")
     return adapter.record.get("settings", {})
 
 
@@ -112,10 +106,8 @@ def _write_sheet(
     from medbudget.files import atomic_path
     from medbudget.metrics import pixel_neighbours
 
-    name, kind = (
-        trained.token or prompt,
-        "adapters" if isinstance(trained, Adapter) else "embeddings",
-    )
+    name = trained.token or prompt
+    kind = "adapters" if isinstance(trained, Adapter) else "embeddings"
     drawn = draw(base, prompt, n=n, **{kind: trained})
     distance, index = pixel_neighbours(drawn, images)
     rows = {name: drawn, "nearest training image": images[index], "training images": images}
