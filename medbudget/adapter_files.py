@@ -21,12 +21,10 @@ PREFIX = "lora_unet_"
 PEFT_CONFIG = "adapter_config.json"
 Change: TypeAlias = "dict[str, torch.Tensor]"
 _PARTS = ("lora_down.weight", "lora_up.weight", "alpha", "diff", "diff_b")
-_OTHERS = {  # signs of other files, and what to do with them
+_OTHERS: dict[str | tuple[str, ...], str] = {  # signs of other files, and what to do with them
     "lora_unet_input_blocks": "it is for Stable Diffusion XL, whose layers have other names",
-    "lora_te": "it changes the text encoder too, and only changes of the U-Net can be used here: "
-    "train or export it for the U-Net alone",
-    "text_encoder.": "it changes the text encoder too, and only changes of the U-Net can be used "
-    "here: train or export it for the U-Net alone",
+    ("lora_te", "text_encoder."): "it changes the text encoder too, and only changes of the U-Net "
+    "can be used here: train or export it for the U-Net alone",
     "transformer.": "it is for a transformer (Stable Diffusion 3, Flux), not for a U-Net",
     "model.diffusion_model.": "it is a whole base: pass it with --base",
     "emb_params": "it is an embedding: pass it with --embeddings",

@@ -143,14 +143,7 @@ class Adapter:
 
 def load_adapters(base: Base, adapters: Adapters) -> list[Adapter]:
     """Return adapters (or those in files) that fit this base."""
-    single = isinstance(adapters, Adapter | str | os.PathLike) or not isinstance(adapters, Iterable)
-    given: list[Any] = [adapters] if single else [*adapters]  # type: ignore[misc]
-    for one in given:
-        if not isinstance(one, Adapter | str | os.PathLike):
-            raise TypeError(
-                f"adapters are Adapter objects or paths of files, got {type(one).__name__}; words "
-                "belong to embeddings=…"
-            )
+    given = [adapters] if isinstance(adapters, Adapter | str | os.PathLike) else [*adapters]
     loaded = [one if isinstance(one, Adapter) else Adapter.load(one) for one in given]
     layers = _find_layers(base.unet)
     for adapter in loaded:

@@ -61,12 +61,11 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 UNET_KEY, TEXT_KEY = "model.diffusion_model.", "cond_stage_model.model."
 CROSS_KEY = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-_OTHER_KEYS = {  # starts of a file's keys, and what they say
+_OTHER_KEYS: dict[str | tuple[str, ...], str] = {  # starts of a file's keys, and what they say
     "conditioner.embedders.": "is Stable Diffusion XL: it has two text encoders, for each of which a "
     "word would need vectors of its own",
     f"{UNET_KEY}joint_blocks.": "is Stable Diffusion 3: a transformer that predicts a flow",
-    f"{UNET_KEY}double_blocks.": "is Flux: a transformer that predicts a flow",
-    "double_blocks.": "is Flux: a transformer that predicts a flow",
+    (f"{UNET_KEY}double_blocks.", "double_blocks."): "is Flux: a transformer that predicts a flow",
     "control_model.": "is a ControlNet, which steers a base",
     "lora_": "is a LoRA: changes to a base, without the base itself",
     "string_to_param": "is an embedding: pass it with --embeddings",

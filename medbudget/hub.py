@@ -180,14 +180,8 @@ def make_card(
         table = ["| score | value | 95 % interval | n | notes |", "|---|---|---|---|---|"]
     for score in scores or ():
         interval = " to ".join(f"{x:.3g}" for x in score.get("interval") or ())
-        cells = (
-            score["name"],
-            f"{score['value']:.4g}",
-            interval,
-            score["n"],
-            score.get("note", ""),
-        )
-        table.append(f"| {' | '.join(map(str, cells))} |")
+        value, note = f"{score['value']:.4g}", score.get("note", "")
+        table.append(f"| {score['name']} | {value} | {interval} | {score['n']} | {note} |")
     return CARD.format(
         licence=licence,
         base_model=f"base_model: {repo}\n" if repo else "",

@@ -214,11 +214,10 @@ def _collect(base: Base, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
         if name == "vectors":
             continue
         value = value.detach().cpu()
-        head, part = name, ""
         if ".lora_" in name:
-            head, part = name.split(".lora_")
-            part = f"lora_{part}"
-            if part == "lora_down.weight":
+            head, kind = name.split(".lora_")
+            part = f"lora_{kind}"
+            if kind == "down.weight":
                 changes[f"{_name(head)}.alpha"] = torch.tensor(float(len(value)))
         else:
             head, kind = name.rsplit(".", 1)

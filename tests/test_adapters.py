@@ -211,7 +211,7 @@ def test_another_bases_adapter_is_refused_or_warned_of(tiny, tmp_path):
     with pytest.raises(AdapterError, match="holds int in diff"):
         Adapter({"lora_unet_conv_in.diff": 5})
     for wrong in (narrow.word, None, [None], 5):
-        with pytest.raises(TypeError, match="adapters are Adapter objects or paths"):
+        with pytest.raises(TypeError):
             sample(tiny, "red", adapters=wrong, **FEW)
 
 
