@@ -80,10 +80,9 @@ def open_picture(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
     except ImageError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        reason = error if isinstance(error, OSError) else type(error).__name__
         raise ImageError(
-            f"is not a readable image ({reason}); allowed are {', '.join(list_formats())}; remove "
-            "or replace it"
+            f"is not a readable image ({error or type(error).__name__}); allowed are "
+            f"{', '.join(list_formats())}; remove or replace it"
         ) from None
     if pages > 1:
         raise ImageError(f"has {pages} pages or frames; export the one that you want")

@@ -139,13 +139,14 @@ def load_checkpoint(
             f"{path} is no readable checkpoint ({error}); name another, or remove it to start anew"
         ) from None
     if identity is not None and stored != dict(identity):
-        differ = []
-        for key in dict.fromkeys([*identity, *stored]):
-            old, new = stored.get(key), identity.get(key)
-            if old != new:
-                if isinstance(old, Mapping) and isinstance(new, Mapping):
-                    key = describe_difference(old, new)
-                differ.append(key)
+        pairs = {key: (stored.get(key), identity.get(key)) for key in {**identity, **stored}}
+        differ = [
+            describe_difference(old, new)
+            if isinstance(old, dict) and isinstance(new, dict)
+            else key
+            for key, (old, new) in pairs.items()
+            if old != new
+        ]
         raise ValueError(
             f"checkpoint {path} belongs to another run: {', '.join(differ)} differ; name another "
             "checkpoint, or remove this one to start anew"

@@ -14,14 +14,13 @@ from medbudget import (
     sample,
 )
 from medbudget.inversion import (
-    InversionError,
     compute_loss,
     make_init,
     min_snr_weights,
 )
 from medbudget.loading import hash_weights
 from medbudget.runs import load_checkpoint
-from medbudget.training import Run
+from medbudget.training import InversionError, Run
 
 IMAGES = make_phantoms("prostate", "tumour", 6).images
 FEW = InversionSettings.preset(
@@ -138,9 +137,6 @@ def test_init(tiny):
     assert torch.equal(two, torch.stack([red, red, box, box]))
     mean = make_init(tiny, replace(FEW, init="mean"))
     assert (mean.std(0) > 0).all()
-    given = torch.randn(2, 96)
-    e = run(tiny, replace(FEW, steps=1), init_vectors=given)
-    assert len(e.vectors) == 2 and (e.vectors - given).abs().max() < 0.011
 
 
 def test_latent_policies_differ(tiny):
@@ -196,12 +192,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
     with pytest.raises(InversionError, match=r"loss nan .* at step 4"):
         run(tiny, checkpoint=path)
     assert len(load_checkpoint(path)["losses"]) == 2
-
-
-def test_vectors_that_never_move_are_an_error(tiny, monkeypatch):
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: None)
-    with pytest.raises(InversionError, match="after 2 steps the vectors have not moved"):
-        run(tiny, replace(FEW, steps=2, batch_size=1))
 
 
 @pytest.mark.parametrize(
