@@ -128,9 +128,9 @@ def find_images(folder: PathLike) -> list[Path]:
     if not images:
         inner = ", ".join(p.name for p in entries if p.is_dir()) or "none"
         raise ImageError(
-            f"no images in {folder} itself; it has the files {others or 'none'}, and the folders "
-            f"{inner}: name one of these. Allowed are {', '.join(SUFFIXES)}; DICOM files and volumes "
-            "become images with `medbudget prepare folder`"
+            f"no images in {folder} itself (folders in it: {inner}; other files: "
+            f"{others or 'none'}); allowed are {', '.join(SUFFIXES)}; DICOM files and volumes become "
+            "images with `medbudget prepare folder`"
         )
     if others:
         warnings.warn(f"passed over in {folder}: {others}", stacklevel=2)

@@ -267,7 +267,7 @@ def test_load_images_finds_what_was_prepared_and_never_the_contact_sheet(tmp_pat
     one = [Item(f"i{i}", "a", "train", f"p{i}", job=i) for i in range(3)]
     prepare_items(one, make, tmp_path / "one", settings=SETTINGS)
     assert len(load_images(tmp_path / "one/train/a")) == 3
-    with pytest.raises(ImageError, match="the folders train: name one of these"):
+    with pytest.raises(ImageError, match="folders in it: masks, train"):
         load_images(tmp_path / "one")
     sheet = (tmp_path / "one" / "contact_sheet.png").read_bytes()
     (tmp_path / "made").mkdir()
