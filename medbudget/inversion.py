@@ -65,23 +65,15 @@ def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return weight / weight.mean()
 
 
-def compute_loss(
-    base: Base, vectors: torch.Tensor, latents: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Return ``||eps - eps_theta(z_t, t, c(v))||^2``, the mean over all (TI, equation 2).
-
-    The prompt is the `vectors` ``(n, d)`` and nothing else. `latents` (scaled) and `noise` are
-    ``(B, c, h, w) float32``, `t` ``(B,)`` integers 0..999, `weights` ``(1000,)``, one a timestep.
-    """
-    return compare_noise(base, base.text(vectors), latents, t, noise, weights)
-
-
 def compare_noise(
     base: Base, context: torch.Tensor, latents: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the loss of `compute_loss` for a text that is encoded, ``(1, 77, d)``."""
+    """Return ``||eps - eps_theta(z_t, t, c)||^2``, the mean over all (TI, equation 2).
+
+    `context` c is the encoded prompt ``(1, 77, d)``. `latents` (scaled) and `noise` are
+    ``(B, c, h, w) float32``, `t` ``(B,)`` integers 0..999, `weights` ``(1000,)``, one a timestep.
+    """
     alpha = base.device_alphas[t].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     predicted = base.predict_noise(noisy, t, context.expand(len(latents), -1, -1))
@@ -165,7 +157,7 @@ def invert(
 
     record = train(
         base, run, images, settings,
-        lambda z, t, noise: compute_loss(base, vectors, z, t, noise, weights),
+        lambda z, t, noise: compare_noise(base, base.text(vectors), z, t, noise, weights),
         checkpoint=checkpoint, identity={"start": hash_tensors({"start": start})},
         desc=f"invert {token}", callback=tell,
     )  # fmt: skip

@@ -23,17 +23,13 @@ Mask: TypeAlias = "torch.Tensor | npt.NDArray[Any] | str | os.PathLike[str]"
 
 
 def ellipse(
-    center: Sequence[float],
-    radii: Sequence[float] | float,
-    *,
-    angle: float = 0.0,
-    size: int = 512,
+    center: Sequence[float], radii: Sequence[float] | float, *, angle: float = 0.0, size: int = 512
 ) -> torch.Tensor:
     """Return a mask in the shape of an ellipse, ``(size, size) float32`` from 0 to 1.
 
     `center` is x to the right and y down, `radii` half the width and half the height or the radius of
-    a circle, all in fractions of the image's edge; `angle` is in radians, clockwise as seen. `size`
-    are pixels: `inpaint` resizes masks to its images, so any will do.
+    a circle, all in fractions of the image's edge; `angle` is in radians, clockwise as seen; `size`
+    in pixels, any, as `inpaint` resizes masks to its images.
 
     Examples
     --------

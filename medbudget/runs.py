@@ -30,13 +30,10 @@ class Steps:
     """Iterate over the steps of a run that are still to do; save them, and stop between them.
 
     Ctrl-C and SIGTERM end the run after the current step, once its checkpoint is saved; a second
-    one ends it at once.
-
-    `run` has ``step``, the steps done, ``state_dict()`` and ``load_state_dict(state)``; a step comes
-    again where the loop's body has not raised ``step``. The `checkpoint` is saved every `every` steps,
-    when the run is stopped, and at the end, and is never deleted here; if the file exists, the run
-    goes on from it. Its `identity` names the run, e.g. ``{"settings": {…}, "base": hash}``; a
-    checkpoint with another one is refused, and entries that are mappings are compared one by one.
+    one ends it at once. `run` has ``step``, the steps done, ``state_dict()`` and
+    ``load_state_dict(state)``; a step comes again where the loop's body has not raised ``step``. The
+    `checkpoint` is saved every `every` steps, when the run is stopped, and at the end; if the file
+    exists, the run goes on from it, unless it is of another `identity`.
 
     Examples
     --------
@@ -51,15 +48,9 @@ class Steps:
     """
 
     def __init__(
-        self,
-        run: Any,
-        total: int,
-        *,
-        checkpoint: str | os.PathLike[str] | None = None,
-        identity: Mapping[str, Any] | None = None,
-        every: int = 500,
-        desc: str = "",
-    ) -> None:
+        self, run: Any, total: int, *, checkpoint: str | os.PathLike[str] | None = None,
+        identity: Mapping[str, Any] | None = None, every: int = 500, desc: str = "",
+    ) -> None:  # fmt: skip
         self.run, self.total, self.every, self.desc = run, total, every, desc
         self.path = None if checkpoint is None else check_writable(checkpoint)
         self.identity = dict(identity or {})
