@@ -243,10 +243,10 @@ def save_images(
         if not stem or Path(stem).name != stem or "\\" in stem or "\0" in stem:
             raise ValueError(f"name {stem!r} is no plain file name; images stay in {folder}")
     paths = [folder / f"{stem}.png" for stem in stems]
-    for image, path, record in zip(images, paths, records or [None] * len(images), strict=True):
+    for i, (image, path) in enumerate(zip(images, paths, strict=True)):
         text = PngInfo()
-        if record is not None:
-            text.add_text("medbudget", json.dumps(record))
+        if records is not None:
+            text.add_text("medbudget", json.dumps(records[i]))
         with atomic_path(path) as temporary:
             to_pil(image).save(temporary, format="PNG", pnginfo=text)
     return paths
