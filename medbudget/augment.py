@@ -28,13 +28,6 @@ class Augmentation:
     brightness: float = 0.2  # largest change of the offset 0
     drop_channel: float = 0.8  # probability that one channel is set to 0
 
-    def __post_init__(self) -> None:
-        bounds = dict.fromkeys(("flip", "drop_channel", "shift"), 1.0) | {"rotate": 180.0}
-        for name, value in vars(self).items():
-            low, high = (0.01, 1.0) if name == "gamma" else (0.0, bounds.get(name, 0.99))
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be {low:g} to {high:g}, got {value}")
-
 
 HEAVY = Augmentation()
 NONE = Augmentation(

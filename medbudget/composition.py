@@ -64,9 +64,15 @@ def axis_prompts(
         raise ValueError("weights must be numbers such as 0, 0.5, 1, got none")
     for weight in weights:
         check_number("a weight", weight)
-    common, ends = load_adapters(base, adapters), [_split_end(read_end(one)) for one in (a, b)]
-    first, last = base.load_words([word for word, _ in ends])
-    own = [adapter for _, adapter in ends if adapter is not None]
+    common, ends = load_adapters(base, adapters), [read_end(one) for one in (a, b)]
+    own = [end for end in ends if isinstance(end, Adapter)]
+    if any(adapter.word is None for adapter in own):
+        raise AdapterError(
+            "an adapter at the end of an axis has no word: train it with a token, or use it at all "
+            "shares (adapters=…, --adapter)"
+        )
+    words = [end.word if isinstance(end, Adapter) else end for end in ends]
+    first, last = base.load_words(words)  # type: ignore[arg-type]
     if method == "and":
         return {
             float(w): (
@@ -86,9 +92,9 @@ def axis_prompts(
     for w in map(float, weights):
         vectors = (1 - w) * first.vectors + w * last.vectors
         mixed = [
-            replace(adapter, word=None, weight=share * adapter.weight)
-            for share, (_, adapter) in zip((1 - w, w), ends)
-            if adapter is not None
+            replace(end, word=None, weight=share * end.weight)
+            for share, end in zip((1 - w, w), ends)
+            if isinstance(end, Adapter)
         ]
         axis[w] = "<mixed>", [Embedding(vectors, "<mixed>", record=record)], [*common, *mixed]
     return axis
@@ -99,15 +105,3 @@ def read_end(end: Word | AnyAdapter) -> Embedding | Adapter:
     if isinstance(end, Embedding | Adapter):
         return end
     return Adapter.load(end) if is_adapter(end) else Embedding.load(end)
-
-
-def _split_end(end: Embedding | Adapter) -> tuple[Embedding, Adapter | None]:
-    """Return the word at an end of an axis, and the adapter that it comes with."""
-    if isinstance(end, Embedding):
-        return end, None
-    if end.word is None:
-        raise AdapterError(
-            "an adapter at the end of an axis has no word: train it with a token, or use it at all "
-            "shares (adapters=…, --adapter)"
-        )
-    return end.word, end

@@ -66,10 +66,7 @@ def hold(path: PathLike | None, *, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
-
-    On any exception the temporary file is removed and `path` is as it was.
-    """
+    """Yield a temporary path beside `path`: on success it goes to disk and becomes `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

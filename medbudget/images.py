@@ -28,18 +28,26 @@ OWN = ("seed", "image", "image_hash", "mask_hash")  # differ from image to image
 def check_images(images: torch.Tensor, *, name: str = "images") -> torch.Tensor:
     """Return `images` if it is ``(N, 3, H, W) uint8`` with N >= 1, else raise TypeError, ValueError."""
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
-        kind = f"{images.dtype} tensor" if isinstance(images, torch.Tensor) else type(images)
         raise TypeError(
-            f"{name} must be a torch.uint8 tensor (N, 3, H, W), got {kind}; "
-            "load files with medbudget.load_images, or scale floats to 0..255 and call .byte()"
+            f"{name} must be a torch.uint8 tensor (N, 3, H, W), got "
+            f"{getattr(images, 'dtype', type(images))}; load files with medbudget.load_images, or "
+            "scale floats to 0..255 and call .byte()"
         )
-    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 1:
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(
-            f"{name} must have shape (N, 3, H, W), got {tuple(images.shape)}; "
+            f"{name} must have shape (N, 3, H, W), at least one image, got {tuple(images.shape)}; "
             "repeat a gray channel three times, and add a first axis to a single image"
         )
-    if len(images) == 0:
-        raise ValueError(f"{name} is empty: at least one image is needed")
+    return images
+
+
+def check_square(images: torch.Tensor) -> torch.Tensor:
+    """Return `images` if they pass `check_images` and are square."""
+    if check_images(images).shape[2] != images.shape[3]:
+        raise ValueError(
+            f"images must be square, got {tuple(images.shape[2:])} (H, W); load them with size=…, "
+            "which pads with black"
+        )
     return images
 
 
@@ -47,8 +55,7 @@ def load_image(path: PathLike, *, size: int | None = None) -> torch.Tensor:
     """Load one 8-bit image file as ``(3, H, W) uint8``; gray becomes three equal channels.
 
     With a `size`, the longest edge gets so many pixels (Lanczos, antialiased), and the rest is
-    padded with black to a square. `ImageError` is raised for what `open_picture` refuses, more than
-    8 bits a channel, or transparency: what needs a decision is not decided in silence.
+    padded with black to a square. More than 8 bits a channel and transparency are refused.
     """
     image = _open_rgb(path)
     return from_pil(image if size is None else fit_square(image, size))
@@ -104,36 +111,26 @@ def to_url(png: bytes) -> str:
 
 
 def find_images(folder: PathLike) -> list[Path]:
-    """Return the image files directly in `folder`, sorted by name.
+    """Return the image files directly in `folder`, sorted by name, without a contact sheet of ours.
 
-    Of a folder that ``medbudget prepare`` made, these are the training images, where they are of
-    one class. Its contact sheet is no image. A warning counts the files that are passed over.
+    A warning counts the files that are passed over.
     """
     folder = Path(folder)
     if not folder.exists():
-        near = sorted(p.name for p in folder.parent.glob("*/"))[:5]
-        beside = f"; beside it are {', '.join(near)}" if near else ""
-        raise FileNotFoundError(f"no such folder: {folder}{beside}")
+        raise FileNotFoundError(f"no such folder: {folder}")
     if folder.is_file():
         return [folder]
-    if is_prepared(folder):
-        folder = _choose_class(folder)
     entries = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
     files = [p for p in entries if p.is_file()]
     images = [p for p in files if p.suffix.lower() in SUFFIXES]
     others = describe_passed_over(p for p in files if p not in images)
     images = [p for p in images if p.name != SHEET or read_record(p) is None]
     if not images:
-        hint = f"; it has {others}" if others else ""
-        if inner := [p.name for p in entries if p.is_dir()]:
-            raise ImageError(
-                f"no images in {folder} itself; it has the folders {', '.join(inner[:5])}: name one "
-                f"of them{hint}"
-            )
+        inner = ", ".join(p.name for p in entries if p.is_dir()) or "none"
         raise ImageError(
-            f"no images in {folder} (other entries: {len(entries)}); "
-            f"allowed are {', '.join(SUFFIXES)}{hint}. DICOM files and volumes become images with "
-            "`medbudget prepare folder`"
+            f"no images in {folder} itself (folders in it: {inner}; other files: "
+            f"{others or 'none'}); allowed are {', '.join(SUFFIXES)}; DICOM files and volumes become "
+            "images with `medbudget prepare folder`"
         )
     if others:
         warnings.warn(f"passed over in {folder}: {others}", stacklevel=2)
@@ -145,50 +142,23 @@ def is_prepared(folder: PathLike) -> bool:
     return {"medbudget", "dataset", "selection"} <= read_json(Path(folder) / "settings.json").keys()
 
 
-def _choose_class(folder: Path) -> Path:
-    """Return the folder of training images of a prepared folder that has one class."""
-    cells = [
-        path.relative_to(folder).as_posix()
-        for split in ("train", "val", "test", "reference")
-        for path in sorted((folder / split).glob("*/"))
-    ]
-    training = [cell for cell in cells if cell.startswith("train/")]
-    if len(training) != 1:
-        raise ImageError(
-            f"{folder} was prepared with {len(training)} classes; name the folder of one: "
-            + ", ".join(cells)
-        )
-    if len(cells) > 1:
-        others = ", ".join(cell for cell in cells if cell not in training)
-        warnings.warn(
-            f"{folder} is a prepared folder: {training[0]} is taken; name another folder for "
-            f"{others}",
-            stacklevel=3,
-        )
-    return folder / training[0]
-
-
 def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = None) -> torch.Tensor:
-    """Load a folder or a list of files, in order of their names or as listed.
-
-    All files are loaded; a warning counts those that have the pixels of another one, since each
-    then weighs twice in training and in a score.
+    """Load a folder or a list of files as ``(N, 3, H, W) uint8``, RGB, sorted or as listed.
 
     A folder is read by `find_images`, not those below it. With a `size`, images become squares by
-    `load_image`'s rule, and a warning says where they are enlarged twofold or more; without it, all
-    must have one size. Returns ``(N, 3, H, W) uint8``, RGB. What cannot be used raises
-    FileNotFoundError or ImageError.
+    `load_image`'s rule; without it, all must have one size. Warnings count copies of an image, and
+    say where images are enlarged twofold or more.
     """
-    one = isinstance(source, str | os.PathLike)
-    files = find_images(source) if one else [Path(p) for p in source]  # type: ignore[arg-type, union-attr]
+    if isinstance(source, str | os.PathLike):
+        files = find_images(source)
+    else:
+        files = [Path(p) for p in source]
     if not files:
         raise ImageError("no image files given")
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     images, edges, broken = [], [], []
     for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"no such file: {file}")
         try:
             image = _open_rgb(file)
         except ImageError as error:
@@ -197,10 +167,8 @@ def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = Non
         edges.append(max(image.size))
         images.append(from_pil(image if size is None else fit_square(image, size)))
     if broken:
-        more = f"\n… and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise ImageError(
-            f"{len(broken)} of {len(files)} images cannot be used:\n" + "\n".join(broken[:5]) + more
-        )
+        shown = "\n".join(broken[:5])
+        raise ImageError(f"{len(broken)} of {len(files)} images cannot be used:\n{shown}")
     shapes = {tuple(image.shape[1:]) for image in images}
     if len(shapes) > 1:
         raise ImageError(
@@ -220,10 +188,9 @@ def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = Non
         if (twin := first.setdefault(hash_pixels(image), file)) != file
     ]
     if pairs:
-        n = f"{len(pairs)} image{'s have' if len(pairs) > 1 else ' has'}"
         warnings.warn(
-            f"{n} the pixels of another one ({pairs[0]}), and all are used: remove the copies if "
-            "each image is to count once",
+            f"images with the pixels of another one: {len(pairs)} ({pairs[0]}), and all are used: "
+            "remove the copies if each image is to count once",
             stacklevel=2,
         )
     return torch.stack(images)
@@ -256,8 +223,8 @@ def save_images(
 ) -> list[Path]:
     """Write ``(N, 3, H, W) uint8`` images as PNG files, each atomically, and return the paths.
 
-    `names` are file names without suffix; by default ``00000``, ``00001``, … `records`, one for
-    each image (JSON values: prompt, seed, base hash, …), go into the files; see `read_record`.
+    `names` are without suffix; by default ``00000``, ``00001``, … `records`, one for each image
+    (JSON values: prompt, seed, base hash, …), go into the files; see `read_record`.
 
     Examples
     --------
@@ -272,15 +239,13 @@ def save_images(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stems = [f"{i:05d}" for i in range(len(images))] if names is None else list(names)
-    if len(stems) != len(images):
-        raise ValueError(f"{len(stems)} names for {len(images)} images")
     for stem in stems:
         if not stem or Path(stem).name != stem or "\\" in stem or "\0" in stem:
             raise ValueError(f"name {stem!r} is no plain file name; images stay in {folder}")
     paths = [folder / f"{stem}.png" for stem in stems]
-    for i, (image, path) in enumerate(zip(images, paths)):
-        text = None if records is None else PngInfo()
-        if records is not None and text is not None:
+    for i, (image, path) in enumerate(zip(images, paths, strict=True)):
+        text = PngInfo()
+        if records is not None:
             text.add_text("medbudget", json.dumps(records[i]))
         with atomic_path(path) as temporary:
             to_pil(image).save(temporary, format="PNG", pnginfo=text)
@@ -302,10 +267,9 @@ def check_folder(
 ) -> list[bool]:
     """Tell which images of a folder are there as this call would make them, by `check_output`.
 
-    `records` maps file names to what this call notes. Synthetic images that another run left and
-    this one would not replace are refused, even with `overwrite`: both would be scored as one set.
-    So are images that nothing of ours made, such as the held-out ones.
-    Without records, the folder is only tried, and not made.
+    `records` maps file names to what this call notes; without any, the folder is only tried.
+    Synthetic images that another run left and this one would not replace are refused, even with
+    `overwrite`: both would be scored as one set. So are images that nothing of ours made.
     """
     folder = Path(folder)
     if not records:

@@ -6,14 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from medbudget.adapters import Adapters
 from medbudget.base import Base, Words
 from medbudget.gpu import draw_in_batches
-from medbudget.images import check_images, find_images
+from medbudget.images import check_square, find_images
 from medbudget.masks import Mask, blur_masks, check_masks, fill_masked, latent_masks, read_mask
 from medbudget.pictures import open_picture
 from medbudget.progress import say
@@ -21,12 +20,10 @@ from medbudget.sampling import (
     BATCH,
     Callback,
     Condition,
-    add_first,
     default_steps,
     denoise,
     draw_noises,
     make_sigmas,
-    refuse_options,
 )
 from medbudget.settings import check_counts, check_number, list_seeds
 
@@ -59,22 +56,20 @@ def inpaint(
     n: int = 1,
     batch_size: int = BATCH,
     callback: Callback | None = None,
-    **others: Any,
 ) -> torch.Tensor:
     """Repaint what `mask` covers so that it fits the prompt (paper, section 4.5).
 
     A1111's rule: blur the mask, round it on the latent grid to ``m``, start from the noised image
     ``z0``, replace the denoised prediction D of every step by ``(1 - m) z0 + m D``, and lay the
-    original pixels over the result where the blurred mask is not 1. Pixels where it is 0 come back
-    bit-identical. Works with every base; no inpainting model is needed.
+    original pixels over the result where the blurred mask is not 1: bit-identical where it is 0.
 
     Parameters
     ----------
     image : torch.Tensor
         ``(N, 3, H, H) uint8``, or one image without the first axis. H must fit the base.
     mask : array, tensor or path
-        1 where to repaint; see `check_masks`. Any square size, soft or binary. One mask for all
-        images, one for each, or several for one image. A mask of all 1 repaints everything.
+        1 where to repaint; see `check_masks`. Any square size. One mask for all images, one for
+        each, or several for one image.
     strength : float
         Share of the noise schedule, 0 to 1: how far the covered part may leave the original.
     mask_blur : float
@@ -85,13 +80,9 @@ def inpaint(
     overlay : {"plain", "a1111"}
         How far the painted pixels reach: as far as the blurred mask; or, as in A1111, twice the
         blurred mask, clipped, which paints a lesion of 20 pixels' radius about a third larger.
-    steps : int, optional
-        Of the whole schedule; default 25 on ``tiny``, else 100.
-    seed : int
-        The k-th returned image has the seed ``seed + k``.
     n : int
-        Variants of each image, which come next to each other: ``(N * n, 3, H, H)``. The other
-        parameters are those of `sample`.
+        Variants of each image, which come next to each other: ``(N * n, 3, H, H)``; the k-th has
+        the seed ``seed + k``. The other parameters are those of `sample`.
 
     Examples
     --------
@@ -104,16 +95,13 @@ def inpaint(
     >>> changed.any().item(), changed[:16].any().item()  # under the mask; far from it
     (True, False)
     """
-    refuse_options("inpaint", others)
     for name, value, allowed in (("content", content, CONTENTS), ("overlay", overlay, OVERLAYS)):
         if value not in allowed:
             raise ValueError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
     steps = default_steps(base) if steps is None else steps
     check_counts(n=n, steps=steps, batch_size=batch_size)
-    images = check_images(image[None] if image.ndim == 3 else image, name="image").cpu()
+    images = check_square(image[None] if image.ndim == 3 else image).cpu()
     size = images.shape[-1]
-    if images.shape[-2] != size:
-        raise ValueError(f"image must be square, got {tuple(images.shape[2:])} (H, W); pad it")
     shape = base.latent_shape(size)
     soft = blur_masks(check_masks(mask, size), mask_blur)
     cells = latent_masks(soft, shape[1:])
@@ -144,7 +132,8 @@ def inpaint(
             z0 = (1 - m) * z0 + (m * next(noises) if content == "noise" else 0)
         latents = denoise(
             base, z0 + noise * sigmas[0], sigmas, timesteps, condition, noises,
-            blend=lambda denoised: (1 - m) * z0 + m * denoised, callback=add_first(callback, first),
+            blend=lambda denoised: (1 - m) * z0 + m * denoised, callback=callback,
+            first=first,
         )  # fmt: skip
         share = reach[of_mask][:, None]
         mixed = images[of_image] * (1 - share) + base.decode(latents) * share
@@ -157,11 +146,10 @@ def pair_masks(
     files: list[Path], mask: Mask | Mapping[str, Mask], size: int, n: int
 ) -> list[tuple[str, int, torch.Tensor]]:
     """Return name, image and mask ``(size, size)`` of every output."""
-    shapes = [open_picture(file)[0].size for file in files]
-    if any(max(shape) != size for shape in shapes):
+    if any(max(open_picture(file)[0].size) != size for file in files):
         say(f"images come out with {size} pixels, the size of the base's images")
     if isinstance(mask, str | os.PathLike):
-        own = [{"": one} for one in _read_masks(Path(mask), files, shapes, size)]
+        own = [{"": one} for one in _read_masks(Path(mask), files, size)]
     else:
         if not isinstance(mask, Mapping):
             mask = {str(i): one for i, one in enumerate(check_masks(mask, size))}
@@ -182,9 +170,7 @@ def pair_masks(
     return jobs
 
 
-def _read_masks(
-    mask: Path, files: list[Path], shapes: list[tuple[int, int]], size: int
-) -> list[torch.Tensor]:
+def _read_masks(mask: Path, files: list[Path], size: int) -> list[torch.Tensor]:
     """Return the mask of each image: one for all, or that of its name in a folder."""
     found = find_images(mask)
     by_stem = {file.stem: file for file in found}
@@ -194,8 +180,8 @@ def _read_masks(
         by_stem = {file.stem: mask for file in files}
     if missing := sorted({file.stem for file in files} - set(by_stem)):
         raise ValueError(f"{mask} has no mask for {', '.join(missing[:5])}")
-    for file, shape in zip(files, shapes):
-        wide, high = open_picture(by_stem[file.stem])[0].size
+    for file in files:
+        shape, (wide, high) = (open_picture(p)[0].size for p in (file, by_stem[file.stem]))
         if abs(wide * shape[1] - high * shape[0]) > max(wide, high, *shape):
             raise ValueError(
                 f"mask {by_stem[file.stem]} has {wide} x {high} pixels (width x height), image "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +18,10 @@ from medbudget.base import Base
 from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
 from medbudget.files import hash_tensors
 from medbudget.gpu import choose_speed
-from medbudget.images import check_images
+from medbudget.images import check_images, check_square
 from medbudget.progress import tqdm
 from medbudget.settings import SEEDS, Settings, check_counts
-from medbudget.training import (
-    InversionError,
-    Run,
-    check_square,
-    describe_data,
-    name_origin,
-    train,
-)
+from medbudget.training import Run, describe_data, name_origin, train
 
 
 @dataclass(frozen=True)
@@ -72,23 +65,15 @@ def min_snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return weight / weight.mean()
 
 
-def compute_loss(
-    base: Base, vectors: torch.Tensor, latents: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Return ``||eps - eps_theta(z_t, t, c(v))||^2``, the mean over all (TI, equation 2).
-
-    The prompt is the `vectors` ``(n, d)`` and nothing else. `latents` (scaled) and `noise` are
-    ``(B, c, h, w) float32``, `t` ``(B,)`` integers 0..999, `weights` ``(1000,)``, one a timestep.
-    """
-    return compare_noise(base, base.text(vectors), latents, t, noise, weights)
-
-
 def compare_noise(
     base: Base, context: torch.Tensor, latents: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the loss of `compute_loss` for a text that is encoded, ``(1, 77, d)``."""
+    """Return ``||eps - eps_theta(z_t, t, c)||^2``, the mean over all (TI, equation 2).
+
+    `context` c is the encoded prompt ``(1, 77, d)``. `latents` (scaled) and `noise` are
+    ``(B, c, h, w) float32``, `t` ``(B,)`` integers 0..999, `weights` ``(1000,)``, one a timestep.
+    """
     alpha = base.device_alphas[t].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     predicted = base.predict_noise(noisy, t, context.expand(len(latents), -1, -1))
@@ -123,7 +108,6 @@ def invert(
     settings: InversionSettings | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
-    init_vectors: torch.Tensor | None = None,
     fast: bool | None = None,
     data: str = "",
 ) -> Embedding:
@@ -142,8 +126,6 @@ def invert(
     callback : callable, optional
         Called after every step, before that is saved, with ``{"step", "steps", "loss", "lr",
         "grad_norm", "vectors"}``.
-    init_vectors : torch.Tensor, optional
-        ``(n, d)`` to start from, in place of ``settings.init``.
     fast : bool, optional
         Compile the U-Net first; default: on a GPU for 300 steps and more.
     data : str
@@ -163,11 +145,7 @@ def invert(
     check_square(images)
     base.latent_shape(images.shape[2])
     settings = (settings or InversionSettings()).complete(base.preset)
-    start = (
-        make_init(base, settings) if init_vectors is None else torch.as_tensor(init_vectors).float()
-    )
-    Embedding(start, token).check_fits(base.width, base.name)
-    settings = replace(settings, n_vectors=len(start))
+    start = make_init(base, settings)
     base = choose_speed(base, fast, settings.steps)
     weights = choose_weights(base, settings.loss)
     vectors = start.to(base.device, copy=True)
@@ -176,27 +154,17 @@ def invert(
     def tell(state: dict[str, Any]) -> None:
         if callback is not None:
             callback(state | {"vectors": vectors.detach()})
-        if state["step"] == min(100, settings.steps) and vectors.detach().cpu().equal(start):
-            raise InversionError(
-                f"after {run.step} steps the vectors have not moved: the gradient is zero; use "
-                "dtype float32, or a higher learning rate"
-            )
 
     record = train(
         base, run, images, settings,
-        lambda z, t, noise: compute_loss(base, vectors, z, t, noise, weights),
+        lambda z, t, noise: compare_noise(base, base.text(vectors), z, t, noise, weights),
         checkpoint=checkpoint, identity={"start": hash_tensors({"start": start})},
         desc=f"invert {token}", callback=tell,
     )  # fmt: skip
     return Embedding(
-        vectors.detach(),
-        token,
-        run.step,
-        name_origin(base),
-        base.hash,
-        describe_data(images, data),
-        record,
-    )
+        vectors.detach(), token, run.step, name_origin(base), base.hash,
+        describe_data(images, data), record,
+    )  # fmt: skip
 
 
 @torch.inference_mode()

@@ -23,17 +23,13 @@ Mask: TypeAlias = "torch.Tensor | npt.NDArray[Any] | str | os.PathLike[str]"
 
 
 def ellipse(
-    center: Sequence[float],
-    radii: Sequence[float] | float,
-    *,
-    angle: float = 0.0,
-    size: int = 512,
+    center: Sequence[float], radii: Sequence[float] | float, *, angle: float = 0.0, size: int = 512
 ) -> torch.Tensor:
     """Return a mask in the shape of an ellipse, ``(size, size) float32`` from 0 to 1.
 
     `center` is x to the right and y down, `radii` half the width and half the height or the radius of
-    a circle, all in fractions of the image's edge; `angle` is in radians, clockwise as seen. `size`
-    are pixels: `inpaint` resizes masks to its images, so any will do.
+    a circle, all in fractions of the image's edge; `angle` is in radians, clockwise as seen; `size`
+    in pixels, any, as `inpaint` resizes masks to its images.
 
     Examples
     --------
@@ -42,15 +38,10 @@ def ellipse(
     ((64, 64), 0.196)
     """
     (x, y), (a, b) = center, (radii, radii) if isinstance(radii, int | float) else radii
-    if not (a > 0 and b > 0 and all(map(math.isfinite, (x, y, a, b, angle)))) or size < 1:
-        raise ValueError(
-            f"an ellipse needs a finite center, radii above 0 and a size, got center={center}, "
-            f"radii={radii}, size={size}; fractions of the edge, e.g. (0.5, 0.6), (0.1, 0.08)"
-        )
-    if max(abs(x), abs(y), a, b) > 2:
+    if not (abs(x) <= 2 and abs(y) <= 2 and 0 < a <= 2 and 0 < b <= 2 and math.isfinite(angle)):
         raise ValueError(
             f"an ellipse is given in fractions of the edge, not in pixels, got center={center}, "
-            f"radii={radii}; write e.g. (0.5, 0.6), (0.1, 0.08)"
+            f"radii={radii}, angle={angle}; write e.g. (0.5, 0.6), (0.1, 0.08)"
         )
     line = (torch.arange(size) + 0.5) / size
     dx, dy = line[None, :] - x, line[:, None] - y
@@ -92,27 +83,24 @@ def read_mask(path: str | os.PathLike[str], *, size: int | None = None) -> torch
         image, _ = open_picture(path)
     except ImageError as error:
         raise ImageError(f"{path} {error}") from None
-    problem = "" if image.mode in ("L", "RGB", "RGBA") else "more than 8 bits"
+    usable = image.mode in ("L", "RGB", "RGBA")
     pixels = np.asarray(image.convert("RGBA"))
     colours = np.unique(pixels[pixels[..., 3] > 0][:, :3], axis=0)
     gray = pixels[..., 0]
     if image.mode == "RGBA":
         gray = pixels[..., 3]
-        if len(colours) > 1:
-            problem = f"transparent pixels and {len(colours)} colours: which of them is the mask?"
+        usable &= len(colours) <= 1
     elif (colours != colours[:, :1]).any():
         gray = np.where((pixels[..., :3] == 0).all(-1), 0, 255)
-        if len(colours) > 2 or colours[0].any():  # they are sorted: black comes first
-            problem = f"{len(colours)} colours: which of them is the mask?"
+        usable &= len(colours) <= 2 and not colours[0].any()  # they are sorted: black comes first
     elif gray.max() == 1:
         gray = gray * 255
-    elif 0 < gray.max() < 128:
-        problem = f"no white, or labels up to {gray.max()}"
-    elif ((gray > 25) & (gray < 230)).mean() > 0.5:
-        problem = "shades all over: a picture, not a mask"
-    if problem:
+    else:  # neither labels without white nor a picture's shades all over
+        usable &= not 0 < gray.max() < 128 and ((gray > 25) & (gray < 230)).mean() <= 0.5
+    if not usable:
         raise ImageError(
-            f"{path} has {problem}; a mask is white where to repaint, black elsewhere, 8 bits"
+            f"{path} is no mask ({image.mode}, {len(colours)} colours, highest value {gray.max()}): "
+            "a mask is white where to repaint, black elsewhere, 8 bits"
         )
     mask = Image.fromarray(gray.astype(np.uint8))
     if size is not None:
@@ -123,27 +111,25 @@ def read_mask(path: str | os.PathLike[str], *, size: int | None = None) -> torch
 def check_masks(mask: Mask, size: int | None = None) -> torch.Tensor:
     """Return one or several masks as ``(M, H, W) float32`` from 0 (keep) to 1 (repaint).
 
-    They are ``(H, W)`` or ``(M, H, W)``: bool, integers 0/1 or 0..255, floats 0..1; or an image file,
-    see `read_mask`. Square masks are brought to `size` pixels, with soft borders.
+    They are ``(H, W)`` or ``(M, H, W)``: bool, integers 0/1 or 0..255, floats 0..1; or a file, see
+    `read_mask`. Square masks are brought to `size` pixels, with soft borders.
     """
     if isinstance(mask, str | os.PathLike):
         mask = read_mask(mask)
     values = torch.as_tensor(mask)
-    if values.ndim == 2:
-        values = values[None]
+    values = values[None] if values.ndim == 2 else values
     if values.ndim != 3 or 0 in values.shape:
         raise ValueError(
             f"a mask must have shape (H, W) or (M, H, W), got {tuple(values.shape)}; take one "
             "channel of an image"
         )
     if values.dtype != torch.bool and not values.is_floating_point():
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 255:
-            raise ValueError(f"an integer mask must have values 0..255, got {low}..{high}")
-        values = values.double() / (255 if high > 1 else 1)
+        values = values.double() / (255 if values.max() > 1 else 1)
     values = values.float()
-    if not torch.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-        raise ValueError("a mask of floats must have values from 0 (keep) to 1 (repaint)")
+    if not ((values >= 0) & (values <= 1)).all():  # NaN neither
+        raise ValueError(
+            "a mask must have values from 0 (keep) to 1 (repaint), or integers up to 255"
+        )
     if size is not None and values.shape[1:] != (size, size):
         if values.shape[1] != values.shape[2]:
             raise ValueError(
@@ -153,11 +139,8 @@ def check_masks(mask: Mask, size: int | None = None) -> torch.Tensor:
         values = F.interpolate(
             values[:, None], size=(size, size), mode="bilinear", antialias=True
         ).clamp(0, 1)[:, 0]
-    for i, one in enumerate(values):
-        if one.max() < 0.5:
-            raise ValueError(
-                f"mask {i} is empty: it covers no pixel of the image by half; draw a larger one"
-            )
+    if empty := [i for i, one in enumerate(values) if one.max() < 0.5]:
+        raise ValueError(f"mask {empty[0]} is empty: it covers no pixel by half; draw a larger one")
     return values
 
 
@@ -178,12 +161,11 @@ def latent_masks(masks: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Resize blurred masks to the latent grid and round them: ``(M, 1, h, w) float32`` of 0 and 1."""
     small = F.interpolate(masks[:, None], size=tuple(shape), mode="bicubic", antialias=True)
     small = small.round().clamp(0, 1)
-    for i, one in enumerate(small):
-        if not one.any():
-            raise ValueError(
-                f"mask {i} vanishes on the latent grid of {shape[0]}x{shape[1]} cells, "
-                f"{masks.shape[-1] // shape[1]} pixels each; draw a larger one, or lower mask_blur"
-            )
+    if empty := [i for i, one in enumerate(small) if not one.any()]:
+        raise ValueError(
+            f"mask {empty[0]} vanishes on the latent grid of {shape[0]}x{shape[1]} cells; draw a "
+            "larger one, or lower mask_blur"
+        )
     return small
 
 

@@ -45,7 +45,6 @@ from medbudget.sampling import (
     draw_images,
     load_all,
     make_record,
-    refuse_options,
 )
 from medbudget.settings import check_counts, list_seeds
 
@@ -131,26 +130,16 @@ def interpolate_to(
 
 
 def inpaint_to(
-    folder: PathLike,
-    base: Base,
-    image: PathLike,
-    mask: Mask | Mapping[str, Mask],
-    prompt: str,
-    *,
-    embeddings: Words = (),
-    adapters: Adapters = (),
-    seed: int = 0,
-    n: int = 1,
-    save_masks: bool = False,
-    overwrite: bool = False,
-    **options: Any,
-) -> list[Path]:
+    folder: PathLike, base: Base, image: PathLike, mask: Mask | Mapping[str, Mask], prompt: str, *,
+    embeddings: Words = (), adapters: Adapters = (), seed: int = 0, n: int = 1,
+    save_masks: bool = False, overwrite: bool = False, **options: Any,
+) -> list[Path]:  # fmt: skip
     """Repaint image files into PNG files, and return their paths, variants next to each other.
 
-    Each file records how it was made. Originals are never replaced. `image` is a file or a folder;
-    images come out in the base's size. `mask` is one for all images, a folder with a mask for each
-    image under its name, or several with names, each for all images; `save_masks` writes each
-    image's mask to ``FOLDER/masks`` too. The `options` are those of `inpaint`.
+    `image` is a file or a folder; images come out in the base's size. `mask` is one for all images,
+    a folder with a mask for each image under its name, or several with names, each for all images;
+    `save_masks` writes each image's mask to ``FOLDER/masks`` too. The `options` are those of
+    `inpaint`.
     """
     folder = Path(folder)
     masked = mask if isinstance(mask, str | os.PathLike) else None
@@ -158,7 +147,8 @@ def inpaint_to(
     files = find_images(image)
     defaults = signature(inpaint).parameters
     settings = {key: options.pop(key, defaults[key].default) for key in INPAINTING}
-    refuse_options("inpaint", options)
+    if options:
+        raise TypeError(f"inpaint_to has no option {', '.join(options)}")
     settings["steps"] = settings["steps"] or default_steps(base)
     check_counts(n=n, steps=settings["steps"])
     words, loaded = load_all(base, embeddings, adapters)
@@ -171,9 +161,9 @@ def inpaint_to(
     hashes = [hash_tensors({"image": one}) for one in images]
     records = {
         f"{name}.png": record
-        | {"seed": own, "image": files[which].name, "image_hash": hashes[which]}
+        | {"seed": own, "image": files[i].name, "image_hash": hashes[i]}
         | {"mask_hash": hash_tensors({"mask": covered})}
-        for own, (name, which, covered) in zip(seeds, jobs)
+        for own, (name, i, covered) in zip(seeds, jobs)
     }
     mask_records = {
         name: {"mask_hash": own["mask_hash"]} for name, own in records.items() if save_masks
@@ -188,19 +178,16 @@ def inpaint_to(
         for name, own in mask_records.items()
     ]
 
-    def stack(block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        _, which, covered = zip(*jobs[block])
-        return images[list(which)], torch.stack(covered)
-
     def draw(block: slice) -> torch.Tensor:
-        which, masks = stack(block)
+        _, which, masks = zip(*jobs[block])
         return inpaint(
-            base, which, masks, prompt, embeddings=words, adapters=loaded, seed=seeds[block][0],
-            **settings,
+            base, images[list(which)], torch.stack(masks), prompt, embeddings=words,
+            adapters=loaded, seed=seeds[block][0], **settings,
         )  # fmt: skip
 
     def draw_masks(block: slice) -> torch.Tensor:
-        return (stack(block)[1] >= 0.5)[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
+        masks = torch.stack([covered for *_, covered in jobs[block]])
+        return (masks >= 0.5)[:, None].expand(-1, 3, -1, -1).to(torch.uint8) * 255
 
     if save_masks:
         _save_blocks(folder / "masks", mask_records, masks_done, draw_masks, desc="masks")

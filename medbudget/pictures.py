@@ -6,7 +6,6 @@ import io
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -80,10 +79,9 @@ def open_picture(path: str | os.PathLike[str]) -> tuple[Image.Image, bool]:
     except ImageError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        reason = error if isinstance(error, OSError) else type(error).__name__
         raise ImageError(
-            f"is not a readable image ({reason}); allowed are {', '.join(list_formats())}; remove "
-            "or replace it"
+            f"is not a readable image ({error or type(error).__name__}); allowed are "
+            f"{', '.join(list_formats())}; remove or replace it"
         ) from None
     if pages > 1:
         raise ImageError(f"has {pages} pages or frames; export the one that you want")
@@ -200,15 +198,11 @@ def _read_depth(image: ImageFile.ImageFile) -> tuple[int, bool]:
 
 def describe_passed_over(paths: Iterable[Path]) -> str:
     """Count files by ending, such as ``3 .dcm (a.dcm …)``; documents are not counted."""
-    first: dict[str, str] = {}
-    counts: Counter[str] = Counter()
+    groups: dict[str, list[str]] = {}
     for path in paths:
-        suffix = path.suffix.lower()
-        if suffix in DOCUMENTS or path.stem.upper() in NAMES:
-            continue
-        counts[suffix] += 1
-        first.setdefault(suffix, path.name)
+        if path.suffix.lower() not in DOCUMENTS and path.stem.upper() not in NAMES:
+            groups.setdefault(path.suffix.lower(), []).append(path.name)
     return ", ".join(
-        f"{n} {suffix or 'without ending'} ({first[suffix]}{' …' if n > 1 else ''})"
-        for suffix, n in sorted(counts.items())
+        f"{len(names)} {suffix or 'without ending'} ({names[0]}{' …' if len(names) > 1 else ''})"
+        for suffix, names in sorted(groups.items())
     )

@@ -9,10 +9,13 @@ from collections.abc import Iterable
 TOKEN = re.compile(r"<[^<>\s/\\]+>")  # the one grammar of a token
 _AND = re.compile(r"\bAND\b")  # A1111's: `<a>AND<b>` has two parts, `sAND` has one
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_BEFORE = re.compile(rf"({_NUMBER})\s*\*\s*", re.DOTALL)
+_PART = re.compile(rf"\s*()(?:({_NUMBER})\s*\*)?(.*?)(?::\s*(.*?))?\s*", re.DOTALL)
+_MISPLACED = re.compile(
+    rf"{_NUMBER}%?\s*{TOKEN.pattern}|.*{TOKEN.pattern}\s*[*=x]?\s*{_NUMBER}%?$", re.DOTALL
+)  # weights as no notation has them: `0.5 <a>`, `<a> 50%`
+_LEADING = re.compile(rf"{_NUMBER}%?\s")  # in a prompt of several parts: `0.5 red AND 0.5 blue`
 _ESCAPED = re.compile(r"\\([()\[\]:<>\\])")
 _SIGN = re.compile(r"[()\[\]<>]")
-_HIDDEN = "\0"  # stands for every sign of a token or an escape where borders are looked for
 
 
 class PromptError(ValueError):
@@ -26,8 +29,7 @@ def _fail(text: str, place: int, problem: str) -> PromptError:
 
 def _hide(text: str) -> str:
     """Return `text`, of equal length, without the signs of tokens and escapes."""
-    pattern = re.compile(f"{TOKEN.pattern}|{_ESCAPED.pattern}")
-    return pattern.sub(lambda match: _HIDDEN * len(match[0]), text)
+    return re.sub(f"{TOKEN.pattern}|{_ESCAPED.pattern}", lambda m: "\0" * len(m[0]), text)
 
 
 def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tuple[str, float]]:
@@ -54,8 +56,14 @@ def parse_prompt(text: str, *, tokens: Iterable[str] | None = None) -> list[tupl
     """
     if not text.strip():
         return [("", 1.0)]
-    if tokens is not None:
-        _check_tokens(text, sorted(tokens))
+    known = None if tokens is None else sorted(tokens)
+    for match in TOKEN.finditer(text):
+        if known is not None and match[0] not in known:
+            problem = (
+                f"unknown token {match[0]} in the prompt; loaded are: {', '.join(known) or 'none'}. "
+                "Load its file with --embeddings FILE (Python: embeddings=[Embedding.load(…)])"
+            )
+            raise _fail(text, match.start(), problem)
     hidden = _hide(text)
     borders = [0, *(x for match in _AND.finditer(hidden) for x in match.span()), len(text)]
     parts = []
@@ -79,46 +87,25 @@ def plain_text(text: str) -> str:
 
 def _parse_part(text: str, hidden: str, start: int, end: int) -> tuple[str, float]:
     """Read one part, ``text[start:end]``."""
-    start += len(text[start:end]) - len(text[start:end].lstrip())
-    end = start + len(text[start:end].rstrip())
-    colon = hidden.find(":", start, end)
+    match = _PART.fullmatch(hidden, start, end)
+    assert match is not None  # it matches any text
+    start, before, after = match.start(1), match[2], match[4]
     _check_signs(text, hidden, start, end)
-    before = _BEFORE.match(hidden, start, end)
-    number, where, first, last = "1", start, start, end
-    if colon >= 0:
-        last = colon
-        number, where = text[colon + 1 : end].strip(), colon + 1
-        where += len(text[where:end]) - len(text[where:end].lstrip())
-        if before and before.end() <= colon:
-            raise _fail(text, where, f"{text[start:end]} has two weights; keep one of them")
-    elif before:
-        number, first = before[1], before.end()
+    words = text[slice(*match.span(3))].strip()
+    if before and after is not None:
+        raise _fail(text, match.start(4), f"{text[start:end].strip()} has two weights; keep one")
+    number = before or "1" if after is None else after
     if not re.fullmatch(_NUMBER, number) or not math.isfinite(float(number)):
-        got = repr(number) if number else "nothing"
-        problem = f"a weight must be a finite number such as 0.5, found {got} after ':'"
-        raise _fail(text, where, f"{problem}; a colon in the text is written \\:")
-    words = text[first:last].strip()
+        problem = f"a weight must be a finite number such as 0.5, found {number!r} after ':'"
+        place = start if after is None else match.start(4)
+        raise _fail(text, place, f"{problem}; a colon in the text is written \\:")
     if not words:
         raise _fail(text, start, f"the weight {number} has no text beside it")
-    if colon < 0 and not before:
-        _check_spelling(text, start, end)
-    return _ESCAPED.sub(r"\1", words) if "\\" in words else words, float(number)
-
-
-def _check_spelling(text: str, start: int, end: int) -> None:
-    """Refuse weights that are written as no notation has it, such as ``0.5 <a>``."""
-    several = _AND.search(_hide(text)) is not None
-    piece, token = text[start:end], TOKEN.pattern
-    first = re.match(rf"({_NUMBER})%?\s*({token}.*|(?<=\s)\S.*)$", piece, re.DOTALL)
-    last = re.match(rf"(.*{token})\s*[*=x]?\s*({_NUMBER})%?$", piece, re.DOTALL)
-    if first and (several or TOKEN.match(first[2])):
-        words, number, where = first[2], first[1], start
-    elif last:
-        words, number, where = last[1], last[2], start + last.start(2)
-    else:
-        return
-    share = f"{float(number) / 100:g}" if piece.rstrip().endswith("%") or "%" in piece else number
-    raise _fail(text, where, f"a weight stands behind its part: write {words.strip()}:{share}")
+    if before is None and after is None:
+        wrong = _MISPLACED.match(words) or (_AND.search(hidden) and _LEADING.match(words))
+        if wrong:
+            raise _fail(text, start, "a weight stands behind its part: write e.g. <a>:0.5")
+    return _ESCAPED.sub(r"\1", words), float(number)
 
 
 def _check_signs(text: str, hidden: str, start: int, end: int) -> None:
@@ -132,25 +119,13 @@ def _check_signs(text: str, hidden: str, start: int, end: int) -> None:
         raise _fail(text, sign.start(), f"{problem}. For the sign itself write \\{sign[0]}")
 
 
-def _check_tokens(text: str, known: list[str]) -> None:
-    for match in TOKEN.finditer(text):
-        if match[0] not in known:
-            problem = (
-                f"unknown token {match[0]} in the prompt; loaded are: {', '.join(known) or 'none'}. "
-                "Load its file with --embeddings FILE (Python: embeddings=[Embedding.load(…)])"
-            )
-            raise _fail(text, match.start(), problem)
-
-
 def unused_tokens(tokens: Iterable[str], *prompts: str) -> list[str]:
     """Say of each token that no prompt uses what to write, with a caret under its bare name."""
     written = {token for prompt in prompts for token in TOKEN.findall(prompt)}
     notes = []
     for token in sorted(set(tokens) - written):
         note = f"the prompt does not use {token}, which is loaded"
-        bare = re.search(rf"\b{re.escape(token[1:-1])}\b", prompts[0], re.IGNORECASE)
-        if bare:
-            line = re.sub(r"\s", " ", prompts[0])
-            note += f": write it with its brackets\n  {line}\n  {' ' * bare.start()}^"
+        if bare := re.search(rf"\b{re.escape(token[1:-1])}\b", prompts[0], re.IGNORECASE):
+            note = str(_fail(prompts[0], bare.start(), f"{note}: write it with its brackets"))
         notes.append(note)
     return notes

@@ -30,13 +30,10 @@ class Steps:
     """Iterate over the steps of a run that are still to do; save them, and stop between them.
 
     Ctrl-C and SIGTERM end the run after the current step, once its checkpoint is saved; a second
-    one ends it at once.
-
-    `run` has ``step``, the steps done, ``state_dict()`` and ``load_state_dict(state)``; a step comes
-    again where the loop's body has not raised ``step``. The `checkpoint` is saved every `every` steps,
-    when the run is stopped, and at the end, and is never deleted here; if the file exists, the run
-    goes on from it. Its `identity` names the run, e.g. ``{"settings": {…}, "base": hash}``; a
-    checkpoint with another one is refused, and entries that are mappings are compared one by one.
+    one ends it at once. `run` has ``step``, the steps done, ``state_dict()`` and
+    ``load_state_dict(state)``; a step comes again where the loop's body has not raised ``step``. The
+    `checkpoint` is saved every `every` steps, when the run is stopped, and at the end; if the file
+    exists, the run goes on from it, unless it is of another `identity`.
 
     Examples
     --------
@@ -51,15 +48,9 @@ class Steps:
     """
 
     def __init__(
-        self,
-        run: Any,
-        total: int,
-        *,
-        checkpoint: str | os.PathLike[str] | None = None,
-        identity: Mapping[str, Any] | None = None,
-        every: int = 500,
-        desc: str = "",
-    ) -> None:
+        self, run: Any, total: int, *, checkpoint: str | os.PathLike[str] | None = None,
+        identity: Mapping[str, Any] | None = None, every: int = 500, desc: str = "",
+    ) -> None:  # fmt: skip
         self.run, self.total, self.every, self.desc = run, total, every, desc
         self.path = None if checkpoint is None else check_writable(checkpoint)
         self.identity = dict(identity or {})
@@ -139,13 +130,14 @@ def load_checkpoint(
             f"{path} is no readable checkpoint ({error}); name another, or remove it to start anew"
         ) from None
     if identity is not None and stored != dict(identity):
-        differ = []
-        for key in dict.fromkeys([*identity, *stored]):
-            old, new = stored.get(key), identity.get(key)
-            if old != new:
-                if isinstance(old, Mapping) and isinstance(new, Mapping):
-                    key = describe_difference(old, new)
-                differ.append(key)
+        pairs = {key: (stored.get(key), identity.get(key)) for key in {**identity, **stored}}
+        differ = [
+            describe_difference(old, new)
+            if isinstance(old, dict) and isinstance(new, dict)
+            else key
+            for key, (old, new) in pairs.items()
+            if old != new
+        ]
         raise ValueError(
             f"checkpoint {path} belongs to another run: {', '.join(differ)} differ; name another "
             "checkpoint, or remove this one to start anew"

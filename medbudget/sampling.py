@@ -23,11 +23,6 @@ from medbudget.settings import check_counts, check_number, list_seeds
 BATCH = 16
 USUAL = 20  # total guidance beyond which a word is said
 Callback = Callable[[dict[str, Any]], None]
-DIFFUSERS = {
-    "num_inference_steps": "steps", "guidance_scale": "cfg_scale", "generator": "seed",
-    "num_images_per_prompt": "n", "height": "size", "width": "size", "image": "the second argument",
-    "mask_image": "the third argument",
-}  # fmt: skip
 
 
 def make_sigmas(alphas_cumprod: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,18 +155,21 @@ def denoise(
     noises: Iterator[torch.Tensor],
     *,
     blend: Callable[[torch.Tensor], torch.Tensor] = lambda denoised: denoised,
-    callback: Callback = lambda state: None,
+    callback: Callback | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
     """Run the loop from latents ``x (n, c, h, w) float32`` at ``sigmas[0]`` to the end.
 
-    `noises` yields one such tensor a step; `blend` maps the denoised prediction (inpainting).
+    `noises` yields one such tensor a step; `blend` maps the denoised prediction (inpainting); the
+    `callback` is told the index of the batch's `first` image too.
     """
     for i, t in enumerate(timesteps):
         sigma, sigma_next = float(sigmas[i]), float(sigmas[i + 1])
         denoised = blend(condition.denoise(base, x, sigma, t))
         x = ancestral_step(x, denoised, sigma, sigma_next, next(noises) if sigma_next else x)
-        state = {"step": i + 1, "steps": len(timesteps), "sigma": sigma, "x": x}
-        callback(state | {"denoised": denoised})
+        if callback is not None:
+            state = {"step": i + 1, "steps": len(timesteps), "sigma": sigma, "x": x}
+            callback(state | {"denoised": denoised, "first": first})
     return x
 
 
@@ -197,8 +195,8 @@ def draw_images(
     def draw(first: int, count: int) -> torch.Tensor:
         noises = draw_noises(seeds[first : first + count], shape, base.device)
         x = next(noises) * sigmas[0]
-        tell = add_first(callback, first)
-        return base.decode(denoise(base, x, sigmas, timesteps, condition, noises, callback=tell))
+        x = denoise(base, x, sigmas, timesteps, condition, noises, callback=callback, first=first)
+        return base.decode(x)
 
     return draw_in_batches(draw, len(seeds), batch_size, desc="sample")
 
@@ -218,7 +216,6 @@ def sample(
     batch_size: int = BATCH,
     fast: bool | None = None,
     callback: Callback | None = None,
-    **others: Any,
 ) -> torch.Tensor:
     """Generate images ``(n, 3, size, size) uint8`` from a prompt (paper, section 3.1).
 
@@ -229,23 +226,18 @@ def sample(
     embeddings : Embedding, path, or several of them
         Those whose tokens the prompt uses.
     adapters : Adapter, path, or several of them
-        Changes of the U-Net (`tune`, LoRA files), each with its weight (`Adapter.weighted`). One
-        with a word applies to the parts of the prompt that name its token, one without to all; the
-        negative prompt has those that all parts have. Parts with other adapters than the rest
-        take a network pass of their own.
+        Each with its weight (`Adapter.weighted`). One with a word applies to the parts of the
+        prompt that name its token, one without to all; the negative prompt has those that all
+        parts have.
     n : int
         Number of images; image i has the seed ``seed + i`` and is the same in every batch up to
         1 gray level, and to the byte for equal `batch_size` on one machine.
     steps : int, optional
         Default 25 on ``tiny``, else the paper's 100.
     cfg_scale : float
-        Classifier-free guidance; the paper's 2. With 1 the unconditional pass is skipped.
-    seed : int
-        Any that PyTorch takes, from -2^63 to 2^64 - 1.
+        Classifier-free guidance; the paper's 2.
     size : int, optional
         Pixels, default the base's own.
-    batch_size : int
-        A batch that does not fit a GPU's memory is halved, with a warning.
     fast : bool, optional
         Compile the U-Net first; default: on a GPU for 300 images and more.
     callback : callable, optional
@@ -262,7 +254,6 @@ def sample(
     >>> tuple(images.shape), images.dtype
     ((2, 3, 64, 64), torch.uint8)
     """
-    refuse_options("sample", others)
     steps = default_steps(base) if steps is None else steps
     check_counts(n=n, steps=steps, batch_size=batch_size)
     seeds, shape = list_seeds(seed, n), base.latent_shape(size)
@@ -277,9 +268,11 @@ def load_all(
     """Return embeddings, with the words of adapters, and adapters, all of which fit this base."""
     loaded = load_adapters(base, adapters)
     single = isinstance(embeddings, Embedding | str | os.PathLike)
-    given: list[Any] = [embeddings] if single else [*embeddings]  # type: ignore[misc]
-    own = [adapter.word for adapter in loaded if adapter.word is not None]
-    return base.load_words([*given, *(w for w in own if all(w is not g for g in given))]), loaded
+    words: list[Any] = [embeddings] if single else [*embeddings]  # type: ignore[misc]
+    for adapter in loaded:
+        if adapter.word is not None and all(adapter.word is not word for word in words):
+            words.append(adapter.word)
+    return base.load_words(words), loaded
 
 
 def make_record(
@@ -301,18 +294,6 @@ def make_record(
     return record | ({"training_images": " ".join(hashes)} if hashes else {})
 
 
-def add_first(callback: Callback | None, first: int) -> Callback:
-    """Return a callback of `denoise` that also tells the index of the batch's first image."""
-    return lambda state: callback({**state, "first": first}) if callback else None
-
-
 def default_steps(base: Base) -> int:
     """Return the number of steps where none is given: 25 on ``tiny``, else the paper's 100."""
     return 25 if base.preset == "tiny" else 100
-
-
-def refuse_options(function: str, others: dict[str, Any]) -> None:
-    """Raise TypeError for unknown options; those of diffusers are told the right name."""
-    for name in others:
-        right = f": write {DIFFUSERS[name]} in its place" if name in DIFFUSERS else ""
-        raise TypeError(f"{function} has no option {name}{right}; see help(medbudget.{function})")

@@ -16,7 +16,7 @@ from medbudget._version import __version__
 from medbudget.base import Base
 from medbudget.files import hash_tensors
 from medbudget.gpu import Stepper
-from medbudget.images import check_images, hash_images
+from medbudget.images import hash_images
 from medbudget.runs import Steps, draw_indices
 
 
@@ -148,15 +148,6 @@ def name_origin(base: Base) -> str:
 def describe_data(images: torch.Tensor, data: str) -> str:
     """Return `data`, a note on training images, or what can be said without it."""
     return data or f"{len(images)} images of {images.shape[2]} px"
-
-
-def check_square(images: torch.Tensor) -> None:
-    """Raise unless `images` are square."""
-    if check_images(images).shape[2] != images.shape[3]:
-        raise ValueError(
-            f"images must be square, got {tuple(images.shape[2:])} (H, W); load them with size=…, "
-            "which pads with black"
-        )
 
 
 def draw_batch(settings: Any, step: int, n: int, shape: tuple[int, ...]):

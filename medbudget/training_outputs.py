@@ -5,10 +5,7 @@ What is there as a call would make it is kept; anything else is refused, unless 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -19,12 +16,11 @@ from medbudget.adapters import Adapter
 from medbudget.base import Base
 from medbudget.embeddings import Embedding, EmbeddingError, check_token
 from medbudget.files import PathLike, check_output, hash_tensors, hold
-from medbudget.images import make_grid, read_record, save_images
+from medbudget.images import check_square, make_grid, read_record, save_images
 from medbudget.inversion import InversionSettings, invert
 from medbudget.lora import TuneSettings, tune
 from medbudget.progress import count, quiet, say
 from medbudget.sampling import sample
-from medbudget.training import check_square
 
 Tell: TypeAlias = "Callable[[dict[str, Any]], None]"
 Trained = TypeVar("Trained", Embedding, Adapter)
@@ -67,17 +63,19 @@ def invert_to(
         if callback is not None:
             callback(state)
 
+    def train(**more: Any) -> Embedding:
+        return invert(base, images, token=token, callback=tell, **more, **options)
+
     return _train_to(
         path, base, images, check_token(token), settings or InversionSettings(), Embedding.load,
-        partial(invert, base, images, token=token, callback=_time_steps(tell), **options), prepare,
-        checkpoint, overwrite,
+        train, prepare, checkpoint, overwrite,
     )  # fmt: skip
 
 
 def tune_to(
     path: PathLike, base: Base, images: torch.Tensor, *, token: str | None = None,
     settings: TuneSettings | None = None, checkpoint: PathLike | None = None,
-    callback: Tell | None = None, overwrite: bool = False, **options: Any,
+    overwrite: bool = False, **options: Any,
 ) -> Adapter:  # fmt: skip
     """Train an adapter into a file.
 
@@ -94,10 +92,12 @@ def tune_to(
             )
         return notes
 
+    def train(**more: Any) -> Adapter:
+        return tune(base, images, token=token, **more, **options)
+
     return _train_to(
         Path(path), base, images, check_token(token) if token else "", settings or TuneSettings(),
-        Adapter.load, partial(tune, base, images, token=token, callback=_time_steps(callback), **options),
-        prepare, checkpoint, overwrite,
+        Adapter.load, train, prepare, checkpoint, overwrite,
     )  # fmt: skip
 
 
@@ -110,88 +110,44 @@ def _train_to(
 
     `prepare` returns what is said first: the size of what is trained, then other notes.
     """
+
+    def identify(token: str, base: str, images: str, settings: Any) -> dict[str, Any]:
+        own = {"token": token, "base": base, "images": images}
+        return own | settings.without("checkpoint_every")
+
+    def read(file: Path) -> dict[str, Any] | None:
+        try:
+            made = load(file)
+            made_with = type(given)(**made.record["settings"])
+            return identify(made.token, made.base_hash, made.record["images_hash"], made_with)
+        except (EmbeddingError, AdapterError, KeyError, TypeError, ValueError):
+            return None  # it says nothing of its making
+
     check_square(images)
     settings = given.complete(base.preset)
-    wanted = _identify(base, images, token, settings)
-    if check_output(path, wanted, partial(_read_identity, load, type(given)), overwrite=overwrite):
+    wanted = identify(token, base.hash, hash_tensors({"images": images}), settings)
+    if check_output(path, wanted, read, overwrite=overwrite):
         say(f"{path} is there already, made with these settings")
         return load(path)
     size, *notes = prepare(settings, wanted)
-    checkpoint, own = _choose_checkpoint(path, checkpoint)
-    _announce(base, images, given, settings, size, checkpoint)
-    for note in notes:
-        say(note)
-    with hold(path):
-        trained = train(settings=settings, checkpoint=checkpoint)
-        trained.save(path)
-    if own:
-        checkpoint.unlink(missing_ok=True)
-    return trained
-
-
-def _identify(base: Base, images: torch.Tensor, token: str, settings: Any) -> dict[str, Any]:
-    """Return what tells one training from another."""
-    own = {"token": token, "base": base.hash, "images": hash_tensors({"images": images})}
-    return own | settings.without("checkpoint_every")
-
-
-def _read_identity(load: Callable[[Path], Any], kind: Any, path: Path) -> dict[str, Any] | None:
-    """Return what a file says of the making of its word or adapter, None if it says nothing."""
-    try:
-        trained = load(path)
-    except (EmbeddingError, AdapterError):
-        return None
-    try:
-        settings, images = kind(**trained.record["settings"]), trained.record["images_hash"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    own = {"token": trained.token, "base": trained.base_hash, "images": images}
-    return own | settings.without("checkpoint_every")
-
-
-def _choose_checkpoint(path: Path, checkpoint: PathLike | None) -> tuple[Path, bool]:
-    """Return the checkpoint's file, and whether it is to be removed at the end."""
-    if checkpoint is None:
-        return path.with_name(f"{path.name}.ckpt"), True
-    if Path(checkpoint).resolve() == path.resolve():
+    state = path.with_name(f"{path.name}.ckpt") if checkpoint is None else Path(checkpoint)
+    if state.resolve() == path.resolve():
         raise ValueError(f"{path} is to hold the result: name another file for the checkpoint")
-    return Path(checkpoint), False
-
-
-def _announce(
-    base: Base, images: torch.Tensor, given: Any, settings: Any, size: str, checkpoint: Path
-) -> None:
     changes = ", ".join(sorted(given.given)) or "nothing"
-    if given.given >= set(asdict(settings)):
-        changes = "all"
     say(
         f"{count(len(images), 'image')}, {count(settings.steps, 'step')} of {settings.batch_size}, "
         f"learning rate {settings.lr:g} ({settings.schedule}), {size} on {base.device} (preset "
         f"{base.preset}; given: {changes})"
     )
     say(
-        f"the state is kept in {checkpoint} every {count(settings.checkpoint_every, 'step')} and at "
+        f"the state is kept in {state} every {count(settings.checkpoint_every, 'step')} and at "
         "Ctrl-C: the same call goes on from there"
     )
-
-
-def _time_steps(callback: Tell | None) -> Tell:
-    """Return a callback that says after 20 steps how long the rest will take."""
-    times = [time.monotonic()]
-
-    def tell(state: dict[str, Any]) -> None:
-        times.append(time.monotonic())
-        if len(times) == 21 and state["step"] < state["steps"]:
-            pace = (times[-1] - times[1]) / 19
-            say(f"about {_format_seconds(pace * (state['steps'] - state['step']))} left")
-        if callback is not None:
-            callback(state)
-
-    return tell
-
-
-def _format_seconds(seconds: float) -> str:
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    for note in notes:
+        say(note)
+    with hold(path):
+        trained = train(settings=settings, checkpoint=state)
+        trained.save(path)
+    if checkpoint is None:
+        state.unlink(missing_ok=True)
+    return trained

@@ -144,7 +144,3 @@ def test_draws_fill_the_papers_ranges():
 def test_bad_input_says_what_to_do():
     with pytest.raises(ValueError, match="divide uint8"):
         augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), generator=gen())
-    with pytest.raises(ValueError, match=r"flip must be 0 to 1, got 1\.5"):
-        Augmentation(flip=1.5)
-    with pytest.raises(ValueError, match="gamma must be"):
-        Augmentation(gamma=0)

@@ -44,8 +44,8 @@ def test_ellipse_covers_what_geometry_says():
     torch.testing.assert_close(
         turned, ellipse((0.25, 0.5), (0.2, 0.1), size=400), atol=1e-3, rtol=0
     )
-    for wrong in ({"radii": (0, 1)}, {"center": (math.nan, 0)}, {"size": 0}):
-        with pytest.raises(ValueError, match="an ellipse needs"):
+    for wrong in ({"radii": (0, 1)}, {"center": (math.nan, 0)}):
+        with pytest.raises(ValueError, match="fractions of the edge, not in pixels"):
             ellipse(**{"center": (0.5, 0.5), "radii": (0.1, 0.1), **wrong})
 
 
@@ -70,7 +70,7 @@ def test_masks_of_every_kind_are_the_same_mask(tmp_path):
         (np.zeros((64, 64)), "mask 0 is empty"),
         (np.full((64, 64), 2.0), "from 0 .keep. to 1"),
         (np.full((64, 64), np.nan), "from 0 .keep. to 1"),
-        (np.full((64, 64), 300), r"0\.\.255, got 300"),
+        (np.full((64, 64), 300), "integers up to 255"),
         (np.ones((64, 32)), "the image is a square of 64"),
         (np.ones((1, 3, 64, 64)), "take one channel"),
         (ellipse((0.5, 0.5), (0.02, 0.02)), "vanishes on the latent grid of 16x16"),
@@ -271,20 +271,17 @@ def test_masks_in_a_palette_or_in_alpha(tmp_path):
         pixels = np.full((64, 64, 4), colour, np.uint8)
         pixels[..., 3] = shape * 255
         assert (read(Image.fromarray(pixels)) == shape).all()
-    for problem, image in {
-        "3 colours": Image.fromarray(
-            np.where(
-                np.arange(64)[:, None, None] < 9,
-                [9, 0, 0],
-                np.where(shape[..., None], [0, 9, 0], 0),
-            ).astype(np.uint8)
-        ),
-        "labels up to 2": Image.fromarray((shape * 2).astype(np.uint8)),
-        "a picture, not a mask": Image.fromarray(HEALTHY[0, 0].numpy() // 2 + 60),
-        "more than 8 bits": Image.fromarray(shape.astype(np.uint16) * 65535),
-    }.items():
-        with pytest.raises(ImageError, match=problem):
-            read(image)
+    three = np.where(shape[..., None], [0, 9, 0], 0).astype(np.uint8)
+    three[:9] = [9, 0, 0]
+    two = np.full((64, 64, 4), 255, np.uint8)  # white and black on transparency
+    two[..., :3], two[9:, :, 3] = shape[..., None] * 255, 0
+    two[40:] = [255, 255, 255, 255]
+    for wrong in (
+        three, two, (shape * 2).astype(np.uint8), HEALTHY[0, 0].numpy() // 2 + 60,
+        shape.astype(np.uint16) * 65535,
+    ):  # fmt: skip
+        with pytest.raises(ImageError, match="is no mask"):
+            read(Image.fromarray(wrong))
 
 
 def test_an_ellipse_takes_one_radius_and_no_pixels():

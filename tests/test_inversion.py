@@ -14,14 +14,13 @@ from medbudget import (
     sample,
 )
 from medbudget.inversion import (
-    InversionError,
-    compute_loss,
+    compare_noise,
     make_init,
     min_snr_weights,
 )
 from medbudget.loading import hash_weights
 from medbudget.runs import load_checkpoint
-from medbudget.training import Run
+from medbudget.training import InversionError, Run
 
 IMAGES = make_phantoms("prostate", "tumour", 6).images
 FEW = InversionSettings.preset(
@@ -80,9 +79,9 @@ def test_the_loss_equals_its_equation(tiny):
         noisy = a.sqrt() * z[i] + (1 - a).sqrt() * noise[i]
         eps = tiny.unet(noisy[None], t[i], encoder_hidden_states=context).sample
         errors.append(((eps - noise[i]) ** 2).mean())
-    plain = compute_loss(tiny, vectors, z, t, noise)
+    plain = compare_noise(tiny, tiny.text(vectors), z, t, noise)
     torch.testing.assert_close(plain, torch.stack(errors).mean(), rtol=1e-4, atol=1e-6)
-    weighted = compute_loss(tiny, vectors, z, t, noise, weights)
+    weighted = compare_noise(tiny, tiny.text(vectors), z, t, noise, weights)
     torch.testing.assert_close(
         weighted, (torch.stack(errors) * weights[t]).mean(), rtol=1e-4, atol=1e-6
     )
@@ -100,8 +99,8 @@ def test_training_lowers_the_loss_on_its_images(tiny):
     t = torch.full((6,), 700)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        before = compute_loss(tiny, make_init(tiny, FEW), z, t, noise)
-        after = compute_loss(tiny, e.vectors, z, t, noise)
+        before = compare_noise(tiny, tiny.text(make_init(tiny, FEW)), z, t, noise)
+        after = compare_noise(tiny, tiny.text(e.vectors), z, t, noise)
     assert after < before
 
 
@@ -138,9 +137,6 @@ def test_init(tiny):
     assert torch.equal(two, torch.stack([red, red, box, box]))
     mean = make_init(tiny, replace(FEW, init="mean"))
     assert (mean.std(0) > 0).all()
-    given = torch.randn(2, 96)
-    e = run(tiny, replace(FEW, steps=1), init_vectors=given)
-    assert len(e.vectors) == 2 and (e.vectors - given).abs().max() < 0.011
 
 
 def test_latent_policies_differ(tiny):
@@ -196,12 +192,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
     with pytest.raises(InversionError, match=r"loss nan .* at step 4"):
         run(tiny, checkpoint=path)
     assert len(load_checkpoint(path)["losses"]) == 2
-
-
-def test_vectors_that_never_move_are_an_error(tiny, monkeypatch):
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: None)
-    with pytest.raises(InversionError, match="after 2 steps the vectors have not moved"):
-        run(tiny, replace(FEW, steps=2, batch_size=1))
 
 
 @pytest.mark.parametrize(
@@ -350,9 +340,11 @@ def test_a_step_never_waits_for_the_host_so_that_a_cuda_graph_can_hold_it(predic
     base = replace(small(), prediction=prediction)
     vectors = torch.randn(4, base.width, requires_grad=True)
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 4, 8, 8))
-    compute_loss(base, vectors, *inputs, torch.ones(1000))  # fills the caches
+    compare_noise(base, base.text(vectors), *inputs, torch.ones(1000))  # fills the caches
     with Ops() as ops:
-        torch.autograd.grad(compute_loss(base, vectors, *inputs, torch.ones(1000)), vectors)
+        torch.autograd.grad(
+            compare_noise(base, base.text(vectors), *inputs, torch.ones(1000)), vectors
+        )
     assert "aten::convolution" in ops.names
     # item(), torch.tensor(…) and data-dependent shapes would break the recording
     for forbidden in ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select"):
@@ -396,7 +388,7 @@ def test_image_losses_are_the_training_loss_of_each_image(tiny):
     for k, t in enumerate((250, 750)):
         with torch.no_grad():
             times = torch.full((3,), t)
-            want = compute_loss(tiny, vectors, z, times, noise[k].expand_as(z))
+            want = compare_noise(tiny, tiny.text(vectors), z, times, noise[k].expand_as(z))
         assert losses[:, k].mean() == pytest.approx(float(want), rel=1e-4)
     # an image's loss does not depend on its company
     alone = compute_image_losses(tiny, vectors, images[1:2], draws=2, seed=5)

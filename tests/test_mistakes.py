@@ -181,7 +181,9 @@ def test_numbers_that_evaluate_cannot_use(medbudget, refused, tmp_path):
 def test_prompts_that_mean_something_else(medbudget, refused, word, tmp_path):
     few = ("--n", 1, "--steps", 1, "--embeddings", word)
     code, _, said = medbudget("sample", "0.5 <word> AND 0.5 red", "--out", tmp_path / "a", *few)
-    assert code == 1 and said.startswith("error: a weight stands behind its part: write <word>:0.5")
+    assert code == 1 and said.startswith(
+        "error: a weight stands behind its part: write e.g. <a>:0.5"
+    )
     code, out, said = medbudget("sample", "word", "--out", tmp_path / "b", *few)
     assert code == 0 and "note: the prompt does not use <word>, which is loaded" in said
     assert out.startswith("1 synthetic image in ")

@@ -1,7 +1,6 @@
 """Images and words written into files: they go on where they were, and replace nothing."""
 
 import math
-import re
 import signal
 
 import numpy as np
@@ -235,7 +234,6 @@ def test_invert_to_keeps_the_state_until_the_word_is_saved(tiny, tmp_path, capsy
     )
     assert f"the state is kept in {path}.ckpt every 500 steps and at Ctrl-C" in said
     assert f"images of the word go into {path}.previews every 20 steps" in said
-    assert re.search(r"about \d+ seconds left", said)
     preview = "x.safetensors.previews/step000020.png"
     files = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
     assert sorted(files) == ["x.safetensors.ckpt", preview]
