@@ -113,13 +113,16 @@ def to_url(png: bytes) -> str:
 def find_images(folder: PathLike) -> list[Path]:
     """Return the image files directly in `folder`, sorted by name, without a contact sheet of ours.
 
-    A warning counts the files that are passed over.
+    Of a folder that ``medbudget prepare`` made, these are the training images, where they are of
+    one class. A warning counts the files that are passed over.
     """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"no such folder: {folder}")
     if folder.is_file():
         return [folder]
+    if is_prepared(folder):
+        folder = _choose_class(folder)
     entries = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
     files = [p for p in entries if p.is_file()]
     images = [p for p in files if p.suffix.lower() in SUFFIXES]
@@ -140,6 +143,29 @@ def find_images(folder: PathLike) -> list[Path]:
 def is_prepared(folder: PathLike) -> bool:
     """Tell whether ``medbudget prepare`` made this folder."""
     return {"medbudget", "dataset", "selection"} <= read_json(Path(folder) / "settings.json").keys()
+
+
+def _choose_class(folder: Path) -> Path:
+    """Return the folder of training images of a prepared folder that has one class."""
+    cells = [
+        path.relative_to(folder).as_posix()
+        for split in ("train", "val", "test", "reference")
+        for path in sorted((folder / split).glob("*/"))
+    ]
+    training = [cell for cell in cells if cell.startswith("train/")]
+    if len(training) != 1:
+        raise ImageError(
+            f"{folder} was prepared with {len(training)} classes; name the folder of one: "
+            + ", ".join(cells)
+        )
+    if len(cells) > 1:
+        others = ", ".join(cell for cell in cells if cell not in training)
+        warnings.warn(
+            f"{folder} is a prepared folder: {training[0]} is taken; name another folder for "
+            f"{others}",
+            stacklevel=3,
+        )
+    return folder / training[0]
 
 
 def load_images(source: PathLike | Sequence[PathLike], *, size: int | None = None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from medbudget.sampling import (
     denoise,
     draw_noises,
     make_sigmas,
+    refuse_options,
 )
 from medbudget.settings import check_counts, check_number, list_seeds
 
@@ -56,6 +58,7 @@ def inpaint(
     n: int = 1,
     batch_size: int = BATCH,
     callback: Callback | None = None,
+    **others: Any,
 ) -> torch.Tensor:
     """Repaint what `mask` covers so that it fits the prompt (paper, section 4.5).
 
@@ -95,6 +98,7 @@ def inpaint(
     >>> changed.any().item(), changed[:16].any().item()  # under the mask; far from it
     (True, False)
     """
+    refuse_options("inpaint", others)
     for name, value, allowed in (("content", content, CONTENTS), ("overlay", overlay, OVERLAYS)):
         if value not in allowed:
             raise ValueError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")

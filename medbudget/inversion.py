@@ -21,7 +21,7 @@ from medbudget.gpu import choose_speed
 from medbudget.images import check_images, check_square
 from medbudget.progress import tqdm
 from medbudget.settings import SEEDS, Settings, check_counts
-from medbudget.training import Run, describe_data, name_origin, train
+from medbudget.training import InversionError, Run, describe_data, name_origin, train
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,11 @@ def invert(
     run = Run({"vectors": vectors}, {"vectors": settings.lr}, base.dtype == torch.float16)
 
     def tell(state: dict[str, Any]) -> None:
+        if state["step"] == min(100, settings.steps) and vectors.detach().cpu().equal(start):
+            raise InversionError(
+                f"after {run.step} steps the vectors have not moved: the gradient is zero; use "
+                "dtype float32, or a higher learning rate"
+            )
         if callback is not None:
             callback(state | {"vectors": vectors.detach()})
 

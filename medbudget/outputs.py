@@ -45,6 +45,7 @@ from medbudget.sampling import (
     draw_images,
     load_all,
     make_record,
+    refuse_options,
 )
 from medbudget.settings import check_counts, list_seeds
 
@@ -147,8 +148,7 @@ def inpaint_to(
     files = find_images(image)
     defaults = signature(inpaint).parameters
     settings = {key: options.pop(key, defaults[key].default) for key in INPAINTING}
-    if options:
-        raise TypeError(f"inpaint_to has no option {', '.join(options)}")
+    refuse_options("inpaint", options)
     settings["steps"] = settings["steps"] or default_steps(base)
     check_counts(n=n, steps=settings["steps"])
     words, loaded = load_all(base, embeddings, adapters)

@@ -21,6 +21,11 @@ from medbudget.prompts import parse_prompt, plain_text, unused_tokens
 from medbudget.settings import check_counts, check_number, list_seeds
 
 BATCH = 16
+DIFFUSERS = {
+    "num_inference_steps": "steps", "guidance_scale": "cfg_scale", "generator": "seed",
+    "num_images_per_prompt": "n", "height": "size", "width": "size", "image": "the second argument",
+    "mask_image": "the third argument",
+}  # fmt: skip
 USUAL = 20  # total guidance beyond which a word is said
 Callback = Callable[[dict[str, Any]], None]
 
@@ -201,6 +206,13 @@ def draw_images(
     return draw_in_batches(draw, len(seeds), batch_size, desc="sample")
 
 
+def refuse_options(function: str, others: dict[str, Any]) -> None:
+    """Raise TypeError for unknown options; those of diffusers are told the right name."""
+    for name in others:
+        right = f": write {DIFFUSERS[name]} in its place" if name in DIFFUSERS else ""
+        raise TypeError(f"{function} has no option {name}{right}; see help(medbudget.{function})")
+
+
 def sample(
     base: Base,
     prompt: str,
@@ -216,6 +228,7 @@ def sample(
     batch_size: int = BATCH,
     fast: bool | None = None,
     callback: Callback | None = None,
+    **others: Any,
 ) -> torch.Tensor:
     """Generate images ``(n, 3, size, size) uint8`` from a prompt (paper, section 3.1).
 
@@ -254,6 +267,7 @@ def sample(
     >>> tuple(images.shape), images.dtype
     ((2, 3, 64, 64), torch.uint8)
     """
+    refuse_options("sample", others)
     steps = default_steps(base) if steps is None else steps
     check_counts(n=n, steps=steps, batch_size=batch_size)
     seeds, shape = list_seeds(seed, n), base.latent_shape(size)

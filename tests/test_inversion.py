@@ -194,6 +194,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
     assert len(load_checkpoint(path)["losses"]) == 2
 
 
+def test_vectors_that_never_move_are_an_error(tiny, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: None)
+    with pytest.raises(InversionError, match="after 2 steps the vectors have not moved"):
+        run(tiny, replace(FEW, steps=2, batch_size=1))
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -97,10 +97,13 @@ def test_what_cannot_be_scored_is_refused_on_every_side(medbudget, tmp_path, sid
 
 def test_a_prepared_folder_as_a_whole_is_no_set_of_real_images(medbudget, tmp_path):
     save_images(make_phantoms("chest", "healthy", 8).images, tmp_path / "all" / "healthy")
+    # `find_images` would give its training images
     data = tmp_path / "data"
     assert medbudget("prepare", "folder", tmp_path / "all", "--out", data, "--size", 64)[0] == 0
     code, _, said = medbudget("evaluate", data, tmp_path / "all" / "healthy")
     assert code == 1 and "test/healthy" in said and "name one of them for the real images" in said
+    part = load_sets({"synthetic": tmp_path / "all" / "healthy", "train": data})["train"]
+    assert {file.parent.parent.name for file in part.files} == {"train"}
 
 
 def a_set(folder, numbers=None, seeds=None):

@@ -266,15 +266,20 @@ def flat(item: Item, *, edge: int) -> Made:
 def test_load_images_finds_what_was_prepared_and_never_the_contact_sheet(tmp_path: Path) -> None:
     one = [Item(f"i{i}", "a", "train", f"p{i}", job=i) for i in range(3)]
     prepare_items(one, make, tmp_path / "one", settings=SETTINGS)
-    assert len(load_images(tmp_path / "one/train/a")) == 3
-    with pytest.raises(ImageError, match="folders in it: masks, train"):
-        load_images(tmp_path / "one")
+    assert len(load_images(tmp_path / "one")) == 3
+    split = [*one, Item("v", "a", "val", "v", job=7)]
+    prepare_items(split, make, tmp_path / "split", settings=SETTINGS)
+    with pytest.warns(UserWarning, match="train/a is taken; name another folder for val/a"):
+        assert len(load_images(tmp_path / "split")) == 3
+    prepare_items(ITEMS, make, tmp_path / "two", settings=SETTINGS)
+    with pytest.raises(ImageError, match="2 classes; name the folder of one: train/a, train/b"):
+        load_images(tmp_path / "two")
     sheet = (tmp_path / "one" / "contact_sheet.png").read_bytes()
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "contact_sheet.png").write_bytes(sheet)
     with pytest.raises(ImageError, match="no images"):
         load_images(tmp_path / "made")
-    to_pil(load_images(tmp_path / "one/train/a")[0]).save(tmp_path / "made" / "b.png")
+    to_pil(load_images(tmp_path / "one")[0]).save(tmp_path / "made" / "b.png")
     assert len(load_images(tmp_path / "made")) == 1
 
 

@@ -269,7 +269,12 @@ def test_what_cannot_be_meant_gets_a_word(tiny):
         sample(tiny, "<mine>", negative_prompt="<other>", embeddings=[MINE, OTHER], **draw)
 
 
-def test_words_come_from_files_and_their_names_are_no_files(tiny, tmp_path):
+def test_words_of_other_programs_are_told_the_right_call(tiny, tmp_path):
+    for wrong, right in (("num_inference_steps", "steps"), ("guidance_scale", "cfg_scale")):
+        with pytest.raises(TypeError, match=rf"no option {wrong}: write {right} "):
+            sample(tiny, "red", **{wrong: 2})
+    with pytest.raises(TypeError, match="no option colour; see"):
+        sample(tiny, "red", colour=1)
     path = MINE.save(tmp_path / "m.safetensors")
     draw = {"n": 1, "steps": 1}
     own = sample(tiny, "<mine>", embeddings=MINE, **draw)
