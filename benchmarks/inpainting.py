@@ -18,8 +18,8 @@ import torch
 from medbudget import ellipse, inpaint, load_base, make_phantoms
 from medbudget.base import Base
 from medbudget.data.phantoms import find_tumours
-from medbudget.masks import check_masks, seam_ratio
 from medbudget.results import write_result
+from medbudget.sampling.masks import check_masks, seam_ratio
 from medbudget.tiny import load_trained
 
 PLACES = {"left": (0.4, 0.57), "right": (0.6, 0.57)}  # of the peripheral zone

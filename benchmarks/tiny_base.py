@@ -47,7 +47,7 @@ from medbudget.images import find_images
 from medbudget.metrics import compute_auc, frechet_distance, precision_recall
 from medbudget.metrics.features import compute_features
 from medbudget.results import StaleResultError, load_result, write_result
-from medbudget.sampling import BATCH, Condition, denoise, draw_noises, make_sigmas
+from medbudget.sampling.sampler import BATCH, Condition, denoise, draw_noises, make_sigmas
 from medbudget.tiny import CASES, FOLDER, SHIPPED, load_trained
 
 Row = dict[str, Any]

@@ -30,10 +30,9 @@ from medbudget.adapter_files import (
     is_sd2,
     read_adapter,
 )
-from medbudget.base import Base
+from medbudget.base import Base, speed_up
 from medbudget.embeddings import Embedding, EmbeddingError, check_record
 from medbudget.files import check_writable, hash_settings, hash_tensors, write_tensors
-from medbudget.gpu import speed_up
 from medbudget.known import compare_origin
 from medbudget.settings import check_number
 

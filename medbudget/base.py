@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -17,7 +18,10 @@ from torch.func import functional_call
 from medbudget.embeddings import Embedding
 from medbudget.images import check_images
 from medbudget.known import compare_origin
+from medbudget.progress import say
 from medbudget.prompts import TOKEN
+
+LONG = 300  # steps or images from which compiling pays: it takes about a minute
 
 PIXELS = 16 * 128 * 128  # that the VAE handles at once: 16 images of 128 px, one of 512
 LARGEST = 1e4  # that a latent may be; they have a standard deviation near 1
@@ -45,7 +49,7 @@ class Base:
     note: str = ""  # what every figure and score made with this base must say; "" for a real one
     words: dict[str, torch.Tensor] = field(default_factory=dict)  # visual words of tiny
     checkpoint_hash: str = ""  # A1111's old hash of the file, where it came from a single one
-    fast: bool = False  # see `medbudget.gpu.speed_up`
+    fast: bool = False  # see `speed_up`
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -265,3 +269,33 @@ class Base:
                 stacklevel=5,
             )
         return ids
+
+
+def speed_up(base: Base) -> Base:
+    """Return the same base with a compiled U-Net, equal up to rounding.
+
+    The weights are laid out channels-last, in place. On a GPU, `invert` replays its step as a CUDA
+    graph.
+    """
+    if base.fast:
+        return base
+    base.unet.to(memory_format=torch.channels_last)
+    if any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
+        return replace(base, unet=torch.compile(base.unet), fast=True)
+    warnings.warn(
+        "no C++ compiler was found: the U-Net is not compiled, only laid out channels-last; "
+        "install g++ or set CXX",
+        stacklevel=3,
+    )
+    return replace(base, fast=True)
+
+
+def choose_speed(base: Base, fast: bool | None, work: int) -> Base:
+    """Return the base, compiled if `fast`; with None, on a GPU for `LONG` steps or images (`work`)."""
+    if fast is None and base.device.type == "cuda" and work >= LONG and not base.fast:
+        say(
+            f"the U-Net is compiled first, since {work} steps or images are to come: about a "
+            "minute; --no-fast (Python: fast=False) refuses it"
+        )
+        fast = True
+    return speed_up(base) if fast else base

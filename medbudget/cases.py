@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from medbudget.data.pcam import LABELS, OFFICIAL, find_split, iterate_patches, load_slides
-from medbudget.data.prepare import load_manifest
+from medbudget.data.prepare import find_patients
 from medbudget.images import (
     ImageError,
     check_images,
@@ -151,21 +151,6 @@ def order_classes(names: Sequence[str], positive: str | None, root: Path) -> tup
     healthy = [name.lower().replace(" ", "_") in HEALTHY for name in (first, second)]
     swap = positive == first if positive else healthy == [False, True]
     return (second, first) if swap else (first, second)
-
-
-def find_patients(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
-    """Return each file's patient by the manifest of `medbudget prepare`, or nothing."""
-    root = root.resolve()
-    for folder in (root, *list(root.parents)[:2]):
-        if (folder / "manifest.csv").is_file():
-            table = load_manifest(folder)
-            if not {"file", "patient"} <= set(table.columns):
-                return ()
-            owner = {folder / file: one for file, one in zip(table["file"], table["patient"])}
-            patients = [owner.get(file.resolve(), "") for file in files]
-            # numbers of patients mean nothing beyond their manifest
-            return tuple(f"{folder}|{one}" for one in patients) if all(patients) else ()
-    return ()
 
 
 def _load_patches(

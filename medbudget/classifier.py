@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,54 +25,8 @@ from medbudget.files import hash_tensors
 from medbudget.images import check_images
 from medbudget.metrics.auc import compute_auc, delong
 from medbudget.metrics.scores import Score
-from medbudget.networks import Network, make_network, resize
+from medbudget.networks import ClassifierSettings, Network, make_network, resize
 from medbudget.runs import Steps, draw_indices
-from medbudget.settings import Settings
-
-
-@dataclass(frozen=True)
-class ClassifierSettings(Settings):
-    """Settings of `train_classifier`; the defaults are the paper's.
-
-    ``tiny``: 64 px, EfficientNet-Lite0 without augmentation (200 steps are too few for the paper's),
-    under a minute on a CPU; ``modern``: the paper's at 224 px, antialiased and normalised; ``colab``:
-    the same in fewer steps.
-    """
-
-    network: str = "resnet18"  # or efficientnet-lite0: real ImageNet weights, no download
-    weights: str = "imagenet"  # none, or a file (.safetensors or .pth)
-    size: int = 196  # pixels; images are resized once, bilinearly
-    antialias: bool = False  # in that resize; the paper's had none
-    normalize: bool = False  # to what the weights were trained on; the paper left [0, 1]
-    augment: str = "heavy"  # the paper's, or none
-    frozen: int = 0  # leading stages that keep their weights: stem, then groups of blocks
-    steps: int = 6250  # batches
-    batch_size: int = 32
-    lr: float = 1e-4  # of Adam, constant
-    validate_every: int = 50  # steps; the step of the best validation counts
-    precision: str = "auto"  # bfloat16 or float16 where a GPU has it, else float32
-    seed: int = 0
-    checkpoint_every: int = 500  # steps, where a checkpoint is asked for
-
-    PRESETS: ClassVar = {
-        "paper": {},
-        "modern": {"size": 224, "antialias": True, "normalize": True},
-        "colab": {"size": 224, "antialias": True, "normalize": True, "steps": 1500},
-        "tiny": {
-            "network": "efficientnet-lite0", "size": 64, "antialias": True, "normalize": True,
-            "augment": "none", "steps": 200, "batch_size": 16, "lr": 1e-3, "validate_every": 25,
-        },
-    }  # fmt: skip
-    CHOICES: ClassVar = {
-        "network": ("resnet18", "efficientnet-lite0"),
-        "augment": tuple(LEVELS),
-        "precision": ("auto", "float32", "bfloat16", "float16"),
-    }
-    LIMITS: ClassVar = {
-        "size": (32, None), "frozen": (0, None), "steps": (1, None), "batch_size": (2, None),
-        "lr": (1e-9, 0.999), "validate_every": (1, None), "seed": (0, None),
-        "checkpoint_every": (1, None),
-    }  # fmt: skip
 
 
 def choose_settings(

@@ -18,11 +18,10 @@ from medbudget.architectures import (
     noise_schedule,
     read_architectures,
 )
-from medbudget.base import Base
+from medbudget.base import Base, speed_up
 from medbudget.bases import ID, PARTS, choose_weights, find_base, list_missing, refuse_others
 from medbudget.checkpoints import FILES, load_single_file, refuse_doubles
 from medbudget.files import hash_tensors
-from medbudget.gpu import speed_up
 from medbudget.known import BaseError, known_base, unknown_base
 from medbudget.torchfiles import read_torch, recognise
 

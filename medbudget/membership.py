@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from medbudget.base import Base
 from medbudget.embeddings import Embedding
-from medbudget.inversion import compute_image_losses
 from medbudget.metrics.image_sets import Source, load_sets
 from medbudget.metrics.membership import membership_inference
 from medbudget.metrics.scores import Score
+from medbudget.training.inversion import compute_image_losses
 
 
 def membership_test(

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from medbudget.adapters import Adapters, AnyAdapter
-from medbudget.base import Base, Word, Words
-from medbudget.composition import axis_prompts
+from medbudget.base import Base, Word, Words, choose_speed
 from medbudget.files import (
     PathLike,
     atomic_path,
@@ -24,7 +23,6 @@ from medbudget.files import (
     hash_tensors,
     hold,
 )
-from medbudget.gpu import choose_speed
 from medbudget.images import (
     SHEET,
     check_folder,
@@ -35,10 +33,11 @@ from medbudget.images import (
     save_images,
     to_pil,
 )
-from medbudget.inpainting import inpaint, pair_masks
-from medbudget.masks import Mask
 from medbudget.progress import quiet, say, tqdm
-from medbudget.sampling import (
+from medbudget.sampling.composition import axis_prompts
+from medbudget.sampling.inpainting import inpaint, pair_masks
+from medbudget.sampling.masks import Mask
+from medbudget.sampling.sampler import (
     BATCH,
     Condition,
     default_steps,

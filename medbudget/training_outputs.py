@@ -17,10 +17,10 @@ from medbudget.base import Base
 from medbudget.embeddings import Embedding, EmbeddingError, check_token
 from medbudget.files import PathLike, check_output, hash_tensors, hold
 from medbudget.images import check_square, make_grid, read_record, save_images
-from medbudget.inversion import InversionSettings, invert
-from medbudget.lora import TuneSettings, tune
 from medbudget.progress import count, quiet, say
-from medbudget.sampling import sample
+from medbudget.sampling.sampler import sample
+from medbudget.training.inversion import InversionSettings, invert
+from medbudget.training.lora import TuneSettings, tune
 
 Tell: TypeAlias = "Callable[[dict[str, Any]], None]"
 Trained = TypeVar("Trained", Embedding, Adapter)

@@ -12,7 +12,7 @@ from medbudget.base import Base
 from medbudget.data.phantoms import make_phantoms
 from medbudget.known import BaseError, Golden, KnownBase, identify, known_base, record_verified
 from medbudget.loading import correlate_with_noise, measure_prediction
-from medbudget.sampling import Condition
+from medbudget.sampling.sampler import Condition
 
 GUIDANCE = 7.5
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

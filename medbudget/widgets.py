@@ -20,10 +20,10 @@ from IPython.display import HTML
 from medbudget.base import Base
 from medbudget.embeddings import Embedding
 from medbudget.images import check_images, make_grid, save_images, to_png, to_url
-from medbudget.inpainting import inpaint
-from medbudget.masks import brush_mask
 from medbudget.reader import ReaderStudy, default_key
-from medbudget.sampling import sample, total_guidance
+from medbudget.sampling.inpainting import inpaint
+from medbudget.sampling.masks import brush_mask
+from medbudget.sampling.sampler import sample, total_guidance
 
 EDGE = 384  # screen pixels of an image that is drawn on
 SHOWN = 160  # screen pixels of an image in a row of frames

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from medbudget.files import atomic_path
-from medbudget.inversion import min_snr_weights
 from medbudget.progress import tqdm
 from medbudget.results import describe_device
 from medbudget.tiny import N_WORDS, compute_numbers
+from medbudget.training.inversion import min_snr_weights
 from medbudget.weights import efficientnet_network
 from pretraining import corpus, model
 from pretraining.export import WEIGHTS

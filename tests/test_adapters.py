@@ -116,7 +116,7 @@ def test_two_threads_draw_with_different_adapters_from_one_base(tiny):
 
 def test_a_part_has_the_adapters_that_it_names(tiny):
     """AND by hand: each part's prediction from a base of its own, the unconditional from the plain."""
-    from medbudget.sampling import Condition, guide
+    from medbudget.sampling.sampler import Condition, guide
 
     a, b, everywhere = make(token="<a>", seed=1), make(token="<b>", seed=2), make(seed=3)
     prompt = "<a>:0.7 AND <b>:0.5 AND red ellipse:0.2"
@@ -141,7 +141,7 @@ def test_a_part_has_the_adapters_that_it_names(tiny):
 
 
 def test_the_negative_text_has_what_all_parts_have(tiny):
-    from medbudget.sampling import Condition
+    from medbudget.sampling.sampler import Condition
 
     a, b = make(token="<a>", seed=1), make(token="<b>", seed=2)
     alone = Condition.encode(tiny, "<a> on red ground", (), "", 2.0, a)

@@ -20,7 +20,7 @@ PACKAGES = ("medbudget", "medbudget.metrics", "medbudget.studies", "medbudget.st
 WITH_EXAMPLES = {
     "medbudget": "load_base describe make_phantoms save_images invert sample interpolate ellipse "
     "inpaint evaluate frechet_distance parse_prompt Embedding.save Score",
-    "medbudget.sampling": "total_guidance",
+    "medbudget.sampling.sampler": "total_guidance",
     "medbudget.metrics": "compute_auc delong hanley_mcneil detectable_difference membership_inference",
     "medbudget.metrics.neighbours": "wilson",
     "medbudget.reader": "compute_preference required_pairs",

@@ -9,8 +9,9 @@ from medbudget import Embedding, make_phantoms
 from medbudget.base import NotFiniteError
 from medbudget.data.phantoms import find_tumours
 from medbudget.images import save_images
-from medbudget.inpainting import inpaint, start_step
-from medbudget.masks import (
+from medbudget.pictures import ImageError
+from medbudget.sampling.inpainting import inpaint, start_step
+from medbudget.sampling.masks import (
     blur_masks,
     check_masks,
     ellipse,
@@ -19,7 +20,6 @@ from medbudget.masks import (
     read_mask,
     seam_ratio,
 )
-from medbudget.pictures import ImageError
 
 VECTORS = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
 MINE = Embedding(VECTORS, "<mine>")

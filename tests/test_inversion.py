@@ -13,14 +13,14 @@ from medbudget import (
     make_phantoms,
     sample,
 )
-from medbudget.inversion import (
+from medbudget.loading import hash_weights
+from medbudget.runs import load_checkpoint
+from medbudget.training.inversion import (
     compare_noise,
     make_init,
     min_snr_weights,
 )
-from medbudget.loading import hash_weights
-from medbudget.runs import load_checkpoint
-from medbudget.training import InversionError, Run
+from medbudget.training.loop import InversionError, Run
 
 IMAGES = make_phantoms("prostate", "tumour", 6).images
 FEW = InversionSettings.preset(
@@ -358,7 +358,7 @@ def test_a_step_never_waits_for_the_host_so_that_a_cuda_graph_can_hold_it(predic
 
 
 def test_a_fast_base_without_a_compiler_trains_and_draws_the_same(monkeypatch):
-    monkeypatch.setattr("medbudget.gpu.shutil.which", lambda name: None)
+    monkeypatch.setattr("medbudget.base.shutil.which", lambda name: None)
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
         fast = small(fast=True)
     slow = small()
@@ -383,7 +383,7 @@ def test_wrong_images_and_tokens(tiny):
 
 
 def test_image_losses_are_the_training_loss_of_each_image(tiny):
-    from medbudget.inversion import compute_image_losses
+    from medbudget.training.inversion import compute_image_losses
 
     images = make_phantoms("chest", "healthy", 3, size=tiny.size).images
     vectors = tiny.token_rows("*").repeat(4, 1)

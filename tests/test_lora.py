@@ -10,11 +10,11 @@ import torch
 
 from medbudget import Adapter, TuneSettings, load_base, make_phantoms, tune
 from medbudget.adapters import adapt, copy_network
-from medbudget.gpu import speed_up
-from medbudget.inversion import compare_noise
+from medbudget.base import speed_up
 from medbudget.loading import hash_weights
 from medbudget.runs import load_checkpoint
-from medbudget.training import InversionError
+from medbudget.training.inversion import compare_noise
+from medbudget.training.loop import InversionError
 
 IMAGES = make_phantoms("prostate", "tumour", 6).images
 FEW = TuneSettings(
@@ -60,7 +60,7 @@ def test_every_attention_layer_has_its_change_and_one_step_is_adamws_first(tiny)
 
 def test_the_merged_base_predicts_what_was_trained(tiny):
     """What training saw last, and what `adapt` makes of the file, are the same network."""
-    from medbudget.lora import _prepare
+    from medbudget.training.lora import _prepare
 
     settings = replace(FEW, rank=3)
     tuned, tensors = _prepare(tiny, settings)
@@ -68,7 +68,7 @@ def test_the_merged_base_predicts_what_was_trained(tiny):
     with torch.no_grad():
         for value in tensors.values():
             value.copy_(0.1 * torch.randn(value.shape, generator=generator))
-    from medbudget.lora import _collect
+    from medbudget.training.lora import _collect
 
     merged = adapt(tiny, [Adapter(_collect(tiny, tensors))])
     x = torch.randn(1, *tiny.latent_shape(), generator=generator)
@@ -166,7 +166,9 @@ def test_low_precision_trains_float32_tensors(rank, dtype):
 
 
 def test_a_compiled_base_is_tuned_and_adapted(tiny, monkeypatch):
-    monkeypatch.setattr("medbudget.gpu.shutil.which", lambda name: None)  # no compiler: layout only
+    monkeypatch.setattr(
+        "medbudget.base.shutil.which", lambda name: None
+    )  # no compiler: layout only
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fast = speed_up(load_base("tiny", device="cpu"))
@@ -180,7 +182,7 @@ def test_a_compiled_base_is_tuned_and_adapted(tiny, monkeypatch):
 
 def test_peft_is_loaded_by_training_alone():
     code = (
-        "import sys, medbudget.lora, medbudget.sampling, medbudget.outputs\n"
+        "import sys, medbudget.training.lora, medbudget.sampling.sampler, medbudget.outputs\n"
         "assert 'peft' not in sys.modules, 'peft'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

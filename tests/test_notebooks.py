@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 
-from medbudget.sampling import ancestral_step
+from medbudget.sampling.sampler import ancestral_step
 from medbudget.studies import in_order
 
 nbformat = pytest.importorskip("nbformat", reason="needs the `book` extra")
@@ -362,10 +362,10 @@ def test_a_chapter_runs_to_its_end_under_the_papers_preset(
     """On Stable Diffusion 2.0 in small, from images of the reader's own, with counts cut."""
     from medbudget import hub, metrics, tiny
     from medbudget.classifier import ClassifierSettings
-    from medbudget.inversion import InversionSettings
-    from medbudget.lora import TuneSettings
-    from medbudget.sampling import Condition
+    from medbudget.sampling.sampler import Condition
     from medbudget.stylegan3 import StyleGAN3Settings
+    from medbudget.training.inversion import InversionSettings
+    from medbudget.training.lora import TuneSettings
 
     def refuse(name: str) -> Any:
         def call(*args: Any, **options: Any) -> None:
@@ -459,8 +459,8 @@ def test_chapter_and_solutions_run_in_small_and_in_silence(
 
 def test_training_step_is_the_librarys(tiny) -> None:
     from medbudget import InversionSettings, invert, make_phantoms
-    from medbudget.inversion import make_init
-    from medbudget.training import draw_batch
+    from medbudget.training.inversion import make_init
+    from medbudget.training.loop import draw_batch
 
     training_step = equation("training_step")
     settings = InversionSettings(
@@ -484,7 +484,7 @@ def test_training_step_is_the_librarys(tiny) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, 4.5])
 def test_guidance_is_the_librarys(scale: float) -> None:
-    from medbudget import sampling
+    from medbudget.sampling import sampler as sampling
 
     guide = equation("guide")
     d_u, d_c = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -494,7 +494,7 @@ def test_guidance_is_the_librarys(scale: float) -> None:
 
 @pytest.mark.parametrize("steps", [2, 7])
 def test_euler_ancestral_is_the_librarys(tiny, steps: int) -> None:
-    from medbudget import sampling
+    from medbudget.sampling import sampler as sampling
 
     euler_ancestral, denoised = equation("euler_ancestral"), equation("denoised")
     told, shape = tiny.text("red ellipse"), tiny.latent_shape()
@@ -600,7 +600,7 @@ def test_simulated_ends_are_those_worked_out_by_hand() -> None:
 
 @pytest.mark.parametrize(("weights", "scale"), [([1.0], 2.0), ([0.5] * 3, 3.0), ([-0.5, 1.5], 1.0)])
 def test_composition_is_the_librarys(weights: list[float], scale: float) -> None:
-    from medbudget import sampling
+    from medbudget.sampling import sampler as sampling
 
     compose = equation("compose")
     d_u, *predictions = torch.randn(
@@ -612,9 +612,9 @@ def test_composition_is_the_librarys(weights: list[float], scale: float) -> None
 
 def test_repainting_is_the_librarys(tiny) -> None:
     from medbudget import ellipse, inpaint, make_phantoms
-    from medbudget.inpainting import start_step
-    from medbudget.masks import blur_masks, check_masks, latent_masks
-    from medbudget.sampling import make_sigmas
+    from medbudget.sampling.inpainting import start_step
+    from medbudget.sampling.masks import blur_masks, check_masks, latent_masks
+    from medbudget.sampling.sampler import make_sigmas
 
     repaint = equation("repaint")
     image, mask, prompt = (

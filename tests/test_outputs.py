@@ -23,8 +23,8 @@ from medbudget import (
     sample_to,
 )
 from medbudget.images import load_images, read_record, to_pil
-from medbudget.masks import check_masks
-from medbudget.sampling import Condition
+from medbudget.sampling.masks import check_masks
+from medbudget.sampling.sampler import Condition
 
 VECTORS = 0.3 * torch.randn(8, 96, generator=torch.Generator().manual_seed(1))
 MINE = Embedding(VECTORS, "<mine>", record={"image_hashes": "aa bb"})

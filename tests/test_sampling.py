@@ -12,7 +12,7 @@ import torch
 from medbudget import Embedding, load_base, sample, verify
 from medbudget.base import NotFiniteError
 from medbudget.known import KNOWN
-from medbudget.sampling import (
+from medbudget.sampling.sampler import (
     Condition,
     ancestral_step,
     draw_noises,
@@ -285,14 +285,14 @@ def test_words_of_other_programs_are_told_the_right_call(tiny, tmp_path):
 
 
 def test_the_network_is_compiled_where_it_pays_and_that_is_said(tiny, monkeypatch, capsys):
-    from medbudget import gpu
+    from medbudget import base
 
     compiled = []
-    monkeypatch.setattr(gpu, "speed_up", lambda base: compiled.append(base) or base)
+    monkeypatch.setattr(base, "speed_up", lambda base: compiled.append(base) or base)
     for fast, work in ((None, 10_000), (False, 10_000), (True, 1)):
-        gpu.choose_speed(tiny, fast, work)  # a CPU: only where it is asked for
+        base.choose_speed(tiny, fast, work)  # a CPU: only where it is asked for
     assert len(compiled) == 1 and capsys.readouterr().out == ""
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), fast=False)
     for fast, work in ((None, 299), (False, 300), (None, 300)):
-        gpu.choose_speed(on_gpu, fast, work)
+        base.choose_speed(on_gpu, fast, work)
     assert len(compiled) == 2 and "--no-fast" in capsys.readouterr().out

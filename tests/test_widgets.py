@@ -13,8 +13,8 @@ pytest.importorskip("ipywidgets")
 
 from medbudget import Embedding, make_phantoms
 from medbudget.images import load_images, save_images
-from medbudget.masks import brush_mask
 from medbudget.reader import ReaderStudy
+from medbudget.sampling.masks import brush_mask
 from medbudget.widgets import (
     Inpainter,
     Live,

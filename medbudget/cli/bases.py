@@ -64,7 +64,7 @@ def verify(name: Text, /, *, known: Text = "", device: Text | None = None) -> in
     """
     import torch
 
-    from medbudget import load_base
+    from medbudget.loading import load_base
     from medbudget.verify import verify_base
 
     base = load_base(name, device=device, dtype=torch.float32)

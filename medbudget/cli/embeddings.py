@@ -23,10 +23,10 @@ def show(file: File, /, *, base: Text | None = None) -> None:
     Args:
         base: check that it fits this base
     """
-    from medbudget import Adapter, load_base
-    from medbudget.adapters import load_adapters
-    from medbudget.composition import read_end
+    from medbudget.adapters import Adapter, load_adapters
     from medbudget.known import compare_origin
+    from medbudget.loading import load_base
+    from medbudget.sampling.composition import read_end
 
     e = read_end(file)
     word = e.word if isinstance(e, Adapter) else e
@@ -67,8 +67,9 @@ def convert(
             hold its word
         token: give it another token
     """
-    from medbudget import Adapter, Embedding
     from medbudget.adapter_files import AdapterError, is_adapter
+    from medbudget.adapters import Adapter
+    from medbudget.embeddings import Embedding
 
     check_free(out, overwrite)
     if is_adapter(file):
@@ -100,7 +101,7 @@ def card(
     Args:
         out: write it there; else print it
     """
-    from medbudget import Embedding
+    from medbudget.embeddings import Embedding
     from medbudget.files import write_text
     from medbudget.hub import make_card, read_scores
 
@@ -124,7 +125,7 @@ def push(
         repo: OWNER/NAME on the Hugging Face hub
         public: else only you can see it
     """
-    from medbudget import Embedding
+    from medbudget.embeddings import Embedding
     from medbudget.hub import push_embedding, read_scores
 
     e = Embedding.load(file)

@@ -32,9 +32,8 @@ def phantoms(
         split: train, val or test: they never overlap
         overwrite: replace other images that are there
     """
-    from medbudget import make_phantoms, save_images
-    from medbudget.data.phantoms import KINDS
-    from medbudget.images import check_folder
+    from medbudget.data.phantoms import KINDS, make_phantoms
+    from medbudget.images import check_folder, save_images
     from medbudget.progress import count
 
     labels = tuple(label) if label else (KINDS[kind][0],) if kind in KINDS else ("",)
@@ -61,7 +60,7 @@ def sample(
     """
     from medbudget.images import SHEET
     from medbudget.progress import count
-    from medbudget.sampling import total_guidance
+    from medbudget.sampling.sampler import total_guidance
 
     words = embeddings or []
     there = set() if options.overwrite else set(out.glob("*.png"))
@@ -125,8 +124,8 @@ def inpaint(
         n: variants of each image and mask
         negative_prompt: what to guide away from
     """
-    from medbudget import ellipse as make_ellipse
     from medbudget.progress import count
+    from medbudget.sampling.masks import ellipse as make_ellipse
 
     if len(mask_and_prompt) != (1 if ellipse else 2):
         raise ValueError("write either IMAGE MASK PROMPT, or IMAGE PROMPT --ellipse x,y,rx,ry")
@@ -150,13 +149,13 @@ def _draw(
     name: str, options: Drawing, out: Path, *inputs: Any, prompt: str = "", words: Sequence[Path],
     images: Sequence[Path] = (), **more: Any,
 ) -> tuple[list[Path], dict[str, Any]]:  # fmt: skip
-    """Run ``medbudget.NAME_to``; return what it wrote, and settings in force."""
-    import medbudget
-    from medbudget.sampling import default_steps
+    """Run ``medbudget.outputs.NAME_to``; return what it wrote, and settings in force."""
+    from medbudget import outputs
+    from medbudget.sampling.sampler import default_steps
 
     given = options.collect()
     base = load_checked(options, out, prompt, words=[*words, *given["adapters"]], images=images)
-    made = getattr(medbudget, f"{name}_to")(out, base, *inputs, **more, **given)
+    made = getattr(outputs, f"{name}_to")(out, base, *inputs, **more, **given)
     return made, {"steps": default_steps(base)}
 
 
@@ -176,8 +175,8 @@ def describe(images: Path, /, *, base: BaseOptions = DEFAULT) -> None:
     Args:
         images: a folder, or one image
     """
-    from medbudget import describe as run
-    from medbudget import load_images
+    from medbudget.images import load_images
+    from medbudget.tiny import describe as run
 
     loaded = load_checked(base, None, images=[images])
     print(run(loaded, load_images(images, size=loaded.size)))

@@ -27,7 +27,7 @@ Words = Annotated[list[str] | None, Parameter(consume_multiple=False, metavar="T
 
 def read_adapters(texts: Sequence[str] | None) -> list[Any]:
     """Return the adapters of ``FILE[:WEIGHT]``, each with its weight."""
-    from medbudget import Adapter
+    from medbudget.adapters import Adapter
 
     adapters = []
     for text in texts or []:
@@ -102,7 +102,7 @@ class BaseOptions(Machine):
 
     def load(self) -> Any:
         """Load the base."""
-        from medbudget import load_base
+        from medbudget.loading import load_base
 
         return load_base(self.base, device=self.prepare(), fast=bool(self.fast))
 
@@ -179,9 +179,9 @@ def load_checked(
     images: Sequence[Path] = (),
 ) -> Any:  # fmt: skip
     """Load a base, once it is sure that the other files are there, and that the output can be."""
-    from medbudget import parse_prompt
-    from medbudget.composition import read_end
     from medbudget.images import check_folder, find_images
+    from medbudget.prompts import parse_prompt
+    from medbudget.sampling.composition import read_end
 
     if out is not None:
         check_folder(out, {})

@@ -48,7 +48,7 @@ def evaluate(
         verbose: all scores, with their notes
         out: also write all scores as JSON
     """
-    from medbudget import evaluate as run
+    from medbudget.metrics import evaluate as run
     from medbudget.metrics import format_table, judge, summarize
 
     if paired and permutation is None:
@@ -78,7 +78,7 @@ def membership(
         draws: noises for the loss of each image
         out: also write the scores as JSON
     """
-    from medbudget import Embedding
+    from medbudget.embeddings import Embedding
     from medbudget.membership import membership_test
     from medbudget.metrics import format_table, judge_membership
 

@@ -34,7 +34,7 @@ class Options:
 
     def plan(self, name: str) -> tuple[Any, Any]:
         """Return the study and its store."""
-        from medbudget import load_base
+        from medbudget.loading import load_base
         from medbudget.studies import make_study, parse_changes, parse_sources, study_settings
 
         settings = study_settings(name, self.preset, **parse_changes(self.changes or []))

@@ -29,7 +29,8 @@ def invert(
         n_vectors: rows, 1 to 74; paper: 64
         preview_every: steps between previews in OUT.previews
     """
-    from medbudget import InversionSettings, invert_to
+    from medbudget.training.inversion import InversionSettings
+    from medbudget.training_outputs import invert_to
 
     if out.suffix not in (".safetensors", ".pt", ".bin"):
         raise ValueError(f"--out {out}: allowed endings are .safetensors, .pt, .bin")
@@ -55,7 +56,8 @@ def tune(
         n_vectors: rows of a word that is trained beside it, to 74; default: the word stays --init
         word_lr: learning rate of the word
     """
-    from medbudget import TuneSettings, tune_to
+    from medbudget.training.lora import TuneSettings
+    from medbudget.training_outputs import tune_to
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: an adapter's file ends in .safetensors")
@@ -72,10 +74,9 @@ def _train(
     options: Training,
 ) -> Any:  # fmt: skip
     """Check what the files and the token are, train, and draw a sheet."""
-    from medbudget import load_images
     from medbudget.embeddings import check_token
     from medbudget.files import check_apart, check_output, check_writable
-    from medbudget.images import read_record
+    from medbudget.images import load_images, read_record
 
     if token is not None:
         check_token(token)
@@ -101,10 +102,11 @@ def _write_sheet(
     path: Path, base: Any, trained: Any, prompt: str, images: Any, n: int, record: dict[str, str]
 ) -> None:
     """Draw images of what was trained, the training image nearest to each, and other ones."""
-    from medbudget import Adapter, plots
-    from medbudget import sample as draw
+    from medbudget import plots
+    from medbudget.adapters import Adapter
     from medbudget.files import atomic_path
     from medbudget.metrics import pixel_neighbours
+    from medbudget.sampling.sampler import sample as draw
 
     name = trained.token or prompt
     kind = "adapters" if isinstance(trained, Adapter) else "embeddings"

@@ -284,3 +284,18 @@ def load_manifest(out: str | os.PathLike[str]) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"no manifest.csv in {out}: run `medbudget prepare` to its end")
     return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def find_patients(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
+    """Return each file's patient by the manifest of `medbudget prepare`, or nothing."""
+    root = root.resolve()
+    for folder in (root, *list(root.parents)[:2]):
+        if (folder / "manifest.csv").is_file():
+            table = load_manifest(folder)
+            if not {"file", "patient"} <= set(table.columns):
+                return ()
+            owner = {folder / file: one for file, one in zip(table["file"], table["patient"])}
+            patients = [owner.get(file.resolve(), "") for file in files]
+            # numbers of patients mean nothing beyond their manifest
+            return tuple(f"{folder}|{one}" for one in patients) if all(patients) else ()
+    return ()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from medbudget.cases import find_patients
+from medbudget.data.prepare import find_patients
 from medbudget.images import (
     check_images,
     find_images,

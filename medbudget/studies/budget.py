@@ -17,8 +17,6 @@ import numpy as np
 import torch
 
 from medbudget.adapters import Adapter, adapt
-from medbudget.inversion import InversionSettings, compute_image_losses, invert
-from medbudget.lora import TuneSettings, tune
 from medbudget.metrics import disease_score
 from medbudget.metrics.auc import delong
 from medbudget.metrics.evaluation import evaluate
@@ -33,6 +31,8 @@ from medbudget.studies.table2 import OWN, PROBLEMS, SPLITS, find_given, plan_cla
 from medbudget.studies.tasks import Store, Task, kind, load_task_base, score_sets
 from medbudget.stylegan3 import StyleGAN3
 from medbudget.stylegan3.model import to_float
+from medbudget.training.inversion import InversionSettings, compute_image_losses, invert
+from medbudget.training.lora import TuneSettings, tune
 
 REFERENCE = "word 64"  # that sets the time, and that the others are tested against
 SHARED = ("steps", "batch_size", "schedule", "loss", "latents", "seed")  # of words and adapters

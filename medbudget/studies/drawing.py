@@ -16,11 +16,11 @@ from medbudget.data.phantoms import make_phantoms
 from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
 from medbudget.images import load_images, shrink
-from medbudget.inversion import InversionSettings, invert
-from medbudget.sampling import sample
+from medbudget.sampling.sampler import sample
 from medbudget.studies.study import StudySettings
 from medbudget.studies.tasks import Store, Task, check_planned, kind, load_task_base
 from medbudget.tiny import SIZE, SPECS, find_trained
+from medbudget.training.inversion import InversionSettings, invert
 
 BLOCK = 16  # images of one task
 TOKEN = "<class>"  # of every word that a study learns

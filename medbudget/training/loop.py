@@ -113,7 +113,8 @@ def train(
         loss = compute(z, t, noise)
         return loss.detach(), *torch.autograd.grad(loss * scale, tensors)
 
-    with Stepper(base, descend) as stepper:
+    graph = base.fast and base.device.type == "cuda"
+    with Stepper(base.unet, descend, graph=graph) as stepper:
         for step in Steps(
             run, settings.steps, checkpoint=checkpoint, every=settings.checkpoint_every, desc=desc,
             identity={

@@ -13,7 +13,7 @@ from medbudget.adapters import Adapter, Adapters, AnyAdapter, load_adapters
 from medbudget.base import Base, Word
 from medbudget.embeddings import Embedding
 from medbudget.progress import tqdm
-from medbudget.sampling import sample
+from medbudget.sampling.sampler import sample
 from medbudget.settings import check_number
 
 

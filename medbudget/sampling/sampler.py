@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from medbudget.adapters import Adapter, Adapters, choose_adapters, load_adapters, merge
-from medbudget.base import Base, Words
+from medbudget.base import Base, Words, choose_speed, speed_up
 from medbudget.embeddings import Embedding
 from medbudget.files import hash_tensors
-from medbudget.gpu import choose_speed, draw_in_batches, speed_up
+from medbudget.gpu import draw_in_batches
 from medbudget.prompts import parse_prompt, plain_text, unused_tokens
 from medbudget.settings import check_counts, check_number, list_seeds
 

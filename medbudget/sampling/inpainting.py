@@ -14,10 +14,17 @@ from medbudget.adapters import Adapters
 from medbudget.base import Base, Words
 from medbudget.gpu import draw_in_batches
 from medbudget.images import check_square, find_images
-from medbudget.masks import Mask, blur_masks, check_masks, fill_masked, latent_masks, read_mask
 from medbudget.pictures import open_picture
 from medbudget.progress import say
-from medbudget.sampling import (
+from medbudget.sampling.masks import (
+    Mask,
+    blur_masks,
+    check_masks,
+    fill_masked,
+    latent_masks,
+    read_mask,
+)
+from medbudget.sampling.sampler import (
     BATCH,
     Callback,
     Condition,

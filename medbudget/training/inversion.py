@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from medbudget.base import Base
+from medbudget.base import Base, choose_speed
 from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
 from medbudget.files import hash_tensors
-from medbudget.gpu import choose_speed
 from medbudget.images import check_images, check_square
 from medbudget.progress import tqdm
 from medbudget.settings import SEEDS, Settings, check_counts
-from medbudget.training import InversionError, Run, describe_data, name_origin, train
+from medbudget.training.loop import InversionError, Run, describe_data, name_origin, train
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,13 @@ from torch import nn
 
 from medbudget.adapter_files import PREFIX
 from medbudget.adapters import Adapter, copy_network
-from medbudget.base import Base
+from medbudget.base import Base, choose_speed
 from medbudget.embeddings import MAX_VECTORS, Embedding, check_token
 from medbudget.files import hash_tensors
-from medbudget.gpu import choose_speed
 from medbudget.images import check_square
-from medbudget.inversion import InversionSettings, choose_weights, compare_noise, make_init
 from medbudget.settings import SEEDS, Settings, check_number
-from medbudget.training import InversionError, Run, describe_data, name_origin, train
+from medbudget.training.inversion import InversionSettings, choose_weights, compare_noise, make_init
+from medbudget.training.loop import InversionError, Run, describe_data, name_origin, train
 
 FULL = "full"
 MAX_RANK = 64

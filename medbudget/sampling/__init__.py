@@ -1,0 +1,1 @@
+"""Draw images: the sampler, mixed words, and inpainting."""
