@@ -93,7 +93,7 @@ def classify(given: Path, out: Path) -> None:
         "batch_size": 4,
     }
     splits = (given / "splits" / name for name in ("train", "val", "test"))
-    medbudget("classify", *splits, "--runs", 2, "--steps", 15, "--preset", "tiny",
+    medbudget("classify", *splits, "--runs", 2, "--steps", 10, "--preset", "tiny",
               "--out", out / "classified")  # fmt: skip
 
 
@@ -168,7 +168,7 @@ COMMANDS = {
     ),
     "classify": Command(
         classify, "medbudget.classifier:draw_indices", lambda *args, **_: args[2:], 5,
-        "2 runs of 15 steps, a checkpoint every 5",
+        "2 runs of 10 steps, a checkpoint every 5",
     ),
     "study": Command(
         study, "medbudget.studies.tasks:make_result", lambda task, *_: task.key, 1,

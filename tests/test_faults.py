@@ -405,7 +405,7 @@ def test_a_read_only_folder_is_refused_before_the_work(small_disk, work, medbudg
     disk, remount = small_disk
     (disk / "made").mkdir()
     assert remount("ro")
-    monkeypatch.setattr("medbudget.load_base", None)  # refused before that
+    monkeypatch.setattr("medbudget.loading.load_base", None)  # refused before that
     given = work / "given"
     for command in (
         ("invert", given / "a", "--token", "<x>", "--out", disk / "x.safetensors"),

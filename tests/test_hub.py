@@ -160,7 +160,7 @@ def test_an_embedding_names_its_checkpoint_by_a1111s_hash(medbudget, tmp_path, m
         base.checkpoint_hash = name
         return base
 
-    monkeypatch.setattr("medbudget.load_base", from_file)
+    monkeypatch.setattr("medbudget.loading.load_base", from_file)
     code, said, _ = medbudget("embedding", "show", tmp_path / "x.pt", "--base", "09dd2ae4")
     assert code == 0 and "made on this checkpoint" in said
     code, said, _ = medbudget("embedding", "show", tmp_path / "x.pt", "--base", "deadbeef")

@@ -40,7 +40,7 @@ FEW = {
     "steps": 2, "hand_steps": 1, "n_cases": 8, "n_images": 4, "n_pairs": 4, "sampling_steps": 2,
     "size": 64, "n_patients": 16, "n_heldout": 8, "n_few": 2, "repeats": 20, "draws": 20,
 }  # fmt: skip
-MOST = 6  # phantoms of one call, where a chapter says no number among its parameters
+MOST = 8  # phantoms of one call, where a chapter says no number among its parameters
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

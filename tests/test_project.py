@@ -226,6 +226,23 @@ def test_files_import_downward_and_hide_no_import() -> None:
     assert not hidden
 
 
+def test_rooms_stand_on_seven_floors_and_files_are_read_in_one_sitting() -> None:
+    """A room is a folder or a file of the package; the door of ``python -m`` stands above them."""
+    modules = find_modules(ROOT / "medbudget")
+    assert max(path.read_text("utf-8").count("\n") for path in modules.values()) <= 350
+    needs: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        rooms = {
+            ours.partition(".")[2].partition(".")[0] for ours in list_imports(path, {*modules})[0]
+        }
+        room = name.partition(".")[2].partition(".")[0]
+        needs.setdefault(room, set()).update(rooms - {room})
+    floors: dict[str, int] = {}
+    for room in TopologicalSorter(needs).static_order():
+        floors[room] = 1 + max((floors[below] for below in needs[room]), default=0)
+    assert max(floor for room, floor in floors.items() if room != "__main__") <= 7, floors
+
+
 def test_the_test_of_imports_sees_a_hidden_one(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("from medbudget import b\n\ndef f():\n    import medbudget.c\n")
     ours = {"medbudget", "medbudget.b", "medbudget.c"}

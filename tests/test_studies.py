@@ -252,7 +252,7 @@ def test_what_a_study_needs_is_looked_at_before_its_first_task(tiny, tmp_path):
     study = small(tiny.hash, extractors=("layout", f"inception={weights}"))
     with pytest.raises((ValueError, OSError, RuntimeError), match=r"own\.pth"):
         run(study.tasks, study.store(tmp_path / "store"))
-    with pytest.raises(ValueError, match=r"extractor .radimagenet.*two conventions"):
+    with pytest.raises(ValueError, match=r"unknown extractor .radimagenet.*radimagenet-keras"):
         run(small(tiny.hash, extractors=("radimagenet",)).tasks, Store(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
     with pytest.raises(ValueError, match="planned with ffffffffffff"):

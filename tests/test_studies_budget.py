@@ -136,7 +136,7 @@ def test_a_small_study_runs_to_its_table(tiny, tmp_path):
 def test_perfect_images_score_as_real_ones_and_copies_are_seen(tmp_path):
     """Phantoms in place of generated images: held-out ones for the word, copies for LoRA."""
     settings = replace(
-        FEW, n=16, extractors=("efficientnet-lite0",), grid={"cases": (16,)}, cases=24
+        FEW, n=16, extractors=("efficientnet-lite0",), grid={"cases": (16,)}, cases=40
     )
     study, store = plan(settings), Store(tmp_path)
     word, lora, *_ = study.rows
@@ -144,7 +144,7 @@ def test_perfect_images_score_as_real_ones_and_copies_are_seen(tmp_path):
     for row, split in ((word, "test"), (lora, "train")):
         drawn = [t for t in row.score.inputs if t.kind == "drawn"]
         for task, label in zip(drawn, ("healthy", "tumour")):
-            images = make_phantoms("prostate", label, 40 if split == "test" else 16, split=split)
+            images = make_phantoms("prostate", label, 56 if split == "test" else 16, split=split)
             path = store.path(task)
             path.parent.mkdir(exist_ok=True)
             save_file({"images": images.images[-16:]}, path)
