@@ -14,7 +14,7 @@ from scipy.ndimage import binary_erosion
 
 from medbudget.data.chexpert import OBSERVATIONS
 from medbudget.data.phantoms import make_phantoms
-from medbudget.data.picai_files import GLAND, HUMAN, MACHINE, MARKSHEET
+from medbudget.data.picai import GLAND, HUMAN, MACHINE, MARKSHEET
 from medbudget.images import to_pil
 
 PHANTOM_MM = 150.0  # an edge: the 100 mm of a phantom, enlarged to fill the crop of PI-CAI

@@ -90,26 +90,27 @@ def _open(file: Path, part: str, shown: Path | None = None) -> Any:
         opened = h5py.File(file, "r")
     except OSError as error:
         raise OSError(f"{shown or file} cannot be read ({error}); download it again") from None
+    shape: tuple[int, ...] = (EDGE, EDGE, 3)
     try:
         own = isinstance(opened.get(part, getlink=True), h5py.HardLink)
         data: Any = opened[part] if own else None
-        if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual or not data.ndim:
-            problem = f"has no data set {part!r} of its own: it is no PatchCamelyon file"
-        elif math.prod(data.chunks or (1,)) * data.dtype.itemsize > MAX_CHUNK:
-            problem = f"has pieces of {data.chunks} values: it is no PatchCamelyon file"
-        else:
-            shape = (EDGE, EDGE, 3) if part == "x" else (1,) * (data.ndim - 1)
-            whole = data.dtype.kind in "iu" and data.dtype.itemsize <= 8
-            if data.shape[1:] == shape and whole and len(data) <= 2**22:
-                return opened
-            problem = (
-                f"holds {part} of shape {data.shape} {data.dtype}; expected "
-                f"(N, {', '.join(map(str, shape))}) whole numbers, N up to {2**22:,}"
-            )
-    except Exception as error:  # HDF5 has many ways to be damaged
-        problem = f"is damaged ({type(error).__name__}): download it again"
+        shape = shape if part == "x" else (1,) * (data.ndim - 1)
+        fits = (
+            not (data.external or data.is_virtual)
+            and data.dtype.kind in "iu"
+            and data.shape[1:] == shape
+            and len(data) <= 2**22
+            and math.prod(data.chunks or (1,)) * data.dtype.itemsize <= MAX_CHUNK
+        )
+    except Exception:  # a link, a group, or one of the many ways in which HDF5 can be damaged
+        fits = False
+    if fits:
+        return opened
     opened.close()
-    raise OSError(f"{shown or file} {problem}")
+    raise OSError(
+        f"{shown or file} is damaged, or not of PatchCamelyon: it has no data set {part!r} of its "
+        f"own with N rows of whole numbers, shape {shape}, N up to {2**22:,}; download it again"
+    )
 
 
 def _read_rows(data: Any, rows: Any) -> Any:
@@ -149,10 +150,7 @@ def _unpack(packed: Path, file: Path, split: str, part: str) -> None:
 
 
 def load_labels(folder: str | os.PathLike[str], split: str) -> torch.Tensor:
-    """Return the labels of a split: ``(N,) uint8``, 1 for metastasis in the central 32 x 32 px.
-
-    They must agree with ``center_tumor_patch`` where the split's ``…_meta.csv`` is there.
-    """
+    """Return the labels of a split: ``(N,) uint8``, 1 for metastasis in the central 32 x 32 px."""
     return torch.from_numpy(_read_table(Path(folder), split)[0])
 
 
@@ -172,9 +170,7 @@ def load_patches(
     with open_pcam(folder, split, "x") as file:
         data = file["x"]
         if data.dtype != np.uint8:
-            raise ValueError(
-                f"patches of {split} are {data.shape} {data.dtype}; expected (N, 96, 96, 3) uint8"
-            )
+            raise ValueError(f"patches of {split} are {data.dtype}; expected uint8")
         if order[0] < 0 or order[-1] >= len(data):
             raise IndexError(f"{split} has {len(data)} patches; asked for {order[-1]}")
         patches = [Image.fromarray(patch) for patch in _read_rows(data, order)[back]]
@@ -255,7 +251,7 @@ def _choose_patches(
     left_out = twins = 0
     for value, label in enumerate(LABELS):
         queue = [int(i) for i in shuffle(map(str, np.flatnonzero(labels == value)), seed=seed)]
-        before, skipped = len(items), left_out
+        before = len(items)
         for i in queue:
             if len(items) == before + n:
                 break
@@ -275,8 +271,8 @@ def _choose_patches(
         if len(items) < before + n and not allow_fewer:
             raise ValueError(
                 f"too few patches in the official {source} split: {label}: {n} wanted for {split}, "
-                f"there are {len(queue) - left_out + skipped}; ask for fewer, or take what there "
-                "is (--allow-fewer)"
+                f"there are {len(items) - before}; ask for fewer, or take what there is "
+                "(--allow-fewer)"
             )
     if left_out:
         notes.append(

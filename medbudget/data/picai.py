@@ -1,7 +1,7 @@
 """PI-CAI: prostate MRI from the public layout to one axial slice a case, with its masks.
 
-Sources: Saha et al. 2024 (the data); de Wilde et al. 2024, Section 3.3. ``geometry="paper"`` makes
-the images that the released prostate words were trained on.
+Sources: Saha et al. 2024 and the repository DIAGNijmegen/picai_labels (the data); de Wilde et al.
+2024, Section 3.3. ``geometry="paper"`` makes what the released prostate words were trained on.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from PIL import Image
 
 from medbudget.data import resample
 from medbudget.data.items import SIZES
-from medbudget.data.picai_files import (
-    GLAND,
-    LABELS,
-    LESIONS,
-    MACHINE,
-    SEQUENCES,
-    Study,
-    find_images,
-    find_lesions,
-    find_t2w,
-    read_marksheet,
-)
 from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
 from medbudget.data.splits import SPLITS, choose_cases
+from medbudget.data.tables import read_table
 from medbudget.files import check_apart
 from medbudget.images import from_pil, hash_pixels
 from medbudget.settings import Settings
+
+SEQUENCES = ("t2w", "adc", "hbv")
+LABELS = ("negative", "positive")
+GLAND = "anatomical_delineations/whole_gland/AI/Bosma22b"
+HUMAN = "csPCa_lesion_delineations/human_expert/resampled"
+POOCH = "csPCa_lesion_delineations/human_expert/Pooch25"  # since July 2025, of those without HUMAN
+MACHINE = "csPCa_lesion_delineations/AI/Bosma22a"
+LESIONS = {HUMAN: 2, POOCH: 1, MACHINE: 1}  # lowest value of a significant lesion; best first
+MARKSHEET = "clinical_information/marksheet.csv"
+COLUMNS = ("patient_id", "study_id", "case_csPCa")
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,15 @@ class View(Settings):
             object.__setattr__(self, "window", "volume")
 
 
+@dataclass(frozen=True)
+class Study:
+    """A row of the marksheet."""
+
+    case_id: str  # PATIENT_STUDY
+    patient: str
+    label: str  # one of LABELS
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """One PI-CAI study as an image."""
@@ -67,6 +75,55 @@ class Case:
     window: str  # which intensities of each sequence became 0 and 255
     sources: tuple[str, ...]  # files, relative to the folders of images and of labels
     pixels: str  # hash of T2W's voxels
+
+
+def read_marksheet(labels: str | os.PathLike[str]) -> dict[str, Study]:
+    """Read PI-CAI's marksheet: case to `Study`."""
+    file = Path(labels) / MARKSHEET
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no {MARKSHEET} in {labels}; name a copy of github.com/DIAGNijmegen/picai_labels"
+        )
+    studies: dict[str, Study] = {}
+    for number, row in enumerate(read_table(file), 2):
+        patient, study, cancer = (row.get(name, "") for name in COLUMNS)
+        case = f"{patient}_{study}"
+        if not patient or not study or cancer not in ("YES", "NO") or case in studies:
+            raise ValueError(
+                f"{file}: row {number} has {patient!r}, {study!r}, {cancer!r}; needed are "
+                "patient_id and study_id, each study once, and case_csPCa YES or NO"
+            )
+        studies[case] = Study(case, patient, LABELS[cancer == "YES"])
+    return studies
+
+
+def find_images(images: Path) -> dict[str, Path]:
+    """Return case -> T2W file, whatever folds lie in or between."""
+    if not images.is_dir():
+        raise FileNotFoundError(f"no such folder: {images}")
+    files: dict[str, Path] = {}
+    for file in sorted(images.rglob("*_t2w.mha")):
+        case = file.name.removesuffix("_t2w.mha")
+        if case in files:
+            raise ValueError(f"case {case} is there twice: {files[case]} and {file}; keep one")
+        files[case] = file
+    return files
+
+
+def find_t2w(images: Path, case_id: str) -> Path:
+    file = find_images(images).get(case_id)
+    if file is None:
+        raise BrokenCase(f"no {case_id}_t2w.mha in {images}")
+    return file
+
+
+def find_lesions(labels: Path, study: Study) -> tuple[str, ...]:
+    """Return the masks that may show a positive's tumour: all experts', or else the machine's."""
+    if study.label == LABELS[0]:
+        return ()
+    files = [f"{folder}/{study.case_id}.nii.gz" for folder in LESIONS]
+    experts = tuple(file for file in files[:-1] if (labels / file).is_file())
+    return experts or (files[-1],)
 
 
 def load_case(
@@ -97,16 +154,14 @@ def load_case(
     geometry : {"physical", "paper"}
         ``physical`` puts all sequences and masks onto one grid in patient space: 3 x 0.5 x 0.5 mm,
         30 x 300 x 300 voxels, in T2W's direction and around its centre (to the nearest T2W voxel,
-        so that T2W is not blurred by half a slice). ``paper`` does as the released script, and so
-        as the released prostate words saw the images: each sequence is resampled from its own
-        corner, scaled by its minimum and maximum, and cropped around its own centre.
+        so that T2W is not blurred). ``paper`` does as the released script: each sequence is
+        resampled from its own corner and cropped around its own centre.
     window : {"gland", "percentile", "volume"}
         Intensities that become 0..255. ``percentile``: the 0.5 to 99.9 percentiles of the grid's
-        central half (75 x 75 mm, all slices). ``gland``: the same, but in DWI white is four times
-        the median of the gland (without what is twice as bright), since there the tumour is the
-        brightest tissue: with percentiles it sets the window itself and darkens all the rest of a
-        positive case. ``volume``: minimum to maximum of the whole volume, as the paper;
-        ``geometry="paper"`` has only this one and uses it whatever is given here.
+        central half (75 x 75 mm, all slices). ``gland``: the same, but in DWI, where a tumour would
+        set its own window, white is four times the median of the gland (without what is twice as
+        bright). ``volume``: minimum to maximum of the whole volume, the only one of
+        ``geometry="paper"``, which uses it whatever is given here.
     """
     view = View(size, geometry, window)
     t2w, studies = find_t2w(Path(images), case_id), read_marksheet(labels)
