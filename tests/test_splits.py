@@ -93,7 +93,7 @@ def test_reference_is_disjoint_or_lists_the_overlap() -> None:
     chosen, (note,) = choose_reference(splits, ["x", "y"], 5, disjoint=False)
     assert chosen == {"x": "", "y": "", "e": "test", "v": "val", "t1": "train"}
     assert "1 with train, 1 with val, 1 with test" in note
-    with pytest.raises(ValueError, match="no patient is left"):
+    with pytest.raises(ValueError, match="there are 0"):
         choose_reference(splits, [], 5)
     with pytest.raises(ValueError, match="there are 6"):
         choose_reference(splits, ["x", "y"], 9, disjoint=False)

@@ -62,23 +62,14 @@ def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
     """Open the patches ("x") or labels ("y") of a split: an `h5py.File`, closed by the caller.
 
     A file that lies there only as ``.h5.gz`` is first unpacked beside it, once, and its MD5 sum is
-    compared with the official one. If the other part is there too, it must have as many rows.
+    compared with the official one.
     """
-    other = "y" if part == "x" else "x"
-    file, twin = (Path(folder) / _name(split, f"{p}.h5") for p in (part, other))
+    file = Path(folder) / _name(split, f"{part}.h5")
     packed = file.with_name(f"{file.name}.gz")
     if not file.is_file():
         if not packed.is_file():
             raise FileNotFoundError(f"no {file.name} or {packed.name} in {folder}")
         _unpack(packed, file, split, part)
-    if twin.is_file():
-        with _open(file, part) as own, _open(twin, other) as theirs:
-            n, m = len(own[part]), len(theirs[other])
-        if n != m:
-            raise OSError(
-                f"{file.name} has {n} rows, {twin.name} {m}: they are of different splits, or "
-                "damaged; download both again"
-            )
     return _open(file, part)
 
 
@@ -221,11 +212,10 @@ def prepare_pcam(
         "(medbudget.data.pcam.iterate_patches; medbudget classify takes the .h5 file)"
     ]
     taken: dict[str, Item] = {}
-    choose = partial(
-        _choose_patches, folder, seed=seed, allow_fewer=allow_fewer, taken=taken, notes=notes
-    )
-    items = choose("train", "train", per_class)
-    items += choose("reference", "val", reference) if reference else []
+    items: list[Item] = []
+    for split, source, n in (("train", "train", per_class), ("reference", "val", reference)):
+        if n:
+            items += _choose_patches(folder, split, source, n, seed, allow_fewer, taken, notes)
     settings = {
         "dataset": "pcam", "size": size, "seed": seed, "per_class": per_class,
         "reference": reference,
@@ -235,7 +225,7 @@ def prepare_pcam(
 
 
 def _choose_patches(
-    folder: Path, split: str, source: str, n: int, *, seed: int, allow_fewer: bool,
+    folder: Path, split: str, source: str, n: int, seed: int, allow_fewer: bool,
     taken: dict[str, Item], notes: list[str],
 ) -> list[Item]:  # fmt: skip
     """Choose n random patches of each class of an official split, for a split of ours.
@@ -248,7 +238,7 @@ def _choose_patches(
         notes.append(f"slides are unknown without {_name(source, 'meta.csv')}")
     used = {item.patient for item in taken.values()}
     items: list[Item] = []
-    left_out = twins = 0
+    left_out = 0
     for value, label in enumerate(LABELS):
         queue = [int(i) for i in shuffle(map(str, np.flatnonzero(labels == value)), seed=seed)]
         before = len(items)
@@ -266,7 +256,6 @@ def _choose_patches(
             if twin.split != split or item.patient in used:
                 left_out += 1
             else:
-                twins += twin is not item
                 items.append(item)
         if len(items) < before + n and not allow_fewer:
             raise ValueError(
@@ -279,15 +268,22 @@ def _choose_patches(
             f"{left_out} patches of the official {source} split were not taken for {split}: the "
             "training patches have the same pixels or the same slides"
         )
-    if twins:
-        notes.append(f"{twins} patches of {split} have the same pixels as another one there")
     return items
 
 
 def _read_table(folder: Path, split: str) -> tuple[Any, list[str]]:
-    """Return the labels of a split and the slides of its meta table, which must agree."""
+    """Return the labels of a split and the slides of its meta table; patches must agree with both."""
     with open_pcam(folder, split, "y") as opened:
         labels = _read_rows(opened["y"], ...).reshape(-1)
+    patches = folder / _name(split, "x.h5")
+    if patches.is_file():
+        with _open(patches, "x") as opened:
+            n = len(opened["x"])
+        if n != len(labels):
+            raise OSError(
+                f"{patches} has {n} patches, there are {len(labels)} labels: are they of "
+                "different splits? Download both again"
+            )
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"labels of {split} are {np.unique(labels)[:5]}; allowed are 0 and 1")
     labels = labels.astype(np.uint8)
@@ -298,15 +294,15 @@ def _read_table(folder: Path, split: str) -> tuple[Any, list[str]]:
     slides = [row.get("wsi", "") for row in rows]
     if len(slides) != len(labels) or not all(slides):
         raise ValueError(
-            f"{file} has {len(slides)} rows with column wsi; {len(labels)} patches need one each"
+            f"{file} has {len(slides)} rows; {len(labels)} patches need one each, with column wsi"
         )
     truth = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
     stated = [row.get("center_tumor_patch", "").lower() for row in rows]
     wrong = [i for i, text in enumerate(stated) if text and truth.get(text) != labels[i]]
     if wrong:
         raise ValueError(
-            f"{file} and the labels of {split} disagree about {len(wrong)} of {len(rows)} patches "
-            f"(the first is patch {wrong[0]}): they are of different splits; download both again"
+            f"{file} and the labels of {split} disagree about {len(wrong)} of {len(rows)} patches, "
+            f"first about patch {wrong[0]}: download both again"
         )
     return labels, slides
 

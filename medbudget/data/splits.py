@@ -114,8 +114,7 @@ def split_patients(
         left[label] = queue
     if short and not allow_fewer:
         raise ValueError(
-            "too few patients: " + "; ".join(short) + "; ask for fewer (--per-class), or share out "
-            "what there is (--allow-fewer)"
+            f"too few patients: {'; '.join(short)}; ask for fewer (--per-class, --allow-fewer)"
         )
     return splits, left
 
@@ -127,13 +126,12 @@ def split_in_proportion(
     if min(proportions.values()) <= 0:
         raise ValueError(f"proportions must be above 0, got {dict(proportions)}")
     counts = Counter(labels.values())
-    few = {label: n for label, n in sorted(counts.items()) if n < len(proportions)}
+    few = [f"{label!r}: {n}" for label, n in sorted(counts.items()) if n < len(proportions)]
     if few:
-        shown = ", ".join(f"{label!r}: {n}" for label, n in list(few.items())[:5])
         raise ValueError(
             f"{len(proportions)} splits by patient need at least {len(proportions)} patients of "
-            f"each class; found {shown}. Join classes, add patients, or ask for fewer splits. (Is "
-            "this one folder for each patient? Then name the classes in a CSV file.)"
+            f"each class; found {', '.join(few[:5])}. Join classes, add patients, or ask for fewer "
+            "splits. (Are folders patients, not classes? Name the classes in a CSV file.)"
         )
     sizes: dict[str, dict[str, int]] = {split: {} for split in proportions}
     for label, n in counts.items():
@@ -164,17 +162,14 @@ def choose_reference(
     notes on what is fewer or shared.
     """
     chosen = dict.fromkeys(left[:n], "")
-    if disjoint and not chosen:
+    for split in () if disjoint else reversed(SPLITS):
+        mine = [p for p, own in splits.items() if own == split]
+        chosen |= dict.fromkeys(mine[: n - len(chosen)], split)
+    if not chosen or (len(chosen) < n and not disjoint):
         raise ValueError(
-            "no patient is left for a disjoint reference set: ask for smaller splits "
-            "(--per-class), or let it overlap (--overlap)"
+            f"a reference of {n} patients is wanted, there are {len(chosen)}: ask for fewer, for "
+            "smaller splits (--per-class), or let it overlap with them (--overlap)"
         )
-    if not disjoint:
-        for split in reversed(SPLITS):
-            mine = [p for p, own in splits.items() if own == split]
-            chosen |= dict.fromkeys(mine[: n - len(chosen)], split)
-        if len(chosen) < n:
-            raise ValueError(f"a reference of {n} patients is wanted, there are {len(chosen)}")
     notes = []
     if len(chosen) < n:
         notes.append(
