@@ -159,8 +159,7 @@ def prepare_chexpert(
         for split, chosen in zip(SPLITS, (TRAINED, CLASSIFIED, CLASSIFIED))
     }
 
-    def item(path: str, split: str, other: str) -> Item:
-        note = f"also in {other}" if other else ""
+    def item(path: str, split: str, note: str) -> Item:
         return Item(patients[path], labels[path], split, patients[path], path, note)
 
     items, spares, notes = choose_cases(

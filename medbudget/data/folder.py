@@ -252,8 +252,7 @@ def _list_items(
             source = "|".join((*files, str(rule))).encode("utf-8", "backslashreplace").decode()
             places = [(splits[entry.group], "")] if entry.group in splits else []
             if entry.group in extra:
-                other = extra[entry.group]
-                places.append(("reference", f"also in {other}" if other else ""))
+                places.append(("reference", extra[entry.group]))
             for split, note in places:
                 job = (entry.source, rule)
                 items.append(Item(name, folders[entry.label], split, number, job, note, source))

@@ -207,10 +207,7 @@ def prepare_pcam(
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     folder = Path(folder)
     check_apart(out, folder)
-    notes = [
-        "validation and test are read from the HDF5 files when they are used "
-        "(medbudget.data.pcam.iterate_patches; medbudget classify takes the .h5 file)"
-    ]
+    notes = ["validation and test are read from the HDF5 files, which medbudget classify takes"]
     taken: dict[str, Item] = {}
     items: list[Item] = []
     for split, source, n in (("train", "train", per_class), ("reference", "val", reference)):
@@ -265,8 +262,8 @@ def _choose_patches(
             )
     if left_out:
         notes.append(
-            f"{left_out} patches of the official {source} split were not taken for {split}: the "
-            "training patches have the same pixels or the same slides"
+            f"{left_out} patches of the official {source} split left out: the training patches "
+            "have the same pixels or slides"
         )
     return items
 

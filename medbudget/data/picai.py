@@ -7,7 +7,6 @@ Sources: Saha et al. 2024 and the repository DIAGNijmegen/picai_labels (the data
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -110,8 +109,8 @@ def find_images(images: Path) -> dict[str, Path]:
     return files
 
 
-def find_t2w(images: Path, case_id: str) -> Path:
-    file = find_images(images).get(case_id)
+def _find_t2w(images: str | os.PathLike[str], case_id: str) -> Path:
+    file = find_images(Path(images)).get(case_id)
     if file is None:
         raise BrokenCase(f"no {case_id}_t2w.mha in {images}")
     return file
@@ -164,7 +163,7 @@ def load_case(
         ``geometry="paper"``, which uses it whatever is given here.
     """
     view = View(size, geometry, window)
-    t2w, studies = find_t2w(Path(images), case_id), read_marksheet(labels)
+    t2w, studies = _find_t2w(images, case_id), read_marksheet(labels)
     if case_id not in studies:
         raise ValueError(f"case {case_id} is not in the marksheet of {labels}")
     lesions = find_lesions(Path(labels), studies[case_id])
@@ -218,13 +217,12 @@ def prepare_picai(
             "in common; images must be named <patient>_<study>_t2w.mha"
         )
 
-    def item(case: str, split: str, other: str) -> Item:
+    def item(case: str, split: str, note: str) -> Item:
         study, lesions = usable[case], find_lesions(labels, usable[case])
-        notes = [f"also in {other}"] * bool(other)
-        notes += ["lesion mask by a machine"] * any(file.startswith(MACHINE) for file in lesions)
+        if any(file.startswith(MACHINE) for file in lesions):
+            note = "; ".join(filter(None, (note, "lesion mask by a machine")))
         job = (files[case].relative_to(images).as_posix(), study, lesions)
-        source = " ".join(lesions)
-        return Item(case, study.label, split, study.patient, job, "; ".join(notes), source)
+        return Item(case, study.label, split, study.patient, job, note, " ".join(lesions))
 
     items, spares, more = choose_cases(
         {case: study.patient for case, study in usable.items()},
@@ -234,15 +232,19 @@ def prepare_picai(
         disjoint=disjoint,
     )  # fmt: skip
     chosen = {one.name for group in (items, *spares.values()) for one in group}
+    concerned = {
+        "studies are not used, as their patient has another one": usable.keys() - chosen,
+        "studies of the marksheet have no images here": studies.keys() - files.keys(),
+        "T2W volumes are not in the marksheet": files.keys() - studies.keys(),
+        "positive cases have no lesion mask by an expert, only a machine's (Bosma22a): see the "
+        "manifest's notes; picai_labels of July 2025 and later has experts' for all": {
+            one.name for one in items if "machine" in one.note
+        },
+    }
     notes = [
-        *_count(set(usable) - chosen, "studies are not used, as their patient has another one"),
-        *_count(set(studies) - set(files), "studies of the marksheet have no images here"),
-        *_count(set(files) - set(studies), "T2W volumes are not in the marksheet"),
-        *_count(
-            {one.name for one in items if "machine" in one.note},
-            "positive cases have no lesion mask by an expert, only a machine's (Bosma22a): see "
-            "the manifest's notes; picai_labels of July 2025 and later has experts' for all",
-        ),
+        f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''}"
+        for what, names in concerned.items()
+        if names
     ]
     settings = {
         "dataset": "picai", "seed": seed, "per_class": per_class, "reference": reference,
@@ -254,20 +256,13 @@ def prepare_picai(
     )
 
 
-def _count(names: Iterable[str], what: str) -> list[str]:
-    """Return a note on how many cases are concerned, and on some of them, or nothing."""
-    shown = sorted(names)
-    dots = " …" if len(shown) > 5 else ""
-    return [f"{len(shown)} {what}: {', '.join(shown[:5])}{dots}"] if shown else []
-
-
 def measure_shift(images: str | os.PathLike[str], case_id: str) -> dict[str, tuple[float, ...]]:
     """Tell how far ``geometry="paper"`` shifts "adc" and "hbv" against T2W, from the headers alone.
 
     In millimetres along T2W's slices, rows and columns: what the paper's crop shows in its centre,
     relative to what T2W's crop shows there.
     """
-    t2w = find_t2w(Path(images), case_id)
+    t2w = _find_t2w(images, case_id)
     volumes = [resample.read_sequence(t2w, case_id, name) for name in SEQUENCES]
     middle = (np.array(resample.GRID) - 1) / 2 * np.array(resample.SPACING)
     first, *others = (np.array(resample.shift(*resample.target_grid(v), middle)) for v in volumes)

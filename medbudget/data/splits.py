@@ -158,13 +158,13 @@ def choose_reference(
 
     `splits` maps patients to their split, `left` has those in none. A disjoint set takes only from
     `left`, which may be fewer than `n`; else it fills up with patients of the test, the validation
-    and, last, the training split. Returns patient to the split that it stands in too, or to "", and
-    notes on what is fewer or shared.
+    and, last, the training split. Returns patient to a note on the split that it stands in too, or
+    to "", and notes on what is fewer or shared.
     """
     chosen = dict.fromkeys(left[:n], "")
     for split in () if disjoint else reversed(SPLITS):
         mine = [p for p, own in splits.items() if own == split]
-        chosen |= dict.fromkeys(mine[: n - len(chosen)], split)
+        chosen |= dict.fromkeys(mine[: n - len(chosen)], f"also in {split}")
     if not chosen or (len(chosen) < n and not disjoint):
         raise ValueError(
             f"a reference of {n} patients is wanted, there are {len(chosen)}: ask for fewer, for "
@@ -176,7 +176,7 @@ def choose_reference(
             f"the reference set has {len(chosen)} of {n} patients: no more are left outside the "
             "splits (--overlap would take them from there)"
         )
-    shared = Counter(filter(None, chosen.values()))
+    shared = Counter(note.removeprefix("also in ") for note in chosen.values() if note)
     if shared:
         listed = ", ".join(f"{shared[split]} with {split}" for split in SPLITS if shared[split])
         notes.append(f"the reference set shares patients: {listed}; see the manifest's notes")
@@ -197,7 +197,7 @@ def choose_cases(
 ) -> tuple[list[T], dict[str, list[T]], list[str]]:
     """Choose one image a patient, split the patients, and choose a reference set of healthy ones.
 
-    ``item(name, split, other)`` makes an entry; `other` is a split that it stands in too, or "".
+    ``item(name, split, note)`` makes an entry; the note names a split that it stands in too.
     Returns the items, label to spare items of no split, and notes.
     """
     chosen = choose_one_per_patient(patients, labels, seed=seed)
