@@ -29,7 +29,7 @@ import numpy as np
 from measure import judge, peak_memory, run_alone, timed
 from PIL import Image
 
-from medbudget.data import chexpert, layouts, pcam, picai, picai_files
+from medbudget.data import chexpert, layouts, pcam, picai
 from medbudget.results import write_result
 
 CASE = "10795_1000811"
@@ -56,11 +56,11 @@ def by_the_script(images: Path, labels: Path, case: str, out: Path) -> None:
         return crop_or_pad(values, (30, 300, 300))
 
     name = f"{case}.nii.gz"
-    volume(labels / picai_files.HUMAN / name, True)  # the script looks for a tumour first
-    gland = volume(labels / picai_files.GLAND / name, True)
+    volume(labels / picai.HUMAN / name, True)  # the script looks for a tumour first
+    gland = volume(labels / picai.GLAND / name, True)
     index = int(np.median(np.unique(np.nonzero(gland)[0])))
     place = images / case.split("_")[0]
-    planes = [volume(place / f"{case}_{key}.mha", False)[index] for key in picai_files.SEQUENCES]
+    planes = [volume(place / f"{case}_{key}.mha", False)[index] for key in picai.SEQUENCES]
     picture = Image.fromarray((np.stack(planes, axis=-1) * 255).astype(np.uint8))
     picture.resize((512, 512), Image.Resampling.LANCZOS).save(out / f"{case}.png")
 
@@ -142,19 +142,19 @@ def command(n: int, data: Path) -> dict[str, float]:
         images, labels, case = find_case(data, place / "phantom")
         study = case.split("_")[1]
         rows = ["patient_id,study_id,case_csPCa"]
-        target = place / "labels" / picai_files.GLAND
+        target = place / "labels" / picai.GLAND
         target.mkdir(parents=True)
         for i in range(n):
             patient = str(50000 + i)
             (place / "images" / patient).mkdir(parents=True)
-            for key in picai_files.SEQUENCES:
+            for key in picai.SEQUENCES:
                 source = images / case.split("_")[0] / f"{case}_{key}.mha"
                 (place / "images" / patient / f"{patient}_{study}_{key}.mha").symlink_to(source)
             (target / f"{patient}_{study}.nii.gz").symlink_to(
-                labels / picai_files.GLAND / f"{case}.nii.gz"
+                labels / picai.GLAND / f"{case}.nii.gz"
             )
             rows.append(f"{patient},{study},NO")
-        sheet = place / "labels" / picai_files.MARKSHEET
+        sheet = place / "labels" / picai.MARKSHEET
         sheet.parent.mkdir(parents=True)
         sheet.write_text("\n".join(rows) + "\n")
         for count in WORKERS:

@@ -23,6 +23,7 @@ from medbudget.images import (
 )
 from medbudget.progress import tqdm
 
+LEAK = "a test on them is worth nothing; split by patient: `medbudget prepare folder`"
 HEALTHY = ("healthy", "negative", "normal", "no_finding", "control")  # never the positive class
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,20 +41,13 @@ class Cases:
 
     def __post_init__(self) -> None:
         check_images(self.images)
-        if self.labels.shape != (len(self.images),):
-            raise ValueError(
-                f"{len(self.images)} images and labels of shape {tuple(self.labels.shape)}: one "
-                "label for each image is needed"
-            )
+        for name in ("labels", "names", "patients", "keys"):
+            n = len(getattr(self, name))
+            if n != len(self.images) and (n or name == "labels"):
+                raise ValueError(f"{n} {name} for {len(self.images)} images")
         values = sorted(set(self.labels.tolist()))
         if values != [0, 1]:
-            raise ValueError(
-                f"labels must be 0 and 1, and both must occur; found {values[:5]}: a classifier "
-                "needs cases of two classes"
-            )
-        for name in ("names", "patients", "keys"):
-            if getattr(self, name) and len(getattr(self, name)) != len(self.images):
-                raise ValueError(f"{len(getattr(self, name))} {name} for {len(self.images)} images")
+            raise ValueError(f"labels of two classes, 0 and 1, are needed; found {values[:5]}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,11 +72,6 @@ class Cases:
         return replace(self, images=change(self.images), keys=self.hashes)
 
     def __add__(self, other: Cases) -> Cases:
-        if self.images.shape[1:] != other.images.shape[1:]:
-            raise ValueError(
-                f"images of sizes {tuple(self.images.shape[2:])} and "
-                f"{tuple(other.images.shape[2:])} cannot be mixed; load both with one size"
-            )
         both: dict[str, Any] = {
             name: mine + theirs if mine and theirs else ()
             for name in ("names", "patients", "keys")
@@ -119,7 +108,7 @@ def load_cases(
     root = Path(source)
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(path.name for path in root.glob("[!.]*/"))
     if is_prepared(root):
         raise ValueError(f"{root} was made by `medbudget prepare`; name a split in it: {names}")
     if len(names) != 2:
@@ -182,16 +171,15 @@ def check_splits(splits: Mapping[str, Cases]) -> None:
     """
     (first, one), *rest = splits.items()
     for name, other in rest:
-        if other.classes != one.classes:
-            raise ValueError(
-                f"the class folders differ: {first} has {', '.join(sorted(one.classes))}, {name} "
-                f"has {', '.join(sorted(other.classes))}; give them the same names"
-            )
-        if other.images.shape[1:] != one.images.shape[1:]:
-            raise ValueError(
-                f"the sizes differ: {first} has {tuple(one.images.shape[2:])}, {name} "
-                f"{tuple(other.images.shape[2:])} (H, W); bring all to one with size=… (--size)"
-            )
+        for what, mine, theirs in (
+            ("class folders", one.classes, other.classes),
+            ("sizes", tuple(one.images.shape[2:]), tuple(other.images.shape[2:])),
+        ):
+            if mine != theirs:
+                raise ValueError(
+                    f"the {what} differ: {first} has {mine}, {name} has {theirs}; give them the "
+                    "same names, and one size=… (--size)"
+                )
     check_twins(
         (split, cases.classes[label], cases.name(i), key)
         for split, cases in splits.items()
@@ -206,10 +194,8 @@ def check_splits(splits: Mapping[str, Cases]) -> None:
                 said = f"{split}: {cases.name(i)} is of one patient with {where}: {twin}"
                 leaks.setdefault(patient, said)
     if leaks:
-        more = f", and {len(leaks) - 3} more" if len(leaks) > 3 else ""
         raise ValueError(
-            f"{len(leaks)} patients are in two splits ({'; '.join(list(leaks.values())[:3])}{more})"
-            ": a test on them is worth nothing; split by patient, e.g. with medbudget prepare folder"
+            f"{len(leaks)} patients are in two splits ({_list(leaks.values())}): {LEAK}"
         )
 
 
@@ -222,10 +208,9 @@ def check_drawn(cases: Cases, name: str) -> None:
     empty = torch.nonzero(flat.amin(1) == flat.amax(1)).flatten().tolist()
     if empty:
         raise ValueError(
-            f"{len(empty)} {name} images show one value only ("
-            f"{', '.join(map(cases.name, empty[:3]))}{', …' if len(empty) > 3 else ''}): sampling "
-            "that ended in NaN leaves such images; draw them again in float32 or bfloat16, or "
-            "remove them"
+            f"{len(empty)} {name} images show one value only ({_list(map(cases.name, empty))}): "
+            "sampling that ended in NaN leaves such images; draw them again in float32 or bfloat16, "
+            "or remove them"
         )
 
 
@@ -242,13 +227,17 @@ def check_twins(images: Iterable[tuple[str, str, str, str]]) -> None:
             leaks.append(f"{split}: {name} is {other[0]}: {other[2]}")
         elif other[1] != label:
             contradictions.append(f"{split}: {name} is {other[2]}")
-    if pairs := leaks or contradictions:
-        more = f", and {len(pairs) - 3} more" if len(pairs) > 3 else ""
-        where, why = "classes", "no class can be right for both; keep each in one"
-        if leaks:
-            where = "splits"
-            why = "a test on them is worth nothing; split by patient: `medbudget prepare folder`"
-        raise ValueError(
-            f"{len(pairs)} images are in two {where}, pixel for pixel "
-            f"({'; '.join(pairs[:3])}{more}): {why}"
-        )
+    for pairs, where, why in (
+        (leaks, "splits", LEAK),
+        (contradictions, "classes", "no class can be right for both; keep each in one"),
+    ):
+        if pairs:
+            raise ValueError(
+                f"{len(pairs)} images are in two {where}, pixel for pixel ({_list(pairs)}): {why}"
+            )
+
+
+def _list(names: Iterable[str]) -> str:
+    """Return the first three of some names, and how many more there are."""
+    shown = [*names]
+    return "; ".join(shown[:3]) + (f"; and {len(shown) - 3} more" if len(shown) > 3 else "")

@@ -65,11 +65,10 @@ class Classifier:
         return _predict(self.network, small, batch_size, s.precision)
 
     def test(self, cases: Cases) -> tuple[npt.NDArray[np.float64], Score]:
-        """Predict test cases and note in the record that they have been seen.
+        """Return probabilities ``(N,)`` of test cases, and the AUC with DeLong's interval.
 
-        Return probabilities ``(N,)``, and the AUC with DeLong's interval. Its note says how often
-        these cases were tested with this classifier; a test counts once, before anything is chosen
-        by it. Cases that it was trained or validated on raise ValueError.
+        Its note, and the record, say how often these cases were tested with this classifier: a test
+        counts once, before anything is chosen by it. Its training and validation cases are refused.
         """
         key = hash_tensors({"images": cases.images})
         for split in ("train", "val"):
@@ -90,8 +89,6 @@ def saliency(
 ) -> npt.NDArray[np.float32]:
     """Return where an image speaks for class 1: Grad-CAM (Selvaraju et al. 2017).
 
-    The maps of a stage are weighed by the mean of the logit's slope over each map, and summed.
-
     Images ``(N, 3, H, W) uint8`` give maps ``(N, size, size)`` from 0 to 1, 1 at the image's own
     maximum; all 0 where nothing speaks for class 1: what the network used, not where a disease is.
     Earlier stages than the last have finer grids and see less of the image.
@@ -108,9 +105,7 @@ def saliency(
     (slope,) = torch.autograd.grad(logit.sum(), maps)
     cam = (slope.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu().detach()
     cam = F.interpolate(cam, (s.size, s.size), mode="bilinear")[:, 0]
-    scaled: npt.NDArray[np.float32]
-    scaled = (cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu().numpy()
-    return scaled
+    return np.asarray((cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu(), np.float32)
 
 
 def _autocast(device: torch.device, precision: str) -> tuple[Any, torch.dtype]:
@@ -208,10 +203,10 @@ def train_classifier(
 ) -> Classifier:
     """Train on `train`, keep the weights of the best AUC on `val` (the first of equal ones).
 
-    Without settings, they are those of ``tiny`` on a CPU and of ``modern`` on a GPU. A `checkpoint` is
-    saved every ``settings.checkpoint_every`` steps, and at Ctrl-C; a run goes on from it and ends as
-    an undisturbed one (see `Steps`). The `callback` is called after every validation with
-    ``{"step", "steps", "loss", "auc"}``. A loss that is not finite raises RuntimeError.
+    Without settings, they are those of `choose_settings`. A `checkpoint` is saved every
+    ``settings.checkpoint_every`` steps, and at Ctrl-C; a run goes on from it and ends as an
+    undisturbed one (see `Steps`). The `callback` is called after every validation with ``{"step",
+    "steps", "loss", "auc"}``. A loss that is not finite raises RuntimeError.
     """
     place = find_device(device)
     s = settings or choose_settings(device=place)

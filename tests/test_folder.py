@@ -95,7 +95,7 @@ def test_nothing_of_the_patient_is_in_what_is_written(
     }
     assert {row["number"] for row in rows} == set(load_manifest(out)["patient"])
     notes = " ".join(report.notes)
-    assert "cannot be detected" in notes and "6 DICOM images say" in notes
+    assert "cannot be detected" in notes and "text in the pixels: 6" in notes
     with pytest.raises(ValueError, match="meant to be shared"):
         prepare_folder(tmp_path / "in", out, size=32, key=out / "key.csv")
     assert prepare_folder(tmp_path / "in", out, size=32, key=key).kept == 6  # the same key
@@ -258,11 +258,11 @@ def test_patients_from_a_pattern_a_table_or_nobody(tmp_path: Path) -> None:
     table = load_manifest(tmp_path / "table")
     assert_patients_kept_together(table)
     assert set(table["label"]) == {"A_1_2", "B_1_2"} and len(table) == 35
-    assert any("1 image is not in the table" in note for note in report.notes)
+    assert any("not in the table and left out: 1" in note for note in report.notes)
     assert len(report.broken) == 1 and "not in the folder" in report.broken[0][1]
 
     report = prepare_folder(root, tmp_path / "nobody", size=32)
-    assert any("36 images are unknown" in note for note in report.notes)
+    assert any("unknown patients: 36" in note for note in report.notes)
 
 
 def test_reference_of_each_class(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_reference_of_each_class(tmp_path: Path) -> None:
     table = load_manifest(tmp_path / "out")
     assert_patients_kept_together(table)
     assert table["patient"].nunique() == 18 and len(table) == 36
-    with pytest.raises(ValueError, match="no patient is left"):
+    with pytest.raises(ValueError, match="there are 0"):
         prepare_folder(tmp_path / "in", tmp_path / "x", **options)
     report = prepare_folder(tmp_path / "in", tmp_path / "over", disjoint=False, **options)
     table = load_manifest(tmp_path / "over")
@@ -304,9 +304,9 @@ def test_wrong_folders_and_tables(tmp_path: Path) -> None:
     write_pictures(root, [f"jane/{i}.png" for i in range(2)] + ["a.png", "b.png", "c.png"])
     with pytest.raises(ValueError, match="'jane': 2"):
         prepare_folder(root, tmp_path / "out")
-    with pytest.raises(ValueError, match="does not fit a"):
+    with pytest.raises(ValueError, match="names no patient in a"):
         prepare_folder(root, tmp_path / "out", patient_pattern=r"jane/(\d)")
-    with pytest.raises(ValueError, match="needs a group"):
+    with pytest.raises(ValueError, match="names no patient"):
         prepare_folder(root, tmp_path / "out", patient_pattern="jane")
     with pytest.raises(ValueError, match="no regular expression"):
         prepare_folder(root, tmp_path / "out", patient_pattern="(")
@@ -364,7 +364,7 @@ def test_a_patient_column_that_is_not_named_is_said(tmp_path: Path) -> None:
     assert any("column PatientID is not used" in note for note in report.notes)
 
 
-def test_one_patient_in_several_spellings_is_one_and_that_is_said(tmp_path: Path) -> None:
+def test_one_patient_in_several_spellings_is_one(tmp_path: Path) -> None:
     """Excel and SQL's CHAR columns pad; macOS writes accents in two ways; people mix cases."""
     write_pictures(tmp_path / "in", [f"{i}.png" for i in range(40)])
     patients = [f"{'Pp'[i % 2]}{i // 2}{' ' * (i % 2)}" for i in range(40)]
@@ -374,7 +374,6 @@ def test_one_patient_in_several_spellings_is_one_and_that_is_said(tmp_path: Path
     report, table = table_of(tmp_path / "in", text, key=tmp_path / "key.csv")
     assert table["patient"].nunique() == 20 == sum(report.patients.values())
     assert_patients_kept_together(table)
-    assert any("19 patients are spelled" in n and "0.png and 1.png" in n for n in report.notes)
     with open(tmp_path / "key.csv", newline="", encoding="utf-8") as file:
         assert {row["patient"] for row in csv.DictReader(file)} == {
             "M\u00fcller", *(f"P{i}" for i in range(19)),
@@ -389,14 +388,14 @@ def test_tables_of_windows_and_excel_fit(tmp_path: Path) -> None:
         "2.png;;P",
     ]
     report, table = table_of(tmp_path / "in", "\n".join(["File;Class;Patient", *rows]))
-    assert len(table) == 6 and any("repeats rows (1)" in note for note in report.notes)
+    assert len(table) == 6
     reasons = " ".join(reason for _, reason in report.broken)
     assert "there is Sub/1.PNG" in reasons and "gives it no Class" in reasons
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["labels"] == "t.csv" and settings["patient_pattern"] is None
     with pytest.raises(ValueError) as raised:  # the pattern as it was typed
         prepare_folder(tmp_path / "in", tmp_path / "x", patient_pattern=r"^(\d+)_")
-    assert r"pattern ^(\d+)_ does not fit Sub/0.PNG: it is searched" in str(raised.value)
+    assert r"pattern ^(\d+)_ names no patient in Sub/0.PNG" in str(raised.value)
 
 
 def test_the_same_pixels_stay_in_one_split_whatever_the_file(tmp_path: Path) -> None:

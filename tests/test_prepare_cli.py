@@ -59,7 +59,7 @@ def test_folder(prepare, tmp_path: Path) -> None:
     command = ("folder", tmp_path / "in", "--out", tmp_path / "out", *SMALL)
     code, said, _ = prepare(*command, "--key", tmp_path / "key.csv")
     assert code == 0 and "10 made" in said and "cannot be detected" in said
-    assert "patients of 10 images are unknown" in said
+    assert "unknown patients: 10" in said
     assert len(load_manifest(tmp_path / "out")) == 10 and (tmp_path / "key.csv").exists()
     code, said, _ = prepare(*command)
     assert code == 0 and "0 made, 10 kept" in said

@@ -91,9 +91,15 @@ def test_reference_is_disjoint_or_lists_the_overlap() -> None:
     assert chosen == {"x": "", "y": ""} and "has 2 of 5 patients" in note
     assert choose_reference(splits, ["x", "y"], 2) == ({"x": "", "y": ""}, [])
     chosen, (note,) = choose_reference(splits, ["x", "y"], 5, disjoint=False)
-    assert chosen == {"x": "", "y": "", "e": "test", "v": "val", "t1": "train"}
+    assert chosen == {
+        "x": "",
+        "y": "",
+        "e": "also in test",
+        "v": "also in val",
+        "t1": "also in train",
+    }
     assert "1 with train, 1 with val, 1 with test" in note
-    with pytest.raises(ValueError, match="no patient is left"):
+    with pytest.raises(ValueError, match="there are 0"):
         choose_reference(splits, [], 5)
     with pytest.raises(ValueError, match="there are 6"):
         choose_reference(splits, ["x", "y"], 9, disjoint=False)

@@ -58,27 +58,25 @@ def select_clean(table: Any, *, uncertain: str = "exclude") -> Any:
     if missing:
         raise ValueError(f"the table has no column {missing}; name CheXpert's train.csv")
     findings = table[list(OBSERVATIONS)].apply(_to_numbers)
-    strange = findings.notna() & ~findings.isin([-1, 0, 1])
+    known = (findings.isna() | findings.isin([-1, 0, 1])).all(axis=1)
     path = table["Path"].astype(str).str.strip().str.replace("\\", "/")
     patient = path.str.extract(r"(?i)(?:^|/)(patient\d+)/", expand=False).str.lower()
-    if len(table) and strange.any(axis=1).all():
-        column = strange.any().idxmax()
-        value = table[column][strange[column]].iloc[0]
-        raise ValueError(f"{column} has the value {value!r}; allowed are 1, 0, -1 and empty")
-    if len(table) and patient.isna().all():
+    usable = known & patient.notna()
+    if len(table) and not usable.any():
         raise ValueError(
-            f"no patient in path {path.iloc[0]!r}; expected …/patient00001/study1/view1_frontal.jpg"
+            f"no row of the table can be used, such as {path.iloc[0]!r}: expected are paths like "
+            "patient00001/study1/view1_frontal.jpg, and observations of 1, 0, -1 or nothing"
         )
-    usable = ~strange.any(axis=1) & patient.notna()
     view = table["AP/PA"].astype(str).str.strip().str.upper()
     clean = usable & (view == "AP") & ((findings == 1).sum(axis=1) == 1)
     if uncertain == "exclude":
         clean &= ~(findings == -1).any(axis=1)
     out = path[clean].to_frame("path").assign(patient=patient[clean])
     out["label"] = (findings[clean] == 1).idxmax(axis=1) if clean.any() else ""
-    several = out.groupby("path")["label"].transform("nunique") > 1
+    out = out.drop_duplicates()
+    several = out.duplicated("path", keep=False)
     out.attrs["unusable"] = int((~usable).sum() + several.sum())
-    return out[~several].drop_duplicates("path").reset_index(drop=True)
+    return out[~several].reset_index(drop=True)
 
 
 def _to_numbers(column: Any) -> Any:
@@ -94,19 +92,17 @@ def _to_numbers(column: Any) -> Any:
 def _read_labels(file: Path) -> Any:
     import pandas as pd
 
+    separator = find_separator(file)  # Excel writes 1,0 where columns end in semicolons
     try:
-        separator = find_separator(file)  # Excel writes 1,0 where columns end in semicolons
         return pd.read_csv(file, sep=separator, decimal="," if separator == ";" else ".")
     except Exception as error:  # pandas has a type for each kind of damage
-        raise ValueError(
-            f"{file} is no table that can be read ({type(error).__name__}); download it again"
-        ) from None
+        raise ValueError(f"{file} cannot be read ({error}); download it again") from None
 
 
 def count_patients(selected: Any) -> dict[str, int]:
     """Return label -> number of patients with at least one such image, of `select_clean`."""
     counts = selected.groupby("label")["patient"].nunique()
-    return {label: int(counts.get(label, 0)) for label in OBSERVATIONS}
+    return dict(counts.reindex(OBSERVATIONS, fill_value=0).to_dict())
 
 
 def find_label_table() -> Any | None:
@@ -159,14 +155,11 @@ def prepare_chexpert(
     patients = dict(zip(selected["path"], selected["patient"]))
     labels = {path: FOLDERS[label] for path, label in zip(selected["path"], selected["label"])}
     sizes = {
-        split: {
-            FOLDERS[label]: per_class for label in (TRAINED if split == "train" else CLASSIFIED)
-        }
-        for split in SPLITS
+        split: {FOLDERS[label]: per_class for label in chosen}
+        for split, chosen in zip(SPLITS, (TRAINED, CLASSIFIED, CLASSIFIED))
     }
 
-    def item(path: str, split: str, other: str) -> Item:
-        note = f"also in {other}" if other else ""
+    def item(path: str, split: str, note: str) -> Item:
         return Item(patients[path], labels[path], split, patients[path], path, note)
 
     items, spares, notes = choose_cases(

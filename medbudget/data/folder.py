@@ -6,8 +6,6 @@ numbers, sources are named by a hash. Text burnt into pixels cannot be detected.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 from collections import Counter
@@ -28,16 +26,12 @@ from medbudget.data.splits import (
     split_patients,
     stratify,
 )
-from medbudget.data.volumes import PLANES, Source, find_sources
+from medbudget.data.volumes import PLANES, find_sources
 from medbudget.files import check_apart, check_writable, hash_settings, write_bytes
 from medbudget.images import is_prepared
 from medbudget.processes import run_parallel
 
 PROPORTIONS = (0.6, 0.2, 0.2)
-BURNT_IN = (
-    "text burnt into the pixels cannot be detected: look at every image before you share "
-    "one, and before you train on them"
-)
 
 
 def prepare_folder(
@@ -126,7 +120,10 @@ def prepare_folder(
         )
     if is_prepared(root):
         raise ValueError(f"{root} was made by `medbudget prepare`; name the folder it was made of")
-    notes = [BURNT_IN]
+    notes = [
+        "text burnt into the pixels cannot be detected: look at every image before you share "
+        "one, and before you train on them"
+    ]
     broken: list[tuple[str, str]] = []
     sources = leave_out(root, find_sources(root, notes=notes), masks, notes)
     if not sources:
@@ -138,23 +135,20 @@ def prepare_folder(
         sources = join_channels(root, sources, names, notes)
     columns = (file_column, label_column, patient_column)
     if labels is None:
-        entries = [Entry(one, _find_class(one), one.patient) for one in sources]
+        entries = [
+            Entry(one, [*Path(one.files[0]).parent.parts, "all"][0], one.patient) for one in sources
+        ]
     else:
         entries = list_by_table(root, Path(labels), sources, columns, notes, broken)
     entries = name_patients(entries, patient_pattern, notes)
     work, every = partial(inspect, root=root, plane=plane), [entry.source for entry in entries]
-    facts = {
-        source.files: fact
-        for source, fact in run_parallel(work, every, workers=workers, desc="comparing")
-    }
-    people = {files: person for files, (_, person, _) in facts.items()}
+    keys, people, lengths = {}, {}, {}
+    for source, facts in run_parallel(work, every, workers=workers, desc="comparing"):
+        keys[source.files], people[source.files], lengths[source.files] = facts
     entries = check_classes(entries, people, labels is None, notes)
-    entries = join_twins(
-        entries, {files: key for files, (key, _, _) in facts.items()}, notes, broken
-    )
+    entries = join_twins(entries, keys, notes, broken)
     if flagged := sum(entry.source.burnt_in for entry in entries):
-        said = "image says that it has" if flagged == 1 else "images say that they have"
-        notes.append(f"{flagged} DICOM {said} text in the pixels")
+        notes.append(f"DICOM images that say they have text in the pixels: {flagged}")
     strata = stratify((entry.group, entry.label) for entry in entries)
     parts = dict(zip(SPLITS, proportions))
     left: dict[str, list[str]] = {label: [] for label in sorted({*strata.values()})}
@@ -170,7 +164,6 @@ def prepare_folder(
         extra |= chosen
         notes += [f"class {label}: {text}" for text in more]
     numbers = {p: f"p{i + 1:05d}" for i, p in enumerate(shuffle({*splits, *extra}, seed=seed))}
-    lengths = {files: n for files, (_, _, n) in facts.items()}
     items = _list_items(entries, splits, extra, numbers, slices, lengths)
 
     def veil(text: str | None) -> str | None:
@@ -179,21 +172,13 @@ def prepare_folder(
         return f"hash {hash_settings({'text': text})}" if hidden else text
 
     settings = {
-        "dataset": "folder",
-        "size": size,
-        "seed": seed,
-        "proportions": list(proportions) if per_class is None else None,
-        "per_class": per_class,
-        "reference": reference,
-        "disjoint": disjoint,
-        "slices": slices,
-        "channels": names,
-        "plane": plane,
-        "window": window,
-        "patient_pattern": veil(patient_pattern),
+        "dataset": "folder", "size": size, "seed": seed,
+        "proportions": list(proportions) if per_class is None else None, "per_class": per_class,
+        "reference": reference, "disjoint": disjoint, "slices": slices, "channels": names,
+        "plane": plane, "window": window, "patient_pattern": veil(patient_pattern),
         "labels": None if labels is None else veil(Path(labels).name),
         "columns": None if labels is None else [*columns],
-    }
+    }  # fmt: skip
     make = partial(
         render_item, root=root, masks=None if masks is None else Path(masks), plane=plane,
         window=window, size=size,
@@ -235,12 +220,6 @@ def _check_options(
         raise ValueError("slices='mask' and a folder of masks (--masks) belong together")
 
 
-def _find_class(source: Source) -> str:
-    """Return the first folder of a path, or "all"."""
-    parts = Path(source.files[0]).parts
-    return parts[0] if len(parts) > 1 else "all"
-
-
 def _list_items(
     entries: Sequence[Entry],
     splits: Mapping[str, str],
@@ -273,8 +252,7 @@ def _list_items(
             source = "|".join((*files, str(rule))).encode("utf-8", "backslashreplace").decode()
             places = [(splits[entry.group], "")] if entry.group in splits else []
             if entry.group in extra:
-                other = extra[entry.group]
-                places.append(("reference", f"also in {other}" if other else ""))
+                places.append(("reference", extra[entry.group]))
             for split, note in places:
                 job = (entry.source, rule)
                 items.append(Item(name, folders[entry.label], split, number, job, note, source))
@@ -283,9 +261,8 @@ def _list_items(
 
 def _list_key(entries: Sequence[Entry], numbers: Mapping[str, str]) -> bytes:
     """Return a table of which number is which patient."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("number", "patient", "file"))
+    import pandas as pd
+
     rows = [(numbers[e.group], e.patient, e.source.files[0]) for e in entries if e.group in numbers]
-    writer.writerows(sorted(rows))
-    return text.getvalue().encode("utf-8", "backslashreplace")
+    table = pd.DataFrame(sorted(rows), columns=["number", "patient", "file"])
+    return table.to_csv(index=False, lineterminator="\n").encode("utf-8", "backslashreplace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from scipy.ndimage import binary_erosion
 
 from medbudget.data.chexpert import OBSERVATIONS
 from medbudget.data.phantoms import make_phantoms
-from medbudget.data.picai_files import GLAND, HUMAN, MACHINE, MARKSHEET
+from medbudget.data.picai import GLAND, HUMAN, MACHINE, MARKSHEET
 from medbudget.images import to_pil
 
 PHANTOM_MM = 150.0  # an edge: the 100 mm of a phantom, enlarged to fill the crop of PI-CAI
@@ -134,9 +133,9 @@ def write_chexpert(
 ) -> Path:  # fmt: skip
     """Write chest phantoms as CheXpert-v1.0-small: ``train.csv`` and JPEG files with black borders.
 
-    Beside `counts` patients of each label it has, for each label, one patient with an uncertain
-    second finding, one with two findings, one PA and one lateral view, and a second clean image of
-    the first patient: all that a selection has to leave out. Returns the folder of ``train.csv``.
+    Beside `counts` patients of each label it has what a selection has to leave out: for each label
+    one patient with an uncertain second finding, one with two findings, one PA and one lateral view,
+    and a second clean image of the first patient. Returns the folder of ``train.csv``.
     """
     root = Path(folder) / "CheXpert-v1.0-small"
     rows: list[tuple[Any, ...]] = []
@@ -224,8 +223,7 @@ def write_dicom(
 
 
 def _write_csv(file: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    import pandas as pd
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow(head)
-        writer.writerows(rows)
+    pd.DataFrame(rows, columns=[*head]).to_csv(file, index=False, lineterminator="\n")

@@ -43,7 +43,7 @@ def list_by_table(
     listed: dict[str, tuple[str, str]] = {}  # path to class and patient
     entries: list[Entry] = []
     absent: list[tuple[str, tuple[str, str], str]] = []
-    unclear, repeated = set(), 0
+    unclear = set()
     for row in rows:
         name, own = row[file], (row[label], row[patient] if patient else "")
         path, reason = listing.find(name)
@@ -52,13 +52,9 @@ def list_by_table(
             broken.append((path or name or "a row", f"{table.name} gives it no {label}"))
         elif not path:
             absent.append((name, own, reason))
-        elif path not in listed:
-            listed[path] = own
-        elif listed[path] != own:
+        elif listed.setdefault(path, own) != own:
             both = (" of ".join(filter(None, one)) for one in (listed[path], own))
             raise ValueError(f"{table} lists {path} twice: as {' and as '.join(both)}")
-        else:
-            repeated += 1
 
     def find_row(path: str) -> str | None:
         names = [p.as_posix() for p in (Path(path), *Path(path).parents)]
@@ -79,11 +75,8 @@ def list_by_table(
             f"no file of {table} is in {root}; its paths must be relative to that folder, "
             f"such as {sources[0].files[0]}{reason}"
         )
-    if repeated:
-        notes.append(f"{table.name} repeats rows ({repeated}), which count once")
     if over:
-        verb = "image is" if len(over) == 1 else "images are"
-        notes.append(f"{len(over)} {verb} not in the table and left out, such as {over[0]}")
+        notes.append(f"images not in the table and left out: {len(over)}, such as {over[0]}")
     absent += [(name, listed[name], "no image") for name in sorted({*listed} - used)]
     for name, own, reason in absent:
         problem = f"listed in the table, but {reason}"
@@ -118,37 +111,28 @@ def name_patients(entries: Sequence[Entry], pattern: str | None, notes: list[str
     named = [*entries]
     if pattern is not None:
         try:
-            expression = re.compile(pattern)
+            find = re.compile(pattern).search
         except re.error as error:
             raise ValueError(
                 f"patient pattern {pattern} is no regular expression: {error}"
             ) from None
-        if expression.groups < 1:
-            raise ValueError(f"patient pattern {pattern} needs a group in parentheses")
         for i, entry in enumerate(entries):
-            match = expression.search(entry.source.files[0])
-            if not match or not (match[1] or "").strip():
+            match = find(entry.source.files[0])
+            if not match or not match.groups() or not (match[1] or "").strip():
                 raise ValueError(
-                    f"patient pattern {pattern} does not fit {entry.source.files[0]}: it is "
-                    "searched in this path below the folder, folders and ending included"
+                    f"patient pattern {pattern} names no patient in {entry.source.files[0]}: its "
+                    "first group, in parentheses, must; folders and ending can be used"
                 )
             named[i] = replace(entry, patient=match[1].strip())
     if unknown := sum(not entry.patient for entry in named):
         notes.append(
-            f"the patient{'s' if unknown > 1 else ''} of {unknown} "
-            f"image{'s are' if unknown > 1 else ' is'} unknown, and each counts as its own: if one "
-            "patient has several, name them (a column of the table, or --patient-pattern), or "
-            "splits will leak"
+            f"images of unknown patients: {unknown}. Each counts as its own: if one patient has "
+            "several, name them (a column of the table, or --patient-pattern), or splits will leak"
         )
-    spellings: dict[str, dict[str, str]] = {}  # patient to each spelling, and a file that has it
+    spellings: dict[str, set[str]] = {}  # "P1" and "p1" are one patient
     for entry in named:
-        same = spellings.setdefault(fold(entry.patient), {})
-        same.setdefault(unicodedata.normalize("NFC", entry.patient), entry.source.files[0])
-    if several := [[*same.values()] for same in spellings.values() if len(same) > 1]:
-        notes.append(
-            f"{len(several)} patient{'s are' if len(several) > 1 else ' is'} spelled in capital and "
-            f"in small letters, and each counts as one, such as that of {' and '.join(several[0][:2])}"
-        )
+        same = spellings.setdefault(fold(entry.patient), set())
+        same.add(unicodedata.normalize("NFC", entry.patient))
     return [
         replace(e, patient=min(spellings[fold(e.patient)]) or f"file:{e.source.files[0]}")
         for e in named

@@ -62,23 +62,14 @@ def open_pcam(folder: str | os.PathLike[str], split: str, part: str) -> Any:
     """Open the patches ("x") or labels ("y") of a split: an `h5py.File`, closed by the caller.
 
     A file that lies there only as ``.h5.gz`` is first unpacked beside it, once, and its MD5 sum is
-    compared with the official one. If the other part is there too, it must have as many rows.
+    compared with the official one.
     """
-    other = "y" if part == "x" else "x"
-    file, twin = (Path(folder) / _name(split, f"{p}.h5") for p in (part, other))
+    file = Path(folder) / _name(split, f"{part}.h5")
     packed = file.with_name(f"{file.name}.gz")
     if not file.is_file():
         if not packed.is_file():
             raise FileNotFoundError(f"no {file.name} or {packed.name} in {folder}")
         _unpack(packed, file, split, part)
-    if twin.is_file():
-        with _open(file, part) as own, _open(twin, other) as theirs:
-            n, m = len(own[part]), len(theirs[other])
-        if n != m:
-            raise OSError(
-                f"{file.name} has {n} rows, {twin.name} {m}: they are of different splits, or "
-                "damaged; download both again"
-            )
     return _open(file, part)
 
 
@@ -90,26 +81,27 @@ def _open(file: Path, part: str, shown: Path | None = None) -> Any:
         opened = h5py.File(file, "r")
     except OSError as error:
         raise OSError(f"{shown or file} cannot be read ({error}); download it again") from None
+    shape: tuple[int, ...] = (EDGE, EDGE, 3)
     try:
         own = isinstance(opened.get(part, getlink=True), h5py.HardLink)
         data: Any = opened[part] if own else None
-        if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual or not data.ndim:
-            problem = f"has no data set {part!r} of its own: it is no PatchCamelyon file"
-        elif math.prod(data.chunks or (1,)) * data.dtype.itemsize > MAX_CHUNK:
-            problem = f"has pieces of {data.chunks} values: it is no PatchCamelyon file"
-        else:
-            shape = (EDGE, EDGE, 3) if part == "x" else (1,) * (data.ndim - 1)
-            whole = data.dtype.kind in "iu" and data.dtype.itemsize <= 8
-            if data.shape[1:] == shape and whole and len(data) <= 2**22:
-                return opened
-            problem = (
-                f"holds {part} of shape {data.shape} {data.dtype}; expected "
-                f"(N, {', '.join(map(str, shape))}) whole numbers, N up to {2**22:,}"
-            )
-    except Exception as error:  # HDF5 has many ways to be damaged
-        problem = f"is damaged ({type(error).__name__}): download it again"
+        shape = shape if part == "x" else (1,) * (data.ndim - 1)
+        fits = (
+            not (data.external or data.is_virtual)
+            and data.dtype.kind in "iu"
+            and data.shape[1:] == shape
+            and len(data) <= 2**22
+            and math.prod(data.chunks or (1,)) * data.dtype.itemsize <= MAX_CHUNK
+        )
+    except Exception:  # a link, a group, or one of the many ways in which HDF5 can be damaged
+        fits = False
+    if fits:
+        return opened
     opened.close()
-    raise OSError(f"{shown or file} {problem}")
+    raise OSError(
+        f"{shown or file} is damaged, or not of PatchCamelyon: it has no data set {part!r} of its "
+        f"own with N rows of whole numbers, shape {shape}, N up to {2**22:,}; download it again"
+    )
 
 
 def _read_rows(data: Any, rows: Any) -> Any:
@@ -149,10 +141,7 @@ def _unpack(packed: Path, file: Path, split: str, part: str) -> None:
 
 
 def load_labels(folder: str | os.PathLike[str], split: str) -> torch.Tensor:
-    """Return the labels of a split: ``(N,) uint8``, 1 for metastasis in the central 32 x 32 px.
-
-    They must agree with ``center_tumor_patch`` where the split's ``…_meta.csv`` is there.
-    """
+    """Return the labels of a split: ``(N,) uint8``, 1 for metastasis in the central 32 x 32 px."""
     return torch.from_numpy(_read_table(Path(folder), split)[0])
 
 
@@ -172,9 +161,7 @@ def load_patches(
     with open_pcam(folder, split, "x") as file:
         data = file["x"]
         if data.dtype != np.uint8:
-            raise ValueError(
-                f"patches of {split} are {data.shape} {data.dtype}; expected (N, 96, 96, 3) uint8"
-            )
+            raise ValueError(f"patches of {split} are {data.dtype}; expected uint8")
         if order[0] < 0 or order[-1] >= len(data):
             raise IndexError(f"{split} has {len(data)} patches; asked for {order[-1]}")
         patches = [Image.fromarray(patch) for patch in _read_rows(data, order)[back]]
@@ -220,16 +207,12 @@ def prepare_pcam(
     check_settings(size=size, seed=seed, workers=workers, per_class=per_class, reference=reference)
     folder = Path(folder)
     check_apart(out, folder)
-    notes = [
-        "validation and test are read from the HDF5 files when they are used "
-        "(medbudget.data.pcam.iterate_patches; medbudget classify takes the .h5 file)"
-    ]
+    notes = ["validation and test are read from the HDF5 files, which medbudget classify takes"]
     taken: dict[str, Item] = {}
-    choose = partial(
-        _choose_patches, folder, seed=seed, allow_fewer=allow_fewer, taken=taken, notes=notes
-    )
-    items = choose("train", "train", per_class)
-    items += choose("reference", "val", reference) if reference else []
+    items: list[Item] = []
+    for split, source, n in (("train", "train", per_class), ("reference", "val", reference)):
+        if n:
+            items += _choose_patches(folder, split, source, n, seed, allow_fewer, taken, notes)
     settings = {
         "dataset": "pcam", "size": size, "seed": seed, "per_class": per_class,
         "reference": reference,
@@ -239,7 +222,7 @@ def prepare_pcam(
 
 
 def _choose_patches(
-    folder: Path, split: str, source: str, n: int, *, seed: int, allow_fewer: bool,
+    folder: Path, split: str, source: str, n: int, seed: int, allow_fewer: bool,
     taken: dict[str, Item], notes: list[str],
 ) -> list[Item]:  # fmt: skip
     """Choose n random patches of each class of an official split, for a split of ours.
@@ -252,10 +235,10 @@ def _choose_patches(
         notes.append(f"slides are unknown without {_name(source, 'meta.csv')}")
     used = {item.patient for item in taken.values()}
     items: list[Item] = []
-    left_out = twins = 0
+    left_out = 0
     for value, label in enumerate(LABELS):
         queue = [int(i) for i in shuffle(map(str, np.flatnonzero(labels == value)), seed=seed)]
-        before, skipped = len(items), left_out
+        before = len(items)
         for i in queue:
             if len(items) == before + n:
                 break
@@ -270,28 +253,34 @@ def _choose_patches(
             if twin.split != split or item.patient in used:
                 left_out += 1
             else:
-                twins += twin is not item
                 items.append(item)
         if len(items) < before + n and not allow_fewer:
             raise ValueError(
                 f"too few patches in the official {source} split: {label}: {n} wanted for {split}, "
-                f"there are {len(queue) - left_out + skipped}; ask for fewer, or take what there "
-                "is (--allow-fewer)"
+                f"there are {len(items) - before}; ask for fewer, or take what there is "
+                "(--allow-fewer)"
             )
     if left_out:
         notes.append(
-            f"{left_out} patches of the official {source} split were not taken for {split}: the "
-            "training patches have the same pixels or the same slides"
+            f"{left_out} patches of the official {source} split left out: the training patches "
+            "have the same pixels or slides"
         )
-    if twins:
-        notes.append(f"{twins} patches of {split} have the same pixels as another one there")
     return items
 
 
 def _read_table(folder: Path, split: str) -> tuple[Any, list[str]]:
-    """Return the labels of a split and the slides of its meta table, which must agree."""
+    """Return the labels of a split and the slides of its meta table; patches must agree with both."""
     with open_pcam(folder, split, "y") as opened:
         labels = _read_rows(opened["y"], ...).reshape(-1)
+    patches = folder / _name(split, "x.h5")
+    if patches.is_file():
+        with _open(patches, "x") as opened:
+            n = len(opened["x"])
+        if n != len(labels):
+            raise OSError(
+                f"{patches} has {n} patches, there are {len(labels)} labels: are they of "
+                "different splits? Download both again"
+            )
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"labels of {split} are {np.unique(labels)[:5]}; allowed are 0 and 1")
     labels = labels.astype(np.uint8)
@@ -302,15 +291,15 @@ def _read_table(folder: Path, split: str) -> tuple[Any, list[str]]:
     slides = [row.get("wsi", "") for row in rows]
     if len(slides) != len(labels) or not all(slides):
         raise ValueError(
-            f"{file} has {len(slides)} rows with column wsi; {len(labels)} patches need one each"
+            f"{file} has {len(slides)} rows; {len(labels)} patches need one each, with column wsi"
         )
     truth = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
     stated = [row.get("center_tumor_patch", "").lower() for row in rows]
     wrong = [i for i, text in enumerate(stated) if text and truth.get(text) != labels[i]]
     if wrong:
         raise ValueError(
-            f"{file} and the labels of {split} disagree about {len(wrong)} of {len(rows)} patches "
-            f"(the first is patch {wrong[0]}): they are of different splits; download both again"
+            f"{file} and the labels of {split} disagree about {len(wrong)} of {len(rows)} patches, "
+            f"first about patch {wrong[0]}: download both again"
         )
     return labels, slides
 

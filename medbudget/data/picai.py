@@ -1,13 +1,12 @@
 """PI-CAI: prostate MRI from the public layout to one axial slice a case, with its masks.
 
-Sources: Saha et al. 2024 (the data); de Wilde et al. 2024, Section 3.3. ``geometry="paper"`` makes
-the images that the released prostate words were trained on.
+Sources: Saha et al. 2024 and the repository DIAGNijmegen/picai_labels (the data); de Wilde et al.
+2024, Section 3.3. ``geometry="paper"`` makes what the released prostate words were trained on.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,23 +17,22 @@ from PIL import Image
 
 from medbudget.data import resample
 from medbudget.data.items import SIZES
-from medbudget.data.picai_files import (
-    GLAND,
-    LABELS,
-    LESIONS,
-    MACHINE,
-    SEQUENCES,
-    Study,
-    find_images,
-    find_lesions,
-    find_t2w,
-    read_marksheet,
-)
 from medbudget.data.prepare import BrokenCase, Item, Made, Report, check_settings, prepare_items
 from medbudget.data.splits import SPLITS, choose_cases
+from medbudget.data.tables import read_table
 from medbudget.files import check_apart
 from medbudget.images import from_pil, hash_pixels
 from medbudget.settings import Settings
+
+SEQUENCES = ("t2w", "adc", "hbv")
+LABELS = ("negative", "positive")
+GLAND = "anatomical_delineations/whole_gland/AI/Bosma22b"
+HUMAN = "csPCa_lesion_delineations/human_expert/resampled"
+POOCH = "csPCa_lesion_delineations/human_expert/Pooch25"  # since July 2025, of those without HUMAN
+MACHINE = "csPCa_lesion_delineations/AI/Bosma22a"
+LESIONS = {HUMAN: 2, POOCH: 1, MACHINE: 1}  # lowest value of a significant lesion; best first
+MARKSHEET = "clinical_information/marksheet.csv"
+COLUMNS = ("patient_id", "study_id", "case_csPCa")
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,15 @@ class View(Settings):
             object.__setattr__(self, "window", "volume")
 
 
+@dataclass(frozen=True)
+class Study:
+    """A row of the marksheet."""
+
+    case_id: str  # PATIENT_STUDY
+    patient: str
+    label: str  # one of LABELS
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """One PI-CAI study as an image."""
@@ -67,6 +74,55 @@ class Case:
     window: str  # which intensities of each sequence became 0 and 255
     sources: tuple[str, ...]  # files, relative to the folders of images and of labels
     pixels: str  # hash of T2W's voxels
+
+
+def read_marksheet(labels: str | os.PathLike[str]) -> dict[str, Study]:
+    """Read PI-CAI's marksheet: case to `Study`."""
+    file = Path(labels) / MARKSHEET
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no {MARKSHEET} in {labels}; name a copy of github.com/DIAGNijmegen/picai_labels"
+        )
+    studies: dict[str, Study] = {}
+    for number, row in enumerate(read_table(file), 2):
+        patient, study, cancer = (row.get(name, "") for name in COLUMNS)
+        case = f"{patient}_{study}"
+        if not patient or not study or cancer not in ("YES", "NO") or case in studies:
+            raise ValueError(
+                f"{file}: row {number} has {patient!r}, {study!r}, {cancer!r}; needed are "
+                "patient_id and study_id, each study once, and case_csPCa YES or NO"
+            )
+        studies[case] = Study(case, patient, LABELS[cancer == "YES"])
+    return studies
+
+
+def find_images(images: Path) -> dict[str, Path]:
+    """Return case -> T2W file, whatever folds lie in or between."""
+    if not images.is_dir():
+        raise FileNotFoundError(f"no such folder: {images}")
+    files: dict[str, Path] = {}
+    for file in sorted(images.rglob("*_t2w.mha")):
+        case = file.name.removesuffix("_t2w.mha")
+        if case in files:
+            raise ValueError(f"case {case} is there twice: {files[case]} and {file}; keep one")
+        files[case] = file
+    return files
+
+
+def _find_t2w(images: str | os.PathLike[str], case_id: str) -> Path:
+    file = find_images(Path(images)).get(case_id)
+    if file is None:
+        raise BrokenCase(f"no {case_id}_t2w.mha in {images}")
+    return file
+
+
+def find_lesions(labels: Path, study: Study) -> tuple[str, ...]:
+    """Return the masks that may show a positive's tumour: all experts', or else the machine's."""
+    if study.label == LABELS[0]:
+        return ()
+    files = [f"{folder}/{study.case_id}.nii.gz" for folder in LESIONS]
+    experts = tuple(file for file in files[:-1] if (labels / file).is_file())
+    return experts or (files[-1],)
 
 
 def load_case(
@@ -97,19 +153,17 @@ def load_case(
     geometry : {"physical", "paper"}
         ``physical`` puts all sequences and masks onto one grid in patient space: 3 x 0.5 x 0.5 mm,
         30 x 300 x 300 voxels, in T2W's direction and around its centre (to the nearest T2W voxel,
-        so that T2W is not blurred by half a slice). ``paper`` does as the released script, and so
-        as the released prostate words saw the images: each sequence is resampled from its own
-        corner, scaled by its minimum and maximum, and cropped around its own centre.
+        so that T2W is not blurred). ``paper`` does as the released script: each sequence is
+        resampled from its own corner and cropped around its own centre.
     window : {"gland", "percentile", "volume"}
         Intensities that become 0..255. ``percentile``: the 0.5 to 99.9 percentiles of the grid's
-        central half (75 x 75 mm, all slices). ``gland``: the same, but in DWI white is four times
-        the median of the gland (without what is twice as bright), since there the tumour is the
-        brightest tissue: with percentiles it sets the window itself and darkens all the rest of a
-        positive case. ``volume``: minimum to maximum of the whole volume, as the paper;
-        ``geometry="paper"`` has only this one and uses it whatever is given here.
+        central half (75 x 75 mm, all slices). ``gland``: the same, but in DWI, where a tumour would
+        set its own window, white is four times the median of the gland (without what is twice as
+        bright). ``volume``: minimum to maximum of the whole volume, the only one of
+        ``geometry="paper"``, which uses it whatever is given here.
     """
     view = View(size, geometry, window)
-    t2w, studies = find_t2w(Path(images), case_id), read_marksheet(labels)
+    t2w, studies = _find_t2w(images, case_id), read_marksheet(labels)
     if case_id not in studies:
         raise ValueError(f"case {case_id} is not in the marksheet of {labels}")
     lesions = find_lesions(Path(labels), studies[case_id])
@@ -163,13 +217,12 @@ def prepare_picai(
             "in common; images must be named <patient>_<study>_t2w.mha"
         )
 
-    def item(case: str, split: str, other: str) -> Item:
+    def item(case: str, split: str, note: str) -> Item:
         study, lesions = usable[case], find_lesions(labels, usable[case])
-        notes = [f"also in {other}"] * bool(other)
-        notes += ["lesion mask by a machine"] * any(file.startswith(MACHINE) for file in lesions)
+        if any(file.startswith(MACHINE) for file in lesions):
+            note = "; ".join(filter(None, (note, "lesion mask by a machine")))
         job = (files[case].relative_to(images).as_posix(), study, lesions)
-        source = " ".join(lesions)
-        return Item(case, study.label, split, study.patient, job, "; ".join(notes), source)
+        return Item(case, study.label, split, study.patient, job, note, " ".join(lesions))
 
     items, spares, more = choose_cases(
         {case: study.patient for case, study in usable.items()},
@@ -179,15 +232,19 @@ def prepare_picai(
         disjoint=disjoint,
     )  # fmt: skip
     chosen = {one.name for group in (items, *spares.values()) for one in group}
+    concerned = {
+        "studies are not used, as their patient has another one": usable.keys() - chosen,
+        "studies of the marksheet have no images here": studies.keys() - files.keys(),
+        "T2W volumes are not in the marksheet": files.keys() - studies.keys(),
+        "positive cases have no lesion mask by an expert, only a machine's (Bosma22a): see the "
+        "manifest's notes; picai_labels of July 2025 and later has experts' for all": {
+            one.name for one in items if "machine" in one.note
+        },
+    }
     notes = [
-        *_count(set(usable) - chosen, "studies are not used, as their patient has another one"),
-        *_count(set(studies) - set(files), "studies of the marksheet have no images here"),
-        *_count(set(files) - set(studies), "T2W volumes are not in the marksheet"),
-        *_count(
-            {one.name for one in items if "machine" in one.note},
-            "positive cases have no lesion mask by an expert, only a machine's (Bosma22a): see "
-            "the manifest's notes; picai_labels of July 2025 and later has experts' for all",
-        ),
+        f"{len(names)} {what}: {', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''}"
+        for what, names in concerned.items()
+        if names
     ]
     settings = {
         "dataset": "picai", "seed": seed, "per_class": per_class, "reference": reference,
@@ -199,20 +256,13 @@ def prepare_picai(
     )
 
 
-def _count(names: Iterable[str], what: str) -> list[str]:
-    """Return a note on how many cases are concerned, and on some of them, or nothing."""
-    shown = sorted(names)
-    dots = " …" if len(shown) > 5 else ""
-    return [f"{len(shown)} {what}: {', '.join(shown[:5])}{dots}"] if shown else []
-
-
 def measure_shift(images: str | os.PathLike[str], case_id: str) -> dict[str, tuple[float, ...]]:
     """Tell how far ``geometry="paper"`` shifts "adc" and "hbv" against T2W, from the headers alone.
 
     In millimetres along T2W's slices, rows and columns: what the paper's crop shows in its centre,
     relative to what T2W's crop shows there.
     """
-    t2w = find_t2w(Path(images), case_id)
+    t2w = _find_t2w(images, case_id)
     volumes = [resample.read_sequence(t2w, case_id, name) for name in SEQUENCES]
     middle = (np.array(resample.GRID) - 1) / 2 * np.array(resample.SPACING)
     first, *others = (np.array(resample.shift(*resample.target_grid(v), middle)) for v in volumes)

@@ -6,33 +6,35 @@ Each image is written whole, with its row of the manifest in it; a second run ma
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from medbudget._version import __version__
 from medbudget.data.items import BrokenCase, Cells, Item, Made, Report, check_settings
-from medbudget.data.sheet import write_contact_sheet
 from medbudget.data.splits import SPLITS
 from medbudget.files import (
     STALE,
+    atomic_path,
     check_writable,
     describe_difference,
     hash_file,
     hash_settings,
     hold,
+    read_json,
     write_json,
     write_text,
 )
-from medbudget.images import ImageError, load_image, read_record, save_images
+from medbudget.images import SHEET, ImageError, load_image, read_record, save_images
 from medbudget.processes import run_parallel
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
 RECORD = ("sources", "slice_index", "spacing", "crop", "window", "masks", "note", "pixels")
 COLUMNS = ("file", "split", "label", "patient", *RECORD[:-1], "sha256")
 ORDER = {split: i for i, split in enumerate((*SPLITS, "reference"))}
+CELL, SHOWN = 128, 10  # pixels of an image, about; images of each split and class
+GAP, LINE = 4, 16  # pixels between images; of a title
 Row = dict[str, str]
 
 
@@ -61,11 +65,9 @@ def prepare_items(
     Images of the same pixels (`Made.pixels`) stay in one split, the first of train, val, test and
     reference; those in two classes are all left out.
 
-    `make` is at module level or a `functools.partial` of such a function, so that the processes of
-    `workers` can run it; whatever is wrong with a case, it raises as `BrokenCase`, ``ValueError``,
-    ``RuntimeError`` or ``OSError``. The `settings` decide what the images look like: JSON, and a
-    later run must have the same. `spares` replace broken items of their class, in this order;
-    `broken` are cases that are known to be unusable, and why.
+    `make` can be pickled, for the `workers`, and raises for a case that cannot be used. The
+    `settings` decide what the images look like: JSON, and a later run must have the same. `spares`
+    replace broken items of their class, in this order; `broken` are cases known to be unusable.
     """
     if not items and not broken:
         raise ValueError("nothing to prepare: no case was selected")
@@ -83,10 +85,14 @@ def prepare_items(
         patients: dict[tuple[str, str], list[str]] = {cell: [] for cell in cells}
         for row in rows.values():
             patients[row["split"], row["label"]].append(row["patient"])
-        said += _describe(rows)
+        if padded := sum("padded" in row["note"] for row in rows.values()):
+            said.append(
+                f"{padded} of {len(rows)} images are not square: padded with black to a square, "
+                "which a model learns too; crop them first where that matters"
+            )
         _write_manifest(out, rows)
         if rows:
-            write_contact_sheet(out, rows, cells)
+            _draw_sheet(out, rows, cells)
     return Report(
         out,
         {cell: len(names) for cell, names in patients.items()},
@@ -105,22 +111,19 @@ def _settle(out: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> No
     chosen = [[i.file, i.patient, i.source] for i in sorted(items, key=lambda i: i.file)]
     now = {"medbudget": __version__, **settings, "selection": hash_settings({"items": chosen})}
     now = json.loads(json.dumps(now))
-    file = out / "settings.json"
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8")) | {"medbudget": __version__}
+    before = read_json(out / "settings.json")
+    if before:
         same_cases = before.pop("selection", "") == now.pop("selection")
-        reason = describe_difference(before, now)
+        reason = describe_difference(before | {"medbudget": __version__}, now)
         if reason or not same_cases:
             raise ValueError(
                 f"{out} was prepared earlier, differently: {reason or 'the cases are others'}; "
                 "choose another --out, or delete that folder"
             )
-        return
-    if out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
-        raise ValueError(
-            f"{out} is not empty and has no settings.json of an earlier run; choose a new folder"
-        )
-    write_json(file, now)
+    elif any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ValueError(f"{out} is not empty, and no earlier run's; choose a new folder")
+    else:
+        write_json(out / "settings.json", now)
 
 
 def _make_all(
@@ -135,8 +138,8 @@ def _make_all(
     queues = {label: list(queue) for label, queue in spares.items()}
     rows: dict[str, Row] = {}
     kept: set[str] = set()
-    short: Cells = {}
-    todo, tried = list(items), {item.file: item for item in items}
+    short: Cells = Counter()
+    wanted, todo = {item.file: item for item in items}, list(items)
     while todo:
         there = {item.file: row for item in todo if (row := _read_row(out, item))}
         rows, kept = rows | there, kept | there.keys()
@@ -149,17 +152,16 @@ def _make_all(
                 rows[item.file] = row
         failed |= _refuse_twins(rows)
         todo = []
-        for item in [item for item in tried.values() if item.file in failed]:
-            rows.pop(item.file, None)
-            broken.append((item.name, failed[item.file]))
+        for file in [file for file in wanted if file in failed]:
+            item = wanted.pop(file)
+            rows.pop(file, None)
+            broken.append((item.name, failed[file]))
             if queues.get(item.label):
                 todo.append(replace(queues[item.label].pop(0), split=item.split))
             else:
-                cell = (item.split, item.label)
-                short[cell] = short.get(cell, 0) + 1
-            del tried[item.file]
-        tried |= {item.file: item for item in todo}
-    return rows, len(kept & rows.keys()), short
+                short[item.split, item.label] += 1
+        wanted |= {item.file: item for item in todo}
+    return rows, len(kept & rows.keys()), dict(short)
 
 
 def _make_one(item: Item, *, make: Callable[[Item], Made], out: Path) -> tuple[Row | None, str]:
@@ -250,30 +252,43 @@ def _remove_others(out: Path, rows: Mapping[str, Row]) -> None:
             path.unlink()
 
 
-def _describe(rows: Mapping[str, Row]) -> Iterator[str]:
-    """Say what holds of the images in all."""
-    if padded := sum("padded" in row["note"] for row in rows.values()):
-        yield (
-            f"{padded} of {len(rows)} images are not square: padded with black to a square, which "
-            "a model learns too; crop them first where that matters"
-        )
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in sorted(rows):
-        groups.setdefault((rows[name]["pixels"], rows[name]["split"]), []).append(name)
-    twins = [names for (pixels, _), names in groups.items() if pixels and len(names) > 1]
-    if twins:
-        yield (
-            f"{sum(map(len, twins)) - len(twins)} images have the pixels of another one, in the "
-            f"same split and class, such as {twins[0][1]} of {twins[0][0]}"
-        )
-
-
 def _write_manifest(out: Path, rows: Mapping[str, Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows[name] for name in sorted(rows))
-    write_text(out / "manifest.csv", text.getvalue())
+    import pandas as pd
+
+    table = pd.DataFrame([rows[name] for name in sorted(rows)], columns=[*COLUMNS])
+    write_text(out / "manifest.csv", table.to_csv(index=False, lineterminator="\n"))
+
+
+def _draw_sheet(out: Path, rows: Mapping[str, Row], cells: Sequence[tuple[str, str]]) -> None:
+    """Show a few images of each split and class, reduced or enlarged by a whole number."""
+    lines: dict[str, list[Image.Image]] = {}
+    for split, label in cells:
+        own = [row for row in rows.values() if (row["split"], row["label"]) == (split, label)]
+        own.sort(key=lambda row: row["sha256"])
+        shown = [_scale(out / row["file"]) for row in own[:SHOWN]]
+        lines[f"{split} / {label}: {len(shown)} of {len(own)}"] = shown
+    edge = max([CELL, *(max(image.size) for shown in lines.values() for image in shown)])
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widths = [max(len(s) * (edge + GAP), int(ruler.textlength(t))) for t, s in lines.items()]
+    high = len(lines) * (edge + LINE + GAP) + GAP
+    sheet = Image.new("RGB", (max(widths) + 2 * GAP, high), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (title, shown) in enumerate(lines.items()):
+        y = GAP + r * (edge + LINE + GAP)
+        draw.text((GAP, y), title, fill="black")
+        for c, image in enumerate(shown):
+            sheet.paste(image, (GAP + c * (edge + GAP), y + LINE))
+    text = PngInfo()
+    text.add_text("medbudget", json.dumps({"sheet": "contact sheet of a preparation"}))
+    with atomic_path(out / SHEET) as temporary:
+        sheet.save(temporary, format="PNG", pnginfo=text)
+
+
+def _scale(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        shown = image.convert("RGB").reduce(max(1, round(max(image.size) / CELL)))
+        larger = max(1, CELL // max(image.size))
+    return shown.resize((shown.width * larger, shown.height * larger), Image.Resampling.NEAREST)
 
 
 def load_manifest(out: str | os.PathLike[str]) -> Any:

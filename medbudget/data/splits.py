@@ -114,8 +114,7 @@ def split_patients(
         left[label] = queue
     if short and not allow_fewer:
         raise ValueError(
-            "too few patients: " + "; ".join(short) + "; ask for fewer (--per-class), or share out "
-            "what there is (--allow-fewer)"
+            f"too few patients: {'; '.join(short)}; ask for fewer (--per-class, --allow-fewer)"
         )
     return splits, left
 
@@ -127,13 +126,12 @@ def split_in_proportion(
     if min(proportions.values()) <= 0:
         raise ValueError(f"proportions must be above 0, got {dict(proportions)}")
     counts = Counter(labels.values())
-    few = {label: n for label, n in sorted(counts.items()) if n < len(proportions)}
+    few = [f"{label!r}: {n}" for label, n in sorted(counts.items()) if n < len(proportions)]
     if few:
-        shown = ", ".join(f"{label!r}: {n}" for label, n in list(few.items())[:5])
         raise ValueError(
             f"{len(proportions)} splits by patient need at least {len(proportions)} patients of "
-            f"each class; found {shown}. Join classes, add patients, or ask for fewer splits. (Is "
-            "this one folder for each patient? Then name the classes in a CSV file.)"
+            f"each class; found {', '.join(few[:5])}. Join classes, add patients, or ask for fewer "
+            "splits. (Are folders patients, not classes? Name the classes in a CSV file.)"
         )
     sizes: dict[str, dict[str, int]] = {split: {} for split in proportions}
     for label, n in counts.items():
@@ -160,28 +158,25 @@ def choose_reference(
 
     `splits` maps patients to their split, `left` has those in none. A disjoint set takes only from
     `left`, which may be fewer than `n`; else it fills up with patients of the test, the validation
-    and, last, the training split. Returns patient to the split that it stands in too, or to "", and
-    notes on what is fewer or shared.
+    and, last, the training split. Returns patient to a note on the split that it stands in too, or
+    to "", and notes on what is fewer or shared.
     """
     chosen = dict.fromkeys(left[:n], "")
-    if disjoint and not chosen:
+    for split in () if disjoint else reversed(SPLITS):
+        mine = [p for p, own in splits.items() if own == split]
+        chosen |= dict.fromkeys(mine[: n - len(chosen)], f"also in {split}")
+    if not chosen or (len(chosen) < n and not disjoint):
         raise ValueError(
-            "no patient is left for a disjoint reference set: ask for smaller splits "
-            "(--per-class), or let it overlap (--overlap)"
+            f"a reference of {n} patients is wanted, there are {len(chosen)}: ask for fewer, for "
+            "smaller splits (--per-class), or let it overlap with them (--overlap)"
         )
-    if not disjoint:
-        for split in reversed(SPLITS):
-            mine = [p for p, own in splits.items() if own == split]
-            chosen |= dict.fromkeys(mine[: n - len(chosen)], split)
-        if len(chosen) < n:
-            raise ValueError(f"a reference of {n} patients is wanted, there are {len(chosen)}")
     notes = []
     if len(chosen) < n:
         notes.append(
             f"the reference set has {len(chosen)} of {n} patients: no more are left outside the "
             "splits (--overlap would take them from there)"
         )
-    shared = Counter(filter(None, chosen.values()))
+    shared = Counter(note.removeprefix("also in ") for note in chosen.values() if note)
     if shared:
         listed = ", ".join(f"{shared[split]} with {split}" for split in SPLITS if shared[split])
         notes.append(f"the reference set shares patients: {listed}; see the manifest's notes")
@@ -202,7 +197,7 @@ def choose_cases(
 ) -> tuple[list[T], dict[str, list[T]], list[str]]:
     """Choose one image a patient, split the patients, and choose a reference set of healthy ones.
 
-    ``item(name, split, other)`` makes an entry; `other` is a split that it stands in too, or "".
+    ``item(name, split, note)`` makes an entry; the note names a split that it stands in too.
     Returns the items, label to spare items of no split, and notes.
     """
     chosen = choose_one_per_patient(patients, labels, seed=seed)
