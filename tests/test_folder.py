@@ -364,7 +364,7 @@ def test_a_patient_column_that_is_not_named_is_said(tmp_path: Path) -> None:
     assert any("column PatientID is not used" in note for note in report.notes)
 
 
-def test_one_patient_in_several_spellings_is_one(tmp_path: Path) -> None:
+def test_one_patient_in_several_spellings_is_one_and_that_is_said(tmp_path: Path) -> None:
     """Excel and SQL's CHAR columns pad; macOS writes accents in two ways; people mix cases."""
     write_pictures(tmp_path / "in", [f"{i}.png" for i in range(40)])
     patients = [f"{'Pp'[i % 2]}{i // 2}{' ' * (i % 2)}" for i in range(40)]
@@ -374,6 +374,7 @@ def test_one_patient_in_several_spellings_is_one(tmp_path: Path) -> None:
     report, table = table_of(tmp_path / "in", text, key=tmp_path / "key.csv")
     assert table["patient"].nunique() == 20 == sum(report.patients.values())
     assert_patients_kept_together(table)
+    assert any("counts as one: 19" in n and "0.png and 1.png" in n for n in report.notes)
     with open(tmp_path / "key.csv", newline="", encoding="utf-8") as file:
         assert {row["patient"] for row in csv.DictReader(file)} == {
             "M\u00fcller", *(f"P{i}" for i in range(19)),

@@ -129,10 +129,15 @@ def name_patients(entries: Sequence[Entry], pattern: str | None, notes: list[str
             f"images of unknown patients: {unknown}. Each counts as its own: if one patient has "
             "several, name them (a column of the table, or --patient-pattern), or splits will leak"
         )
-    spellings: dict[str, set[str]] = {}  # "P1" and "p1" are one patient
+    spellings: dict[str, dict[str, str]] = {}  # patient to each spelling, and a file that has it
     for entry in named:
-        same = spellings.setdefault(fold(entry.patient), set())
-        same.add(unicodedata.normalize("NFC", entry.patient))
+        same = spellings.setdefault(fold(entry.patient), {})
+        same.setdefault(unicodedata.normalize("NFC", entry.patient), entry.source.files[0])
+    if several := [[*same.values()] for same in spellings.values() if len(same) > 1]:
+        notes.append(
+            "patients spelled in capital and in small letters, each of which counts as one: "
+            f"{len(several)}, such as that of {' and '.join(several[0][:2])}"
+        )
     return [
         replace(e, patient=min(spellings[fold(e.patient)]) or f"file:{e.source.files[0]}")
         for e in named
