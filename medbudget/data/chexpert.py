@@ -92,11 +92,13 @@ def _to_numbers(column: Any) -> Any:
 def _read_labels(file: Path) -> Any:
     import pandas as pd
 
-    separator = find_separator(file)  # Excel writes 1,0 where columns end in semicolons
     try:
+        separator = find_separator(file)  # Excel writes 1,0 where columns end in semicolons
         return pd.read_csv(file, sep=separator, decimal="," if separator == ";" else ".")
     except Exception as error:  # pandas has a type for each kind of damage
-        raise ValueError(f"{file} cannot be read ({error}); download it again") from None
+        raise ValueError(
+            f"{file} cannot be read ({type(error).__name__}); download it again"
+        ) from None
 
 
 def count_patients(selected: Any) -> dict[str, int]:
