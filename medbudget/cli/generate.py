@@ -5,7 +5,7 @@ What a command returns are settings in force that the command line did not give;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,13 +59,14 @@ def sample(
         negative_prompt: what to guide away from
     """
     from medbudget.images import SHEET
+    from medbudget.outputs import sample_to
     from medbudget.progress import count
     from medbudget.sampling.sampler import total_guidance
 
     words = embeddings or []
     there = set() if options.overwrite else set(out.glob("*.png"))
     paths, in_force = _draw(
-        "sample", options, out, prompt, prompt=prompt, words=words, embeddings=words, n=n,
+        sample_to, options, out, prompt, prompt=prompt, words=words, embeddings=words, n=n,
         negative_prompt=negative_prompt, fast=options.fast,
     )  # fmt: skip
     kept = f", {len(there & set(paths))} of them kept" if there & set(paths) else ""
@@ -90,11 +91,12 @@ def interpolate(
         n: images at each share
         gif: also write OUT/axis.gif
     """
+    from medbudget.outputs import interpolate_to
     from medbudget.progress import count
 
     shares = _parse_numbers("--weights", weights, "shares such as 0,0.5,1")
     folders, in_force = _draw(
-        "interpolate", options, out, a, b, words=[a, b], weights=shares, method=method, n=n,
+        interpolate_to, options, out, a, b, words=[a, b], weights=shares, method=method, n=n,
         gif=gif, fast=options.fast,
     )  # fmt: skip
     print(f"{count(n, 'synthetic image')} at each of {count(len(folders), 'share')} in {out}")
@@ -124,6 +126,7 @@ def inpaint(
         n: variants of each image and mask
         negative_prompt: what to guide away from
     """
+    from medbudget.outputs import inpaint_to
     from medbudget.progress import count
     from medbudget.sampling.masks import ellipse as make_ellipse
 
@@ -136,7 +139,7 @@ def inpaint(
         mask = {f"ellipse{i}": make_ellipse(four[:2], four[2:]) for i, four in enumerate(numbers)}
     prompt, words = mask_and_prompt[-1], embeddings or []
     paths, in_force = _draw(
-        "inpaint", options, out, image, mask, prompt, prompt=prompt, words=words,
+        inpaint_to, options, out, image, mask, prompt, prompt=prompt, words=words,
         images=[image] if ellipse else [image, mask], embeddings=words, strength=strength,
         negative_prompt=negative_prompt, mask_blur=mask_blur, content=content, overlay=overlay, n=n,
         save_masks=save_masks,
@@ -146,16 +149,15 @@ def inpaint(
 
 
 def _draw(
-    name: str, options: Drawing, out: Path, *inputs: Any, prompt: str = "", words: Sequence[Path],
-    images: Sequence[Path] = (), **more: Any,
+    draw_to: Callable[..., list[Path]], options: Drawing, out: Path, *inputs: Any, prompt: str = "",
+    words: Sequence[Path], images: Sequence[Path] = (), **more: Any,
 ) -> tuple[list[Path], dict[str, Any]]:  # fmt: skip
-    """Run ``medbudget.outputs.NAME_to``; return what it wrote, and settings in force."""
-    from medbudget import outputs
+    """Load the base and draw on it; return what was written, and settings in force."""
     from medbudget.sampling.sampler import default_steps
 
     given = options.collect()
     base = load_checked(options, out, prompt, words=[*words, *given["adapters"]], images=images)
-    made = getattr(outputs, f"{name}_to")(out, base, *inputs, **more, **given)
+    made = draw_to(out, base, *inputs, **more, **given)
     return made, {"steps": default_steps(base)}
 
 
